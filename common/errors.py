@@ -1,0 +1,23 @@
+"""The one exception that stands for a mistake of the user: programs print it as a single sentence, without traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, line or option, what was expected and what to do."""
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a program's `main`; a UserError becomes `error: ...` on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped by the user", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,17 @@
+"""Where files live. Nothing is absolute: everything hangs off the repository or `REPRO_CACHE`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "results"
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder for derived data (rasterised images, features), created on demand; `REPRO_CACHE` overrides its root."""
+    root = Path(os.environ.get("REPRO_CACHE", REPOSITORY / ".cache"))
+    folder = root.joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -16,7 +16,8 @@ def run_main(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # An error raised in a loader process arrives with that process's traceback in front of its message.
+        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device.
+
+    python -m benchmarks.kernels                 # writes results/bench_kernels.json, about 3 minutes
+    python -m benchmarks.kernels --dtype fp16
+
+Device time is taken by replaying a CUDA graph, so that no contender pays for Python; the median of many replays counts.
+The rows marked "called from Python" time plain calls, launch overhead included, and carry no target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import UserError, run_main
+from common.kernels.group_norm_silu import group_norm_silu
+from common.ledger import bench_row, write_rows
+from common.paths import RESULTS
+
+# [B, C, H, W] where GroupNorm+SiLU sits in SD 1.x: the UNet's four levels (decoder inputs are concatenations, hence
+# 960, 1920 and 2560) and the autoencoder's ends, 32 groups throughout.
+SHAPES = (
+    (2, 320, 64, 64),
+    (2, 960, 64, 64),
+    (2, 640, 32, 32),
+    (2, 1920, 32, 32),
+    (2, 1280, 16, 16),
+    (2, 2560, 16, 16),
+    (2, 1280, 8, 8),
+    (16, 320, 64, 64),
+    (16, 1280, 16, 16),
+    (1, 512, 64, 64),
+    (1, 256, 256, 256),
+    (1, 128, 512, 512),
+)
+GROUPS = 32
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Function = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+
+
+def eager(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """The plain torch expression; weight and bias in x's dtype, as autocast-free half-precision models have them."""
+    return F.silu(F.group_norm(x, num_groups, weight, bias))
+
+
+def device_milliseconds(function: Callable[[], object]) -> float:
+    """Median time of one call inside a replayed CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(function, rep=60, return_mode="median")
+
+
+def python_milliseconds(function: Callable[[], object], calls: int = 50, repeats: int = 7) -> float:
+    """Median time of one of `calls` back-to-back calls from Python, launch overhead included."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times[1:])
+
+
+def contenders(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> dict[str, dict[str, Callable[[], object]]]:
+    """{"forward" | "forward+backward": {"fused" | "eager" | "torch.compile": a call}} on one set of tensors."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+    dy = torch.randn_like(x)
+    weight, bias = torch.randn(2, shape[1], device="cuda", dtype=dtype).unbind()
+    leaves = tuple(t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias))
+    functions: dict[str, Function] = {
+        "fused": group_norm_silu,
+        "eager": eager,
+        "torch.compile": torch.compile(eager, dynamic=False),
+    }
+
+    def forward(function: Function) -> Callable[[], object]:
+        return lambda: function(x, GROUPS, weight, bias)
+
+    def both(function: Function) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(leaves[0], GROUPS, leaves[1], leaves[2]), leaves, dy)
+
+    return {
+        "forward": {name: forward(function) for name, function in functions.items()},
+        "forward+backward": {name: both(function) for name, function in functions.items()},
+    }
+
+
+def measure(dtype_name: str, output: Path) -> None:
+    """Time every shape, print one line each and merge the rows into `output`."""
+    dtype = DTYPES[dtype_name]
+    rows = []
+    print(f"{'shape':>22} {'layout':>13} {'pass':>17} {'fused':>9} {'eager':>9} {'compile':>9}   milliseconds")
+    for shape in SHAPES:
+        for channels_last in (False, True):
+            torch._dynamo.reset()
+            layout = "channels-last" if channels_last else "NCHW"
+            for direction, calls in contenders(shape, dtype, channels_last).items():
+                for call in calls.values():
+                    call()  # compile
+                times = {name: device_milliseconds(call) for name, call in calls.items()}
+                label = f"GroupNorm+SiLU {direction}, {dtype_name}, {list(shape)} {layout}"
+                for peer in ("eager", "torch.compile"):
+                    rows.append(
+                        bench_row(
+                            f"{label}, vs {peer}",
+                            times["fused"],
+                            times[peer],
+                            "ms",
+                            target=1.0,
+                            higher_is_better=False,
+                        )
+                    )
+                print(f"{shape!s:>22} {layout:>13} {direction:>17} " + " ".join(f"{t:9.4f}" for t in times.values()))
+    for shape in (SHAPES[0], SHAPES[6]):
+        for direction, calls in contenders(shape, dtype, False).items():
+            times = {name: python_milliseconds(calls[name]) for name in ("fused", "eager")}
+            name = f"GroupNorm+SiLU {direction}, {dtype_name}, {list(shape)} NCHW, called from Python, vs eager"
+            rows.append(bench_row(name, times["fused"], times["eager"], "ms", higher_is_better=False))
+    write_rows(output, rows)
+    barred = [row for row in rows if row["target"] is not None]
+    print(f"{sum(row['holds'] for row in barred)} of {len(barred)} comparisons won; written to {output.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_kernels.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("the kernel benchmark needs a CUDA device and a CUDA build of torch, and found none")
+    measure(arguments.dtype, arguments.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

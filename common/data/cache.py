@@ -1,0 +1,385 @@
+"""Caches of what a frozen encoder makes of a data set: latents, text features.
+
+A cache is a folder of `shard-00000.safetensors`, ... and one `manifest.json` that records which encoder and which data
+set made it. A build that was stopped goes on where it was; a cache made by another encoder or from other data is
+refused, never used silently.
+
+Shape suffixes: N = number of items asked for, in the order asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.files import write_atomically, write_json
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def fingerprint_module(module: nn.Module) -> str:
+    """SHA-256 of a module's state dict: names, dtypes, shapes and values (32 hexadecimal digits).
+
+    Two modules agree exactly when their state dicts do, on whatever device they are. What is not in the state dict
+    (a latent scale factor, the token count) belongs into the fingerprint too: see `fingerprint_strings`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(f"{name}|{values.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_strings(strings: Sequence[str]) -> str:
+    """SHA-256 of a sequence of strings, order and borders included (32 hexadecimal digits)."""
+    digest = hashlib.sha256()
+    for text in strings:
+        data = text.encode()
+        digest.update(struct.pack("<q", len(data)))
+        digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_files(paths: Sequence[Path], root: Path) -> str:
+    """SHA-256 of the files' names relative to `root` and of their bytes (32 hexadecimal digits)."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root).as_posix()}|{_file_sha256(path)}|".encode())
+    return digest.hexdigest()[:32]
+
+
+class FeatureCache:
+    """A finished cache: `cache[[3, 1, 2]]` is a dict of tensors [N, ...], `cache[3]` a dict of tensors [...].
+
+    Make one with `FeatureCache.open_or_build` (builds or resumes) or `FeatureCache.open` (reads only). It can be
+    pickled, so DataLoader workers may hold it; with `reading="mapped"` they share the pages of the operating system.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], reading: Literal["mapped", "loaded"]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.reading = reading
+        self._shards: dict[int, dict[str, torch.Tensor]] = {}
+        if reading == "loaded":
+            for number in range(_shard_count(manifest)):
+                self._load_shard(number)
+
+    @classmethod
+    def open_or_build(
+        cls,
+        folder: str | Path,
+        n: int,
+        encoder_fingerprint: str,
+        data_fingerprint: str,
+        compute: Callable[[list[int]], dict[str, torch.Tensor]],
+        shard_size: int = 1024,
+        progress: bool = True,
+        reading: Literal["mapped", "loaded"] = "mapped",
+        rebuild: bool = False,
+    ) -> FeatureCache:
+        """Open the cache in `folder`; compute whatever shard is missing or broken first.
+
+        Args:
+            folder: the cache's own folder.
+            n: number of items of the data set.
+            encoder_fingerprint: of everything that `compute` depends on besides the data.
+            data_fingerprint: of the data set, in its order.
+            compute: maps a list of indices to a dict of tensors [len(indices), ...]; the same names, dtypes and
+                trailing shapes every time. Called once per missing shard.
+            shard_size: items per file.
+            progress: show a progress bar.
+            reading: "mapped" leaves the values on disk, "loaded" reads all into memory and verifies checksums.
+            rebuild: throw away a cache that is there.
+
+        Raises:
+            UserError: the cache there is stale (other encoder, data, count or shard size), or the disk is full.
+        """
+        folder = Path(folder)
+        if n <= 0 or shard_size <= 0:
+            raise UserError(
+                f"{folder}: a cache needs at least one item and a positive shard size, got {n}, {shard_size}"
+            )
+        wanted = {
+            "format": FORMAT,
+            "encoder": encoder_fingerprint,
+            "data": data_fingerprint,
+            "count": n,
+            "shard_size": shard_size,
+        }
+        with _locked(folder):
+            if rebuild:
+                _clear(folder)
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                manifest = {**wanted, "tensors": {}, "shards": {}}
+                write_json(folder / _MANIFEST, manifest)
+            _refuse_stale(folder, manifest, wanted)
+            _build_missing(folder, manifest, compute, progress)
+        return cls(folder, manifest, reading)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        encoder_fingerprint: str | None = None,
+        data_fingerprint: str | None = None,
+        reading: Literal["mapped", "loaded"] = "mapped",
+    ) -> FeatureCache:
+        """Open a finished cache without computing anything; fingerprints that are given must match.
+
+        Raises:
+            UserError: no cache there, an unfinished one, a stale one, or a shard that is missing or truncated.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder}: there is no feature cache here ({_MANIFEST} is missing); build it first")
+        wanted = {"format": FORMAT}
+        if encoder_fingerprint is not None:
+            wanted["encoder"] = encoder_fingerprint  # type: ignore[assignment]
+        if data_fingerprint is not None:
+            wanted["data"] = data_fingerprint  # type: ignore[assignment]
+        _refuse_stale(folder, manifest, wanted)
+        for number in range(_shard_count(manifest)):
+            fault = _shard_fault(folder, manifest, number)
+            if fault is not None:
+                raise UserError(f"{fault}; run the program that built this cache again to complete it")
+        return cls(folder, manifest, reading)
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors every item has."""
+        return sorted(self.manifest["tensors"])
+
+    def __getitem__(self, indices: int | slice | Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(indices, int):
+            return {name: values[0] for name, values in self[[indices]].items()}
+        wanted = self._checked(indices)
+        size = self.manifest["shard_size"]
+        out: dict[str, torch.Tensor] = {}
+        for name, form in self.manifest["tensors"].items():
+            out[name] = torch.empty((len(wanted), *form["shape"]), dtype=getattr(torch, form["dtype"]))
+        index_N = torch.tensor(wanted, dtype=torch.int64)
+        for number in (index_N // size).unique().tolist():
+            rows = torch.nonzero(index_N // size == number).squeeze(1)
+            shard = self._load_shard(number)
+            for name, values in out.items():
+                values[rows] = shard[name][index_N[rows] - number * size]
+        return out
+
+    def verify(self) -> None:
+        """Compare the checksum of every shard with the manifest; raises UserError naming the first that differs."""
+        for number in range(_shard_count(self.manifest)):
+            _check_sha256(self.folder, self.manifest, number)
+
+    def _checked(self, indices: slice | Sequence[int] | torch.Tensor) -> list[int]:
+        if isinstance(indices, slice):
+            return list(range(*indices.indices(len(self))))
+        values = [int(index) for index in indices]
+        for index in values:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is outside the {len(self)} items of {self.folder}")
+        return [index % len(self) for index in values]
+
+    def _load_shard(self, number: int) -> dict[str, torch.Tensor]:
+        if number not in self._shards:
+            from safetensors.torch import load_file
+
+            fault = _shard_fault(self.folder, self.manifest, number)
+            if fault is not None:
+                raise UserError(f"{fault}; run the program that built this cache again to complete it")
+            path = _shard_path(self.folder, number)
+            if self.reading == "loaded":
+                _check_sha256(self.folder, self.manifest, number)
+                self._shards[number] = {name: values.clone() for name, values in load_file(path).items()}
+            else:
+                self._shards[number] = _map_file(path)
+        return self._shards[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapping cannot travel to another process, but the file behind it can be mapped there again.
+        return {**self.__dict__, "_shards": self._shards if self.reading == "loaded" else {}}
+
+
+def _build_missing(
+    folder: Path,
+    manifest: dict[str, Any],
+    compute: Callable[[list[int]], dict[str, torch.Tensor]],
+    progress: bool,
+) -> None:
+    from safetensors.torch import save_file
+
+    missing = []
+    for number in range(_shard_count(manifest)):
+        fault = _shard_fault(folder, manifest, number)
+        if fault is not None:
+            if str(number) in manifest["shards"]:
+                warnings.warn(f"{fault}; it is computed again", stacklevel=3)
+            missing.append(number)
+    if not missing:
+        return
+    from tqdm import tqdm
+
+    done = _shard_count(manifest) - len(missing)
+    for number in tqdm(
+        missing,
+        desc=f"caching {folder.name}",
+        unit="shard",
+        initial=done,
+        total=done + len(missing),
+        disable=not progress,
+    ):
+        start = number * manifest["shard_size"]
+        indices = list(range(start, min(start + manifest["shard_size"], manifest["count"])))
+        tensors = {name: values.detach().to("cpu").contiguous() for name, values in compute(indices).items()}
+        forms = _forms(tensors, len(indices))
+        if not manifest["tensors"]:
+            manifest["tensors"] = forms
+        if forms != manifest["tensors"]:
+            raise ValueError(f"compute() returned {forms} for shard {number}, but {manifest['tensors']} before")
+        path = _shard_path(folder, number)
+        write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
+        # The shard is in place before the manifest knows it: a kill between the two only costs this shard again.
+        manifest["shards"][str(number)] = {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+        write_json(folder / _MANIFEST, manifest)
+
+
+def _forms(tensors: dict[str, torch.Tensor], count: int) -> dict[str, Any]:
+    if not tensors:
+        raise ValueError("compute() returned no tensor")
+    for name, values in tensors.items():
+        if values.ndim == 0 or len(values) != count:
+            raise ValueError(f"compute() returned {name} of shape {tuple(values.shape)} for {count} indices")
+    return {
+        name: {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(values.shape[1:])}
+        for name, values in sorted(tensors.items())
+    }
+
+
+def _refuse_stale(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> None:
+    meaning = {
+        "format": "is of another format version",
+        "encoder": "was made by another encoder",
+        "data": "was made from other data",
+        "count": "has another number of items",
+        "shard_size": "has another shard size",
+    }
+    for key, value in wanted.items():
+        if manifest.get(key) != value:
+            raise UserError(
+                f"{folder}: this cache {meaning[key]} ({manifest.get(key)} in its {_MANIFEST}, {value} now); "
+                "delete that folder to build it anew, or choose another cache folder"
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / _MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest["shards"], dict) or not isinstance(manifest["tensors"], dict):
+            raise TypeError
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a cache manifest; delete that folder to build the cache anew") from error
+
+
+def _shard_count(manifest: dict[str, Any]) -> int:
+    return -(-int(manifest["count"]) // int(manifest["shard_size"]))
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def _shard_fault(folder: Path, manifest: dict[str, Any], number: int) -> str | None:
+    """What is wrong with a shard, seen without reading its values; None when it is whole."""
+    path = _shard_path(folder, number)
+    record = manifest["shards"].get(str(number))
+    if record is None:
+        return f"{path}: this shard was never finished"
+    if not path.exists():
+        return f"{path}: this shard is missing"
+    size = path.stat().st_size
+    if size != record["bytes"]:
+        return f"{path}: this shard is truncated ({size} bytes, expected {record['bytes']})"
+    return None
+
+
+def _check_sha256(folder: Path, manifest: dict[str, Any], number: int) -> None:
+    path = _shard_path(folder, number)
+    if _file_sha256(path) != manifest["shards"][str(number)]["sha256"]:
+        raise UserError(
+            f"{path}: the checksum differs from {_MANIFEST}; delete this file and run again to compute it anew"
+        )
+
+
+def _map_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file on a private, lazily read mapping of it."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_bytes))
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            flat = whole[start:end].view(_SAFETENSORS_DTYPES[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _clear(folder: Path) -> None:
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    for path in folder.glob("shard-*.safetensors"):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One builder at a time: the other ranks wait, then find the cache complete."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another cache folder") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

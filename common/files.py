@@ -1,0 +1,56 @@
+"""Files that are whole or absent, never half written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file in the folder of `path`, flush it to disk, then move it there.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what stood at `path` before is kept.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes files private
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as RuntimeError ("PytorchStreamWriter failed writing file").
+        kept = f"; the earlier {path.name} is kept" if path.exists() else ""
+        raise UserError(
+            f"cannot write {path}: {error} (is the disk full, or the folder read-only? REPRO_CACHE and --run_dir move "
+            f"what the programs write){kept}"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Pretty JSON, written atomically; NaN and infinity become null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: clean(entry) for key, entry in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [clean(entry) for entry in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    text = json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

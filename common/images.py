@@ -1,0 +1,180 @@
+"""Images as uint8 [N,3,H,W]: conversion, reading folders, the anti-aliased "clean" resize, captioned PNG grids."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def as_uint8(images: Tensor | np.ndarray) -> Tensor:
+    """Any image batch as uint8 [N,3,H,W].
+
+    Accepts uint8 or float in [0,1], [N,C,H,W] or [N,H,W,C] with C of 1 or 3, or grey [N,H,W]. Floats are clamped and
+    rounded. Raises UserError for another shape, or for floats outside [-0.01, 1.01] ([-1,1] is the usual mistake).
+    """
+    batch = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    if batch.ndim == 3:
+        batch = batch.unsqueeze(1)
+    if batch.ndim == 4 and batch.shape[1] not in (1, 3) and batch.shape[3] in (1, 3):
+        batch = batch.permute(0, 3, 1, 2)
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+        raise UserError(f"images have shape {tuple(images.shape)}: expected [N,3,H,W] or [N,H,W,3]")
+    if batch.is_floating_point():
+        if batch.numel() and (batch.min() < -0.01 or batch.max() > 1.01):
+            raise UserError(
+                f"float images span [{batch.min().item():.3g}, {batch.max().item():.3g}]: expected [0,1]; "
+                "map [-1,1] with x * 0.5 + 0.5 first"
+            )
+        batch = batch.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    elif batch.dtype != torch.uint8:
+        raise UserError(f"images have dtype {batch.dtype}: expected uint8 or float in [0,1]")
+    return batch.expand(-1, 3, -1, -1).contiguous()
+
+
+def resize_clean(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Anti-aliased bicubic resize without quantisation: float32 [N,3,h,w] in [0,255] from uint8 [N,3,H,W].
+
+    The rule of Parmar et al. 2022 ("On Aliased Resizing", clean-fid mode "clean"): Pillow's bicubic in float, clipped.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    x_BCHW = images.float()
+    if x_BCHW.shape[-2:] == (height, width):
+        return x_BCHW
+    return F.interpolate(x_BCHW, (height, width), mode="bicubic", antialias=True).clamp_(0, 255)
+
+
+def resize_uint8(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """`resize_clean`, rounded back to uint8 [N,3,h,w]."""
+    return resize_clean(images, size).round_().to(torch.uint8)
+
+
+def open_rgb(path: str | Path) -> np.ndarray:
+    """One image file as uint8 [H,W,3]; alpha is composited on white. Raises UserError naming an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                canvas = Image.new("RGBA", rgba.size, "white")
+                return np.asarray(Image.alpha_composite(canvas, rgba).convert("RGB"))
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace or remove the file") from error
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Every image file below a folder, sorted by path. Raises UserError when the folder is missing or has none."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected a folder of images")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{root}: holds no image; expected files ending in {', '.join(SUFFIXES)}")
+    return files
+
+
+def folder_batches(files: Sequence[Path], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
+    """(indices into `files`, uint8 [N,3,H,W]) batches of equally sized images; every file appears exactly once."""
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+
+    def batch(items: list[tuple[int, np.ndarray]]) -> tuple[list[int], Tensor]:
+        return [index for index, _ in items], as_uint8(np.stack([pixels for _, pixels in items]))
+
+    for index, path in enumerate(files):
+        pixels = open_rgb(path)
+        items = waiting.setdefault(pixels.shape, [])
+        items.append((index, pixels))
+        if len(items) == batch_size:
+            yield batch(waiting.pop(pixels.shape))
+    for items in waiting.values():
+        yield batch(items)
+
+
+def make_grid(
+    images: Tensor | np.ndarray,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    tile: int | None = None,
+    padding: int = 2,
+    caption_lines: int = 2,
+    font_size: int = 10,
+) -> Image.Image:
+    """Tile a batch into one picture, row by row on white.
+
+    images:   what `as_uint8` takes.
+    columns:  tiles a row; by default the nearest to a square.
+    captions: one string per image, written under its tile, wrapped and cut to `caption_lines` lines.
+    tile:     side in pixels to show each image at; whole-number enlargements keep pixels crisp, others are resampled.
+    """
+    batch = as_uint8(images)
+    count = len(batch)
+    if count == 0:
+        raise UserError("a grid needs at least one image")
+    if captions is not None and len(captions) != count:
+        raise UserError(f"{count} images but {len(captions)} captions: give one caption per image")
+    if tile is not None and tile != batch.shape[-1]:
+        factor, rest = divmod(tile, batch.shape[-1])
+        if rest == 0 and batch.shape[-1] == batch.shape[-2]:
+            batch = batch.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        else:
+            batch = resize_uint8(batch, (max(1, round(tile * batch.shape[-2] / batch.shape[-1])), tile))
+    height, width = batch.shape[-2:]
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    line = font_size + 2
+    strip = caption_lines * line if captions is not None else 0
+    step_x, step_y = width + padding, height + strip + padding
+    canvas = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(font_size)
+    for index, pixels in enumerate(batch.permute(0, 2, 3, 1).cpu().numpy()):
+        left = padding + (index % columns) * step_x
+        top = padding + (index // columns) * step_y
+        canvas.paste(Image.fromarray(pixels), (left, top))
+        if captions is not None:
+            characters = max(4, int(width / draw.textlength("n", font=font)))
+            lines = textwrap.wrap(captions[index], characters, max_lines=caption_lines, placeholder="…")
+            draw.multiline_text((left, top + height), "\n".join(lines), fill="black", font=font, spacing=2)
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG so that a reader never sees half a file; makes the folder. Raises UserError when it cannot."""
+    target = Path(path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(buffer.getvalue())
+        os.replace(partial, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{target}: cannot write the picture ({error.strerror}); choose a writable folder") from error
+    return target
+
+
+def save_grid(
+    images: Tensor | np.ndarray,
+    path: str | Path,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    tile: int | None = None,
+) -> Path:
+    """`make_grid` written to a PNG file, atomically."""
+    return save_png(make_grid(images, columns, captions, tile), path)

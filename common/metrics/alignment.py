@@ -1,0 +1,293 @@
+"""Does a picture show its caption? A small CLIP-like scorer: frozen Lite0 and MiniLM, two trained MLPs.
+
+    python -m common.metrics.alignment train      # about 5 minutes on one CPU core
+
+The towers map Lite0 features (1280, standardised) and MiniLM sentence vectors (384) to a shared 128-d unit sphere, with
+the symmetric contrastive loss of CLIP (Radford et al. 2021, Figure 3). They are trained on the training side of
+EmojiCap's `concept` split alone, so that the accuracy on its test side, concepts never seen, is an honest ceiling: it
+travels inside the weight file and stands beside every score. Never train a generator on the scorer that evaluates it.
+
+Shape suffixes: N pairs, D features, E shared embedding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common.data.text import TextEncoder
+from common.errors import UserError, run_main
+from common.metrics.features import Lite0Extractor, extract
+from common.metrics.lite0 import FEATURES
+
+WEIGHTS = Path(__file__).with_name("alignment_lite0_minilm.safetensors")
+NAME = "lite0-minilm"
+TEXT_DIM, EMBEDDING = 384, 128
+CANDIDATES = 100
+
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 1500, 256, 2e-3, 0.1, 0.3
+SIZES = (64, 32)  # pixels: both are what the small generators draw
+STYLE_DROP = 0.3  # share of training captions without their style words
+
+
+Scores = dict[str, Any]
+
+
+class TwoTowers(nn.Module):
+    """The trained part: 0.85 M parameters."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("std", torch.ones(FEATURES))
+        self.image = nn.Sequential(
+            nn.Dropout(DROPOUT), nn.Linear(FEATURES, 512), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(512, EMBEDDING)
+        )
+        self.text = nn.Sequential(
+            nn.Dropout(DROPOUT), nn.Linear(TEXT_DIM, 256), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(256, EMBEDDING)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_images(self, features_ND: Tensor) -> Tensor:
+        """Lite0 features [N,1280] -> unit vectors [N,128]."""
+        return F.normalize(self.image((features_ND - self.mean) / self.std), dim=1)
+
+    def embed_texts(self, vectors_ND: Tensor) -> Tensor:
+        """MiniLM sentence vectors [N,384] -> unit vectors [N,128]."""
+        return F.normalize(self.text(vectors_ND), dim=1)
+
+
+def rank_scores(
+    images_NE: Tensor, texts_NE: Tensor, captions: Sequence[str], candidates: int = CANDIDATES, seed: int = 0
+) -> dict[str, float | int]:
+    """Retrieval numbers of embedded pairs; distractors are drawn from the other distinct captions of the same set.
+
+    Returns cosine (mean over true pairs), r_at_1 (the own caption beats all of `candidates` - 1 random other ones),
+    right_beats_random (mean over those of winning against one), n and the number of candidates really used.
+    Raises UserError for fewer than two distinct captions.
+    """
+    if not len(images_NE) == len(texts_NE) == len(captions):
+        raise UserError(f"{len(images_NE)} images but {len(captions)} captions: give one caption per image")
+    first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    if len(first) < 2:
+        raise UserError(
+            f"text-image alignment needs at least 2 distinct captions, got {len(first)}: score more prompts"
+        )  # fmt: skip
+    pool_ME = texts_NE[torch.tensor(list(first.values()))]
+    position = {caption: index for index, caption in enumerate(first)}
+    own_N1 = torch.tensor([position[caption] for caption in captions])[:, None]
+    cosines_NM = images_NE @ pool_ME.T
+    # The own caption sorts last, so the first columns of a random order are distractors.
+    keys_NM = torch.rand(cosines_NM.shape, generator=torch.Generator().manual_seed(seed)).scatter_(1, own_N1, 2.0)
+    count = min(candidates, len(first)) - 1
+    distractors_NK = cosines_NM.gather(1, keys_NM.argsort(1)[:, :count])
+    own_cosine_N1 = cosines_NM.gather(1, own_N1)
+    wins_NK = (own_cosine_N1 > distractors_NK).double()
+    return {
+        "cosine": own_cosine_N1.double().mean().item(),
+        "r_at_1": (wins_NK.min(1).values).mean().item(),
+        "right_beats_random": wins_NK.mean().item(),
+        "candidates": count + 1,
+        "n": len(captions),
+    }
+
+
+class AlignmentScorer:
+    """The frozen scorer. `ceiling` holds its own accuracy on real pairs of concepts it never saw.
+
+    weights: a file made by the train command. Raises UserError when it is missing or not one.
+    """
+
+    name = NAME
+
+    def __init__(self, weights: str | Path = WEIGHTS, device: str | torch.device = "cpu") -> None:
+        path = Path(weights)
+        advice = "make it with `python -m common.metrics.alignment train`"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {advice}")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                self.ceiling: dict[str, Any] = json.loads((file.metadata() or {})["ceiling"])
+            self.towers = TwoTowers()
+            self.towers.load_state_dict(tensors)
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: not the weights of this scorer; {advice}") from error
+        self.towers.eval().requires_grad_(False)
+        self.images = Lite0Extractor(device=device)
+        self.texts = TextEncoder(device=device)
+
+    @torch.no_grad()
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        """Captions as unit vectors [N,128]; each distinct caption is encoded once."""
+        distinct = list(dict.fromkeys(captions))
+        row = {caption: index for index, caption in enumerate(distinct)}
+        return self.towers.embed_texts(self.texts.sentence(distinct))[[row[caption] for caption in captions]]
+
+    @torch.no_grad()
+    def score_features(self, features_ND: Tensor, captions: Sequence[str], candidates: int = CANDIDATES) -> Scores:
+        """`score` for Lite0 features [N,1280] that are already at hand."""
+        if len(features_ND) != len(captions):
+            raise UserError(f"{len(features_ND)} images but {len(captions)} captions: give one caption per image")
+        images_NE, texts_NE = self.towers.embed_images(features_ND), self.embed_texts(captions)
+        numbers = rank_scores(images_NE, texts_NE, captions, candidates)
+        return {"scorer": self.name, **numbers, "ceiling": self.ceiling}
+
+    def score(
+        self, images: Tensor | np.ndarray, captions: Sequence[str], candidates: int = CANDIDATES
+    ) -> Scores:  # fmt: skip
+        """`rank_scores` of images with their captions, plus the scorer's name and its ceiling on unseen concepts.
+
+        images: any form of `common.images.as_uint8`, one caption each.
+        """
+        if len(images) != len(captions):
+            raise UserError(f"{len(images)} images but {len(captions)} captions: give one caption per image")
+        return self.score_features(extract(images, self.images), captions, candidates)
+
+
+def alignment_score(
+    images: Tensor | np.ndarray, captions: Sequence[str], scorer: AlignmentScorer | None = None
+) -> Scores:  # fmt: skip
+    """Text-image alignment of uint8 images [N,3,H,W]: see `AlignmentScorer.score`."""
+    return (scorer or AlignmentScorer()).score(images, captions)
+
+
+def contrastive_loss(cosines_TI: Tensor, matches_TI: Tensor, log_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy over captions x images where several images may match one caption (and the reverse).
+
+    matches_TI: bool; every row and column holds at least one match, and matches share the probability evenly.
+    """
+    logits = cosines_TI * log_scale.exp().clamp(max=100)  # the clamp is CLIP's, Section 2.5
+    matches = matches_TI.float()
+    rows = -(matches / matches.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    columns = -(matches / matches.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+    return (rows + columns) / 2
+
+
+def fit_towers(
+    features_SND: Tensor,
+    styled_ND: Tensor,
+    plain_ND: Tensor,
+    concepts_N: Tensor,
+    styles_N: Tensor,
+    weights_N: Tensor,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> TwoTowers:
+    """Train the two MLPs (AdamW, cosine decay) on frozen features.
+
+    features_SND: Lite0 features of N images at S sizes; styled_ND, plain_ND: vectors of the captions with and without
+    style words; concepts_N, styles_N: integers that say which captions fit which image; weights_N: sampling weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        towers = TwoTowers().train()
+        towers.mean.copy_(features_SND.mean((0, 1)))
+        towers.std.copy_(features_SND.std((0, 1)).clamp_min(1e-3))
+        optimizer = torch.optim.AdamW(towers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        batch = min(BATCH, len(styled_ND))
+        for _ in tqdm(range(steps), desc="alignment scorer", mininterval=1):
+            rows = torch.multinomial(weights_N, batch, generator=generator)
+            sizes = torch.randint(len(features_SND), (batch,), generator=generator)
+            plain = torch.rand(batch, generator=generator) < STYLE_DROP
+            texts = torch.where(plain[:, None], plain_ND[rows], styled_ND[rows])
+            same_concept = concepts_N[rows][:, None] == concepts_N[rows]
+            same_style = styles_N[rows][:, None] == styles_N[rows]
+            cosines = towers.embed_texts(texts) @ towers.embed_images(features_SND[sizes, rows]).T
+            loss = contrastive_loss(cosines, same_concept & (same_style | plain[:, None]), towers.log_scale)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return towers.eval().requires_grad_(False)
+
+
+def _emoji_features(split: str, skin_tones: str) -> dict[str, Any]:
+    """Frozen features of one side of EmojiCap's concept split."""
+    from common.data.emoji import EmojiCap  # here, so that scoring does not need the data set
+
+    extractor, encoder = Lite0Extractor(), TextEncoder()
+    sets = [EmojiCap(split, "concept", size, skin_tones=skin_tones) for size in SIZES]  # type: ignore[arg-type]
+    records = sets[0].records
+    parts = []
+    for data in sets:
+        chunks = [data.images[start : start + 256] for start in range(0, len(records), 256)]
+        progress = tqdm(chunks, desc=f"Lite0 features, {split}, {data.size} px", mininterval=1)
+        parts.append(torch.cat([extract(chunk, extractor) for chunk in progress]))
+    plain = [record.concept for record in records]
+    distinct = list(dict.fromkeys(plain))
+    plain_vectors = encoder.sentence(distinct)
+    index = {concept: row for row, concept in enumerate(distinct)}
+    styles = sorted({record.style for record in records})
+    # A skin-tone variant counts as much as its share of the (emoji, style) it belongs to.
+    keys = [(record.base, record.style) for record in records]
+    counts: dict[tuple[str, str], int] = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return {
+        "features": torch.stack(parts),
+        "captions": sets[0].captions,
+        "styled": encoder.sentence(sets[0].captions),
+        "plain": plain_vectors[[index[concept] for concept in plain]],
+        "concepts": torch.tensor([index[concept] for concept in plain]),
+        "styles": torch.tensor([styles.index(record.style) for record in records]),
+        "weights": torch.tensor([1.0 / counts[key] for key in keys]),
+    }
+
+
+def train(output: str | Path = WEIGHTS, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
+    """Train on EmojiCap's concept-split train side, measure on its test side, save as fp16; returns the ceiling."""
+    data = _emoji_features("train", "all")
+    towers = fit_towers(
+        data["features"], data["styled"], data["plain"], data["concepts"], data["styles"], data["weights"], steps, seed
+    )
+    test = _emoji_features("test", "balanced")
+    towers.half().float()  # measure what is stored
+    texts = towers.embed_texts(test["styled"])
+    ceiling: dict[str, Any] = {"data": "EmojiCap concept split, test side: real images of unseen concepts"}
+    for size, features in zip(SIZES, test["features"]):
+        ceiling[f"{size}px"] = rank_scores(towers.embed_images(features), texts, test["captions"])
+    target = Path(output)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    metadata = {"ceiling": json.dumps(ceiling), "steps": str(steps), "seed": str(seed)}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.half() for key, value in towers.state_dict().items()}, partial, metadata)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot write the weights ({error}); choose a writable place") from error
+    return ceiling
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.metrics.alignment", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train the scorer on EmojiCap and store its weights")
+    command.add_argument("--output", type=Path, default=WEIGHTS, help="weight file to write (default: beside the code)")
+    command.add_argument("--steps", type=int, default=STEPS)
+    command.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    ceiling = train(options.output, options.steps, options.seed)
+    print(json.dumps(ceiling, indent=2))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,263 @@
+"""Generated images against real ones, every number with its judge, its sample counts and the real-vs-real floor.
+
+    python -m common.metrics.evaluate REAL_DIR FAKE_DIR [--extractor lite0|inception:PATH] [--json OUT]
+
+How to read the report
+    kid_*        headline: unbiased squared MMD on features; 0 when both sets come from one source, whatever the count.
+                 `std` is its standard error, so a difference of two standard errors is the least worth mentioning.
+    fid_*        Frechet distance; depends on the count, so compare only columns of one count.
+    precision_*, recall_*, density_*, coverage_*
+                 fidelity and variety of the k-NN manifolds (k = 3); they too depend on the count.
+    is_*         exp of the mean KL between an image's and the set's class probabilities, in the extractor's classes.
+    columns      `all`: everything given; `at floor count`: generated and real images cut to the floor's count;
+                 `floor`: two disjoint halves of the real images, the best value any generator can be expected to reach.
+Numbers with the suffix _lite0 are not comparable with published (Inception) ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError, run_main
+from common.images import image_files
+from common.metrics.alignment import AlignmentScorer
+from common.metrics.distribution import fid, inception_score, kid, precision_recall
+from common.metrics.features import Extractor, class_probabilities, extract, folder_features, load_extractor
+
+MINIMUM = 10  # images a side; fewer give no usable estimate of anything
+NEIGHBOURS = 3
+
+Record = dict[str, Any]
+
+
+def compare_features(
+    real_ND: Tensor,
+    fake_ND: Tensor,
+    extractor: Extractor,
+    floor_split: bool = True,
+    real_extra_ND: Tensor | None = None,
+    seed: int = 0,
+) -> Record:
+    """All distribution metrics of features [N,D]; see `evaluate_generator` for the result."""
+    needed = 2 * MINIMUM if floor_split else MINIMUM
+    _require(len(real_ND), needed, "real")
+    _require(len(fake_ND), MINIMUM, "generated")
+    generator = torch.Generator().manual_seed(seed)
+    real = real_ND[torch.randperm(len(real_ND), generator=generator)]
+    fake = fake_ND[torch.randperm(len(fake_ND), generator=generator)]
+    result: Record = {
+        "extractor": {"name": extractor.name, "dim": extractor.dim, "resize": extractor.resize},
+        "n_real": len(real),
+        "n_fake": len(fake),
+        "headline": f"kid_{extractor.name}",
+        "metrics": _metrics(real, fake, extractor),
+    }
+    if floor_split:
+        half = min(len(real) // 2, len(fake))
+        result["metrics_at_floor_n"] = _metrics(real[:half], fake[:half], extractor)
+        result["floor"] = _metrics(real[:half], real[half : 2 * half], extractor)
+    if real_extra_ND is not None:
+        _require(len(real_extra_ND), MINIMUM, "extra real")
+        result["floor_full"] = _metrics(real, real_extra_ND, extractor)
+    return result
+
+
+def evaluate_generator(
+    fake: Tensor | np.ndarray,
+    real: Tensor | np.ndarray,
+    extractor: Extractor | None = None,
+    captions: Sequence[str] | None = None,
+    floor_split: bool = True,
+    real_extra: Tensor | np.ndarray | None = None,
+    real_captions: Sequence[str] | None = None,
+    scorer: AlignmentScorer | None = None,
+    seed: int = 0,
+) -> Record:
+    """Compare generated with real images.
+
+    fake, real:    uint8 [N,3,H,W], or any form `common.images.as_uint8` takes. Real features may be costly: to compare
+                   many generators with one real set, use `extract` and `compare_features`.
+    extractor:     the judge; default `lite0`.
+    captions:      one per generated image: adds text-image alignment.
+    floor_split:   measure the floor on two disjoint random halves of the real images (needs >= 20 of them).
+    real_extra:    a second, disjoint real set: adds the floor at full size.
+    real_captions: one per real image: adds the alignment of the real images, the ceiling on this very data.
+
+    Returns {"extractor", "n_real", "n_fake", "headline", "metrics", "metrics_at_floor_n", "floor", "floor_full",
+    "alignment", "alignment_real"} (optional parts only when asked for). The metric parts map names such as `kid_lite0`
+    to {"value", "std" where there is one, "extractor", "n_real", "n_fake"}; in a floor both counts are of real images.
+    Raises UserError when a set is too small.
+    """
+    judge = extractor or load_extractor()
+    _require(len(real), 2 * MINIMUM if floor_split else MINIMUM, "real")
+    _require(len(fake), MINIMUM, "generated")
+    extra = None if real_extra is None else extract(real_extra, judge)
+    result = compare_features(extract(real, judge), extract(fake, judge), judge, floor_split, extra, seed)
+    if captions is not None or real_captions is not None:
+        scorer = scorer or AlignmentScorer()
+    if captions is not None and scorer is not None:
+        result["alignment"] = scorer.score(fake, captions)
+    if real_captions is not None and scorer is not None:
+        result["alignment_real"] = scorer.score(real, real_captions)
+    return result
+
+
+def _require(count: int, minimum: int, what: str) -> None:
+    if count < minimum:
+        raise UserError(f"{count} {what} images are too few: give at least {minimum} (thousands for a stable FID)")
+
+
+def _metrics(real_ND: Tensor, fake_ND: Tensor, extractor: Extractor) -> Record:
+    counts = {"extractor": extractor.name, "n_real": len(real_ND), "n_fake": len(fake_ND)}
+    distance = kid(real_ND, fake_ND)
+    manifold = precision_recall(real_ND, fake_ND, NEIGHBOURS)
+    records: Record = {
+        "kid": {"value": distance.value, "std": distance.std},
+        "fid": {"value": fid(real_ND, fake_ND)},
+        "precision": {"value": manifold.precision},
+        "recall": {"value": manifold.recall},
+        "density": {"value": manifold.density},
+        "coverage": {"value": manifold.coverage},
+    }
+    probabilities = class_probabilities(fake_ND, extractor)
+    if probabilities is not None:
+        splits = max(1, min(10, len(fake_ND) // 100))
+        score = inception_score(probabilities, splits)
+        records["is"] = {"value": score.value, "std": score.std, "splits": splits}
+    return {f"{name}_{extractor.name}": {**record, **counts} for name, record in records.items()}
+
+
+def flatten(result: Record) -> dict[str, float]:
+    """The numbers alone, for a logger: {"kid_lite0": ..., "floor/kid_lite0": ..., "alignment/r_at_1": ...}."""
+    flat = {name: float(record["value"]) for name, record in result["metrics"].items()}
+    for part in ("metrics_at_floor_n", "floor", "floor_full"):
+        flat |= {f"{part}/{name}": float(record["value"]) for name, record in result.get(part, {}).items()}
+    for part in ("alignment", "alignment_real"):
+        if part in result:
+            flat |= {
+                f"{part}/{name}": float(result[part][name]) for name in ("cosine", "r_at_1", "right_beats_random")
+            }  # fmt: skip
+    return flat
+
+
+def format_report(result: Record) -> str:
+    """The result as a text table; KID is shown times 1000."""
+    columns = [
+        (title, result[part])
+        for title, part in (
+            ("all", "metrics"),
+            ("at floor count", "metrics_at_floor_n"),
+            ("floor", "floor"),
+            ("floor, full size", "floor_full"),
+        )
+        if part in result
+    ]
+    judge = result["extractor"]
+    lines = [f"judged by {judge['name']}: {judge['dim']} features, {judge['resize']}"]
+    lines.append(" " * 20 + "".join(f"{title:>22}" for title, _ in columns))
+    first = next(iter(result["metrics"]))
+    counts = [f"{part[first]['n_real']} / {part[first]['n_fake']}" for _, part in columns]
+    lines.append(f"{'images':<20}" + "".join(f"{count:>22}" for count in counts))
+    for name in result["metrics"]:
+        scale = 1000 if name.startswith("kid_") else 1
+        cells = []
+        for _, part in columns:
+            record = part[name]
+            spread = f" ± {record['std'] * scale:.2f}" if "std" in record else ""
+            cells.append(f"{record['value'] * scale:.3f}{spread}")
+        label = f"{name} x 1000" if scale == 1000 else name
+        lines.append(f"{label:<20}" + "".join(f"{cell:>22}" for cell in cells))
+    for part, title in (("alignment", "generated"), ("alignment_real", "real")):
+        if part in result:
+            score = result[part]
+            ceiling = score["ceiling"]["64px"]
+            lines.append(f"alignment of {score['n']} {title} images by {score['scorer']}: {_retrieval(score)}")
+            lines.append(f"  its ceiling, {ceiling['n']} real images of unseen concepts: {_retrieval(ceiling)}")
+    return "\n".join(lines)
+
+
+def _retrieval(score: Record) -> str:
+    return (
+        f"cosine {score['cosine']:.3f}, R@1 of {score['candidates']} {score['r_at_1']:.1%}, "
+        f"right beats random {score['right_beats_random']:.1%}"
+    )
+
+
+def folder_captions(folder: Path, files: Sequence[Path]) -> list[str] | None:
+    """Captions of `files` from FOLDER/metadata.jsonl (keys file_name, text); None when there is no such file.
+
+    Raises UserError naming a bad line or an image without caption.
+    """
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        return None
+    texts: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: not JSON ({error.msg}); expected one object per line") from error
+        for key in ("file_name", "text"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise UserError(f'{path} line {number}: "{key}" is missing or not a string')
+        texts[row["file_name"]] = row["text"]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    bare = [name for name in names if name not in texts]
+    if bare:
+        raise UserError(f"{path}: no line for {bare[0]} ({len(bare)} such images); add its file_name and text")
+    return [texts[name] for name in names]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.metrics.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("real", type=Path, metavar="REAL_DIR", help="folder of real images")
+    parser.add_argument("fake", type=Path, metavar="FAKE_DIR", help="folder of generated images")
+    parser.add_argument("--extractor", default="lite0", help="lite0 (default), lite0@SIZE or inception:PATH")
+    parser.add_argument("--real-extra", type=Path, help="second folder of real images: adds the floor at full size")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args(arguments)
+    judge = load_extractor(options.extractor, options.device)
+    files = {name: image_files(getattr(options, name)) for name in ("real", "fake")}
+    _require(len(files["real"]), 2 * MINIMUM, "real")
+    _require(len(files["fake"]), MINIMUM, "generated")
+    extra = None
+    if options.real_extra is not None:
+        extra = folder_features(image_files(options.real_extra), judge)
+    features = {name: folder_features(paths, judge) for name, paths in files.items()}
+    result = compare_features(features["real"], features["fake"], judge, real_extra_ND=extra)
+    captions = folder_captions(options.fake, files["fake"])
+    if captions is not None:
+        scorer = AlignmentScorer(device=options.device)
+        # The scorer's own judge is Lite0 at its training size, whatever judged the distribution.
+        shared = judge.name == scorer.images.name
+        seen = features["fake"] if shared else folder_features(files["fake"], scorer.images)
+        result["alignment"] = scorer.score_features(seen, captions)
+    print(format_report(result))
+    if options.json is not None:
+        partial = options.json.with_name(f".{options.json.name}.{os.getpid()}.partial")
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+            os.replace(partial, options.json)
+        except OSError as error:
+            raise UserError(f"{options.json}: cannot write the result ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    run_main(main)

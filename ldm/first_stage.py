@@ -1,0 +1,264 @@
+"""Training of the first stage: a reconstruction loss, a mild regulariser, and a patch discriminator (appendix G)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.errors import UserError
+from common.files import write_atomically
+from common.images import save_grid
+from common.metrics.image import psnr
+from common.training import EveryNSteps, build_trainer, latest_checkpoint, load_checkpoint
+from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
+from ldm.config import FirstStageConfig, TrainerConfig
+from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
+from ldm.perceptual import perceptual_distance
+
+
+def to_unit(image_uint8: Tensor) -> Tensor:
+    """uint8 images to float in [-1, 1]."""
+    return image_uint8.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float images in [-1, 1] to uint8, rounded and clamped."""
+    return x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def build_first_stage(config: FirstStageConfig, size: int, channels: int = 3) -> FirstStage:
+    """The autoencoder that the config describes (untrained)."""
+    if config.kind == "pixels":
+        return IdentityFirstStage(channels)
+    ddconfig = {
+        "double_z": config.kind == "kl",
+        "z_channels": config.z_channels,
+        "resolution": size,
+        "in_channels": channels,
+        "out_ch": channels,
+        "ch": config.ch,
+        "ch_mult": list(config.ch_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": list(config.attn_resolutions),
+        "dropout": 0.0,
+        "attn_type": "vanilla" if config.attention else "none",
+    }
+    if config.kind == "kl":
+        return AutoencoderKL(ddconfig, config.z_channels, config.norm_groups)
+    return VQModel(
+        ddconfig, config.z_channels, config.n_embed, legacy=config.legacy_beta, norm_groups=config.norm_groups
+    )
+
+
+class FirstStageTrainer(pl.LightningModule):
+    """Two optimisers, stepped by hand: autoencoder, then discriminator, on the same batch.
+
+    `step_count` counts autoencoder steps. Lightning's global_step counts both optimisers, which is why disc_start is
+    compared with the former (in the authors' code under newer Lightning versions disc_start arrives at half the steps).
+    """
+
+    def __init__(
+        self, autoencoder: AutoencoderKL | VQModel, config: FirstStageConfig, seed: int, batch_size: int
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.autoencoder, self.config, self.seed, self.batch_size = autoencoder, config, seed, batch_size
+        options: dict[str, Any] = {
+            "lpips": perceptual_distance(config.perceptual_trunk) if config.perceptual > 0 else None,
+            "perceptual_weight": config.perceptual,
+            "disc_start": config.disc_start,
+            "disc_weight": config.disc_weight,
+            "disc_loss": config.disc_loss,
+        }
+        self.discriminator = (
+            PatchDiscriminator(ndf=config.disc_width, n_layers=config.disc_layers) if config.disc_weight > 0 else None
+        )
+        self.loss: KLPerceptualLoss | VQPerceptualLoss
+        if isinstance(autoencoder, AutoencoderKL):
+            self.loss = KLPerceptualLoss(kl_weight=config.kl_weight, **options)
+        else:
+            self.loss = VQPerceptualLoss(n_embed=config.n_embed, **options)
+        self.register_buffer("_steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def step_count(self) -> int:
+        """Autoencoder steps done."""
+        return int(self._steps)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        networks = [self.autoencoder, self.discriminator]
+        return [
+            torch.optim.Adam(n.parameters(), lr=self.config.lr, betas=(0.5, 0.9)) for n in networks if n is not None
+        ]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        step = self.step_count
+        x_BCHW = to_unit(batch["image"])
+        optimizers: Any = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        regulariser: Any
+        if isinstance(self.autoencoder, AutoencoderKL):
+            regulariser = self.autoencoder.encode(x_BCHW)
+            generator = step_generator(self.seed, step, x_BCHW.device)
+            noise = torch.randn(self.batch_size, *regulariser.mean.shape[1:], generator=generator, device=x_BCHW.device)
+            mine = noise[self.trainer.global_rank :: self.trainer.world_size]
+            reconstruction = self.autoencoder.decode(regulariser.sample(mine))
+        else:
+            reconstruction, regulariser = self.autoencoder(x_BCHW)
+        if self.discriminator is not None:  # its parameters take no part in the autoencoder's step
+            self.discriminator.requires_grad_(False)
+        loss, logs = self.loss.autoencoder(
+            x_BCHW, reconstruction, regulariser, self.discriminator, self.autoencoder.last_layer, step
+        )
+        self._step(optimizers[0], loss, self.autoencoder.parameters())
+        if self.discriminator is not None and step >= self.config.disc_start:
+            self.discriminator.requires_grad_(True)
+            disc_loss, disc_logs = self.loss.discriminator(x_BCHW, reconstruction.detach(), self.discriminator, step)
+            self._step(optimizers[1], disc_loss, self.discriminator.parameters())
+            logs = {**logs, **disc_logs}
+        self._steps += 1
+        self.log_dict({f"first_stage/{k}": v for k, v in logs.items()} | {"step_count": float(step)})
+        return loss.detach()
+
+    def _step(self, optimizer: Any, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def load_first_stage(path: Path, config: FirstStageConfig, size: int) -> FirstStage:
+    """Weights from .safetensors or .ckpt in the authors' names, or from a diffusers `vae/` directory."""
+    if path.is_dir():
+        from ldm.convert import autoencoder_from_diffusers_dir
+
+        return autoencoder_from_diffusers_dir(path)
+    model = build_first_stage(config, size)
+    if not path.is_file():
+        raise UserError(f"first_stage.weights {path}: no such file or directory")
+    state = load_file(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    state = state.get("state_dict", state)
+    state = {k: v for k, v in state.items() if not k.startswith("loss.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        example = (missing or unexpected)[0]
+        raise UserError(
+            f"first_stage.weights {path} does not fit the first_stage options: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unexpected (for example {example})"
+        )
+    return model
+
+
+def train_first_stage(
+    config: FirstStageConfig,
+    trainer_config: TrainerConfig,
+    images: TensorTable,
+    size: int,
+    folder: Path,
+    seed: int,
+    resume: bool = True,
+    callbacks: list[pl.Callback] | None = None,
+    save: bool = True,
+) -> FirstStage:
+    """Train (or load) the first stage; returns it in eval mode with gradients off.
+
+    Args:
+        images: table with a uint8 column `image` [N, 3, H, W].
+        folder: gets `first_stage.safetensors`, logs, checkpoints and reconstruction grids.
+    """
+    weights = folder / "first_stage.safetensors"
+    if config.kind == "pixels":
+        return IdentityFirstStage()
+    if config.weights:
+        return freeze(load_first_stage(Path(config.weights), config, size))
+    if resume and save and weights.is_file():
+        return freeze(load_first_stage(weights, config, size))
+    torch.manual_seed(seed)
+    model = build_first_stage(config, size)
+    assert isinstance(model, (AutoencoderKL, VQModel))
+    module = FirstStageTrainer(model, config, seed, config.batch_size)
+    preview = images.columns["image"][:16]
+
+    def draw(step: int) -> None:
+        with torch.no_grad():
+            restored = model.decode_latent(model.encode_latent(to_unit(preview.to(module.device))))
+        save_grid(
+            torch.cat([preview, to_uint8(restored).cpu()]),
+            folder / "samples" / f"reconstruction_{step:06d}.png",
+            columns=16,
+        )
+
+    optimisers_per_step = 1 if config.disc_weight <= 0 else 2
+    trainer = build_trainer(
+        folder,
+        steps=optimisers_per_step * config.steps,
+        batch_size=config.batch_size,
+        precision=trainer_config.precision if trainer_config.precision != "16-mixed" else "bf16-mixed",
+        accelerator=trainer_config.accelerator,
+        devices=trainer_config.devices,
+        num_nodes=trainer_config.num_nodes,
+        strategy=_with_unused(trainer_config.strategy),
+        checkpoint_every=trainer_config.checkpoint_every,
+        log_every=trainer_config.log_every,
+        progress=trainer_config.progress,
+        logs=save,
+        callbacks=[
+            StopAtCount(config.steps),
+            *([EveryNSteps(max(1, config.steps // 4), draw)] if save else []),
+            *(callbacks or []),
+        ],
+    )
+    data = StepDataModule(images, config.batch_size, config.steps, seed)
+    checkpoint = latest_checkpoint(folder) if resume and save else None
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    if save and trainer.is_global_zero:
+        draw(config.steps)
+        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        write_atomically(weights, lambda temporary: save_file(state, str(temporary)))
+    return freeze(model.cpu())
+
+
+def _with_unused(strategy: str) -> str:
+    """The discriminator has no gradient before disc_start, which plain DDP would wait for."""
+    return "ddp_find_unused_parameters_true" if strategy == "ddp" else strategy
+
+
+class StopAtCount(pl.Callback):
+    """Ends training after `steps` autoencoder steps (global_step counts both optimisers)."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if pl_module.step_count >= self.steps:
+            trainer.should_stop = True
+
+
+def freeze(model: FirstStage) -> FirstStage:
+    return model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def reconstruct(model: FirstStage, images_uint8: Tensor, batch_size: int = 100) -> Tensor:
+    """Encode and decode uint8 images [N, 3, H, W]; deterministic (posterior mean)."""
+    parts = []
+    for x in images_uint8.split(batch_size):
+        moments = model.moments(to_unit(x))
+        mean = moments.chunk(2, dim=1)[0] if isinstance(model, AutoencoderKL) else moments
+        parts.append(to_uint8(model.decode_latent(mean)))
+    return torch.cat(parts)
+
+
+def first_stage_metrics(model: FirstStage, images_uint8: Tensor) -> dict[str, float]:
+    """PSNR of the reconstructions and the standard deviation of the latents."""
+    restored = reconstruct(model, images_uint8)
+    with torch.no_grad():
+        latents = model.encode_latent(to_unit(images_uint8[:200]))
+    return {"psnr": float(psnr(restored, images_uint8).mean()), "latent_std": float(latents.std())}

@@ -1,0 +1,316 @@
+"""Fused GroupNorm+SiLU: the Triton kernels against float64 torch, interpreted on CPU and native on a GPU.
+
+TRITON_INTERPRET must be set before Triton is imported and must not be set where kernels are compiled, so this file is
+also a program, `python -m tests.common.test_kernel_group_norm_silu interpret|compile`, that the tests start once for
+each in a process of its own; it prints its findings as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels import group_norm_silu as kernel
+from common.kernels.group_norm_silu import group_norm_silu
+from common.paths import REPOSITORY
+
+SHARED_MEMORY_HOPPER = 227 * 1024
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    groups: int
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    tile: int | None = None  # cut groups into tiles this small, so that a small tensor takes the multi-program path
+    offset: float = 0.0  # mean of the input in units of its spread
+
+
+CASES = {
+    "one_tile": Case((2, 12, 5, 7), 4),
+    "one_tile_channels_last": Case((2, 12, 5, 7), 4, channels_last=True),
+    "odd_size_in_many_tiles": Case((2, 12, 9, 7), 3, tile=16),
+    "odd_size_in_many_tiles_channels_last": Case((2, 12, 9, 7), 3, channels_last=True, tile=16),
+    "several_splits_of_several_tiles": Case((1, 4, 37, 29), 2, tile=16),
+    "one_channel_per_group": Case((2, 3, 6, 6), 3),
+    "one_group": Case((1, 5, 4, 3), 1, tile=32),
+    "no_spatial_dimension": Case((3, 8), 2),
+    "sequence": Case((2, 6, 11), 3),
+    "volume": Case((1, 4, 3, 3, 5), 2, channels_last=True),
+    "mean_far_above_spread": Case((1, 4, 8, 8), 2, tile=32, offset=300.0),
+    "float16": Case((2, 12, 5, 7), 4, torch.float16),
+    "float16_many_tiles": Case((2, 12, 9, 7), 3, torch.float16, tile=64),
+    "bfloat16": Case((2, 12, 5, 7), 4, torch.bfloat16),
+    "bfloat16_many_tiles": Case((2, 12, 9, 7), 3, torch.bfloat16, tile=64),
+}
+# Largest error beside the largest value; the interpreter cuts bfloat16 off instead of rounding it.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.shape, generator=generator) + case.offset
+    dy = torch.randn(case.shape, generator=generator)
+    weight = 1 + 0.5 * torch.randn(case.shape[1], generator=generator)
+    bias = torch.randn(case.shape[1], generator=generator)
+    if case.channels_last:
+        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        x = x.contiguous(memory_format=layout)
+    return x.to(device, case.dtype), weight.to(device), bias.to(device), dy.to(device, case.dtype)
+
+
+def errors(case: Case, device: str) -> dict[str, Any]:
+    """Relative errors of output and gradients against float64, and whether the layout was kept."""
+    limits = kernel.WHOLE_GROUP_LIMIT, kernel.TILE
+    if case.tile is not None:
+        kernel.WHOLE_GROUP_LIMIT, kernel.TILE = case.tile, case.tile
+    try:
+        *inputs, dy = _inputs(case, device)
+        x, weight, bias = (t.requires_grad_() for t in inputs)
+        y = group_norm_silu(x, case.groups, weight, bias)
+        ours = (y, *torch.autograd.grad(y, (x, weight, bias), dy))
+    finally:
+        kernel.WHOLE_GROUP_LIMIT, kernel.TILE = limits
+    x, weight, bias = (t.detach().double().requires_grad_() for t in inputs)
+    exact = F.silu(F.group_norm(x, case.groups, weight, bias))
+    expected = (exact, *torch.autograd.grad(exact, (x, weight, bias), dy.double()))
+    found = {
+        name: ((a.double() - b).abs().max() / b.abs().max()).item()
+        for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, expected, strict=True)
+    }
+    return {
+        "errors": found,
+        "strides_kept": y.stride() == inputs[0].stride() == ours[1].stride(),
+        "dtypes": [str(t.dtype) for t in ours],
+        "used_kernels": "GroupNormSilu" in type(y.grad_fn).__name__ or "group_norm_silu" in y.grad_fn.name(),
+    }
+
+
+def _opcheck(device: str) -> dict[str, str]:
+    results = {}
+    for name in ("one_tile_channels_last", "bfloat16"):
+        x, weight, bias, _ = _inputs(CASES[name], device)
+        args = (x.requires_grad_(), CASES[name].groups, weight.requires_grad_(), bias.requires_grad_(), 1e-5)
+        for check, outcome in torch.library.opcheck(kernel._op, args, raise_exception=False).items():
+            results[f"{name}.{check}"] = str(outcome)
+    return results
+
+
+def _compiles_without_graph_break(device: str) -> float:
+    case = CASES["one_tile"]
+    x, weight, bias, _ = _inputs(case, device)
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * group_norm_silu(x, case.groups, weight, bias)
+
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    return (compiled(x) - double(x)).abs().max().item()
+
+
+def _interpret() -> dict[str, Any]:
+    """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
+    strided = torch.randn(2, 6, 4, 8)[..., ::2]
+    weight, bias = torch.randn(6), torch.randn(6)
+    return {
+        "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
+        "opcheck": _opcheck("cpu"),
+        "compile_difference": _compiles_without_graph_break("cpu"),
+        "strided_error": (group_norm_silu(strided, 3, weight, bias) - F.silu(F.group_norm(strided, 3, weight, bias)))
+        .abs()
+        .max()
+        .item(),
+    }
+
+
+def _compile_for_hopper() -> dict[str, dict[str, Any]]:
+    """Ahead-of-time compilation of every kernel for sm_90, as the launches specialise it; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    whole = kernel.geometry(128, 128, False)  # the largest group that is one tile
+    vae = kernel.geometry(4, 512 * 512, False)
+    last = kernel.geometry(10, 64 * 64, True)
+    assert whole.whole and not vae.whole and not last.whole
+    builds = {
+        "_forward_whole": (kernel._forward_whole, whole, False),
+        "_backward_whole": (kernel._backward_whole, whole, False),
+        "_forward_sums": (kernel._forward_sums, vae, False),
+        "_forward_split": (kernel._forward_split, vae, False),
+        "_backward_sums": (kernel._backward_sums, last, True),
+        "_backward_split": (kernel._backward_split, last, True),
+    }
+    findings = {}
+    for name, (function, geo, channels_last) in builds.items():
+        parts = triton.next_power_of_2(geo.c_tiles * geo.splits)
+        constants = {
+            "BLOCK_C": geo.block_c,
+            "BLOCK_HW": geo.block_hw,
+            "PARTS": parts,
+            "GROUP_C": 16,
+            "SPLITS": triton.next_power_of_2(geo.splits),
+            "stride_c" if channels_last else "stride_hw": 1,
+        }
+        constants = {key: value for key, value in constants.items() if key in function.arg_names}
+        signature = {
+            argument: "constexpr" if argument in constants else _aot_type(argument) for argument in function.arg_names
+        }
+        # What a launch at such a shape promises: pointers and strides that are multiples of 16.
+        aligned = [
+            key for key in function.arg_names if key.endswith("_ptr") or key in ("positions", "stride_c", "stride_hw")
+        ]
+        divisible = {
+            (function.arg_names.index(key),): [["tt.divisibility", 16]] for key in aligned if key not in constants
+        }
+        built = triton.compile(
+            ASTSource(function, signature, constants, divisible),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": geo.warps},
+        )
+        findings[name] = {
+            "channels_last": channels_last,
+            "shared": built.metadata.shared,
+            "cubin_bytes": len(built.asm["cubin"]),
+            "wide_loads": "ld.global.v4.b32" in built.asm["ptx"],
+        }
+    return findings
+
+
+def _aot_type(argument: str) -> str:
+    if argument in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"):
+        return "*bf16"
+    if argument.endswith("_ptr"):
+        return "*fp32"
+    return "fp32" if argument == "eps" else "i32"
+
+
+def _run(mode: str) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if mode == "interpret":
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.common.test_kernel_group_norm_silu", mode],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    return _run("interpret")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dict[str, Any], name: str) -> None:
+    _assert_matches(interpreted["cases"][name], CASES[name])
+
+
+def _assert_matches(found: dict[str, Any], case: Case) -> None:
+    assert found["used_kernels"], "the plain torch path ran instead of the kernels"
+    # float32 itself loses `offset` times its precision when the mean is subtracted
+    tolerance = TOLERANCE[case.dtype] * max(1.0, case.offset / 10)
+    for tensor, error in found["errors"].items():
+        assert error < tolerance, f"{tensor}: relative error {error:.1e} >= {tolerance:.1e}"
+    assert found["strides_kept"]
+    assert found["dtypes"] == [str(case.dtype), str(case.dtype), "torch.float32", "torch.float32"]
+
+
+def test_the_op_obeys_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
+    assert interpreted["opcheck"]
+    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+
+
+def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
+    assert interpreted["compile_difference"] < 1e-6
+
+
+def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
+    assert interpreted["strided_error"] < 1e-5
+
+
+def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    findings = _run("compile")
+    assert len(findings) == 6
+    for name, found in findings.items():
+        assert found["cubin_bytes"] > 0, name
+        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+        assert found["wide_loads"] or found["channels_last"], f"{name} does not read 16 bytes a thread from NCHW"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cpu_the_public_function_is_the_plain_torch_expression(dtype: torch.dtype) -> None:
+    x, weight, bias, _ = _inputs(Case((2, 8, 3, 5), 4, dtype), "cpu")
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    y = group_norm_silu(x.requires_grad_(), 4, weight, bias, eps=1e-3)
+    assert torch.equal(y, F.silu(F.group_norm(x, 4, weight, bias, 1e-3)))
+    assert y.grad_fn is not None and "Silu" in y.grad_fn.name()
+
+
+def test_on_cpu_second_derivatives_exist() -> None:
+    x, weight, bias, _ = _inputs(Case((1, 4, 3, 3), 2), "cpu")
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    assert torch.autograd.gradgradcheck(lambda *t: group_norm_silu(t[0], 2, t[1], t[2]), (x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 2), (3, 4), (1, 4, 5)])
+def test_closed_form_gradient_passes_gradcheck_in_float64(shape: tuple[int, ...]) -> None:
+    x, weight, bias, _ = _inputs(Case(shape, 2), "cpu")
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *t: kernel._op(t[0], 2, t[1], t[2], 1e-5)[0], (x, weight, bias))
+
+
+def test_cpu_autocast_keeps_the_input_dtype() -> None:
+    x, weight, bias, _ = _inputs(Case((2, 8, 3, 5), 4, torch.bfloat16), "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert group_norm_silu(x, 4, weight, bias).dtype == torch.bfloat16
+
+
+def test_geometry_covers_every_element_once() -> None:
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    for channels, positions in [(4, 512 * 512), (10, 4096), (40, 64), (60, 1024), (7, 4099), (1, 2**20), (4096, 9)]:
+        for channels_last in (False, True):
+            geo = kernel.geometry(channels, positions, channels_last)
+            assert (geo.c_tiles - 1) * geo.block_c < channels <= geo.c_tiles * geo.block_c
+            step = geo.tiles_per_split * geo.block_hw
+            assert (geo.splits - 1) * step < positions <= geo.splits * step
+            assert geo.block_c * geo.block_hw <= (kernel.WHOLE_GROUP_LIMIT if geo.whole else kernel.TILE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
+    _assert_matches(errors(CASES[name], "cuda"), CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(2, 320, 64, 64), (2, 1280, 8, 8), (1, 128, 512, 512), (2, 1920, 16, 16)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_native_kernels_match_float64_at_stable_diffusions_shapes(shape: tuple[int, ...], channels_last: bool) -> None:
+    case = Case(shape, 32, torch.bfloat16, channels_last)
+    _assert_matches(errors(case, "cuda"), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_native_op_obeys_the_rules_of_torch_library() -> None:
+    assert set(_opcheck("cuda").values()) == {"SUCCESS"}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"interpret": _interpret, "compile": _compile_for_hopper}[sys.argv[1]]()))

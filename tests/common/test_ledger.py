@@ -1,0 +1,178 @@
+"""The claims ledger: what is recorded, when a claim holds, and that targets cannot move."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import ledger
+from common.errors import UserError
+from common.ledger import (
+    Claim,
+    Condition,
+    PaperValue,
+    Target,
+    bench_row,
+    check_targets,
+    peak_memory,
+    record,
+    write_claims,
+    write_rows,
+)
+
+CLAIM = Claim(
+    id="L1",
+    statement="A latent model beats a pixel model at equal time.",
+    paper=PaperValue("FID 38 lower", "Fig. 6"),
+    target=Target("FD at least 15 % lower", "fd_drop", ">=", 0.15, (Condition("speedup", ">", 4.0),)),
+    tier="small",
+)
+GOOD = [{"fd_drop": 0.1, "speedup": 5.0}, {"fd_drop": 0.2, "speedup": 9.0}, {"fd_drop": 0.3, "speedup": 10.0}]
+
+
+def test_record_has_the_keys_of_the_design() -> None:
+    rec = record(CLAIM, GOOD, seconds=12, peak_memory_bytes=1000)
+    assert list(rec) == [
+        "id", "statement", "paper", "target", "measured", "mean", "std", "holds", "tier", "seconds",
+        "peak_memory_bytes", "hardware", "versions", "commit",
+    ]  # fmt: skip
+    assert rec["paper"] == {"value": "FID 38 lower", "source": "Fig. 6"}
+    assert rec["measured"][1] == {"seed": 1, "fd_drop": 0.2, "speedup": 9.0}
+    assert rec["versions"]["torch"] == torch.__version__
+    assert json.loads(json.dumps(rec)) == rec
+
+
+def test_mean_and_sample_deviation_are_those_of_the_headline_metric() -> None:
+    rec = record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)
+    assert rec["mean"] == pytest.approx(0.2)
+    assert rec["std"] == pytest.approx(0.1)  # n - 1
+    assert rec["holds"] is True
+
+
+def test_claim_fails_when_only_a_further_condition_fails() -> None:
+    slow = [{**row, "speedup": 3.0} for row in GOOD]
+    assert record(CLAIM, slow, seconds=1, peak_memory_bytes=1)["holds"] is False
+
+
+@pytest.mark.parametrize(("op", "holds"), [(">=", True), ("<=", True), (">", False), ("<", False)])
+def test_comparison_at_the_threshold(op: ledger.Op, holds: bool) -> None:
+    claim = replace(CLAIM, target=Target("", "x", op, 0.5))
+    assert record(claim, [0.5, 0.5, 0.5], seconds=1, peak_memory_bytes=1)["holds"] is holds
+
+
+def test_small_tier_refuses_fewer_than_three_different_seeds() -> None:
+    with pytest.raises(UserError, match="at least 3 different seeds, got 2"):
+        record(CLAIM, GOOD[:2], seconds=1, peak_memory_bytes=1)
+    with pytest.raises(UserError, match="got 2"):
+        record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1, seeds=[0, 1, 1])
+    assert record(replace(CLAIM, tier="smoke"), GOOD[:1], seconds=1, peak_memory_bytes=1)["std"] == 0.0
+
+
+def test_a_diverged_seed_is_recorded_as_null_and_the_claim_does_not_hold(tmp_path: Path) -> None:
+    rec = record(CLAIM, [*GOOD[:2], {"fd_drop": float("nan"), "speedup": 9.0}], seconds=1, peak_memory_bytes=1)
+    assert rec["measured"][2]["fd_drop"] is None
+    assert (rec["mean"], rec["std"], rec["holds"]) == (None, None, False)
+    write_claims(tmp_path / "ldm.json", [rec])
+
+
+def test_missing_metric_is_named() -> None:
+    with pytest.raises(UserError, match="metric 'speedup' was not measured for seed 2"):
+        record(CLAIM, [*GOOD[:2], {"fd_drop": 0.1}], seconds=1, peak_memory_bytes=1)
+
+
+def test_unknown_tier_and_comparison_are_refused() -> None:
+    with pytest.raises(UserError, match="tier 'huge'"):
+        replace(CLAIM, tier="huge")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="comparison '=='"):
+        replace(CLAIM, target=Target("", "x", "==", 1.0))  # type: ignore[arg-type]
+
+
+def test_claims_merge_by_id_and_tier_in_natural_order(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ldm.json"
+    small = record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)
+    write_claims(path, [record(replace(CLAIM, id="L10"), GOOD, seconds=1, peak_memory_bytes=1), small])
+    write_claims(path, [record(replace(CLAIM, tier="smoke"), GOOD[:1], seconds=1, peak_memory_bytes=1)])
+    write_claims(path, [{**small, "seconds": 99.0}])
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    assert [(c["id"], c["tier"]) for c in claims] == [("L1", "smoke"), ("L1", "small"), ("L10", "small")]
+    assert claims[1]["seconds"] == 99.0
+    assert [p.name for p in path.parent.iterdir()] == ["ldm.json"]  # no temporary file stays
+
+
+def test_a_changed_target_is_refused_before_and_after_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "ldm.json"
+    write_claims(path, [record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)])
+    before = path.read_bytes()
+    easier = replace(CLAIM, target=replace(CLAIM.target, value=0.05))
+    fewer = replace(CLAIM, target=replace(CLAIM.target, conditions=()))
+    reworded = replace(CLAIM, target=replace(CLAIM.target, text="FD lower by 15 % or more"))
+    for changed in (easier, fewer):
+        with pytest.raises(UserError, match=r"L1 .small. is on record with another target"):
+            check_targets(path, [changed])
+        with pytest.raises(UserError, match="another target"):
+            write_claims(path, [record(changed, GOOD, seconds=1, peak_memory_bytes=1)])
+    assert path.read_bytes() == before
+    check_targets(path, [CLAIM, reworded, replace(easier, id="L1b")])
+    check_targets(tmp_path / "absent.json", [easier])
+
+
+def test_a_broken_results_file_is_named_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "ldm.json"
+    for text in ("{", "[]", '{"claims": 3}'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"ldm\.json"):
+            write_claims(path, [record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)])
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_bench_ratio_above_one_is_better_for_us_in_either_direction(tmp_path: Path) -> None:
+    faster = bench_row("training", 13.0, 10.0, "images/s", target=1.3)
+    lighter = bench_row("memory", 2.0, 4.0, "GiB", target=1.0, higher_is_better=False)
+    assert list(faster) == ["name", "ours", "peer", "unit", "ratio", "target", "holds", "hardware", "commit"]
+    assert (faster["ratio"], faster["holds"]) == (pytest.approx(1.3), True)
+    assert (lighter["ratio"], lighter["holds"]) == (2.0, True)
+    assert bench_row("training", 12.0, 10.0, "images/s", target=1.3)["holds"] is False
+    assert bench_row("peak", 1.0, 2.0, "TFLOP/s")["holds"] is None
+    with pytest.raises(UserError, match="must be positive"):
+        bench_row("training", 0.0, 10.0, "images/s")
+
+    path = tmp_path / "bench_ldm.json"
+    write_rows(path, [faster, lighter])
+    write_rows(path, [{**faster, "ours": 14.0}, {**faster, "hardware": "another machine"}])
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["name"], row["ours"]) for row in rows] == [("training", 14.0), ("memory", 2.0), ("training", 13.0)]
+
+
+def test_commit_is_marked_dirty_by_code_but_not_by_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert ledger.commit() == "unknown"
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1\n", encoding="utf-8")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    clean = ledger.commit()
+    assert len(clean) == 12
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "ldm.json").write_text("{}", encoding="utf-8")
+    assert ledger.commit() == clean
+    (tmp_path / "code.py").write_text("2\n", encoding="utf-8")
+    assert ledger.commit() == f"{clean}-dirty"
+
+
+def test_peak_memory_counts_bytes() -> None:
+    assert 2**24 < peak_memory() < 2**44  # a process with torch loaded: more than 16 MiB
+
+
+def test_hardware_names_the_machine_in_one_line() -> None:
+    line = ledger.hardware()
+    assert "core" in line and "\n" not in line

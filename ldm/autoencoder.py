@@ -20,21 +20,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.kernels.group_norm_silu import group_norm_silu
+from ldm.norm import group_count, limit_groups
 
 GROUP_NORM_EPS = 1e-6  # the first stage's; the UNet's is 1e-5
-
-
-def group_count(channels: int, most: int = 32) -> int:
-    """`most` (32 in every published network) where it divides the width, else the largest divisor below it."""
-    return next(groups for groups in range(min(most, channels), 0, -1) if channels % groups == 0)
-
-
-def limit_groups(network: nn.Module, most: int) -> None:
-    """Give every GroupNorm at most `most` groups. Narrow networks need fewer than 32: with one channel a group the norm
-    removes each channel's mean, and flat areas cannot be told apart."""
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = group_count(module.num_channels, most)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from common.errors import UserError, run_main
 from ldm.autoencoder import AutoencoderKL, VQModel
-from ldm.model import UNet, norm_groups
+from ldm.model import UNet
+from ldm.norm import group_count
 
 StateDict = dict[str, Tensor]
 Names = list[tuple[str, str]]
@@ -80,8 +81,8 @@ def _nested(ours: str, theirs: str, names: Names) -> Names:
     return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in names]
 
 
-def _single_group_count(widths: Iterable[int], what: str) -> int:
-    groups = {norm_groups(width) for width in widths}
+def _single_group_count(widths: Iterable[int], what: str, most: int = 32) -> int:
+    groups = {group_count(width, most) for width in widths}
     if len(groups) != 1:
         raise UserError(
             f"{what}: its GroupNorms use {sorted(groups)} groups, diffusers has one number for all; "
@@ -234,7 +235,8 @@ def unet_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if config.get("resblock_updown"):
         raise UserError("diffusers' U-Nets have no counterpart of resblock_updown with these weights; keep --to ours")
     norm_keys = (".in_layers.0.weight", ".out_layers.0.weight", "out.0.weight", ".1.norm.weight")
-    groups = _single_group_count((len(v) for k, v in state.items() if k.endswith(norm_keys)), "U-Net")
+    norm_widths = (len(v) for k, v in state.items() if k.endswith(norm_keys))
+    groups = _single_group_count(norm_widths, "U-Net", config.get("norm_groups", 32))
     widths = [m * config["model_channels"] for m in config["channel_mult"]]
     if widths[0] != config["model_channels"]:
         raise UserError(f"diffusers needs channel_mult to begin with 1, got {config['channel_mult']}")
@@ -386,15 +388,15 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
             raise UserError(f"unet/config.json: heads {list(heads)} have neither one number nor one width")
     else:
         ours["num_heads"] = heads
-    groups = config.get("norm_num_groups", 32)
+    groups = ours["norm_groups"] = config.get("norm_num_groups", 32)
     names, plain = _unet_names(ours)
     for a, b in plain:
         names += _nested(a, b, _ATTENTION_NAMES)
     renamed = _rename(state, _swap(names), "U-Net")
     norm_keys = (".in_layers.0.weight", ".out_layers.0.weight", "out.0.weight", ".1.norm.weight")
     for key, value in renamed.items():
-        if key.endswith(norm_keys) and norm_groups(len(value)) != groups:
-            raise UserError(f"unet/config.json: norm_num_groups={groups}, expected {norm_groups(len(value))}")
+        if key.endswith(norm_keys) and len(value) % groups:
+            raise UserError(f"unet/config.json: norm_num_groups={groups} does not divide the width {len(value)}")
         if key.endswith((".proj_in.weight", ".proj_out.weight")) and spatial and value.ndim == 2:
             renamed[key] = value[:, :, None, None]  # use_linear_projection
     for a, _ in plain:
@@ -482,7 +484,7 @@ _FIRST_ATTENTION_WEIGHT = re.compile(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$
 
 
 def first_stage_to_diffusers(
-    state: Mapping[str, Tensor], scale_factor: float = 1.0, resolution: int = 256
+    state: Mapping[str, Tensor], scale_factor: float = 1.0, resolution: int = 256, norm_groups: int = 32
 ) -> tuple[StateDict, dict[str, Any]]:
     """Weights and config.json of diffusers' AutoencoderKL or VQModel with the same function.
 
@@ -497,7 +499,8 @@ def first_stage_to_diffusers(
     if config["kind"] == "kl" and config["embed_dim"] != ddconfig["z_channels"]:
         raise UserError("diffusers' AutoencoderKL needs embed_dim equal to z_channels")
     attends = [resolution // 2**i in ddconfig["attn_resolutions"] for i in range(len(mults))]
-    groups = _single_group_count((len(v) for k, v in state.items() if re.search(r"norm\w*\.weight$", k)), "first stage")
+    widths = (len(v) for k, v in state.items() if re.search(r"norm\w*\.weight$", k))
+    groups = _single_group_count(widths, "first stage", norm_groups)
     names = _first_stage_names(len(mults), ddconfig["num_res_blocks"], attends)
     flat = {k: v.flatten(1) if _FIRST_ATTENTION_WEIGHT.search(k) else v for k, v in state.items()}
     theirs: dict[str, Any] = {
@@ -543,10 +546,10 @@ def first_stage_from_diffusers(
     ours = _rename(renamed_old, _swap(names), "first stage")
     ours = {k: v[:, :, None, None] if v.ndim == 2 and _FIRST_ATTENTION_WEIGHT.search(k) else v for k, v in ours.items()}
     groups = config.get("norm_num_groups", 32)
-    if any(norm_groups(len(v)) != groups for k, v in ours.items() if re.search(r"norm\w*\.weight$", k)):
-        raise UserError(f"vae/config.json: norm_num_groups={groups} is not the paper's (32, or the width's divisor)")
-    size = config.get("sample_size") or 256
-    return ours, {**infer_first_stage_config(ours, size), "scale_factor": config.get("scaling_factor", 1.0)}
+    if any(len(v) % groups for k, v in ours.items() if re.search(r"norm\w*\.weight$", k)):
+        raise UserError(f"vae/config.json: norm_num_groups={groups} does not divide every width")
+    found = infer_first_stage_config(ours, config.get("sample_size") or 256)
+    return ours, {**found, "norm_groups": groups, "scale_factor": config.get("scaling_factor", 1.0)}
 
 
 def _tau_names(layers: int) -> Names:
@@ -759,9 +762,10 @@ def autoencoder_from_diffusers_dir(path: Path) -> AutoencoderKL | VQModel:
     state, config = first_stage_from_diffusers(*read_component(path))
     model: AutoencoderKL | VQModel
     if config["kind"] == "kl":
-        model = AutoencoderKL(config["ddconfig"], config["embed_dim"])
+        model = AutoencoderKL(config["ddconfig"], config["embed_dim"], config["norm_groups"])
     else:
-        model = VQModel(config["ddconfig"], config["embed_dim"], config["n_embed"])
+        groups = config["norm_groups"]
+        model = VQModel(config["ddconfig"], config["embed_dim"], config["n_embed"], norm_groups=groups)
     model.load_state_dict(state)
     return model
 
@@ -973,7 +977,9 @@ def write_pipeline(
     """
     scheduler = scheduler_config(beta_start, beta_end, timesteps, prediction)
     unet_weights, unet_config = unet_to_diffusers(unet.state_dict(), {**unet.config, "image_size": sample_size})
-    vae_weights, vae_config = first_stage_to_diffusers(vae.state_dict(), scaling_factor, sample_size * vae.downsampling)
+    vae_weights, vae_config = first_stage_to_diffusers(
+        vae.state_dict(), scaling_factor, sample_size * vae.downsampling, vae.norm_groups
+    )
     vae_config["force_upcast"] = False
     text_weights = {k: v.detach().cpu() for k, v in text_encoder.state_dict().items()}
     if "pooler.dense.weight" not in text_weights:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.kernels.group_norm_silu import group_norm_silu
+from ldm.norm import group_count, limit_groups
 
 M = TypeVar("M", bound=nn.Module)
 ConditioningKey = Literal["concat", "crossattn", "hybrid", "adm"]
@@ -34,18 +35,20 @@ def timestep_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Te
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
-def norm_groups(channels: int) -> int:
-    """32 groups as in the paper's networks; for widths that 32 does not divide, the largest divisor below it."""
-    return next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
-
-
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    return nn.GroupNorm(norm_groups(channels), channels, eps=eps)
+    return nn.GroupNorm(group_count(channels), channels, eps=eps)
 
 
 def _norm_silu(x_BCHW: Tensor, norm: nn.Module) -> Tensor:
     assert isinstance(norm, nn.GroupNorm)
     return group_norm_silu(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _norm(x_BCHW: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm alone; float32 on CPUs under autocast, whose bfloat16 kernel is several times slower."""
+    if x_BCHW.device.type == "cpu" and norm.weight.dtype == torch.float32:
+        x_BCHW = x_BCHW.float()
+    return norm(x_BCHW)
 
 
 def _zero(module: M) -> M:
@@ -71,10 +74,22 @@ def _grid(x_BLD: Tensor, like_BCHW: Tensor) -> Tensor:
     return x_BLD.transpose(1, 2).reshape(batch, -1, height, width)
 
 
+def softmax_attention(q_BKLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+    """Attention per head with scale (head width)^-1/2, [B, K, L, D]; on CPUs always in float32.
+
+    PyTorch's CPU kernel for the backward pass in bfloat16 is many times slower than in float32.
+    """
+    if q_BKLD.device.type != "cpu" or q_BKLD.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q_BKLD, k_BKLD, v_BKLD)
+    with torch.autocast("cpu", enabled=False):
+        out_BKLD = F.scaled_dot_product_attention(q_BKLD.float(), k_BKLD.float(), v_BKLD.float())
+    return out_BKLD.to(q_BKLD.dtype)
+
+
 def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int) -> Tensor:
     """Multi-head softmax attention with scale (head width)^-1/2; inputs and output [B, L, D]."""
     q_BKLD, k_BKLD, v_BKLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q_BLD, k_BLD, v_BLD))
-    return F.scaled_dot_product_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
+    return softmax_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
 
 
 class Downsample(nn.Module):
@@ -173,9 +188,9 @@ class AttentionBlock(nn.Module):
         return self._forward(x_BCHW)
 
     def _forward(self, x_BCHW: Tensor) -> Tensor:
-        qkv_BLD = _pointwise(_tokens(self.norm(x_BCHW)), self.qkv)
+        qkv_BLD = _pointwise(_tokens(_norm(x_BCHW, self.norm)), self.qkv)
         q_BKLD, k_BKLD, v_BKLD = qkv_BLD.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
-        h_BLD = F.scaled_dot_product_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
+        h_BLD = softmax_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
         return x_BCHW + _grid(_pointwise(h_BLD, self.proj_out), x_BCHW)
 
 
@@ -268,7 +283,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = _zero(nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor | None = None) -> Tensor:
-        h_BLD = _pointwise(_tokens(self.norm(x_BCHW)), self.proj_in)
+        h_BLD = _pointwise(_tokens(_norm(x_BCHW, self.norm)), self.proj_in)
         for block in self.transformer_blocks:
             h_BLD = block(h_BLD, context_BLD)
         return _grid(_pointwise(h_BLD, self.proj_out), x_BCHW) + x_BCHW
@@ -339,6 +354,7 @@ class UNet(nn.Module):
       legacy                     head width channels // number of heads even when num_head_channels is given
       image_size                 nominal latent side; recorded only, the network runs on any size
       use_checkpoint             recompute activations of blocks in the backward pass to save memory
+      norm_groups                most groups of a GroupNorm (32 in every published network)
     """
 
     def __init__(
@@ -361,6 +377,7 @@ class UNet(nn.Module):
         legacy: bool = True,
         image_size: int | None = None,
         use_checkpoint: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         if num_heads == -1 and num_head_channels == -1:
@@ -375,6 +392,7 @@ class UNet(nn.Module):
         # What convert.py needs to describe the network to diffusers: the head layout cannot be read off the weights.
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
+            "norm_groups": norm_groups,
             "model_channels": model_channels,
             "out_channels": out_channels,
             "num_res_blocks": num_res_blocks,
@@ -431,6 +449,7 @@ class UNet(nn.Module):
                 output_blocks.append(Stage(*layers))
         self.output_blocks = nn.ModuleList(output_blocks)
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), _zero(nn.Conv2d(width, out_channels, 3, padding=1)))
+        limit_groups(self, norm_groups)
 
     def forward(
         self, x_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor | None = None, y_B: Tensor | None = None

@@ -10,8 +10,8 @@ Columns
   TFLOP/step           one training step of the whole batch: 3 forwards of U-Net and conditioner (forward and backward),
                        and one encoding of the image by the first stage unless the latents are cached (--cached-latents)
   GB/GPU               weights, gradients, AdamW moments and EMA in float32 (20 bytes a trained parameter), the frozen
-                       first stage in float32, and the activations that backward keeps in bf16 for the GPU's share of the
-                       batch; data parallel without sharding. "+ckpt" where only activation checkpointing fits
+                       first stage in float32, and the activations that backward keeps (in bf16, for the GPU's share of
+                       the batch); data parallel without sharding. "+ckpt" where only activation checkpointing fits
   GPU-days             TFLOP/step x iterations / (peak x utilisation)
   V100-days            the paper's (table 18), and the FLOP/s that these would mean on one V100
 """

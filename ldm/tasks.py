@@ -32,6 +32,7 @@ from ldm.degradation import low_resolution
 from ldm.masks import random_mask
 
 NO_OBJECT = -1  # class of the padding rows in `classes`
+PHOTO_SPLITS = {"train": "train", "test": "scene"}  # held out: pairs of a known object and a known background
 BOX_CATEGORIES = 128  # layout tokens: at least 8 shapes x 10 colours
 
 
@@ -53,18 +54,16 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
     if data.name == "photos":
         from common.data.photos import PhotoCollage
 
-        return PhotoCollage(split, n or 20000, size=data.size, seed=seed)
+        return PhotoCollage(PHOTO_SPLITS[split], n or 20000, size=data.size, seed=seed, root=data.path)
     if data.name == "fashion_mnist":
-        from common.data.fashion_mnist import FashionMnist
+        from common.data.fashion_mnist import FashionMNIST
 
-        return FashionMnist(split, size=data.size)
+        return FashionMNIST(split, root=data.path, pad_to=data.size)  # type: ignore[arg-type]
     if data.path is None:
         raise UserError(f"data.name {data.name} needs --data.path (a folder, or a data set's name)")
-    from common.data.folders import open_hub_dataset, open_image_folder
+    from common.data.folders import open_images
 
-    if data.name == "folder":
-        return open_image_folder(Path(data.path), split=split, size=data.size)
-    return open_hub_dataset(data.path, split=split, size=data.size)
+    return open_images(data.path, data.size, split=split, seed=seed)
 
 
 @dataclass
@@ -314,7 +313,9 @@ class StateTable(nn.Module):
 
 def box_categories(item: dict[str, Any]) -> Tensor:
     """Category of every box: its class, and for Shapes class and colour together."""
-    return item["classes"] * len(COLOURS) + item["colours"] if "colours" in item else item["classes"]
+    if "colours" in item:
+        return item["classes"] * len(COLOURS) + item["colours"]
+    return item["classes"]
 
 
 def _layout(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:

@@ -52,6 +52,7 @@ def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStag
         context_dim=task.context_dim if crossattn else None,
         num_classes=task.num_classes if task.conditioning_key == "adm" else None,
         image_size=config.data.size // first_stage.downsampling,
+        norm_groups=options.norm_groups,
     )
     conditioner: Any = task.conditioner
     if task.name == "inpaint":
@@ -176,6 +177,16 @@ class DiffusionTrainer(pl.LightningModule):
             self.ema.update(self.ldm)
 
 
+def first_batch_scale(config: LdmConfig, train: TensorTable, first_stage: FirstStage) -> Tensor:
+    """Unscaled latents of the run's first batch, from which `scale_by_std` takes the factor (appendix G)."""
+    rows = StepBatchSampler(len(train), config.trainer.batch_size, 1, config.seed).batch(0)
+    with torch.no_grad():
+        moments = first_stage.moments(to_unit(train.columns["image"][torch.as_tensor(rows)]))
+        shape = (len(rows), first_stage.embed_dim, *moments.shape[2:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
+        return first_stage.latent_from_moments(moments, noise)
+
+
 @dataclass
 class Run:
     """A run folder and what is in it."""
@@ -253,13 +264,7 @@ class Run:
         cached = config.data.cache_latents and config.first_stage.kind != "pixels"
         table = self.latents(self.first_stage) if cached else self.task.train
         if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
-            first = StepBatchSampler(len(self.task.train), trainer_config.batch_size, 1, config.seed).batch(0)
-            images = self.task.train.columns["image"][torch.as_tensor(first)]
-            noise = torch.Generator().manual_seed(config.seed)
-            with torch.no_grad():
-                moments = self.first_stage.moments(to_unit(images))
-                shape = (len(images), self.first_stage.embed_dim, *moments.shape[2:])
-                ldm.set_scale_factor(self.first_stage.latent_from_moments(moments, torch.randn(shape, generator=noise)))
+            ldm.set_scale_factor(first_batch_scale(config, self.task.train, self.first_stage))
         holes = mask_bank(config.data.size, MASKS, config.seed) if config.task == "inpaint" else None
         module = DiffusionTrainer(ldm, config, holes)
         folder = self.folder / "diffusion"

@@ -86,7 +86,9 @@ def fill_by_rule(named_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -> None:
     """max|diff| <= tolerance * max(1, max|expected|), the criterion of the goldens' README."""
-    assert tuple(actual.shape) == tuple(expected.shape), f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    assert tuple(actual.shape) == tuple(expected.shape), (
+        f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    )
     if not expected.is_floating_point():
         assert torch.equal(actual.to(expected.dtype), expected), f"{what}: integer tensors differ"
         return
@@ -111,4 +113,6 @@ def run_matching_check(path: Path, checks: Sequence[Check]) -> None:
         if check.fits(case):
             check.run(case)
             return
-    pytest.fail(f"{path.name}: unknown kind of golden (source: {case.source!r}); known kinds: {[c.name for c in checks]}")
+    pytest.fail(
+        f"{path.name}: unknown kind of golden (source: {case.source!r}); known kinds: {[c.name for c in checks]}"
+    )

@@ -632,8 +632,8 @@ def caption(scene: Scene, style: CaptionStyle, rng: np.random.Generator) -> str:
 
     Styles: `canonical` (the evaluation wording, e.g. "a red star left of a blue ring"), `sparse` (canonical with
     paraphrases, order swaps and occasionally a free attribute), `dense` (every attribute of everything), `mixed` (half
-    sparse, half dense), `web` (most attributes dropped, one caption in five belonging to another scene: the LAION-like
-    grade of PixArt-alpha's data comparison).
+    sparse, half dense), `web` (most attributes dropped; in a `Shapes` data set one such caption in five belongs to
+    another scene: the LAION-like grade of PixArt-alpha's data comparison).
     """
     _check_names("caption style", [style], get_args(CaptionStyle))
     if style == "mixed":
@@ -644,8 +644,6 @@ def caption(scene: Scene, style: CaptionStyle, rng: np.random.Generator) -> str:
         return _sparse(scene, rng)
     if style == "dense":
         return _dense(scene)
-    if rng.random() < 0.2:
-        scene = sample_scene(rng, scene.task)
     return _web(scene, rng)
 
 
@@ -801,6 +799,13 @@ class Shapes(Dataset[dict[str, Any]]):
             "instances": torch.from_numpy(instances_HW.copy()),
         }
 
+    def _caption(self, i: int) -> str:
+        rng = _rng(self.seed, _CAPTION, self.split, i)
+        scene = self.scene(i)
+        if self.caption_style == "web" and rng.random() < 0.2:
+            scene = sample_scene(rng, scene.task, self.split, **self.world)
+        return caption(scene, self.caption_style, rng)
+
     def _cache_file(self, kind: str, suffix: str, **arguments: Any) -> Path:
         key = {
             "version": CONTENT_VERSION,
@@ -852,9 +857,7 @@ class Shapes(Dataset[dict[str, Any]]):
                     return captions
             except (OSError, ValueError):
                 pass
-        captions = [
-            caption(self.scene(i), self.caption_style, _rng(self.seed, _CAPTION, self.split, i)) for i in range(self.n)
-        ]
+        captions = [self._caption(i) for i in range(self.n)]
         _write_atomically(path, lambda stream: stream.write(json.dumps(captions).encode()))
         return captions
 

@@ -100,14 +100,15 @@ def evaluate_generator(
     judge = extractor or load_extractor()
     _require(len(real), 2 * MINIMUM if floor_split else MINIMUM, "real")
     _require(len(fake), MINIMUM, "generated")
+    features = {"alignment_real": extract(real, judge), "alignment": extract(fake, judge)}
     extra = None if real_extra is None else extract(real_extra, judge)
-    result = compare_features(extract(real, judge), extract(fake, judge), judge, floor_split, extra, seed)
-    if captions is not None or real_captions is not None:
-        scorer = scorer or AlignmentScorer()
-    if captions is not None and scorer is not None:
-        result["alignment"] = scorer.score(fake, captions)
-    if real_captions is not None and scorer is not None:
-        result["alignment_real"] = scorer.score(real, real_captions)
+    result = compare_features(features["alignment_real"], features["alignment"], judge, floor_split, extra, seed)
+    for part, images, texts in (("alignment", fake, captions), ("alignment_real", real, real_captions)):
+        if texts is not None:
+            scorer = scorer or AlignmentScorer()
+            shared = judge.name == scorer.images.name  # else the scorer looks through its own Lite0
+            seen = features[part] if shared else extract(images, scorer.images)
+            result[part] = scorer.score_features(seen, texts)
     return result
 
 
@@ -179,9 +180,12 @@ def format_report(result: Record) -> str:
     for part, title in (("alignment", "generated"), ("alignment_real", "real")):
         if part in result:
             score = result[part]
-            ceiling = score["ceiling"]["64px"]
             lines.append(f"alignment of {score['n']} {title} images by {score['scorer']}: {_retrieval(score)}")
-            lines.append(f"  its ceiling, {ceiling['n']} real images of unseen concepts: {_retrieval(ceiling)}")
+            for kind, sizes in score["ceiling"].items():
+                ceiling = sizes["64px"]
+                lines.append(
+                    f"  ceiling, {ceiling['n']} real images of {kind.replace('_', ' ')}: {_retrieval(ceiling)}"
+                )
     return "\n".join(lines)
 
 

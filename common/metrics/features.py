@@ -54,6 +54,7 @@ class Extractor(Protocol):
 class Lite0Extractor:
     """EfficientNet-Lite0, ImageNet weights, 1280 pooled features; about 6 ms an image at 112 on one CPU core.
 
+    On flat artwork it punishes faint background noise as hard as a strong blur (sigma 2 of 255 on emoji: KID 0.36).
     size: side the images are resized to; 112 is the project's setting, other sizes are named lite0@SIZE.
     """
 
@@ -121,7 +122,7 @@ def _inception_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Ten
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path}: not a plain weight file (damaged, or a pickle); expected pytorch-fid's pt_inception-2015-12-05-*.pth"
+            f"{path}: not a plain weight file (damaged, or a pickle); expected pytorch-fid's pt_inception-*.pth"
         ) from error
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, expected a dictionary of tensors (a state dict)")

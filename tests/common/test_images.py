@@ -86,7 +86,7 @@ def test_empty_and_broken_folders_are_named(tmp_path):
         image_files(tmp_path)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n cut short")
-    with pytest.raises(UserError, match="broken.png: not a readable image"):
+    with pytest.raises(UserError, match=r"broken\.png: not a readable image"):
         list(folder_batches(image_files(tmp_path)))
 
 

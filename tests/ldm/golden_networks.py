@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -208,8 +210,9 @@ def _parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def forward_flop(config: dict[str, Any], tokens: int = 77) -> tuple[int, int]:
-    """(parameters, forward FLOP of one image) of a U-Net on the meta device; 2 FLOP per multiply-add."""
+@lru_cache(maxsize=64)
+def _counts(config_json: str, tokens: int) -> tuple[int, int]:
+    config = json.loads(config_json)
     with torch.device("meta"), torch.no_grad():
         net = UNet(**config).eval()
         x_BCHW = torch.empty(1, config["in_channels"], config["image_size"], config["image_size"])
@@ -217,6 +220,11 @@ def forward_flop(config: dict[str, Any], tokens: int = 77) -> tuple[int, int]:
         with FlopCounterMode(display=False) as counter:
             net(x_BCHW, torch.zeros(1), context)
     return _parameters(net), counter.get_total_flops()
+
+
+def forward_flop(config: dict[str, Any], tokens: int = 77) -> tuple[int, int]:
+    """(parameters, forward FLOP of one image) of a U-Net on the meta device; 2 FLOP per multiply-add."""
+    return _counts(json.dumps(config, sort_keys=True), tokens)
 
 
 # Size of tau in the published configurations (their cond_stage_config), by the part of the file name that tells them.

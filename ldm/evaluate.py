@@ -1,0 +1,133 @@
+"""Metrics of a trained model against held-out images.
+
+    python evaluate.py --run_dir ../runs/ldm               # a finished run: writes its metrics.json again
+
+Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from common.errors import run_main
+
+if TYPE_CHECKING:
+    from ldm.config import LdmConfig
+    from ldm.diffusion import LatentDiffusion
+    from ldm.tasks import Task
+
+
+def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Path) -> dict[str, Any]:
+    """Sample `config.sampling.metric_images` held-out conditions and compare.
+
+    Returns KID (the headline) and FID with their floor, precision and recall, for text the alignment and for Shapes the
+    verifier's score, for super-resolution and inpainting PSNR, SSIM and LPIPS form; reconstruction PSNR and r-FID of
+    the first stage; sampling speed. The pictures go to `folder/samples.png`.
+    """
+    from common.images import save_grid
+    from common.metrics.evaluate import compare_features, flatten
+    from common.metrics.features import extract, load_extractor
+    from common.metrics.image import psnr, ssim
+    from ldm.first_stage import reconstruct
+    from ldm.sample import condition_columns, draw, task_grid
+
+    count = min(config.sampling.metric_images, len(task.reference))
+    columns = condition_columns(task, config, count)
+    real = task.reference.columns["image"][:count]
+    started = time.perf_counter()
+    size = config.data.size
+    fake = draw(ldm, task.name, columns, count, (size, size), config.sampling, config.seed + 1, config.trainer.progress)
+    seconds = time.perf_counter() - started
+    judge = load_extractor("lite0")
+    real_features = extract(real, judge)
+    compared = compare_features(real_features, extract(fake, judge), judge, floor_split=True)
+    metrics: dict[str, Any] = {
+        "task": task.name,
+        "judge": compared,
+        "summary": {k: round(v, 5) for k, v in flatten(compared).items()},
+        "images_per_second": round(count / seconds, 2),
+        "sampling": {k: v for k, v in vars(config.sampling).items() if k != "grid"},
+    }
+    if config.first_stage.kind != "pixels":
+        restored = reconstruct(ldm.first_stage_model, real)  # type: ignore[arg-type]
+        rfid = compare_features(real_features, extract(restored, judge), judge, floor_split=False)
+        metrics["first_stage"] = {
+            "psnr": float(psnr(restored, real).mean()),
+            "ssim": float(ssim(restored, real).mean()),
+            **{f"r_{k}": v for k, v in flatten(rfid).items() if k.startswith(("fid", "kid"))},
+        }
+    if task.name in ("superres", "inpaint"):
+        from ldm.first_stage import to_unit
+        from ldm.perceptual import perceptual_distance
+
+        distance = perceptual_distance("trained")
+        metrics["paired"] = {
+            "psnr": float(psnr(fake, real).mean()),
+            "ssim": float(ssim(fake, real).mean()),
+            distance.name: float(distance(to_unit(fake), to_unit(real)).mean()),
+        }
+    if task.captions and config.data.name == "emoji":
+        from common.metrics.alignment import AlignmentScorer
+
+        scorer = AlignmentScorer()
+        metrics["alignment"] = scorer.score(fake, task.captions[:count])
+        metrics["alignment_real"] = scorer.score(real, task.captions[:count])
+    if task.name == "text" and config.data.name == "shapes":
+        metrics["shapes_score"] = shapes_score(ldm, task, config)
+    task_grid(ldm, task, config, folder / "samples.png")
+    save_grid(real[: config.sampling.grid], folder / "real.png", columns=8, tile=64 if size < 64 else None)
+    report(metrics)
+    return metrics
+
+
+def shapes_score(ldm: LatentDiffusion, task: Task, config: LdmConfig, per_task: int = 100) -> dict[str, Any]:
+    """The verifier's accuracy per GenEval-like task, on fixed prompts of scenes not seen in training."""
+    from common.data.shapes_verifier import score
+    from ldm.sample import draw
+    from ldm.tasks import tokenize
+
+    specs = task.reference_dataset.prompts(per_task, split="test")
+    tokens = tokenize(task.tokenizer, [spec.caption for spec in specs])
+    images = draw(ldm, "text", {"tokens": tokens[:, None]}, len(specs), (config.data.size,) * 2, config.sampling, 7)
+    return score(images, specs)
+
+
+def report(metrics: dict[str, Any]) -> None:
+    """Print the numbers a person looks for first."""
+    from common.metrics.evaluate import format_report
+
+    print(format_report(metrics["judge"]))
+    for name in ("first_stage", "paired", "shapes_score"):
+        if name in metrics:
+            values = {k: v for k, v in metrics[name].items() if isinstance(v, float)}
+            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    print(f"sampling: {metrics['images_per_second']} images/s")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
+    options = parser.parse_args(argv)
+    from common.cli import parse_config
+    from common.errors import UserError
+    from ldm.config import LdmConfig
+    from ldm.training import Run
+
+    if not (options.run_dir / "config.yaml").is_file():
+        raise UserError(f"--run_dir {options.run_dir}: no config.yaml there; expected the folder of a finished run")
+    config, text = parse_config(LdmConfig, None, "", ["--config", str(options.run_dir / "config.yaml")])
+    config.run_dir = str(options.run_dir)
+    run = Run.open(config, text)
+    started = time.perf_counter()
+    run.load()
+    run.evaluate(seconds=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    run_main(main)

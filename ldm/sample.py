@@ -1,0 +1,259 @@
+"""Draw images: `python sample.py --prompt "a red star left of a blue ring"` writes a PNG.
+
+    python sample.py --prompt "two hearts" --model pretrained/shapes32-v      # a diffusers directory (ours or yours)
+    python sample.py --model ../runs/ldm                                      # a finished run of train.py: its task's grid
+    python sample.py --model ../runs/ldm --size 64x96                         # larger than trained (convolutional sampling)
+
+`--model` is a run folder of train.py or any diffusers text-to-image directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from common.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.config import LdmConfig, SamplingConfig
+    from ldm.diffusion import LatentDiffusion
+    from ldm.tasks import Task
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def draw(
+    ldm: LatentDiffusion,
+    task_name: str,
+    columns: dict[str, Tensor],
+    count: int,
+    side: tuple[int, int],
+    sampling: SamplingConfig,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Generate `count` images.
+
+    Args:
+        columns: the task's condition columns with at least `count` rows (none for unconditional models).
+        side: height and width of the images in pixels; other sizes than trained work too (section 4.3.2).
+
+    Returns:
+        uint8 [count, 3, height, width]. Sample i depends on (seed, i) alone, not on the batch size.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from ldm.first_stage import to_uint8
+    from ldm.masks import paste_known
+    from ldm.samplers import sample, sample_generators, seeded_noise
+    from ldm.training import raw_condition
+
+    f = ldm.first_stage_model.downsampling
+    channels = ldm.first_stage_model.embed_dim
+    device = ldm.scale_factor.device
+    parts = []
+    with torch.no_grad():
+        for first in tqdm(range(0, count, sampling.batch_size), desc="sampling", unit="batch", disable=not progress):
+            size = min(sampling.batch_size, count - first)
+            rows = {name: column[first : first + size].to(device) for name, column in columns.items()}
+            cond = ldm.conditioning(raw_condition(task_name, rows))
+            z_BCHW = sample(
+                ldm,
+                (size, channels, side[0] // f, side[1] // f),  # type: ignore[operator]
+                seeded_noise(sample_generators(seed, first, size, device)),
+                cond,
+                sampler=sampling.sampler,
+                steps=sampling.steps,
+                eta=sampling.eta,
+                guidance=sampling.guidance if ldm.cond_drop > 0 else 1.0,
+            )
+            images = ldm.decode(z_BCHW)
+            if task_name == "inpaint":
+                from ldm.first_stage import to_unit
+
+                images = paste_known(images, to_unit(rows["image"]), rows["hole"])
+            parts.append(to_uint8(images).cpu())
+    return torch.cat(parts)
+
+
+def condition_columns(task: Task, config: LdmConfig, count: int) -> dict[str, Tensor]:
+    """The first `count` held-out conditions of a task; for inpainting with fixed random holes."""
+    from ldm.tasks import mask_bank
+
+    columns = {name: column[:count] for name, column in task.reference.columns.items()}
+    if task.name == "inpaint":
+        columns["hole"] = mask_bank(config.data.size, count, seed=config.seed + 1)
+    return columns
+
+
+def task_grid(ldm: LatentDiffusion, task: Task, config: LdmConfig, path: Path) -> None:
+    """A picture of samples for held-out conditions, beside the condition and the true image where there is one."""
+    import torch
+
+    from common.images import save_grid
+
+    count = min(config.sampling.grid, len(task.reference))
+    columns = condition_columns(task, config, count)
+    size = config.data.size
+    images = draw(ldm, task.name, columns, count, (size, size), config.sampling, config.seed)
+    captions = task.captions[:count] if task.captions else None
+    scale = 64 if size < 64 else None
+    shown = conditions_as_images(task.name, columns, size)
+    if shown is None:
+        save_grid(images, path, columns=8, captions=captions, tile=scale)
+        return
+    # Condition, sample, truth side by side.
+    stacked = torch.stack([shown, images, columns["image"]], dim=1).flatten(0, 1)
+    save_grid(stacked, path, columns=12, tile=scale)
+
+
+def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int) -> Tensor | None:
+    """The condition as a uint8 picture [N, 3, size, size], for tasks whose condition is a picture."""
+    import torch
+    import torch.nn.functional as F
+
+    if task_name == "superres":
+        return F.interpolate(columns["low"].float(), size, mode="nearest").to(torch.uint8)
+    if task_name == "inpaint":
+        return torch.where(columns["hole"] > 0.5, 0, columns["image"]).to(torch.uint8)
+    if task_name == "semantic":
+        maps = columns["label_map"].long()
+        colours = torch.tensor([[(37 * k) % 256, (91 * k) % 256, (151 * k + 80) % 256] for k in range(256)])
+        colours[0] = 235
+        return colours[maps].permute(0, 3, 1, 2).to(torch.uint8)
+    if task_name == "layout":
+        return draw_boxes(columns["boxes"], columns["classes"], size)
+    return None
+
+
+def draw_boxes(boxes: Tensor, classes: Tensor, size: int) -> Tensor:
+    """Box outlines, uint8 [N, 3, size, size]; boxes [N, K, 4] as (x0, y0, x1, y1) fractions, class -1 is no box."""
+    import torch
+
+    canvas = torch.full((len(boxes), 3, size, size), 245, dtype=torch.uint8)
+    for n in range(len(boxes)):
+        for box, category in zip(boxes[n], classes[n]):
+            if int(category) < 0:
+                continue
+            x0, y0, x1, y1 = (min(size - 1, max(0, int(v * (size - 1)))) for v in box.tolist())
+            colour = torch.tensor([(67 * int(category) + 40) % 200, (131 * int(category)) % 200, 90], dtype=torch.uint8)
+            canvas[n, :, [y0, y1], x0 : x1 + 1] = colour[:, None, None]
+            canvas[n, :, y0 : y1 + 1, [x0, x1]] = colour[:, None, None]
+    return canvas
+
+
+def open_pipeline(folder: Path, device: str = "cpu") -> Any:
+    """A diffusers text-to-image pipeline, in float32 on CPU and float16 on CUDA."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"--model {folder}: neither a run folder (config.yaml and model.safetensors) nor a diffusers directory "
+            "(model_index.json)"
+        )
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline.set_progress_bar_config(desc="sampling")
+    return pipeline.to(device)
+
+
+def pipeline_images(
+    pipeline: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int = 64, **options: Any
+) -> Tensor:
+    """uint8 [N, 3, H, W] from a diffusers pipeline; sample i depends on (seed, i) alone."""
+    import torch
+
+    from common.data.sampling import derive_seed
+
+    parts = []
+    for first in range(0, len(prompts), batch_size):
+        chunk = prompts[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(derive_seed(seed, first + i)) for i in range(len(chunk))]
+        result = pipeline(
+            chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np", **options
+        )
+        parts.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).mul(255).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts)
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, for example 64x96") from None
+    return height, width
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--model", type=Path, default=PRETRAINED / "emoji64", help="run folder or diffusers directory")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"))
+    parser.add_argument("--count", type=int, default=8, help="images per prompt")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--sampler", choices=("ddim", "ddpm", "plms", "dpm++"), default="ddim", help="run folders only")
+    parser.add_argument("--eta", type=float, default=0.0, help="run folders only")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, if another than trained")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: expected at least 1")
+    size = _size(options.size) if options.size else None
+    if (options.model / "model.safetensors").is_file() and (options.model / "config.yaml").is_file():
+        images, captions = _from_run(options, size)
+    else:
+        images, captions = _from_pipeline(options, size)
+    from common.images import save_grid
+
+    tile = max(images.shape[-1], 128 // images.shape[-1] * images.shape[-1])
+    print(save_grid(images, options.out, columns=options.count, captions=captions, tile=tile))
+
+
+def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
+    import torch
+
+    pipeline = open_pipeline(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if not options.prompt:
+        raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    extra = {"height": size[0], "width": size[1]} if size else {}
+    return pipeline_images(pipeline, prompts, options.steps, options.guidance, options.seed, **extra), prompts
+
+
+def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str] | None]:
+    from common.cli import parse_config
+    from ldm.config import LdmConfig, SamplingConfig
+    from ldm.tasks import tokenize
+    from ldm.training import Run
+
+    config, text = parse_config(LdmConfig, None, "", ["--config", str(options.model / "config.yaml")])
+    config.run_dir = str(options.model)
+    run = Run.open(config, text)
+    ldm = run.load()
+    side = size or (config.data.size, config.data.size)
+    sampling = SamplingConfig(options.sampler, options.steps, options.eta, options.guidance)
+    if config.task != "text":
+        if options.prompt:
+            raise UserError(f"--prompt: {options.model} was trained for task {config.task}, which takes no text")
+        columns = condition_columns(run.task, config, options.count)
+        return draw(ldm, config.task, columns, options.count, side, sampling, options.seed), None
+    prompts = [prompt for prompt in options.prompt or run.task.captions[:4] for _ in range(options.count)]
+    if run.task.tokenizer is None:
+        raise UserError(
+            f"{options.model} was trained with a frozen text encoder: its samples come from train.py's grids"
+        )
+    columns = {"tokens": tokenize(run.task.tokenizer, prompts)[:, None]}
+    return draw(ldm, "text", columns, len(prompts), side, sampling, options.seed), prompts
+
+
+if __name__ == "__main__":
+    run_main(main)

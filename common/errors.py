@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user: programs print it as a single sentence, without traceback."""
+"""The one exception that stands for a mistake of the user: programs print it as one sentence, without traceback."""
 
 from __future__ import annotations
 

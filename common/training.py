@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+import yaml
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from common.data.sampling import generator_step
 from common.errors import UserError
 from common.files import write_atomically
 
@@ -57,7 +61,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(Path(path), map_location or "cpu")
+        content = load_checkpoint(Path(path), map_location or "cpu")
+        missing = [key for key in ("state_dict", "optimizer_states", "loops") if key not in content]
+        if missing:
+            raise UserError(
+                f"checkpoint {path} has no {missing[0]!r}, so training cannot go on from it; expected one that this "
+                "program wrote (foreign weights go through convert.py)"
+            )
+        return content
 
 
 def _is_float(value: object) -> bool:
@@ -80,27 +91,59 @@ class StopOnNonFinite(Callback):
             last = self.checkpoints / LAST_CHECKPOINT
             kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
             raise UserError(
-                f"the loss became {float(loss.detach())} at step {trainer.global_step}: stopped; {kept}. "
+                f"the loss became {float(loss.detach())} at step {generator_step(trainer)}: stopped; {kept}. "
                 "Try a lower optimiser.lr or precision 32-true"
             )
 
 
-class ThroughputBar(TQDMProgressBar):
-    """Lightning's bar over the whole run (not per epoch), with images per second."""
+class SaveEvery(Callback):
+    """Replaces `folder/last.ckpt` every `every` steps and after the last one.
 
-    def __init__(self, samples_per_step: int) -> None:
-        super().__init__(refresh_rate=1)
-        self.samples_per_step = samples_per_step
+    Steps are those of the main network: Lightning's own callback looks at global_step, which moves by two where a
+    discriminator is trained as well and may then miss every multiple.
+    """
+
+    def __init__(self, folder: Path, every: int, last: int) -> None:
+        self.path, self.every, self.last = folder / LAST_CHECKPOINT, every, last
+        self._saved = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = generator_step(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = generator_step(trainer)
+        if step != self._saved and (step % self.every == 0 or step == self.last):
+            self._saved = step
+            trainer.save_checkpoint(self.path)
+
+
+class ThroughputBar(TQDMProgressBar):
+    """Lightning's bar over the whole run (not per epoch), with images per second; sparse where it is written to a file.
+
+    Args:
+        label: what is being trained, shown in front.
+        steps: of the whole run.
+    """
+
+    def __init__(self, samples_per_step: int, label: str, steps: int) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else max(1, steps // 20))
+        self.samples_per_step, self.label = samples_per_step, label
         self._last = (time.perf_counter(), 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last = (time.perf_counter(), trainer.global_step)
+        self._last = (time.perf_counter(), generator_step(trainer))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(self.label)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        now, step = time.perf_counter(), trainer.global_step
+        now, step = time.perf_counter(), generator_step(trainer)
         then, before = self._last
         if step > before and now > then:
             metrics["img/s"] = f"{(step - before) * self.samples_per_step / (now - then):.0f}"
@@ -132,40 +175,77 @@ class EveryNSteps(Callback):
 
     def __init__(self, every: int, action: Callable[[int], None]) -> None:
         self.every, self.action = every, action
+        self._done = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._done = generator_step(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = (batch_idx + 1) // trainer.accumulate_grad_batches
-        if (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches) == 0 and trainer.is_global_zero:
-            self.action(step)
+        step = generator_step(trainer)
+        if step != self._done and step % self.every == 0:
+            self._done = step
+            if trainer.is_global_zero:
+                self.action(step)
 
 
-def open_run_folder(run_dir: Path, resume: str, config_yaml: str) -> None:
+def is_main_process() -> bool:
+    """Whether this process writes the shared files: known from the launcher's variables before any Trainer exists."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+
+
+def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence[str] = ()) -> None:
     """Create the run folder and save the config; refuse to mix two different runs in one folder.
 
     Args:
-        resume: `auto` continues a run with the same config; `never` wants an empty folder; a path is left to the caller.
+        resume: `auto` continues a run of the same config; `never` wants an empty folder; a path is left to the caller.
+        free: options that may differ between two starts of the same run, dotted (`trainer.devices`) or whole sections.
     """
+    if not is_main_process():  # it was started by, or together with, a process that does all this
+        return
     saved = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run_dir {run_dir} is a file; choose a folder")
     if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--resume never: {run_dir} is not empty; choose another --run_dir")
-    if resume == "auto" and saved.is_file() and saved.read_text() != config_yaml:
-        old, new = saved.read_text().splitlines(), config_yaml.splitlines()
-        changed = [line.strip() for line in new if line not in old][:3]
-        raise UserError(
-            f"{run_dir} holds a run with another configuration (changed: {'; '.join(changed)}): "
-            "choose another --run_dir, or delete that folder"
-        )
+    if resume == "auto" and saved.is_file():
+        old, new = _flat(saved.read_text()), _flat(config_yaml)
+        # An option that the saved config lacks is newer than that run.
+        changed = [
+            f"{key} was {old[key]}, is {value}"
+            for key, value in new.items()
+            if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
+                "choose another --run_dir, or delete that folder"
+            )
     write_atomically(saved, lambda temporary: temporary.write_text(config_yaml))
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """A YAML config as {"section.option": value}."""
+
+    def walk(prefix: str, node: Any) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        parts = (walk(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items())
+        return {key: value for part in parts for key, value in part.items()}
+
+    return walk("", yaml.safe_load(text))
 
 
 def quiet_lightning() -> None:
     """Silence Lightning's product tips and the warnings that do not apply to in-memory data."""
     for name in ("pytorch_lightning", "lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    warnings.filterwarnings("ignore", module="lightning_fabric")
+    for module in ("pytorch_lightning", "lightning_fabric"):
+        warnings.filterwarnings("ignore", module=module)
+    # Lightning points these at the caller, so the module filters miss them.
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|Experiment logs directory).*")
 
 
 def build_trainer(
@@ -180,6 +260,7 @@ def build_trainer(
     num_nodes: int = 1,
     strategy: str = "auto",
     grad_clip: float | None = None,
+    optimisers: int = 1,
     checkpoint_every: int = 500,
     log_every: int = 20,
     progress: bool = True,
@@ -190,20 +271,20 @@ def build_trainer(
 
     `folder/checkpoints/last.ckpt` is replaced every `checkpoint_every` optimiser steps; TensorBoard and CSV logs go to
     `folder/logs/`. Training ends at `steps` optimiser steps.
+
+    Args:
+        batch_size: samples of one step over all processes, for the throughput.
+        optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
+            in `step_count` and ends training itself.
+
+    Raises:
+        UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
     """
     quiet_lightning()
     checkpoints = folder / "checkpoints"
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
-        own.append(
-            ModelCheckpoint(
-                dirpath=checkpoints,
-                filename=LAST_CHECKPOINT.removesuffix(".ckpt"),
-                every_n_train_steps=checkpoint_every,
-                save_on_train_epoch_end=False,
-                enable_version_counter=False,
-            )
-        )
+        own.append(SaveEvery(checkpoints, checkpoint_every, last=steps))
     if strategy == "ddp":
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
         chosen: Any = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -211,16 +292,16 @@ def build_trainer(
         chosen = strategy
     show = progress and not os.environ.get("CI")
     if show:
-        own.append(ThroughputBar(batch_size))
-    return pl.Trainer(
+        own.append(ThroughputBar(batch_size, folder.name.replace("_", " "), steps))
+    options: dict[str, Any] = dict(
         default_root_dir=folder,
-        max_steps=steps,
+        max_steps=steps * optimisers,
         max_epochs=-1,
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=chosen,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=grad_clip,
         callbacks=[*own, *(callbacks or [])],
@@ -232,13 +313,43 @@ def build_trainer(
         else False,
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=log_every,
-        enable_checkpointing=logs,
+        enable_checkpointing=False,
         enable_progress_bar=show,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
+    try:
+        return pl.Trainer(**options)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(
+            f"trainer options accelerator {accelerator}, devices {devices}, strategy {strategy}, precision {precision} "
+            f"do not fit this machine: {' '.join(str(error).split())}"
+        ) from None
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
+    """`trainer.fit`, with the user's mistakes as sentences.
+
+    Raises:
+        UserError: the checkpoint is damaged, pickled or of another network; the disk is full; the loss is not finite.
+    """
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except RuntimeError as error:
+        if checkpoint is None or "loading state_dict" not in str(error):
+            raise
+        detail = str(error).splitlines()[1:2] or [""]
+        raise UserError(
+            f"checkpoint {checkpoint} belongs to another network ({detail[0].strip()[:160]}): "
+            "give the options of the run that wrote it, or choose another --run_dir"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write below {trainer.default_root_dir}: {error} (is the disk full?); "
+            "the last checkpoint there is whole, so starting again continues from it"
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Everything a run of `ldm/train.py` can be told, as plain dataclasses (imports nothing heavy, so `--help` is quick)."""
+"""Everything a run of `ldm/train.py` can be told, as plain dataclasses; imports nothing heavy, so `--help` is quick."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class DataConfig:
         eval_images: number of held-out images used as reference for FID and KID.
         cache_latents: encode the training set once and keep the latents' moments (same loss curve, less work per step).
         workers: loader processes for data that does not fit in memory.
+        tasks: kinds of scenes (shapes only), for example [grid3]; None means the six of the prompts.
         max_memory_gb: data sets larger than this are read from disk batch by batch.
     """
 
@@ -32,6 +33,7 @@ class DataConfig:
     cache_latents: bool = True
     workers: int = 0
     max_memory_gb: float = 4.0
+    tasks: list[str] | None = None
 
 
 @dataclass
@@ -47,6 +49,7 @@ class FirstStageConfig:
         attention: False removes every attention, also the middle one (`attn_type: none`).
         perceptual: weight of the LPIPS-form distance; perceptual_trunk: trained (the repository's own small VGG),
             random (same, untrained), or the path of official LPIPS weights.
+        decay: last fraction of the steps over which lr falls linearly to a tenth (0: constant, as in the paper).
         disc_start: generator step at which the patch discriminator joins; disc_weight 0 leaves it out.
     """
 
@@ -72,11 +75,12 @@ class FirstStageConfig:
     steps: int = 1500
     batch_size: int = 32
     lr: float = 1e-3
+    decay: float = 0.3
 
 
 @dataclass
 class UNetOptions:
-    """The denoiser (paper section 3.2; names as in the official configs; attention_resolutions are down-sampling factors).
+    """The denoiser (paper section 3.2; official names: attention_resolutions are down-sampling factors).
 
     Args:
         norm_groups: groups of every GroupNorm (32 in the paper's networks; narrow ones need fewer).
@@ -206,7 +210,7 @@ class LdmConfig:
     Args:
         task: unconditional, class, text, layout, semantic, superres or inpaint.
         run_dir: folder of this run's checkpoints, logs, samples and metrics.
-        resume: auto continues an unfinished run in run_dir; never starts anew and refuses a used folder; or a .ckpt path.
+        resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
         stages: which parts to run.
     """
 

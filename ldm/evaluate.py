@@ -90,11 +90,10 @@ def shapes_score(ldm: LatentDiffusion, task: Task, config: LdmConfig, per_task: 
     """The verifier's accuracy per GenEval-like task, on fixed prompts of scenes not seen in training."""
     from common.data.shapes_verifier import score
     from ldm.sample import draw
-    from ldm.tasks import tokenize
 
     specs = task.reference_dataset.prompts(per_task, split="test")
-    tokens = tokenize(task.tokenizer, [spec.caption for spec in specs])
-    images = draw(ldm, "text", {"tokens": tokens[:, None]}, len(specs), (config.data.size,) * 2, config.sampling, 7)
+    columns = task.caption_columns([spec.caption for spec in specs])
+    images = draw(ldm, "text", columns, len(specs), (config.data.size,) * 2, config.sampling, 7)
     return score(images, specs)
 
 
@@ -114,16 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
     options = parser.parse_args(argv)
-    from common.cli import parse_config
-    from common.errors import UserError
-    from ldm.config import LdmConfig
     from ldm.training import Run
 
-    if not (options.run_dir / "config.yaml").is_file():
-        raise UserError(f"--run_dir {options.run_dir}: no config.yaml there; expected the folder of a finished run")
-    config, text = parse_config(LdmConfig, None, "", ["--config", str(options.run_dir / "config.yaml")])
-    config.run_dir = str(options.run_dir)
-    run = Run.open(config, text)
+    run = Run.existing(options.run_dir)
     started = time.perf_counter()
     run.load()
     run.evaluate(seconds=time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import resource
 import time
@@ -45,7 +46,7 @@ AUTOENCODER_SHARE = 0.3  # of an arm's budget, as in the pilot of the specificat
 
 
 def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int = 0, **changes: Any) -> LdmConfig:
-    """The one configuration from which all arms are made, so that they differ in what a claim compares and nothing else."""
+    """The configuration from which all arms are made: they differ in what a claim compares and in nothing else."""
     levels = {1: [1], 2: [1, 2], 4: [1, 1, 2], 8: [1, 1, 2, 2]}[f]
     config = LdmConfig(
         task=task,  # type: ignore[arg-type]
@@ -66,7 +67,7 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         conditioner=ConditionerConfig(width=64, layers=2, tokens=20, caption_variants=1),
         diffusion=DiffusionConfig(),
         optimiser=OptimiserConfig(lr=1e-3, schedule="constant", warmup=50, ema_decay=0.999),
-        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=64, precision="32-true", threads=1, progress=False),
+        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=64, precision="bf16-mixed", threads=1, progress=False),
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
     return dataclasses.replace(config, **changes)
@@ -114,7 +115,7 @@ def autoencoder(config: LdmConfig, images: TensorTable, seconds: float) -> tuple
     options = dataclasses.replace(config.first_stage, steps=ENDLESS)
     stage = train_first_stage(
         options,
-        dataclasses.replace(config.trainer, precision="bf16-mixed"),
+        config.trainer,
         images,
         config.data.size,
         cache_dir("experiments"),
@@ -161,7 +162,7 @@ def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage, seconds: fl
 
 
 @cache
-def shared_task(task: str, data: tuple[tuple[str, Any], ...], f_levels: int, **options: Any) -> Task:
+def shared_task(task: str, data: tuple[tuple[str, Any], ...], f_levels: int) -> Task:
     """The data of a task, opened once per process: arms and seeds differ in their networks, not in their data."""
     config = base_config(task, DataConfig(**dict(data)))
     config.first_stage.kind = "pixels" if f_levels == 1 else "kl"
@@ -171,14 +172,12 @@ def shared_task(task: str, data: tuple[tuple[str, Any], ...], f_levels: int, **o
 
 def open_task(config: LdmConfig) -> Task:
     """`shared_task` for a config, with a fresh conditioner for every arm."""
-    data = tuple(sorted(vars(config.data).items()))
+    data = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(vars(config.data).items()))
     levels = 1 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult)
     task = shared_task(config.task, data, levels)
     conditioner = task.conditioner
     if conditioner is None:
         return dataclasses.replace(task)
-    import copy
-
     fresh = copy.deepcopy(conditioner)
     torch.manual_seed(config.seed)
     for module in fresh.modules():

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.data.sampling import StepDataModule, Table, step_generator
 from common.errors import UserError
 from common.files import write_atomically
 from common.images import save_grid
 from common.metrics.image import psnr
-from common.training import EveryNSteps, build_trainer, latest_checkpoint, load_checkpoint
+from common.training import EveryNSteps, build_trainer, fit, latest_checkpoint, load_checkpoint
 from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
 from ldm.config import FirstStageConfig, TrainerConfig
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
@@ -62,6 +63,8 @@ class FirstStageTrainer(pl.LightningModule):
 
     `step_count` counts autoencoder steps. Lightning's global_step counts both optimisers, which is why disc_start is
     compared with the former (in the authors' code under newer Lightning versions disc_start arrives at half the steps).
+    On several processes the discriminator's BatchNorm and its adaptive weight see each process's own share of the
+    batch, as in the authors' code; until disc_start the losses equal those of one process.
     """
 
     def __init__(
@@ -117,6 +120,9 @@ class FirstStageTrainer(pl.LightningModule):
         loss, logs = self.loss.autoencoder(
             x_BCHW, reconstruction, regulariser, self.discriminator, self.autoencoder.last_layer, step
         )
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * decayed(step, self.config.steps, self.config.decay)
         self._step(optimizers[0], loss, self.autoencoder.parameters())
         if self.discriminator is not None and step >= self.config.disc_start:
             self.discriminator.requires_grad_(True)
@@ -124,7 +130,8 @@ class FirstStageTrainer(pl.LightningModule):
             self._step(optimizers[1], disc_loss, self.discriminator.parameters())
             logs = {**logs, **disc_logs}
         self._steps += 1
-        self.log_dict({f"first_stage/{k}": v for k, v in logs.items()} | {"step_count": float(step)})
+        named = {f"first_stage/{k}": v for k, v in logs.items()} | {"step_count": float(step)}
+        self.log_dict(named, sync_dist=self.trainer.world_size > 1)
         return loss.detach()
 
     def _step(self, optimizer: Any, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
@@ -132,6 +139,12 @@ class FirstStageTrainer(pl.LightningModule):
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+
+
+def decayed(step: int, steps: int, last: float) -> float:
+    """Learning-rate multiplier: 1, then falling linearly to 0.1 over the `last` fraction of the steps."""
+    start = steps * (1 - last)
+    return 1.0 if step < start else 1.0 - 0.9 * (step - start) / max(1.0, steps - start)
 
 
 def load_first_stage(path: Path, config: FirstStageConfig, size: int) -> FirstStage:
@@ -143,23 +156,32 @@ def load_first_stage(path: Path, config: FirstStageConfig, size: int) -> FirstSt
     model = build_first_stage(config, size)
     if not path.is_file():
         raise UserError(f"first_stage.weights {path}: no such file or directory")
-    state = load_file(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"first_stage.weights {path} is truncated or not a safetensors file: {error}") from None
+    else:
+        state = load_checkpoint(path)
     state = state.get("state_dict", state)
     state = {k: v for k, v in state.items() if not k.startswith("loss.")}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        example = (missing or unexpected)[0]
+    wanted = model.state_dict()
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    shapes = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
+    if missing or unexpected or shapes:
         raise UserError(
             f"first_stage.weights {path} does not fit the first_stage options: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unexpected (for example {example})"
+            f"{len(unexpected)} unexpected, {len(shapes)} of another shape "
+            f"(for example {min(missing or unexpected or shapes)})"
         )
+    model.load_state_dict(state)
     return model
 
 
 def train_first_stage(
     config: FirstStageConfig,
     trainer_config: TrainerConfig,
-    images: TensorTable,
+    images: Table,
     size: int,
     folder: Path,
     seed: int,
@@ -184,7 +206,7 @@ def train_first_stage(
     model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
     module = FirstStageTrainer(model, config, seed, config.batch_size)
-    preview = images.columns["image"][:16]
+    preview = images.__getitems__(range(min(16, len(images))))["image"]
 
     def draw(step: int) -> None:
         with torch.no_grad():
@@ -195,10 +217,10 @@ def train_first_stage(
             columns=16,
         )
 
-    optimisers_per_step = 1 if config.disc_weight <= 0 else 2
     trainer = build_trainer(
         folder,
-        steps=optimisers_per_step * config.steps,
+        steps=config.steps,
+        optimisers=1 if config.disc_weight <= 0 else 2,
         batch_size=config.batch_size,
         precision=trainer_config.precision if trainer_config.precision != "16-mixed" else "bf16-mixed",
         accelerator=trainer_config.accelerator,
@@ -217,7 +239,7 @@ def train_first_stage(
     )
     data = StepDataModule(images, config.batch_size, config.steps, seed)
     checkpoint = latest_checkpoint(folder) if resume and save else None
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    fit(trainer, module, data, checkpoint)
     if save and trainer.is_global_zero:
         draw(config.steps)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -235,6 +257,9 @@ class StopAtCount(pl.Callback):
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.should_stop = pl_module.step_count >= self.steps
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.step_count >= self.steps:

@@ -1,8 +1,8 @@
 """Draw images: `python sample.py --prompt "a red star left of a blue ring"` writes a PNG.
 
-    python sample.py --prompt "two hearts" --model pretrained/shapes32-v      # a diffusers directory (ours or yours)
-    python sample.py --model ../runs/ldm                                      # a finished run of train.py: its task's grid
-    python sample.py --model ../runs/ldm --size 64x96                         # larger than trained (convolutional sampling)
+    python sample.py --prompt "two hearts" --model pretrained/shapes32-v   # a diffusers directory (ours or yours)
+    python sample.py --model ../runs/ldm                                   # a finished run of train.py: its task's grid
+    python sample.py --model ../runs/ldm --size 64x96                      # larger than trained: convolutional sampling
 
 `--model` is a run folder of train.py or any diffusers text-to-image directory.
 """
@@ -230,15 +230,11 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
 
 
 def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str] | None]:
-    from common.cli import parse_config
-    from ldm.config import LdmConfig, SamplingConfig
-    from ldm.tasks import tokenize
+    from ldm.config import SamplingConfig
     from ldm.training import Run
 
-    config, text = parse_config(LdmConfig, None, "", ["--config", str(options.model / "config.yaml")])
-    config.run_dir = str(options.model)
-    run = Run.open(config, text)
-    ldm = run.load()
+    run = Run.existing(options.model)
+    config, ldm = run.config, run.load()
     side = size or (config.data.size, config.data.size)
     sampling = SamplingConfig(options.sampler, options.steps, options.eta, options.guidance)
     if config.task != "text":
@@ -247,11 +243,7 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tupl
         columns = condition_columns(run.task, config, options.count)
         return draw(ldm, config.task, columns, options.count, side, sampling, options.seed), None
     prompts = [prompt for prompt in options.prompt or run.task.captions[:4] for _ in range(options.count)]
-    if run.task.tokenizer is None:
-        raise UserError(
-            f"{options.model} was trained with a frozen text encoder: its samples come from train.py's grids"
-        )
-    columns = {"tokens": tokenize(run.task.tokenizer, prompts)[:, None]}
+    columns = run.task.caption_columns(prompts)
     return draw(ldm, "text", columns, len(prompts), side, sampling, options.seed), prompts
 
 

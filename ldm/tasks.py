@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.data.sampling import TensorTable, derive_seed
-from common.data.shapes import COLOURS
+from common.data.photos import CATEGORIES
+from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
+from common.data.shapes import COLOURS, SHAPES
 from common.errors import UserError
 from ldm.conditioners import ClassEmbedder, LayoutTokenizer, SpatialRescaler, TransformerEmbedder
 from ldm.config import ConditionerConfig, DataConfig, LdmConfig
@@ -48,9 +50,10 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
 
         return EmojiGroups(split, size=data.size)  # type: ignore[arg-type]
     if data.name == "shapes":
-        from common.data.shapes import Shapes
+        from common.data.shapes import TASKS, Shapes
 
-        return Shapes(split, n or 20000, size=data.size, seed=seed)
+        tasks = tuple(data.tasks) if data.tasks else TASKS
+        return Shapes(split, n or 20000, size=data.size, seed=seed, tasks=tasks)  # type: ignore[arg-type]
     if data.name == "photos":
         from common.data.photos import PhotoCollage
 
@@ -61,9 +64,54 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
         return FashionMNIST(split, root=data.path, pad_to=data.size)  # type: ignore[arg-type]
     if data.path is None:
         raise UserError(f"data.name {data.name} needs --data.path (a folder, or a data set's name)")
+    return user_images(data.path, data.size, split, seed)
+
+
+HELD_OUT_SHARE, FEWEST_IMAGES = 10, 20  # one in ten; of fewer images nothing can be said
+
+
+class Part(Dataset[dict[str, Any]]):
+    """Some items of the user's images, with their captions."""
+
+    def __init__(self, images: Any, rows: Sequence[int]) -> None:
+        self.images, self.rows, self.classes = images, list(rows), images.classes
+
+    @property
+    def captions(self) -> list[str]:
+        everything = self.images.captions()
+        return [everything[row] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.images[self.rows[index]]
+
+
+def user_images(where: str, size: int, split: str, seed: int) -> Part:
+    """The user's images; those that come without a test split are divided: one in ten, by the hash of its file name
+    (of its row where there is none), is held out."""
     from common.data.folders import open_images
 
-    return open_images(data.path, data.size, split=split, seed=seed)
+    path = Path(where)
+    if (path / "dataset_dict.json").is_file() or not path.exists():
+        try:
+            named = open_images(where, size, split=split, seed=seed)
+            return Part(named, range(len(named)))
+        except UserError:
+            if split == "train":
+                raise  # else there is no test split
+    images = open_images(where, size, split="train", seed=seed)
+    if len(images) < FEWEST_IMAGES:
+        raise UserError(
+            f"--data.path {where}: {len(images)} images are too few; at least {FEWEST_IMAGES} are needed, one in "
+            f"{HELD_OUT_SHARE} of which is held out for the metrics"
+        )
+    records = getattr(images.source, "records", None)
+    names = [r.path.relative_to(path).as_posix() for r in records] if records else [str(i) for i in range(len(images))]
+    by_hash = sorted(range(len(images)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    held_out = set(by_hash[: -(-len(images) // HELD_OUT_SHARE)])
+    return Part(images, [i for i in range(len(images)) if (i in held_out) == (split == "test")])
 
 
 @dataclass
@@ -72,6 +120,7 @@ class Task:
 
     Attributes:
         train, reference: tables with `image` uint8 [N, 3, H, W] and the task's own columns; `reference` is held out.
+            `train` is lazy where it would not fit in data.max_memory_gb.
         conditioning_key: None, "crossattn", "concat" or "adm".
         concat_channels: channels that the condition adds to the denoiser's input.
         conditioner: turns the columns of a batch into the condition (trained jointly), or None.
@@ -79,7 +128,7 @@ class Task:
     """
 
     name: str
-    train: TensorTable
+    train: Table
     reference: TensorTable
     conditioning_key: str | None = None
     concat_channels: int = 0
@@ -90,19 +139,41 @@ class Task:
     captions: list[str] = field(default_factory=list)
     reference_dataset: Any = None
 
+    def caption_columns(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The columns of a text task for any captions."""
+        if isinstance(self.conditioner, StateTable):
+            return {"tokens": self.conditioner.rows(captions)[:, None]}
+        return {"tokens": tokenize(self.tokenizer, captions)[:, None]}
 
-def table(
-    dataset: Dataset, columns: Callable[[dict[str, Any], int], dict[str, Tensor]], limit: int | None
-) -> TensorTable:
-    """Every sample's image and task columns, stacked in memory."""
+
+Columns = Callable[[dict[str, Any], int], dict[str, Tensor]]
+
+
+def lazy_table(dataset: Dataset, columns: Columns, limit: int | None) -> LazyTable:
+    """Every sample's image and task columns, made when they are asked for."""
     n = min(len(dataset), limit or len(dataset))  # type: ignore[arg-type]
     if n == 0:
         raise UserError("the data set is empty")
-    rows = []
-    for i in range(n):
+
+    def row(i: int) -> dict[str, Tensor]:
         item = dataset[i]
-        rows.append({"image": item["image"], **columns(item, i)})
-    return TensorTable({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        image = item["image"]
+        return {"image": image.expand(3, -1, -1) if len(image) == 1 else image, **columns(item, i)}
+
+    return LazyTable(n, row)
+
+
+def table(dataset: Dataset, columns: Columns, limit: int | None) -> TensorTable:
+    """Every sample's image and task columns, stacked in memory."""
+    lazy = lazy_table(dataset, columns, limit)
+    return TensorTable(lazy.__getitems__(range(len(lazy))))
+
+
+def fitting_table(dataset: Dataset, columns: Columns, limit: int | None, gigabytes: float) -> Table:
+    """In memory where the samples are at most so large, else lazy."""
+    lazy = lazy_table(dataset, columns, limit)
+    size = len(lazy) * sum(column.nbytes for column in lazy[0].values())
+    return table(dataset, columns, limit) if size <= gigabytes * 1e9 else lazy
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int, tokens: int) -> Any:
@@ -181,7 +252,12 @@ def phrasings(dataset: Any, n: int, variants: int, seed: int) -> list[list[str]]
 def plain_captions(dataset: Any, n: int) -> list[str]:
     """The first n samples' captions as they stand."""
     captions = getattr(dataset, "captions", None)
-    return list(captions[:n]) if captions is not None else [dataset[i]["caption"] for i in range(n)]
+    plain = list(captions[:n]) if captions is not None else [dataset[i]["caption"] for i in range(n)]
+    if not any(plain):
+        raise UserError(
+            'task text needs captions: give every image a "text" in metadata.jsonl, or choose --task unconditional'
+        )
+    return plain
 
 
 def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
@@ -209,10 +285,10 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
 
 
 def _tables(
-    config: LdmConfig, train: Any, held_out: Any, columns: Any, columns_test: Any = None
-) -> dict[str, TensorTable]:
+    config: LdmConfig, train: Any, held_out: Any, columns: Columns, columns_test: Columns | None = None
+) -> dict[str, Any]:
     return {
-        "train": table(train, columns, config.data.train_images),
+        "train": fitting_table(train, columns, config.data.train_images, config.data.max_memory_gb),
         "reference": table(held_out, columns_test or columns, config.data.eval_images),
     }
 
@@ -222,10 +298,19 @@ def _unconditional(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any)
 
 
 def _class(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
-    tables = _tables(
-        config, train, held_out, lambda item, i: {"label": torch.as_tensor(int(_need(item, "label", config)))}
-    )
-    classes = int(tables["train"].columns["label"].max()) + 1
+    def columns(item: dict[str, Any], i: int) -> dict[str, Tensor]:
+        label = int(_need(item, "label", config))
+        if label < 0:
+            raise UserError(
+                "task class needs a class for every image: sort the images into one folder per class, or add "
+                '"label" to metadata.jsonl'
+            )
+        return {"label": torch.as_tensor(label)}
+
+    tables = _tables(config, train, held_out, columns)
+    names = getattr(train, "classes", None) or getattr(train, "class_names", None) or ()
+    labels = [int(part.columns["label"].max()) for part in tables.values() if isinstance(part, TensorTable)]
+    classes = max(len(names), *(label + 1 for label in labels))
     if config.conditioner.class_embedding == "adm":
         return Task("class", **tables, conditioning_key="adm", num_classes=classes + 1)
     width = config.conditioner.width
@@ -278,8 +363,11 @@ def _frozen_text(
 
     encoder = TextEncoder(Path(config.conditioner.encoder)) if config.conditioner.encoder else TextEncoder()
     distinct = sorted({c for row in captions for c in row} | set(test_captions) | {""})
-    states, mask = encoder.encode(distinct, length=config.conditioner.tokens)
-    states = (states * mask[..., None]).to(torch.float16)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return encoder.encode(texts, length=config.conditioner.tokens)[0].to(torch.float16)  # 0 at padding
+
+    states = encode(distinct)
     row_of = {caption: i for i, caption in enumerate(distinct)}
     tables = _tables(
         config,
@@ -293,18 +381,32 @@ def _frozen_text(
         **tables,
         conditioning_key="crossattn",
         context_dim=encoder.width,
-        conditioner=StateTable(states, row_of[""]),
+        conditioner=StateTable(states, row_of, encode),
         captions=test_captions,
     )
 
 
 class StateTable(nn.Module):
-    """Frozen token states by caption number; `null` is the empty caption's number."""
+    """Frozen token states by caption number; `null` is the empty caption's number.
 
-    def __init__(self, states_NLD: Tensor, null: int) -> None:
+    Args:
+        row_of: number of every caption, the empty one included.
+        encode: makes the states [N, L, D] of captions that are not in the table yet.
+    """
+
+    def __init__(self, states_NLD: Tensor, row_of: dict[str, int], encode: Callable[[Sequence[str]], Tensor]) -> None:
         super().__init__()
         self.register_buffer("states_NLD", states_NLD, persistent=False)
-        self.null = null
+        self.row_of, self.encode, self.null = dict(row_of), encode, row_of[""]
+
+    def rows(self, captions: Sequence[str]) -> Tensor:
+        """Numbers int64 [N] of captions; new ones are encoded and join the table."""
+        new = sorted(set(captions) - self.row_of.keys())
+        if new:
+            states: Tensor = self.states_NLD  # type: ignore[assignment]
+            self.row_of.update({caption: len(states) + i for i, caption in enumerate(new)})
+            self.states_NLD = torch.cat([states, self.encode(new).to(states)])
+        return torch.tensor([self.row_of[caption] for caption in captions])
 
     def forward(self, rows_B: Tensor) -> Tensor:
         states: Tensor = self.states_NLD  # type: ignore[assignment]
@@ -312,10 +414,10 @@ class StateTable(nn.Module):
 
 
 def box_categories(item: dict[str, Any]) -> Tensor:
-    """Category of every box: its class, and for Shapes class and colour together."""
+    """Category of every box: that of the photographed object, and for Shapes class and colour together."""
     if "colours" in item:
         return item["classes"] * len(COLOURS) + item["colours"]
-    return item["classes"]
+    return item["categories"]
 
 
 def _layout(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
@@ -324,13 +426,15 @@ def _layout(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Tas
     layout = LayoutTokenizer(n_categories=BOX_CATEGORIES, max_objects=len(first["boxes"]), no_tokens=1024)
 
     def columns(item: dict[str, Any], i: int) -> dict[str, Tensor]:
-        present = item["classes"] != NO_OBJECT
+        classes = item["classes"] if "classes" in item else item["categories"]
+        present = classes != NO_OBJECT
         corners = item["boxes"][present]
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
         return {
             "layout": torch.as_tensor(layout.encode(box_categories(item)[present].tolist(), boxes)),
             "boxes": item["boxes"],
-            "classes": item["classes"],
+            "classes": classes,
+            **({"colours": item["colours"]} if "colours" in item else {}),
         }
 
     options = config.conditioner
@@ -359,7 +463,8 @@ class SemanticConditioner(nn.Module):
 
 def _semantic(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
     tables = _tables(config, train, held_out, lambda item, i: {"label_map": _need(item, "label_map", config)})
-    n_labels = int(getattr(train, "n_map_classes", int(tables["train"].columns["label_map"].max()) + 1))
+    # 0 is the background; a small training set may lack a category that a held-out picture shows.
+    n_labels = 1 + (len(SHAPES) if config.data.name == "shapes" else len(CATEGORIES))
     halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
     return Task(
         "semantic",
@@ -371,11 +476,16 @@ def _semantic(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> T
 
 
 def _superres(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
+    """The low-resolution image itself is the condition, at the latent's resolution: where scale and f differ (f = 1, the
+    pixel-space baseline) it is enlarged by repetition."""
     options = config.conditioner
+    side = config.data.size // (
+        1 if config.first_stage.kind == "pixels" else 2 ** (len(config.first_stage.ch_mult) - 1)
+    )
 
     def columns(item: dict[str, Any], i: int) -> dict[str, Tensor]:
-        seed = derive_seed(config.seed, i)
-        return {"low": low_resolution(item["image"], options.scale, options.degradation, seed)}
+        low = low_resolution(item["image"], options.scale, options.degradation, derive_seed(config.seed, i))
+        return {"low": F.interpolate(low[None], side, mode="nearest")[0]}
 
     return Task("superres", **_tables(config, train, held_out, columns), conditioning_key="concat", concat_channels=3)
 

@@ -40,9 +40,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from ldm.training import Run
 
     run: Run = Run.open(config, text)
-    run.train_first_stage()
-    if "diffusion" in config.stages:
-        run.train_diffusion()
+    if run.finished:
+        print(f"{run.folder}: trained already", file=sys.stderr)
+    elif config.stages != ["evaluate"]:
+        run.train_first_stage()
+        if "diffusion" in config.stages:
+            run.train_diffusion()
     metrics: dict[str, Any] = {}
     if "evaluate" in config.stages and run.is_main:
         metrics = run.evaluate(seconds=time.perf_counter() - started)

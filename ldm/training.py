@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,23 +12,57 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data.cache import FeatureCache, fingerprint_module
-from common.data.sampling import StepBatchSampler, StepDataModule, TensorTable, step_generator
+from common.data.sampling import StepBatchSampler, StepDataModule, Table, TensorTable, step_generator
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from common.training import EveryNSteps, build_trainer, latest_checkpoint, open_run_folder
+from common.training import (
+    EveryNSteps,
+    build_trainer,
+    fit,
+    is_main_process,
+    latest_checkpoint,
+    open_run_folder,
+)
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
 from ldm.diffusion import Ema, LatentDiffusion, NoiseSchedule
-from ldm.first_stage import build_first_stage, freeze, to_unit, train_first_stage
+from ldm.first_stage import build_first_stage, freeze, load_first_stage, to_unit, train_first_stage
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import ConditionedUNet, UNet
 from ldm.tasks import BertConditioner, StateTable, Task, mask_bank, prepare
 
 MASKS = 2000  # inpainting masks drawn once and picked from at random
+# What two starts of one run may disagree on: none of it changes the trained weights.
+FREE_OPTIONS = (
+    "run_dir",
+    "resume",
+    "stages",
+    "export_pipeline",
+    "sampling",
+    "data.cache_latents",
+    "data.workers",
+    "data.max_memory_gb",
+    "data.eval_images",
+    *(
+        f"trainer.{name}"
+        for name in (
+            "accelerator",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "checkpoint_every",
+            "sample_every",
+            "log_every",
+            "threads",
+            "progress",
+        )
+    ),
+)
 
 
 def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
@@ -125,14 +161,18 @@ def raw_condition(task_name: str, columns: Mapping[str, Tensor], pick_B: Tensor 
 
 
 class DiffusionTrainer(pl.LightningModule):
-    """Eq. 2 and 3: denoise latents. Everything random in a step is a function of (seed, step), drawn for the global batch
-    and shared out among the processes, so that resuming, caching latents and adding processes change nothing."""
+    """Eq. 2 and 3: denoise latents.
+
+    Everything random in a step is a function of (seed, step), drawn for the global batch and shared out among processes
+    and micro-batches, so that resuming, caching latents, adding processes and accumulating gradients change nothing.
+    """
 
     def __init__(self, ldm: LatentDiffusion, config: LdmConfig, holes: Tensor | None = None) -> None:
         super().__init__()
         self.ldm, self.config = ldm, config
         self.ema = Ema(ldm, config.optimiser.ema_decay) if config.optimiser.ema_decay > 0 else None
         self.register_buffer("holes", holes, persistent=False)
+        self._sums: dict[str, Any] = {}
         if config.trainer.compile:
             ldm.model.diffusion_model.compile()  # type: ignore[union-attr,operator]
 
@@ -140,7 +180,7 @@ class DiffusionTrainer(pl.LightningModule):
         options, trainer = self.config.optimiser, self.config.trainer
         lr = scaled_lr(options.lr, trainer.batch_size) if options.scale_lr else options.lr
         optimiser = torch.optim.AdamW(
-            self.ldm.trainable_parameters(), lr=lr, weight_decay=options.weight_decay, fused=True
+            self.ldm.trainable_parameters(), lr=lr, weight_decay=options.weight_decay, foreach=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, warmup_then(options.schedule, options.warmup, trainer.max_steps)
@@ -148,40 +188,51 @@ class DiffusionTrainer(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        accumulate = self.config.trainer.accumulate
-        micro_step = self.trainer.global_step * accumulate + batch_idx % accumulate
-        generator = step_generator(self.config.seed, micro_step, self.device)
-        global_batch = self.config.trainer.batch_size // accumulate
-        mine = slice(self.trainer.global_rank, None, self.trainer.world_size)
-        uniform_3B = torch.rand(3, global_batch, generator=generator, device=self.device)[:, mine]
+        options, world = self.config.trainer, self.trainer.world_size
+        part = batch_idx % options.accumulate
+        size = options.batch_size // options.accumulate
+        mine = slice(part * size + self.trainer.global_rank, (part + 1) * size, world)
+        generator = step_generator(self.config.seed, self.trainer.global_step, self.device)
+        uniform_3B = torch.rand(3, options.batch_size, generator=generator, device=self.device)[:, mine]
         with torch.no_grad():
             if "moments" in batch:
                 moments = batch["moments"]
             else:
                 moments = self.ldm.first_stage_model.moments(to_unit(batch["image"]))  # type: ignore[operator]
-        latent_shape = (global_batch, self.ldm.model.diffusion_model.out_channels, *moments.shape[2:])  # type: ignore[union-attr]
+        latent_shape = (options.batch_size, self.ldm.model.diffusion_model.out_channels, *moments.shape[2:])  # type: ignore[union-attr]
         posterior_noise, noise = torch.randn(2, *latent_shape, generator=generator, device=self.device)[:, mine]
         z_BCHW = self.ldm.scale_factor * self.ldm.first_stage_model.latent_from_moments(moments, posterior_noise)  # type: ignore[operator]
         t_B = (uniform_3B[0] * self.ldm.schedule.timesteps).long()
         columns = dict(batch)
         if self.holes is not None:
-            rows = torch.randint(len(self.holes), (global_batch,), generator=generator, device=self.device)[mine]  # type: ignore[arg-type]
+            rows = torch.randint(len(self.holes), (options.batch_size,), generator=generator, device=self.device)[mine]  # type: ignore[arg-type]
             columns["hole"] = self.holes[rows]  # type: ignore[index]
         cond = self.ldm.conditioning(raw_condition(self.config.task, columns, uniform_3B[1]), uniform_3B[2])
         loss, logs = self.ldm.loss(z_BCHW, t_B, noise, cond)
-        self.log_dict({f"train/{k}": v for k, v in logs.items()})
+        self._log_mean(logs, part, options.accumulate)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.ema is not None and (batch_idx + 1) % self.config.trainer.accumulate == 0:
+    def _log_mean(self, logs: dict[str, Tensor], part: int, parts: int) -> None:
+        """Log the means over the whole global batch: micro-batches here, processes by Lightning."""
+        if part == 0:
+            self._sums = {}
+        self._sums = {k: self._sums.get(k, 0.0) + v.detach() for k, v in logs.items()}
+        if part == parts - 1:
+            means = {f"train/{k}": v / parts for k, v in self._sums.items()}
+            self.log_dict(means, sync_dist=self.trainer.world_size > 1)
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        # Not in on_train_batch_end, which comes after the callback that writes the checkpoint.
+        super().optimizer_step(*args, **options)
+        if self.ema is not None:
             self.ema.update(self.ldm)
 
 
-def first_batch_scale(config: LdmConfig, train: TensorTable, first_stage: FirstStage) -> Tensor:
+def first_batch_scale(config: LdmConfig, train: Table, first_stage: FirstStage) -> Tensor:
     """Unscaled latents of the run's first batch, from which `scale_by_std` takes the factor (appendix G)."""
     rows = StepBatchSampler(len(train), config.trainer.batch_size, 1, config.seed).batch(0)
     with torch.no_grad():
-        moments = first_stage.moments(to_unit(train.columns["image"][torch.as_tensor(rows)]))
+        moments = first_stage.moments(to_unit(train.__getitems__(rows)["image"]))
         shape = (len(rows), first_stage.embed_dim, *moments.shape[2:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
         return first_stage.latent_from_moments(moments, noise)
@@ -201,29 +252,68 @@ class Run:
 
     @classmethod
     def open(cls, config: LdmConfig, config_yaml: str) -> Run:
-        """Create or continue `config.run_dir`; opens the data and its task."""
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        if "fsdp" in config.trainer.strategy and config.optimiser.ema_decay > 0:
+        """Create or continue `config.run_dir`; opens the data and its task.
+
+        Raises:
+            UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
+        """
+        trainer = config.trainer
+        if trainer.threads:
+            torch.set_num_threads(trainer.threads)
+        if "fsdp" in trainer.strategy and config.optimiser.ema_decay > 0:
             raise UserError(
                 "--trainer.strategy fsdp shards the weights that the EMA follows: set --optimiser.ema_decay 0"
             )
+        if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
+            raise UserError(f"--resume {config.resume}: no such file; expected auto, never or a checkpoint of a run")
+        if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
+            raise UserError(
+                f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
+                f"{trainer.accumulate} micro-batches"
+            )
+        halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
+        if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
+            raise UserError(
+                f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
+                f"{len(config.unet.channel_mult) - 1} times by the denoiser; "
+                f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
+            )
         folder = Path(config.run_dir)
-        open_run_folder(folder, config.resume, config_yaml)
-        tokenizer = None
-        if (folder / "tokenizer").is_dir():
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
+        tokenizer = saved_tokenizer(folder)
         task = prepare(config, tokenizer)
-        if task.tokenizer is not None and tokenizer is None:
-            task.tokenizer.save_pretrained(folder / "tokenizer")
-        return cls(config, folder, task)
+        if task.tokenizer is not None and tokenizer is None and is_main_process():
+            task.tokenizer.save_pretrained(folder / ".tokenizer")
+            (folder / ".tokenizer").rename(folder / "tokenizer")
+        return cls(config, folder, task, is_main=is_main_process())
+
+    @classmethod
+    def existing(cls, folder: Path) -> Run:
+        """A run that `train.py` has finished, for sampling and metrics; writes nothing."""
+        from common.cli import parse_config
+
+        config_file = folder / "config.yaml"
+        if not config_file.is_file():
+            raise UserError(f"{folder}: no config.yaml there; expected the folder of a finished run")
+        config, _ = parse_config(LdmConfig, None, "", ["--config", str(config_file)])
+        config.run_dir = str(folder)
+        return cls(config, folder, prepare(config, saved_tokenizer(folder)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trained model is there already."""
+        return self.config.resume == "auto" and (self.folder / "model.safetensors").is_file()
 
     def train_first_stage(self) -> None:
         """Train, resume or load the autoencoder."""
         started = time.perf_counter()
         config = self.config
+        trained = self.folder / "first_stage" / "first_stage.safetensors"
+        needed = config.first_stage.kind != "pixels" and not config.first_stage.weights
+        if needed and "first_stage" not in config.stages and not trained.is_file():
+            raise UserError(
+                f"--stages lacks first_stage, but {trained} does not exist: add it, or give --first_stage.weights"
+            )
         self.first_stage = train_first_stage(
             config.first_stage,
             config.trainer,
@@ -237,6 +327,7 @@ class Run:
 
     def latents(self, first_stage: FirstStage) -> TensorTable:
         """The training table with images replaced by their moments, encoded once and kept on disk."""
+        assert isinstance(self.task.train, TensorTable)
         images = self.task.train.columns["image"]
 
         def encode(indices: Any) -> dict[str, Tensor]:
@@ -250,6 +341,7 @@ class Run:
             table_fingerprint(images),
             encode,
             shard_size=4096,
+            progress=self.config.trainer.progress and self.is_main,
         )
         columns = {k: v for k, v in self.task.train.columns.items() if k != "image" or self.config.task == "inpaint"}
         return TensorTable({**columns, **cache[slice(None)]})
@@ -261,7 +353,8 @@ class Run:
         config, trainer_config = self.config, self.config.trainer
         torch.manual_seed(config.seed)
         ldm = build_latent_diffusion(config, self.task, self.first_stage)
-        cached = config.data.cache_latents and config.first_stage.kind != "pixels"
+        in_memory = isinstance(self.task.train, TensorTable)
+        cached = config.data.cache_latents and config.first_stage.kind != "pixels" and in_memory
         table = self.latents(self.first_stage) if cached else self.task.train
         if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
             ldm.set_scale_factor(first_batch_scale(config, self.task.train, self.first_stage))
@@ -297,7 +390,7 @@ class Run:
             trainer_config.batch_size,
             trainer_config.max_steps,
             config.seed,
-            workers=config.data.workers,
+            workers=0 if in_memory else config.data.workers,
             accumulate=trainer_config.accumulate,
         )
         checkpoint: Path | None = None
@@ -305,14 +398,14 @@ class Run:
             checkpoint = latest_checkpoint(folder)
         elif config.resume != "never":
             checkpoint = Path(config.resume)
-        trainer.fit(module, data, ckpt_path=checkpoint)
+        fit(trainer, module, data, checkpoint)
         self.is_main = trainer.is_global_zero
         if module.ema is not None:
             module.ema.copy_to(ldm)
         self.ldm = ldm.cpu().eval()
         self.seconds["diffusion"] = time.perf_counter() - started
         if self.is_main:
-            weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.ldm.state_dict().items()}
+            weights = {k: v.detach().cpu().contiguous().clone() for k, v in own_state(self.ldm).items()}
             write_atomically(self.folder / "model.safetensors", lambda temporary: save_file(weights, str(temporary)))
             if config.export_pipeline and exportable(self.task, config):
                 export_pipeline(self.ldm, self.task, config, self.folder / "pipeline")
@@ -322,9 +415,21 @@ class Run:
         weights = self.folder / "model.safetensors"
         if not weights.is_file():
             raise UserError(f"{weights}: no such file; train first (python train.py --run_dir {self.folder})")
-        first_stage = freeze(build_first_stage(self.config.first_stage, self.config.data.size))
-        ldm = build_latent_diffusion(self.config, self.task, first_stage)
-        ldm.load_state_dict(load_file(weights))
+        options, size = self.config.first_stage, self.config.data.size
+        if options.weights and Path(options.weights).is_dir():  # its own config.json says how it is built
+            first_stage = load_first_stage(Path(options.weights), options, size)
+        else:
+            first_stage = build_first_stage(options, size)
+        ldm = build_latent_diffusion(self.config, self.task, freeze(first_stage))
+        try:
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise UserError(f"{weights} is truncated or not a safetensors file: {error}") from None
+        wanted = own_state(ldm)
+        wrong = wanted.keys() ^ state.keys() or {k for k in wanted if wanted[k].shape != state[k].shape}
+        if wrong:
+            raise UserError(f"{weights} is of another network than {self.folder / 'config.yaml'}: {min(wrong)} differs")
+        ldm.load_state_dict(state, strict=False)
         self.first_stage, self.ldm = first_stage, ldm.eval()
         return self.ldm
 
@@ -335,14 +440,30 @@ class Run:
         ldm = self.ldm if self.ldm is not None else self.load()
         metrics = evaluate_run(ldm, self.task, self.config, self.folder)
         metrics["seconds"] = {**{k: round(v, 1) for k, v in self.seconds.items()}, "total": round(seconds, 1)}
-        write_json(self.folder / "metrics.json", metrics)
+        earlier = self.folder / "metrics.json"
+        if not self.seconds and earlier.is_file():  # nothing was trained now: the training's own times stand
+            metrics["seconds"] = json.loads(earlier.read_text()).get("seconds", metrics["seconds"])
+        write_json(earlier, metrics)
         return metrics
+
+
+def own_state(ldm: LatentDiffusion) -> dict[str, Tensor]:
+    """The state dict without a second copy of the first stage, which inpainting also uses as its conditioner."""
+    shared = ldm.cond_stage_model is ldm.first_stage_model
+    return {k: v for k, v in ldm.state_dict().items() if not (shared and k.startswith("cond_stage_model."))}
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a text run has learned, or None."""
+    if not (folder / "tokenizer").is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
 def table_fingerprint(images: Tensor) -> str:
     """Checksum of the training images themselves."""
-    import hashlib
-
     return hashlib.sha256(images.numpy().tobytes() + str(tuple(images.shape)).encode()).hexdigest()
 
 

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from common.data.cache import fingerprint_strings
 from common.errors import UserError, run_main
+from common.files import write_atomically, write_json
 from common.paths import cache_dir
 
 PACKAGES = ("tuxpaint-stamps-default", "mate-backgrounds", "lomiri-wallpapers-16.04")

@@ -6,12 +6,14 @@ the same samples whatever happened before, on however many processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.errors import UserError
 
 
 def derive_seed(seed: int, *parts: int) -> int:
@@ -55,9 +57,11 @@ class StepBatchSampler(Sampler[list[int]]):
         start: Callable[[], int] = lambda: 0,
     ) -> None:
         if n < 1:
-            raise ValueError("the data set is empty")
+            raise UserError("the data set is empty")
         if batch_size % world:
-            raise ValueError(f"the global batch of {batch_size} cannot be divided among {world} processes")
+            raise UserError(
+                f"batch_size {batch_size} (all processes together) cannot be divided among {world} processes"
+            )
         self.n, self.batch_size, self.steps, self.seed = n, batch_size, steps, seed
         self.rank, self.world, self.start = rank, world, start
         self._epoch = -1
@@ -98,13 +102,33 @@ class TensorTable(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices)
         return {name: column[rows] for name, column in self.columns.items()}
 
 
+class LazyTable(Dataset):
+    """The interface of `TensorTable` for data that does not fit in memory: `row(i)` makes sample i when asked for."""
+
+    def __init__(self, n: int, row: Callable[[int], dict[str, Tensor]]) -> None:
+        self.n, self.row = n, row
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.row(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self.row(int(i)) for i in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+Table = TensorTable | LazyTable
+
+
 def _collate(batch: object) -> object:
-    """Batches of a TensorTable are complete already; lists of samples get torch's default treatment."""
+    """Batches of a table are complete already; lists of samples get torch's default treatment."""
     return torch.utils.data.default_collate(batch) if isinstance(batch, list) else batch
 
 
@@ -112,7 +136,7 @@ class StepDataModule(LightningDataModule):
     """Feeds a map-style data set in the order of `StepBatchSampler`; works unchanged under DDP and after a resume.
 
     Args:
-        dataset: map-style; a `TensorTable` is fetched a batch at a time.
+        dataset: map-style; a table is fetched a batch at a time.
         batch_size: samples of one optimiser step over all processes and accumulated micro-batches.
         steps: total number of optimiser steps of the run.
         accumulate: micro-batches per optimiser step.
@@ -123,7 +147,7 @@ class StepDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size % accumulate:
-            raise ValueError(f"batch_size {batch_size} cannot be divided into {accumulate} micro-batches")
+            raise UserError(f"batch_size {batch_size} cannot be divided into accumulate {accumulate} micro-batches")
         self.dataset, self.batch_size, self.steps = dataset, batch_size, steps
         self.seed, self.workers, self.accumulate = seed, workers, accumulate
 

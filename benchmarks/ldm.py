@@ -1,0 +1,749 @@
+"""Latent diffusion beside diffusers: training and sampling speed, memory, and how near the processor's peak we come.
+
+    python -m benchmarks.ldm                      # writes results/bench_ldm.json; about 20 minutes on 2 CPU cores
+    python -m benchmarks.ldm --sizes emoji64 --rounds 3
+
+Every arm is a process of its own that waits until it is its turn, so that arms alternate (A B C A B C ...), the
+allocator settings of one do not help the other, and each has its own peak memory. Wall-clock medians count; the note
+of a row says what each side did and what the ratio of CPU times was, which other load on the machine disturbs less.
+
+The peer is what a diffusers user runs: the loop of examples/text_to_image/train_text_to_image.py (images through the
+VAE and captions through the frozen text encoder in every step, UNet2DConditionModel, MSE, AdamW, no EMA, float32), and
+StableDiffusionPipeline. Our arm is `ldm/train.py` as it is: Lightning, cached latents, a jointly trained text encoder,
+EMA. The "U-Net only" rows leave all of that out and compare the same step on the same given latents.
+Both sides start from the same weights, which `ldm/convert.py` writes as a diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError, run_main
+from common.ledger import bench_row, peak_memory, write_rows
+from common.paths import REPOSITORY, RESULTS
+
+if TYPE_CHECKING:
+    from ldm.config import LdmConfig
+    from ldm.diffusion import LatentDiffusion
+    from ldm.tasks import Task
+
+TEACHER = REPOSITORY / "ldm" / "configs" / "teachers" / "emoji64.yaml"
+# Options on top of the emoji64 teacher's configuration.
+SIZES: dict[str, list[str]] = {
+    "emoji64": [],
+    "wide": ["--unet.model_channels", "128", "--data.size", "128", "--trainer.batch_size", "16"],
+    "tiny": [
+        *("--unet.model_channels", "32", "--unet.channel_mult", "[1]", "--data.size", "16", "--first_stage.ch", "8"),
+        *("--first_stage.ch_mult", "[1,2]", "--first_stage.z_channels", "4", "--unet.norm_groups", "8"),
+        *("--first_stage.norm_groups", "4", "--conditioner.width", "32", "--conditioner.layers", "1"),
+        *("--conditioner.vocabulary", "300", "--trainer.batch_size", "2"),
+    ],
+}
+CAPTIONS = (
+    "a red apple with a green leaf",
+    "a grinning face with big eyes",
+    "a black cat sitting on a blue chair",
+    "a yellow star",
+)
+LOSS_STEPS, LOSS_TAIL = 30, 10
+LEARNING_RATE = 1e-3
+GUIDANCE = 3.0
+# float32 against float32 through 50 guided steps, on images in [0, 1].
+IMAGE_TOLERANCE = 5e-3
+
+
+def configuration(size: str) -> LdmConfig:
+    """The teacher's configuration at one of SIZES."""
+    from common.cli import parse_config
+    from ldm.config import LdmConfig
+
+    config, _ = parse_config(LdmConfig, None, "", ["--config", str(TEACHER), *SIZES[size]])
+    return config
+
+
+def latent_side(config: LdmConfig) -> int:
+    return config.data.size // 2 ** (len(config.first_stage.ch_mult) - 1)
+
+
+def build(config: LdmConfig) -> tuple[LatentDiffusion, Task]:
+    """Our model with the same random weights in every process. Zero-initialised layers get small weights, because
+    both sides would otherwise agree on an output of zeros."""
+    from common.data.sampling import TensorTable
+    from ldm.first_stage import build_first_stage, freeze
+    from ldm.tasks import BertConditioner, Task, train_tokenizer
+    from ldm.training import build_latent_diffusion
+
+    torch.manual_seed(0)
+    options = config.conditioner
+    empty = TensorTable({"image": torch.zeros(1, 3, 1, 1, dtype=torch.uint8)})
+    task = Task(
+        "text",
+        train=empty,
+        reference=empty,
+        conditioning_key="crossattn",
+        context_dim=options.width,
+        conditioner=BertConditioner(options, options.vocabulary),
+        tokenizer=train_tokenizer(CAPTIONS, options.vocabulary, options.tokens),
+    )
+    ldm = build_latent_diffusion(config, task, freeze(build_first_stage(config.first_stage, config.data.size)))
+    with torch.no_grad():
+        for parameter in ldm.model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    return ldm, task
+
+
+def core_batch(config: LdmConfig, step: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy latents [B, C, H, W], target, timesteps [B] and context [B, L, D] of step `step`, the same for all arms.
+
+    The latents are smooth maps whose mean follows the context, so that there is something to learn.
+    """
+    from common.data.sampling import step_generator
+    from ldm.diffusion import NoiseSchedule
+
+    diffusion, side = config.diffusion, latent_side(config)
+    batch, channels, width = config.trainer.batch_size, config.first_stage.z_channels, config.conditioner.width
+    generator = step_generator(1, step)
+    context_BLD = torch.randn(batch, config.conditioner.tokens, width, generator=generator)
+    coarse = (
+        torch.randn(batch, channels, 2, 2, generator=generator) + 4 * context_BLD.mean(dim=(1, 2))[:, None, None, None]
+    )
+    z_BCHW = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    noise_BCHW = torch.randn(z_BCHW.shape, generator=generator)
+    t_B = torch.randint(0, diffusion.timesteps, (batch,), generator=generator)
+    schedule = NoiseSchedule(
+        diffusion.schedule,
+        diffusion.timesteps,
+        diffusion.linear_start,
+        diffusion.linear_end,
+        prediction=diffusion.prediction,
+    )
+    zt_BCHW, target_BCHW = schedule.q_sample(z_BCHW, t_B, noise_BCHW), schedule.target(z_BCHW, t_B, noise_BCHW)
+    return zt_BCHW.to(device), target_BCHW.to(device), t_B.to(device), context_BLD.to(device)
+
+
+# What one arm does, step by step. Each function is called once in its own process and returns its step.
+
+Step = Callable[[int], object]
+
+
+def mixed(device: str, enabled: bool) -> Any:
+    return torch.autocast(device, torch.bfloat16) if enabled else nullcontext()
+
+
+def core_step(
+    network: torch.nn.Module,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    config: LdmConfig,
+    device: str,
+    bf16: bool,
+    fused: bool,
+) -> Step:
+    """Forward, MSE, backward, clipping and AdamW on given latents; the step returns its loss."""
+    parameters = list(network.to(device).train().parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=fused or None)
+    batches = [core_batch(config, step, device) for step in range(LOSS_STEPS)]
+
+    def step(index: int) -> Tensor:
+        zt_BCHW, target_BCHW, t_B, context_BLD = batches[index % LOSS_STEPS]
+        with mixed(device, bf16):
+            output_BCHW = predict(zt_BCHW, t_B, context_BLD)
+        loss = torch.nn.functional.mse_loss(output_BCHW.float(), target_BCHW)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def our_core(config: LdmConfig, device: str, bf16: bool, compiled: bool = False) -> Step:
+    """Our U-Net alone."""
+    from common.cpu import tune_allocator
+
+    tune_allocator()
+    ldm, _ = build(config)
+    unet: Any = ldm.model.diffusion_model
+    del ldm
+    if device == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        unet.compile()
+    return core_step(unet, unet, config, device, bf16, fused=True)
+
+
+def peer_core(config: LdmConfig, device: str, bf16: bool, pipeline: Path, compiled: bool = False) -> Step:
+    """diffusers' U-Net alone, in the same step with the optimiser as its example makes it."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    if compiled:
+        unet.compile()
+    return core_step(unet, lambda *inputs: unet(*inputs).sample, config, device, bf16, fused=False)
+
+
+def peer_whole(config: LdmConfig, device: str, bf16: bool, pipeline: Path) -> Step:
+    """The training loop of diffusers' text-to-image example on images [B, 3, H, W] and token ids [B, L]."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import BertModel
+
+    scheduler = DDPMScheduler.from_pretrained(pipeline / "scheduler")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae").requires_grad_(False).to(device, dtype)
+    text_encoder = BertModel.from_pretrained(pipeline / "text_encoder").requires_grad_(False).to(device, dtype)
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet").to(device).train()
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
+    columns = training_columns(config)
+
+    def step(index: int) -> Tensor:
+        rows = torch.randint(len(columns["image"]), (config.trainer.batch_size,))
+        images = columns["image"][rows].to(device, dtype).div(127.5).sub(1.0)
+        latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        t_B = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), device=device).long()
+        noisy = scheduler.add_noise(latents, noise, t_B)
+        states = text_encoder(columns["tokens"][rows, 0].to(device), return_dict=False)[0]
+        kind = scheduler.config.prediction_type
+        target = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, t_B)
+        with mixed(device, bf16):
+            prediction = unet(noisy, t_B, states, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        rates.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def training_columns(config: LdmConfig, count: int = 256) -> dict[str, Tensor]:
+    """Random uint8 images [N, 3, H, W] and token ids [N, phrasings, L]: speed does not depend on what they show."""
+    generator = torch.Generator().manual_seed(2)
+    size, options = config.data.size, config.conditioner
+    shape = (count, options.caption_variants, options.tokens)
+    return {
+        "image": torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8),
+        "tokens": torch.randint(4, options.vocabulary, shape, generator=generator),
+    }
+
+
+def our_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps: int) -> Step:
+    """Captions to images by `ldm.samplers.sample`; the first call's images [B, 3, H, W] in [0, 1] are kept."""
+    from common.cpu import tune_allocator
+    from ldm.samplers import recorded_noise, sample
+    from ldm.tasks import tokenize
+
+    tune_allocator()
+    ldm, task = build(config)
+    ldm.to(device).eval()
+    prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
+    start = start_noise(config, batch).to(device)
+
+    @torch.no_grad()
+    def step(index: int) -> Tensor:
+        cond = ldm.conditioning({"condition": tokenize(task.tokenizer, prompts).to(device)})
+        noise = recorded_noise([torch.zeros(()).expand_as(start)] * (steps + 1))
+        z_BCHW = sample(ldm, start.shape, noise, cond, steps=steps, guidance=GUIDANCE, zT_BCHW=start)
+        return keep(folder / f"ours_{batch}.pt", ldm.decode(z_BCHW).add(1).div(2).clamp(0, 1))
+
+    return step
+
+
+def peer_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps: int) -> Step:
+    """The same by StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", local_files_only=True).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
+    start = start_noise(config, batch).to(device)
+
+    def step(index: int) -> Tensor:
+        images = pipeline(
+            prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=start.clone(), output_type="pt"
+        ).images
+        return keep(folder / f"peer_{batch}.pt", images)
+
+    return step
+
+
+def start_noise(config: LdmConfig, batch: int) -> Tensor:
+    side = latent_side(config)
+    shape = (batch, config.first_stage.z_channels, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def keep(path: Path, images: Tensor) -> Tensor:
+    if not path.exists():
+        torch.save(images.float().cpu(), path)
+    return images
+
+
+def matmul(device: str, bf16: bool, side: int = 2048) -> Step:
+    """The processor's own rate: one large square product a step."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    side = side if device == "cpu" else 4 * side
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    out = torch.empty_like(a)
+    return lambda index: torch.matmul(a, b, out=out)
+
+
+# The protocol between the arms' processes and the one that takes turns.
+
+
+class Turns:
+    """An arm's side: waits for a turn ("12\\n" on stdin: twelve steps), takes it, answers with one line of JSON."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.left = 0
+        self.losses: list[Any] = []
+
+    def wait(self) -> bool:
+        """Block until the next turn; False when there is none."""
+        line = sys.stdin.readline()
+        if not line.strip():
+            return False
+        self.steps = self.left = int(line)
+        self.losses = []
+        self._synchronise()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return True
+
+    def done(self, loss: Any = None) -> bool:
+        """One step was made; True when the turn is over (the answer is then out)."""
+        self.left -= 1
+        if isinstance(loss, Tensor) and loss.dim() == 0:
+            self.losses.append(loss)
+        if self.left:
+            return False
+        self._synchronise()
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        self.answer(
+            wall=wall / self.steps,
+            cpu=cpu / self.steps,
+            memory=peak_memory(),
+            losses=[float(loss) for loss in self.losses],
+        )
+        return True
+
+    def answer(self, **content: Any) -> None:
+        print(json.dumps(content), flush=True)
+
+    def _synchronise(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def serve(self, step: Step) -> None:
+        """Take turns with a plain step function."""
+        index = 0
+        while self.wait():
+            while True:
+                result = step(index)
+                index += 1
+                if self.done(result):
+                    break
+
+
+def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Path) -> None:
+    """Our whole training step as `ldm/train.py` runs it: Lightning, cached moments, joint text encoder, clipping, EMA."""
+    import pytorch_lightning as pl
+
+    from common.data.sampling import StepDataModule, TensorTable
+    from common.training import build_trainer
+    from ldm.training import DiffusionTrainer
+
+    class TakeTurns(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = not turns.wait()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if turns.done() and not turns.wait():
+                trainer.should_stop = True
+                turns.left = -1
+
+    ldm, _ = build(config)
+    columns = training_columns(config)
+    side, channels = latent_side(config), config.first_stage.z_channels
+    moments = torch.randn(len(columns["image"]), 2 * channels, side, side)
+    trainer_config = config.trainer
+    trainer = build_trainer(
+        folder / "run",
+        steps=1_000_000,
+        batch_size=trainer_config.batch_size,
+        precision=trainer_config.precision,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        grad_clip=config.optimiser.grad_clip or None,
+        progress=False,
+        callbacks=[TakeTurns()],
+        logs=False,
+    )
+    table = TensorTable({"moments": moments, "tokens": columns["tokens"]})
+    trainer.fit(DiffusionTrainer(ldm, config), StepDataModule(table, trainer_config.batch_size, 1_000_000, config.seed))
+
+
+def prepare(config: LdmConfig, folder: Path) -> dict[str, float]:
+    """Write the peer's pipeline from our weights; returns what is known of the size beforehand."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ldm.training import export_pipeline
+
+    ldm, task = build(config)
+    export_pipeline(ldm, task, config, folder / "pipeline", torch.float32)
+    unet = ldm.model.diffusion_model
+    zt_BCHW, target_BCHW, t_B, context_BLD = core_batch(config, 0, "cpu")
+    # The fused attention of CPUs is not among the counted operators; the plain one has the same products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        torch.nn.functional.mse_loss(unet(zt_BCHW, t_B, context_BLD), target_BCHW).backward()  # type: ignore[operator]
+    parameters = sum(parameter.numel() for parameter in unet.parameters())  # type: ignore[union-attr]
+    return {"flops": float(counter.get_total_flops()), "parameters": float(parameters)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One process: `kind` says what it does, see `work`."""
+
+    kind: str
+    size: str
+    device: str
+    bf16: bool = False
+    batch: int = 0
+    compiled: bool = False
+
+
+def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
+    """The life of an arm's process."""
+    turns, device = Turns(arm.device), arm.device
+    config = configuration(arm.size)
+    pipeline = folder / "pipeline"
+    if arm.kind == "prepare":
+        turns.answer(**prepare(config, folder))
+    elif arm.kind == "our whole":
+        config.trainer.precision = "bf16-mixed" if arm.bf16 else "32-true"
+        config.trainer.compile = arm.compiled
+        serve_our_training(config, device, turns, folder)
+    else:
+        steps: dict[str, Callable[[], Step]] = {
+            "our core": lambda: our_core(config, device, arm.bf16, arm.compiled),
+            "peer core": lambda: peer_core(config, device, arm.bf16, pipeline, arm.compiled),
+            "peer whole": lambda: peer_whole(config, device, arm.bf16, pipeline),
+            "our sampling": lambda: our_sampling(config, device, folder, arm.batch, sampling_steps),
+            "peer sampling": lambda: peer_sampling(config, device, folder, arm.batch, sampling_steps),
+            "matmul": lambda: matmul(device, arm.bf16),
+        }
+        turns.serve(steps[arm.kind]())
+
+
+class Process:
+    """The other side of `Turns`: an arm's process as seen from the one that takes turns."""
+
+    def __init__(self, arm: Arm, folder: Path, threads: int, sampling_steps: int) -> None:
+        self.arm = arm
+        self.log = (folder / f"{abs(hash(arm))}.log").open("w+")
+        command = [sys.executable, "-m", "benchmarks.ldm", "--arm", json.dumps(vars(arm)), "--folder", str(folder)]
+        command += ["--threads", str(threads), "--sampling-steps", str(sampling_steps)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "1"},
+        )
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Let the arm make `steps` steps."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: `answer` says why
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of JSON; libraries may print other lines before it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.log.seek(0)
+        last = "\n".join(self.log.read().splitlines()[-12:])
+        raise RuntimeError(f"{self.arm} ended with status {self.process.wait()}:\n{last}")
+
+    def end(self) -> None:
+        self.process.communicate()
+        self.log.close()
+
+
+@dataclass
+class Timing:
+    """Medians over the rounds, in seconds a step; peak memory in bytes; the losses of the first turn."""
+
+    wall: float
+    cpu: float
+    memory: int
+    losses: list[float]
+    best: float  # fastest round, seconds a step
+
+
+def take_turns(
+    arms: dict[str, Arm],
+    steps: dict[str, int],
+    warm_up: dict[str, int],
+    rounds: int,
+    folder: Path,
+    threads: int,
+    sampling_steps: int,
+) -> dict[str, Timing]:
+    """Run the arms alternately and summarise each."""
+    processes = {name: Process(arm, folder, threads, sampling_steps) for name, arm in arms.items()}
+    try:
+        first = {name: process.turn(warm_up[name]) for name, process in processes.items()}
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, process in processes.items():
+                answers[name].append(process.turn(steps[name]))
+    finally:
+        for process in processes.values():
+            process.end()
+    return {
+        name: Timing(
+            statistics.median(a["wall"] for a in given),
+            statistics.median(a["cpu"] for a in given),
+            max(a["memory"] for a in given),
+            first[name]["losses"],
+            min(a["wall"] for a in given),
+        )
+        for name, given in answers.items()
+    }
+
+
+def noted(row: dict[str, Any], note: str) -> dict[str, Any]:
+    return {**row, "note": note}
+
+
+def faster(name: str, ours: Timing, peer: Timing, images: int, target: float | None, note: str) -> dict[str, Any]:
+    """A row of images per second."""
+    load = f"; load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    row = bench_row(name, images / ours.wall, images / peer.wall, "images/s", target=target)
+    return noted(row, f"{note}; CPU-time ratio {peer.cpu / ours.cpu:.2f}{load}")
+
+
+def training_rows(
+    size: str, device: str, rounds: int, steps: int, folder: Path, threads: int, info: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the training step at one size."""
+    config = configuration(size)
+    arms = {
+        "ours": Arm("our whole", size, device, bf16=True),
+        "peer": Arm("peer whole", size, device),
+        "ours core bf16": Arm("our core", size, device, bf16=True),
+        "ours core fp32": Arm("our core", size, device),
+        "peer core bf16": Arm("peer core", size, device, bf16=True),
+        "peer core fp32": Arm("peer core", size, device),
+    }
+    if device == "cuda":
+        arms["ours compiled"] = Arm("our core", size, device, bf16=True, compiled=True)
+        arms["peer compiled"] = Arm("peer core", size, device, bf16=True, compiled=True)
+    # The cores' warm-up is the comparison of losses.
+    warm_up = {name: LOSS_STEPS if "core" in name or "compiled" in name else 3 for name in arms}
+    products = {"peak fp32": Arm("matmul", size, device), "peak bf16": Arm("matmul", size, device, bf16=True)}
+    timings = take_turns(
+        arms | products,
+        {name: steps for name in arms} | {name: 10 for name in products},
+        warm_up | {name: 10 for name in products},
+        rounds,
+        folder,
+        threads,
+        0,
+    )
+    batch, side = config.trainer.batch_size, latent_side(config)
+    where = "" if device == "cpu" else f"{device} "
+    what = (
+        f"{size}: {info['parameters'] / 1e6:.1f} M parameters, latents {side}x{side}x{config.first_stage.z_channels}, "
+        f"batch {batch}"
+    )
+    core_note = "same given latents, weights, clipping; ours: fused AdamW, kept heap; peer: AdamW as in its example"
+    yield faster(
+        f"{where}training, whole step as users run it ({what})",
+        timings["ours"],
+        timings["peer"],
+        batch,
+        1.3,
+        "ours: bf16 autocast, cached latents, jointly trained text encoder, EMA, Lightning; peer: diffusers example "
+        "loop in fp32, VAE and frozen text encoder in every step, no EMA",
+    )
+    yield faster(
+        f"{where}training, U-Net only, default against default: ours bf16, peer fp32 ({what})",
+        timings["ours core bf16"],
+        timings["peer core fp32"],
+        batch,
+        1.3,
+        core_note,
+    )
+    for precision in ("bf16", "fp32"):
+        yield faster(
+            f"{where}training, U-Net only, both {precision} ({what})",
+            timings[f"ours core {precision}"],
+            timings[f"peer core {precision}"],
+            batch,
+            None,
+            core_note,
+        )
+    if device == "cuda":
+        for name in ("ours compiled", "peer compiled"):
+            yield faster(
+                f"{where}training, U-Net only, bf16, ours eager against {name} ({what})",
+                timings["ours core bf16"],
+                timings[name],
+                batch,
+                None,
+                core_note,
+            )
+    for label, ours, peer in (
+        ("whole step", "ours", "peer"),
+        ("U-Net only, ours bf16, peer fp32", "ours core bf16", "peer core fp32"),
+        ("U-Net only, both fp32", "ours core fp32", "peer core fp32"),
+    ):
+        yield noted(
+            bench_row(
+                f"{where}peak memory of training, {label} ({what})",
+                timings[ours].memory / 2**20,
+                timings[peer].memory / 2**20,
+                "MiB",
+                target=1.0,
+                higher_is_better=False,
+            ),
+            "peak resident memory of a process of its own" if device == "cpu" else "peak of torch's allocator",
+        )
+    losses = {name: statistics.fmean(t.losses[-LOSS_TAIL:]) for name, t in timings.items() if len(t.losses) > LOSS_TAIL}
+    for label, peer in (("ours in fp32", "ours core fp32"), ("peer in fp32", "peer core fp32")):
+        yield noted(
+            bench_row(
+                f"{where}quality: training loss of ours in bf16 against {label} ({what})",
+                losses["ours core bf16"],
+                losses[peer],
+                "MSE",
+                target=0.98,
+                higher_is_better=False,
+            ),
+            f"mean of the last {LOSS_TAIL} of {LOSS_STEPS} identical steps from identical weights",
+        )
+    for precision in ("bf16", "fp32"):
+        peak = timings[f"peak {precision}"]
+        peak_side = 2048 if device == "cpu" else 8192
+        yield noted(
+            bench_row(
+                f"{where}fraction of the matmul peak in {precision}, U-Net training step ({what})",
+                info["flops"] / timings[f"ours core {precision}"].wall / 1e9,
+                2 * peak_side**3 / peak.best / 1e9,
+                "GFLOP/s",
+            ),
+            f"peak: best of {rounds} turns of a {peak_side}x{peak_side} product in the same run",
+        )
+
+
+def sampling_rows(
+    size: str, device: str, rounds: int, folder: Path, threads: int, sampling_steps: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of guided DDIM sampling at one size; also checks that both sides draw the same images."""
+    for batch in (1, 16):
+        arms = {
+            "ours": Arm("our sampling", size, device, batch=batch),
+            "peer": Arm("peer sampling", size, device, batch=batch),
+        }
+        calls = {name: 1 for name in arms}
+        timings = take_turns(arms, calls, calls, rounds, folder, threads, sampling_steps)
+        images = [torch.load(folder / f"{side}_{batch}.pt", weights_only=True) for side in ("ours", "peer")]
+        difference = float((images[0] - images[1]).abs().max())
+        if not difference <= IMAGE_TOLERANCE:
+            raise RuntimeError(f"{size}, batch {batch}: the two sides' images differ by {difference:.2g} of 1")
+        where = "" if device == "cpu" else f"{device} "
+        yield faster(
+            f"{where}sampling, {sampling_steps} guided DDIM steps, fp32, captions to images, batch {batch} ({size})",
+            timings["ours"],
+            timings["peer"],
+            batch,
+            1.0,
+            f"peer: StableDiffusionPipeline with the same weights; the images differ by at most {difference:.1g} of 1",
+        )
+
+
+def run(
+    sizes: list[str], device: str, rounds: int, steps: int, sampling_steps: int, threads: int, output: Path
+) -> list[dict[str, Any]]:
+    """Measure the sizes one after the other; rows are written as soon as a size is done."""
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            preparation = Process(Arm("prepare", size, "cpu"), folder, threads, sampling_steps)
+            info = preparation.answer()
+            preparation.end()
+            found = list(training_rows(size, device, rounds, steps, folder, threads, info))
+            found += sampling_rows(size, device, rounds, folder, threads, sampling_steps)
+        for row in found:
+            bar = "" if row["target"] is None else f"  (at least {row['target']}: {'yes' if row['holds'] else 'NO'})"
+            print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x{bar}")
+        write_rows(output, found)
+        rows += found
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["emoji64", "wide"])
+    parser.add_argument(
+        "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda where there is one"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
+    parser.add_argument("--steps", type=int, default=6, help="training steps of a turn")
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_ldm.json")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.arm:
+        work(Arm(**json.loads(options.arm)), options.folder, options.sampling_steps)
+        return
+    cuda = torch.cuda.is_available()
+    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
+    if "cuda" in devices and not cuda:
+        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
+    for device in devices:
+        numbers = (options.rounds, options.steps, options.sampling_steps, options.threads)
+        run(options.sizes, device, *numbers, options.output)
+    if cuda:
+        from benchmarks.kernels import measure
+
+        measure("bf16", RESULTS / "bench_kernels.json")
+    else:
+        print("no CUDA device: the rows on CUDA and the fused kernel's are left out")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,167 @@
+"""The READMEs' tables: they say what results/ says, are made anew in place, and a stale one is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
+from common.paths import REPOSITORY
+from report.papers import PAPERS
+from report.readme_tables import filled, main, readme_files
+
+README = """# Front door
+Before.
+<!-- papers -->
+<!-- end -->
+After.
+"""
+ROOM = """# LDM
+<!-- claims:ldm -->
+| typed by hand |
+<!-- end -->
+<!-- bench:ldm -->
+<!-- end -->
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    (tmp_path / "ldm" / "README.md").write_text(ROOM, encoding="utf-8")
+    (tmp_path / "ldm" / "model.py").touch()
+    return tmp_path
+
+
+def measure(root: Path, drop: float = 0.2) -> None:
+    """L1 in two tiers (holds), L2 with one bar missed, a diverged seed in L3; two bench rows."""
+    condition = (Condition("speed_up", ">", 4.0),)
+
+    def rec(name: str, bar: float, rows: list[dict[str, float]], tier: str = "small") -> dict[str, object]:
+        target = Target(f"drop of {bar} | or more", "fd_drop", ">=", bar, condition)
+        claim = Claim(name, "latent <b>beats</b> pixels", PaperValue("38 lower", "Fig. 6"), target, tier)  # type: ignore[arg-type]
+        return record(claim, rows, seconds=1.0, peak_memory_bytes=1)
+
+    seeds = [{"fd_drop": drop + d, "speed_up": 20.0 + 10 * d} for d in (-0.01, 0.0, 0.01)]
+    write_claims(
+        root / "results" / "ldm.json",
+        [
+            rec("L1", 0.15, seeds),
+            rec("L1", 0.1, [{"fd_drop": 0.9, "speed_up": 9.0}], "smoke"),
+            rec("L2", 0.95, seeds),
+            rec("L3", 0.1, [*seeds[:2], {"fd_drop": float("nan"), "speed_up": 1.0}]),
+        ],
+    )
+    rows = [
+        bench_row("training", 13.0, 10.0, "images/s", target=1.3),
+        bench_row("memory", 3.0, 2.0, "GiB", higher_is_better=False),
+    ]
+    write_rows(root / "results" / "bench_ldm.json", rows)
+
+
+def run(root: Path, *options: str) -> None:
+    main(["--root", str(root), "--results", str(root / "results"), *options])
+
+
+def text_of(root: Path, name: str = "ldm/README.md") -> str:
+    return (root / name).read_text(encoding="utf-8")
+
+
+def test_without_results_the_tables_say_so_and_the_text_around_them_stays(root: Path) -> None:
+    run(root)
+    assert text_of(root).count("not measured yet") == 2
+    assert "typed by hand" not in text_of(root)
+    front = text_of(root, "README.md")
+    assert front.startswith("# Front door\nBefore.\n<!-- papers -->\n|")
+    assert front.endswith("|\n<!-- end -->\nAfter.\n")
+    assert front.count("\n| ") == 1 + len(PAPERS)
+    assert front.count("not built yet") == len(PAPERS) - 1
+    assert "[`ldm`](ldm/README.md)" in front
+
+
+def test_claims_table_shows_mean_std_seeds_and_verdict_of_the_most_thorough_tier(root: Path) -> None:
+    measure(root)
+    run(root)
+    rows = {line.split("**")[1]: line for line in text_of(root).splitlines() if line.startswith("| 38 lower (Fig. 6)")}
+    assert set(rows) == {"L1", "L2", "L3"}
+    assert "fd drop 0.200 ± 0.010; speed up 20.00 ± 0.10 | 3 (small) | yes |" in rows["L1"]
+    assert rows["L2"].endswith("| 3 (small) | **no** |")
+    assert "fd drop not finite; speed up" in rows["L3"]
+    assert rows["L3"].endswith("| **no** |")
+
+
+def test_a_cell_can_neither_break_the_table_nor_carry_a_tag(root: Path) -> None:
+    measure(root)
+    run(root)
+    row = next(line for line in text_of(root).splitlines() if "**L1**" in line)
+    assert "drop of 0.15 \\| or more" in row
+    assert "<b>" not in row
+    assert "&lt;b>beats" in row
+
+
+def test_bench_table_shows_ratio_target_and_verdict(root: Path) -> None:
+    measure(root)
+    run(root)
+    text = text_of(root)
+    assert "| training | 13 | 10 | images/s | 1.3 | 1.3 | yes |" in text
+    assert "| memory | 3 | 2 | GiB | 0.667 | - | - |" in text
+
+
+def test_front_table_counts_the_claims_that_hold_and_names_those_that_do_not(root: Path) -> None:
+    measure(root)
+    run(root)
+    row = next(line for line in text_of(root, "README.md").splitlines() if line.startswith("| [`ldm`]"))
+    assert "1 of 3 claims hold (not L2, L3); L1 holds: fd drop 0.200 ± 0.010, target >= 0.15" in row
+
+
+def test_rewriting_is_idempotent_and_check_tells_stale_from_fresh(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure(root)
+    before = text_of(root)
+    with pytest.raises(SystemExit) as stopped:
+        run(root, "--check")
+    assert stopped.value.code == 1
+    assert "README.md: its tables are stale" in capsys.readouterr().out
+    assert text_of(root) == before, "--check must not write"
+    run(root)
+    once = text_of(root)
+    run(root, "--check")
+    run(root)
+    assert text_of(root) == once
+    measure(root, drop=0.3)
+    with pytest.raises(SystemExit):
+        run(root, "--check")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- claims:ldm -->\nno end\n", r"line 1: <!-- claims:ldm --> is never closed"),
+        ("<!-- papers -->\n<!-- bench:ldm -->\n<!-- end -->\n", r"line 2: .* before the table of line 1"),
+        ("text\n<!-- end -->\n", r"line 2: <!-- end --> closes no table"),
+        ("<!-- claims:lmd -->\n<!-- end -->\n", r"no paper is called 'lmd'"),
+        ("<!-- bench -->\n<!-- end -->\n", r"bench needs a name"),
+    ],
+)
+def test_a_wrong_marker_is_named_with_its_line(root: Path, text: str, message: str) -> None:
+    path = root / "README.md"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        filled(path, root, {})
+
+
+def test_markers_inside_a_code_block_are_text(root: Path) -> None:
+    path = root / "README.md"
+    path.write_text("```\n<!-- papers -->\n<!-- end -->\n```\n", encoding="utf-8")
+    assert filled(path, root, {}) == path.read_text(encoding="utf-8")
+
+
+def test_the_repository_has_the_tables_that_its_readers_expect() -> None:
+    texts = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in readme_files(REPOSITORY)}
+    assert "<!-- papers -->" in texts["README.md"]
+    assert "<!-- claims:ldm -->" in texts["ldm/README.md"]
+    assert "<!-- bench:ldm -->" in texts["ldm/README.md"]

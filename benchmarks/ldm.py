@@ -80,7 +80,7 @@ def latent_side(config: LdmConfig) -> int:
     return config.data.size // 2 ** (len(config.first_stage.ch_mult) - 1)
 
 
-def build(config: LdmConfig) -> tuple[LatentDiffusion, Task]:
+def build(config: LdmConfig, tokenizer: Any = None) -> tuple[LatentDiffusion, Task]:
     """Our model with the same random weights in every process. Zero-initialised layers get small weights, because
     both sides would otherwise agree on an output of zeros."""
     from common.data.sampling import TensorTable
@@ -98,7 +98,7 @@ def build(config: LdmConfig) -> tuple[LatentDiffusion, Task]:
         conditioning_key="crossattn",
         context_dim=options.width,
         conditioner=BertConditioner(options, options.vocabulary),
-        tokenizer=train_tokenizer(CAPTIONS, options.vocabulary, options.tokens),
+        tokenizer=tokenizer or train_tokenizer(CAPTIONS, options.vocabulary, options.tokens),
     )
     ldm = build_latent_diffusion(config, task, freeze(build_first_stage(config.first_stage, config.data.size)))
     with torch.no_grad():
@@ -120,9 +120,8 @@ def core_batch(config: LdmConfig, step: int, device: str) -> tuple[Tensor, Tenso
     batch, channels, width = config.trainer.batch_size, config.first_stage.z_channels, config.conditioner.width
     generator = step_generator(1, step)
     context_BLD = torch.randn(batch, config.conditioner.tokens, width, generator=generator)
-    coarse = (
-        torch.randn(batch, channels, 2, 2, generator=generator) + 4 * context_BLD.mean(dim=(1, 2))[:, None, None, None]
-    )
+    coarse = torch.randn(batch, channels, 2, 2, generator=generator)
+    coarse += 4 * context_BLD.mean(dim=(1, 2))[:, None, None, None]
     z_BCHW = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
     noise_BCHW = torch.randn(z_BCHW.shape, generator=generator)
     t_B = torch.randint(0, diffusion.timesteps, (batch,), generator=generator)
@@ -248,19 +247,23 @@ def training_columns(config: LdmConfig, count: int = 256) -> dict[str, Tensor]:
 
 def our_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps: int) -> Step:
     """Captions to images by `ldm.samplers.sample`; the first call's images [B, 3, H, W] in [0, 1] are kept."""
+    from transformers import PreTrainedTokenizerFast
+
     from common.cpu import tune_allocator
     from ldm.samplers import recorded_noise, sample
     from ldm.tasks import tokenize
 
     tune_allocator()
-    ldm, task = build(config)
+    # The ids of "" are the null condition: ours must come from the tokenizer that the pipeline has.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
+    ldm, _ = build(config, tokenizer)
     ldm.to(device).eval()
     prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     start = start_noise(config, batch).to(device)
 
     @torch.no_grad()
     def step(index: int) -> Tensor:
-        cond = ldm.conditioning({"condition": tokenize(task.tokenizer, prompts).to(device)})
+        cond = ldm.conditioning({"condition": tokenize(tokenizer, prompts).to(device)})
         noise = recorded_noise([torch.zeros(()).expand_as(start)] * (steps + 1))
         z_BCHW = sample(ldm, start.shape, noise, cond, steps=steps, guidance=GUIDANCE, zT_BCHW=start)
         return keep(folder / f"ours_{batch}.pt", ldm.decode(z_BCHW).add(1).div(2).clamp(0, 1))
@@ -365,7 +368,7 @@ class Turns:
 
 
 def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Path) -> None:
-    """Our whole training step as `ldm/train.py` runs it: Lightning, cached moments, joint text encoder, clipping, EMA."""
+    """Our whole step as `ldm/train.py` runs it: Lightning, cached moments, joint text encoder, clipping, EMA."""
     import pytorch_lightning as pl
 
     from common.data.sampling import StepDataModule, TensorTable
@@ -410,12 +413,12 @@ def prepare(config: LdmConfig, folder: Path) -> dict[str, float]:
 
     ldm, task = build(config)
     export_pipeline(ldm, task, config, folder / "pipeline", torch.float32)
-    unet = ldm.model.diffusion_model
+    unet: Any = ldm.model.diffusion_model
     zt_BCHW, target_BCHW, t_B, context_BLD = core_batch(config, 0, "cpu")
     # The fused attention of CPUs is not among the counted operators; the plain one has the same products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        torch.nn.functional.mse_loss(unet(zt_BCHW, t_B, context_BLD), target_BCHW).backward()  # type: ignore[operator]
-    parameters = sum(parameter.numel() for parameter in unet.parameters())  # type: ignore[union-attr]
+        torch.nn.functional.mse_loss(unet(zt_BCHW, t_B, context_BLD), target_BCHW).backward()
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
     return {"flops": float(counter.get_total_flops()), "parameters": float(parameters)}
 
 
@@ -715,9 +718,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["emoji64", "wide"])
-    parser.add_argument(
-        "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda where there is one"
-    )
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=6, help="training steps of a turn")
     parser.add_argument("--sampling-steps", type=int, default=50)

@@ -33,10 +33,9 @@ def tune_allocator(keep_bytes: int = 1 << 30, top_pad_bytes: int = 64 << 20) -> 
     except (OSError, AttributeError):
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    keep = min(keep_bytes, 1 << 30)
-    done = [
-        mallopt(_M_MMAP_THRESHOLD, keep),
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1),
-        mallopt(_M_TOP_PAD, top_pad_bytes),
-    ]
-    return all(done)
+    options = (
+        (_M_MMAP_THRESHOLD, min(keep_bytes, 1 << 30)),
+        (_M_TRIM_THRESHOLD, (1 << 31) - 1),
+        (_M_TOP_PAD, top_pad_bytes),
+    )
+    return all([mallopt(name, value) for name, value in options])

@@ -22,6 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError
 from common.files import write_atomically
@@ -281,6 +282,7 @@ def build_trainer(
         UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
     """
     quiet_lightning()
+    tune_allocator()
     checkpoints = folder / "checkpoints"
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
     if logs:

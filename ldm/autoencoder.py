@@ -349,8 +349,8 @@ def _check_image_size(x_BCHW: Tensor, f: int) -> None:
 
 
 class AutoencoderKL(nn.Module):
-    """The KL-regularised first stage. `ddconfig` as in the authors' YAML files, `embed_dim` = channels of z; `norm_groups`
-    limits the GroupNorms' groups (the authors' networks have 32)."""
+    """The KL-regularised first stage. `ddconfig` as in the authors' YAML files, `embed_dim` = channels of z;
+    `norm_groups` limits the GroupNorms' groups (the authors' networks have 32)."""
 
     def __init__(self, ddconfig: dict[str, Any], embed_dim: int, norm_groups: int = 32) -> None:
         super().__init__()

@@ -211,6 +211,7 @@ class LdmConfig:
         task: unconditional, class, text, layout, semantic, superres or inpaint.
         run_dir: folder of this run's checkpoints, logs, samples and metrics.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
+        init_from: model.safetensors of another run of the same networks, from which the second stage starts.
         stages: which parts to run.
     """
 
@@ -218,6 +219,7 @@ class LdmConfig:
     run_dir: str = "runs/ldm"
     seed: int = 0
     resume: str = "auto"
+    init_from: str | None = None
     stages: list[Literal["first_stage", "diffusion", "evaluate"]] = field(
         default_factory=lambda: ["first_stage", "diffusion", "evaluate"]  # type: ignore[arg-type]
     )

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 CAPTIONS = {
-    "f_sweep.png": "L1, L2: FID, reconstruction FID and speed against the down-sampling factor f, at equal training time "
-    "(mean and standard deviation over seeds; logarithmic axes).",
+    "f_sweep.png": "L1, L2: FID, reconstruction FID and speed against the down-sampling factor f, at equal training "
+    "time (mean and standard deviation over seeds; logarithmic axes).",
     "first_stage_arms.png": "L3: PSNR and rFID of five first stages that differ in one option each.",
     "guidance.png": "L4: guidance trades recall for precision and class accuracy.",
     "superres.png": "L6: FID and PSNR of x4 super-resolution by latent diffusion, regression and pixel diffusion.",

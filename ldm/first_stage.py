@@ -163,8 +163,8 @@ def load_first_stage(path: Path, config: FirstStageConfig, size: int) -> FirstSt
             raise UserError(f"first_stage.weights {path} is truncated or not a safetensors file: {error}") from None
     else:
         state = load_checkpoint(path)
-    state = state.get("state_dict", state)
-    state = {k: v for k, v in state.items() if not k.startswith("loss.")}
+    tensors: dict[str, Tensor] = state.get("state_dict", state)  # type: ignore[assignment]
+    state = {k: v for k, v in tensors.items() if not k.startswith("loss.")}
     wanted = model.state_dict()
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     shapes = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}

@@ -1,6 +1,6 @@
 """The perceptual distance of the first stage's loss: LPIPS form on a VGG16 of narrow width.
 
-The paper uses VGG16 with ImageNet weights, which no package ships. The trunk here has VGG16's layers at a sixteenth of its
+The paper uses VGG16 with ImageNet weights, which no package ships. The trunk here has VGG16's layers at a tenth of its
 widths and was trained in this repository to tell the 9 emoji groups apart (`python -m ldm.perceptual`, about two CPU
 minutes); it shares nothing with the feature networks that judge samples. Official weights load through a path.
 """
@@ -24,7 +24,7 @@ def perceptual_distance(trunk: str) -> LPIPS:
     """The frozen distance d(x, y) [B, 1, 1, 1] for images in [-1, 1].
 
     Args:
-        trunk: `trained` (this repository's), `random` (same layers, fixed random weights), or a path to official weights.
+        trunk: `trained` (this repository's), `random` (same layers, fixed weights), or a path to official weights.
     """
     if trunk == "trained":
         network = VGG16Trunk(WIDTHS, name="vgg16-emoji-groups")

@@ -97,8 +97,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L3",
-            "Mild regularisation keeps detail (KL weight 1e-6 against 1e-1); perceptual and adversarial terms lower rFID "
-            "at the cost of PSNR; a larger codebook reconstructs better.",
+            "Mild regularisation keeps detail (KL weight 1e-6 against 1e-1); perceptual and adversarial terms lower "
+            "rFID at the cost of PSNR; a larger codebook reconstructs better.",
             PaperValue(
                 "KL weight 1e-6; f8 VQ with 16384 codes rFID 1.14, PSNR 23.07, with 256 codes 1.49, 22.35",
                 "S 3.1, G, T 8",
@@ -118,8 +118,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L4",
-            "Classifier-free guidance trades recall for precision: scales 1, 1.5 and 3 raise precision and class accuracy "
-            "and lower recall; FID at 1.5 is no worse than at 1.",
+            "Classifier-free guidance trades recall for precision: scales 1, 1.5 and 3 raise precision and class "
+            "accuracy and lower recall; FID at 1.5 is no worse than at 1.",
             PaperValue(
                 "ImageNet LDM-4: FID 10.56 -> 3.60, precision .71 -> .87, recall .62 -> .48 at scale 1.5", "T 3, T 10"
             ),
@@ -137,8 +137,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L5",
-            "Cross-attention conditions on tokens: with layout tokens the colours land in their boxes, and wrong captions "
-            "cost a text model loss.",
+            "Cross-attention conditions on tokens: with layout tokens the colours land in their boxes, and wrong "
+            "captions cost a text model loss.",
             PaperValue("layout-to-image COCO FID 40.91, text-to-image COCO FID 12.63", "T 9, T 2"),
             Target(
                 "colour-in-box accuracy at least 0.5 on 9 cells; loss with another image's caption at least 3 % above "
@@ -151,8 +151,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L6",
-            "x4 super-resolution: latent diffusion wins FID, regression wins PSNR and SSIM; latent beats pixel diffusion "
-            "at equal compute.",
+            "x4 super-resolution: latent diffusion wins FID, regression wins PSNR and SSIM; latent beats pixel "
+            "diffusion at equal compute.",
             PaperValue("FID 2.8 (LDM-4) / 15.2 (regression) / 5.1 (pixel DM); PSNR 24.4 / 27.9 / 24.1", "T 5, T 11"),
             Target(
                 "FID: latent below regression and below pixel diffusion; PSNR and SSIM: regression above latent",
@@ -168,8 +168,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L7",
-            "Inpainting in latent space trains and samples at least 2.7 times faster than on pixels and reaches a lower "
-            "FID in the same time; leaving attention out of the first stage costs little.",
+            "Inpainting in latent space trains and samples at least 2.7 times faster than on pixels and reaches a "
+            "lower FID in the same time; leaving attention out of the first stage costs little.",
             PaperValue("speed-up at least 2.7x, FID@2k 24.74 -> 14.99, attention-free 15.95", "T 6"),
             Target(
                 "training and sampling throughput at least 2.7x; FID ratio at least 1.3; attention-free first stage "
@@ -186,8 +186,8 @@ def claims(tier: Tier) -> dict[str, Claim]:
         ),
         make(
             "L8",
-            "A spatially conditioned model synthesises images twice as large as it was trained on; rescaled latents are "
-            "better than raw ones.",
+            "A spatially conditioned model synthesises images twice as large as it was trained on; rescaled latents "
+            "are better than raw ones.",
             PaperValue(
                 "semantic synthesis at 512x1024 from 256 crops; rescaling changes convolutional samples",
                 "F 9, D.1, F 15",
@@ -299,7 +299,7 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
 
 
 def emoji_first_stage(seed: int, seconds: float, **options: Any) -> tuple[FirstStage, Any]:
-    """The f = 4 emoji autoencoder of a seed, trained once per process and set of options; its cost counts in each arm."""
+    """The f = 4 emoji autoencoder of a seed, trained once per process and options; its cost counts in each arm."""
     from ldm import experiments as x
 
     key = (seed, seconds, tuple(sorted(options.items())))

@@ -66,7 +66,7 @@ def draw(
             cond = ldm.conditioning(raw_condition(task_name, rows))
             z_BCHW = sample(
                 ldm,
-                (size, channels, side[0] // f, side[1] // f),  # type: ignore[operator]
+                (size, channels, side[0] // f, side[1] // f),  # type: ignore[operator,arg-type]
                 seeded_noise(sample_generators(seed, first, size, device)),
                 cond,
                 sampler=sampling.sampler,

@@ -57,7 +57,7 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
     if data.name == "photos":
         from common.data.photos import PhotoCollage
 
-        return PhotoCollage(PHOTO_SPLITS[split], n or 20000, size=data.size, seed=seed, root=data.path)
+        return PhotoCollage(PHOTO_SPLITS[split], n or 20000, data.size, seed, data.path)  # type: ignore[arg-type]
     if data.name == "fashion_mnist":
         from common.data.fashion_mnist import FashionMNIST
 
@@ -157,8 +157,9 @@ def lazy_table(dataset: Dataset, columns: Columns, limit: int | None) -> LazyTab
 
     def row(i: int) -> dict[str, Tensor]:
         item = dataset[i]
-        image = item["image"]
-        return {"image": image.expand(3, -1, -1) if len(image) == 1 else image, **columns(item, i)}
+        if len(item["image"]) == 1:  # grey levels
+            item = {**item, "image": item["image"].expand(3, -1, -1)}
+        return {"image": item["image"], **columns(item, i)}
 
     return LazyTable(n, row)
 
@@ -187,7 +188,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int, tokens: int) -> An
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer breaks ties by the order in which words come: sorted input makes the vocabulary reproducible.
     tokenizer.train_from_iterator(
-        sorted(captions), trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special)
+        sorted(captions), trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
@@ -394,6 +395,8 @@ class StateTable(nn.Module):
         encode: makes the states [N, L, D] of captions that are not in the table yet.
     """
 
+    states_NLD: Tensor
+
     def __init__(self, states_NLD: Tensor, row_of: dict[str, int], encode: Callable[[Sequence[str]], Tensor]) -> None:
         super().__init__()
         self.register_buffer("states_NLD", states_NLD, persistent=False)
@@ -403,14 +406,12 @@ class StateTable(nn.Module):
         """Numbers int64 [N] of captions; new ones are encoded and join the table."""
         new = sorted(set(captions) - self.row_of.keys())
         if new:
-            states: Tensor = self.states_NLD  # type: ignore[assignment]
-            self.row_of.update({caption: len(states) + i for i, caption in enumerate(new)})
-            self.states_NLD = torch.cat([states, self.encode(new).to(states)])
+            self.row_of.update({caption: len(self.states_NLD) + i for i, caption in enumerate(new)})
+            self.states_NLD = torch.cat([self.states_NLD, self.encode(new).to(self.states_NLD)])
         return torch.tensor([self.row_of[caption] for caption in captions])
 
     def forward(self, rows_B: Tensor) -> Tensor:
-        states: Tensor = self.states_NLD  # type: ignore[assignment]
-        return states[rows_B].float()
+        return self.states_NLD[rows_B].float()
 
 
 def box_categories(item: dict[str, Any]) -> Tensor:
@@ -476,8 +477,8 @@ def _semantic(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> T
 
 
 def _superres(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
-    """The low-resolution image itself is the condition, at the latent's resolution: where scale and f differ (f = 1, the
-    pixel-space baseline) it is enlarged by repetition."""
+    """The low-resolution image itself is the condition, at the latent's resolution: where scale and f differ (f = 1,
+    the pixel-space baseline) it is enlarged by repetition."""
     options = config.conditioner
     side = config.data.size // (
         1 if config.first_stage.kind == "pixels" else 2 ** (len(config.first_stage.ch_mult) - 1)

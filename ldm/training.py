@@ -331,8 +331,9 @@ class Run:
         images = self.task.train.columns["image"]
 
         def encode(indices: Any) -> dict[str, Tensor]:
+            rows = images[torch.as_tensor(indices)]
             with torch.no_grad():
-                return {"moments": first_stage.moments(to_unit(images[torch.as_tensor(indices)])).float()}
+                return {"moments": torch.cat([first_stage.moments(to_unit(part)).float() for part in rows.split(128)])}
 
         cache = FeatureCache.open_or_build(
             self.folder / "latents",
@@ -354,6 +355,8 @@ class Run:
         torch.manual_seed(config.seed)
         ldm = build_latent_diffusion(config, self.task, self.first_stage)
         in_memory = isinstance(self.task.train, TensorTable)
+        if config.init_from:
+            load_weights(ldm, Path(config.init_from))
         cached = config.data.cache_latents and config.first_stage.kind != "pixels" and in_memory
         table = self.latents(self.first_stage) if cached else self.task.train
         if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
@@ -462,6 +465,19 @@ def saved_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
+def load_weights(ldm: LatentDiffusion, path: Path) -> None:
+    """Second-stage weights (denoiser and conditioner) of another run's model.safetensors."""
+    if not path.is_file():
+        raise UserError(f"init_from {path}: no such file; expected the model.safetensors of a finished run")
+    parts = ("model.", "cond_stage_model.")
+    given = {k: v for k, v in load_file(path).items() if k.startswith(parts)}
+    own = {k: v for k, v in ldm.state_dict().items() if k.startswith(parts)}
+    wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [k for k in given if k not in own]
+    if wrong:
+        raise UserError(f"init_from {path}: {len(wrong)} tensors do not fit this configuration (for example {wrong[0]})")
+    ldm.load_state_dict(given, strict=False)
+
+
 def table_fingerprint(images: Tensor) -> str:
     """Checksum of the training images themselves."""
     return hashlib.sha256(images.numpy().tobytes() + str(tuple(images.shape)).encode()).hexdigest()
@@ -490,6 +506,6 @@ def export_pipeline(
         beta_end=diffusion.linear_end,
         timesteps=diffusion.timesteps,
         prediction={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[diffusion.prediction],
-        sample_size=config.data.size // ldm.first_stage_model.downsampling,  # type: ignore[operator]
+        sample_size=config.data.size // ldm.first_stage_model.downsampling,  # type: ignore[operator,arg-type]
         dtype=dtype,
     )

@@ -52,6 +52,7 @@ lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(PY) -m report.readme_tables --check
 
 format: $(STAMP) ## let ruff fix and format the code
 	$(VENV)/bin/ruff check --fix .
@@ -64,8 +65,9 @@ browser:
 test: lint browser ## lint, types and all tests (also what CI runs)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
-report: $(STAMP) ## build the web page report/site/index.html from results/
+report: $(STAMP) ## build the web page report/site/index.html and the README tables from results/
 	@$(PY) -m report.build
+	@$(PY) -m report.readme_tables
 
 data-emoji-extra: $(STAMP) ## fetch the share-alike emoji styles (not part of the repository)
 	$(PY) -m common.data.build_emoji_archive --extra

@@ -64,7 +64,7 @@ LOSS_STEPS, LOSS_TAIL = 30, 10
 LEARNING_RATE = 1e-3
 GUIDANCE = 3.0
 # float32 against float32 through 50 guided steps, on images in [0, 1].
-IMAGE_TOLERANCE = 5e-3
+IMAGE_TOLERANCE = 1e-3
 
 
 def configuration(size: str) -> LdmConfig:

@@ -47,14 +47,14 @@ AUTOENCODER_SHARE = 0.3  # of an arm's budget, as in the pilot of the specificat
 
 def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int = 0, **changes: Any) -> LdmConfig:
     """The configuration from which all arms are made: they differ in what a claim compares and in nothing else."""
-    levels = {1: [1], 2: [1, 2], 4: [1, 1, 2], 8: [1, 1, 2, 2]}[f]
+    levels = {1: [1], 2: [1, 2], 4: [1, 2, 4], 8: [1, 2, 4, 4]}[f]
     config = LdmConfig(
         task=task,  # type: ignore[arg-type]
         seed=seed,
         data=data,
         first_stage=FirstStageConfig(
             kind="pixels" if f == 1 else "kl",
-            ch=32,
+            ch=16,
             ch_mult=levels,
             z_channels=z,
             attention=False,

@@ -44,7 +44,7 @@ def _norm_silu(x_BCHW: Tensor, norm: nn.Module) -> Tensor:
     return group_norm_silu(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def _norm(x_BCHW: Tensor, norm: nn.GroupNorm) -> Tensor:
+def normalise(x_BCHW: Tensor, norm: nn.GroupNorm) -> Tensor:
     """GroupNorm alone; float32 on CPUs under autocast, whose bfloat16 kernel is several times slower."""
     if x_BCHW.device.type == "cpu" and norm.weight.dtype == torch.float32:
         x_BCHW = x_BCHW.float()
@@ -196,7 +196,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x_BCHW)
 
     def _forward(self, x_BCHW: Tensor) -> Tensor:
-        qkv_BLD = _pointwise(_tokens(_norm(x_BCHW, self.norm)), self.qkv)
+        qkv_BLD = _pointwise(_tokens(normalise(x_BCHW, self.norm)), self.qkv)
         q_BKLD, k_BKLD, v_BKLD = qkv_BLD.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
         h_BLD = softmax_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
         return x_BCHW + _grid(_pointwise(h_BLD, self.proj_out), x_BCHW)
@@ -291,7 +291,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = _zero(nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor | None = None) -> Tensor:
-        h_BLD = _pointwise(_tokens(_norm(x_BCHW, self.norm)), self.proj_in)
+        h_BLD = _pointwise(_tokens(normalise(x_BCHW, self.norm)), self.proj_in)
         for block in self.transformer_blocks:
             h_BLD = block(h_BLD, context_BLD)
         return _grid(_pointwise(h_BLD, self.proj_out), x_BCHW) + x_BCHW

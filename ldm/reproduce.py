@@ -1,6 +1,6 @@
 """Measure the paper's claims at small scale: `python reproduce.py` writes results/ldm.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 50 CPU minutes in all
+    python reproduce.py                          # tier small: 3 seeds of every claim, about 100 CPU minutes in all
     python reproduce.py --claims L1 L2           # some of them
     python reproduce.py --tier smoke             # what CI runs, about 2 minutes
 
@@ -46,14 +46,14 @@ class Budget:
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
-        "L1": Budget(45, 200),
-        "L2": Budget(45, 200),
-        "L3": Budget(20, 600),
-        "L4": Budget(45, 400),
-        "L5": Budget(40, 300),
-        "L6": Budget(35, 160),
-        "L7": Budget(30, 160),
-        "L8": Budget(35, 300),
+        "L1": Budget(150, 200),
+        "L2": Budget(150, 200),
+        "L3": Budget(30, 600),
+        "L4": Budget(120, 400),
+        "L5": Budget(80, 300),
+        "L6": Budget(80, 160),
+        "L7": Budget(80, 160),
+        "L8": Budget(60, 300),
     },
     "smoke": {"L1": Budget(24, 100), "L8": Budget(18, 60)},
 }

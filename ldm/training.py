@@ -260,9 +260,10 @@ class Run:
         trainer = config.trainer
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        if "fsdp" in trainer.strategy and config.optimiser.ema_decay > 0:
+        if "fsdp" in trainer.strategy and (config.optimiser.ema_decay > 0 or config.optimiser.grad_clip > 0):
             raise UserError(
-                "--trainer.strategy fsdp shards the weights that the EMA follows: set --optimiser.ema_decay 0"
+                "--trainer.strategy fsdp shards the weights that the moving average follows and cannot clip by norm: "
+                "set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
             )
         if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
             raise UserError(f"--resume {config.resume}: no such file; expected auto, never or a checkpoint of a run")

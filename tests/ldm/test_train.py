@@ -1,0 +1,300 @@
+"""Training conventions on a tiny run: exact resume, N processes as one, refused folders, failures that cost nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.ldm.tiny_run import arguments, logged, losses, train
+
+from common.errors import UserError
+from common.training import load_checkpoint
+from ldm.diffusion import LatentDiffusion
+
+# Adam turns a rounding difference in a tiny gradient into a visible step; 1e-5 holds at the small lr of the tiny run.
+CLOSE = {"rel": 2e-5}
+
+KILLED_AT = """
+import os, signal, sys
+import pytorch_lightning as pl
+import ldm.first_stage, ldm.training
+from common.data.sampling import generator_step
+from common.training import build_trainer
+from ldm.train import main
+
+stage, step = sys.argv.pop(1), int(sys.argv.pop(1))
+
+class Kill(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if generator_step(trainer) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def with_kill(folder, **options):
+    if folder.name == stage:
+        options["callbacks"] = [*options["callbacks"], Kill()]
+    return build_trainer(folder, **options)
+
+ldm.first_stage.build_trainer = ldm.training.build_trainer = with_kill
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, never interrupted, one process, latents cached."""
+    torch.set_num_threads(1)
+    return train(tmp_path_factory.mktemp("reference") / "run")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights_of(a), weights_of(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def first_stage_of(folder: Path) -> Path:
+    return folder / "first_stage" / "first_stage.safetensors"
+
+
+def python(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_run_killed_in_both_stages_continues_with_the_same_losses_and_weights(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for stage, kept in (("first_stage", 3), ("diffusion", 3)):
+        killed = python("-c", KILLED_AT, stage, "5", *arguments(folder))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")["state_dict"]
+        assert int(state.get("_steps", state.get("ema.num_updates"))) == kept
+    train(folder)
+    for column in ("total_loss", "disc_loss", "d_weight"):
+        of = [logged(f / "first_stage", f"first_stage/{column}", "step_count") for f in (folder, reference)]
+        assert of[0] == of[1] and len(of[0]) == (5 if column == "disc_loss" else 8)
+    assert losses(folder) == losses(reference) and sorted(losses(folder)) == list(range(8))
+    assert torch.equal(*(load_file(first_stage_of(f))["decoder.conv_out.weight"] for f in (folder, reference)))
+    assert same_weights(folder, reference)
+
+
+def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp_path: Path) -> None:
+    options = {"trainer__accumulate": 2, "first_stage__weights": first_stage_of(reference)}
+    whole = train(tmp_path / "whole", **options)
+    calls = {"n": 0}
+    loss = LatentDiffusion.loss
+
+    def interrupted(self: LatentDiffusion, *args: Any) -> Any:
+        calls["n"] += 1
+        if calls["n"] == 10:  # second half of step 4: the last checkpoint is that of step 3
+            raise InterruptedError
+        return loss(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentDiffusion, "loss", interrupted)
+        with pytest.raises(UserError):
+            train(tmp_path / "parts", **options)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    train(tmp_path / "parts", **options)
+    assert losses(tmp_path / "parts") == losses(whole)
+    assert same_weights(tmp_path / "parts", whole)
+
+
+def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(reference: Path, tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", trainer__accumulate=2, first_stage__weights=first_stage_of(reference))
+    assert losses(folder) == pytest.approx(losses(reference), **CLOSE)
+
+
+def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -> None:
+    # The discriminator's batch statistics are each process's own, so the comparison leaves it out.
+    one = train(tmp_path / "one", first_stage__disc_weight=0)
+    ddp = {"trainer__devices": 2, "trainer__strategy": "ddp", "first_stage__disc_weight": 0}
+    done = python("-m", "ldm.train", *arguments(tmp_path / "two", **ddp))
+    assert done.returncode == 0, done.stderr
+    stages = [logged(tmp_path / name / "first_stage", "first_stage/total_loss") for name in ("two", "one")]
+    assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == 8
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), **CLOSE)
+    assert "Tip" not in done.stderr + done.stdout and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("how", [{"data__cache_latents": "false"}, {"data__max_memory_gb": 0, "data__workers": 1}])
+def test_latents_made_on_the_fly_give_the_losses_of_cached_ones(
+    how: dict[str, Any], reference: Path, tmp_path: Path
+) -> None:
+    folder = train(tmp_path / "run", first_stage__weights=first_stage_of(reference), **how)
+    assert not (folder / "latents").exists() and (reference / "latents").exists()
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-6)
+
+
+def test_run_leaves_logs_checkpoints_and_grids(reference: Path, tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", trainer__sample_every=4, first_stage__weights=first_stage_of(reference))
+    assert sorted(p.name for p in (folder / "diffusion" / "samples").iterdir()) == [
+        "step_000004.png",
+        "step_000008.png",
+    ]
+    for stage in (reference / "first_stage", reference / "diffusion"):
+        assert list(stage.glob("tensorboard/version_0/events*")) and list(stage.glob("logs/version_0/metrics.csv"))
+        assert [p.name for p in (stage / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert len(list((reference / "first_stage" / "samples").glob("*.png"))) == 4
+    assert losses(folder) == losses(reference), "drawing samples must not change training"
+
+
+def test_checkpoint_holds_the_average_of_the_step_it_was_written_at(reference: Path) -> None:
+    checkpoint = load_checkpoint(reference / "diffusion" / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == int(checkpoint["state_dict"]["ema.num_updates"]) == 8
+
+
+def test_finished_run_is_not_trained_again(
+    reference: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.training.fit", lambda *_: pytest.fail("trained again"))
+    before = (reference / "model.safetensors").stat().st_mtime_ns
+    train(reference, trainer__log_every=7)  # how it is logged is no other run
+    assert (reference / "model.safetensors").stat().st_mtime_ns == before
+    assert "trained already" in capfd.readouterr().err
+
+
+def test_folder_of_another_run_is_refused_naming_what_differs(reference: Path) -> None:
+    with pytest.raises(UserError, match=r"another configuration \(optimiser.lr was 0.0001, is 0.5\)"):
+        train(reference, optimiser__lr=0.5)
+    with pytest.raises(UserError, match="not empty"):
+        train(reference, resume="never")
+
+
+def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, {"n": 0}
+
+    def full(content: Any, path: Any) -> None:
+        calls["n"] += 1
+        if calls["n"] > 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+
+    weights = first_stage_of(reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"cannot write .*last.ckpt: .*No space left.*last.ckpt is kept"):
+            train(tmp_path / "run", first_stage__weights=weights)
+    checkpoints = tmp_path / "run" / "diffusion" / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["last.ckpt"]
+    assert load_checkpoint(checkpoints / "last.ckpt")["global_step"] == 3
+    train(tmp_path / "run", first_stage__weights=weights)
+    assert same_weights(tmp_path / "run", reference)
+
+
+def test_unwritable_run_folder_is_one_sentence(cache: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run/config.yaml"):
+        from ldm.train import main
+
+        main([*arguments(tmp_path / "run"), "--run_dir", str(tmp_path / "file" / "run")])
+
+
+def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = LatentDiffusion.loss, {"n": 0}
+
+    def broken(self: LatentDiffusion, *args: Any) -> Any:
+        calls["n"] += 1
+        value, logs = loss(self, *args)
+        return value * (float("nan") if calls["n"] == 6 else 1.0), logs
+
+    monkeypatch.setattr(LatentDiffusion, "loss", broken)
+    with pytest.raises(UserError, match=r"the loss became nan at step 6: stopped; the last good checkpoint is .*last"):
+        train(tmp_path / "run", first_stage__weights=first_stage_of(reference))
+    kept = load_checkpoint(tmp_path / "run" / "diffusion" / "checkpoints" / "last.ckpt")
+    assert kept["global_step"] == 3
+    assert all(v.isfinite().all() for v in kept["state_dict"].values() if v.is_floating_point())
+
+
+def test_first_stage_that_diverges_stops_at_its_own_step(cache: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+: stopped"):
+        train(tmp_path / "run", first_stage__lr=1e30, first_stage__disc_weight=0)
+    assert not first_stage_of(tmp_path / "run").exists()
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+def damaged(kind: str, folder: Path, good: Path) -> Path:
+    path = folder / f"{kind}.ckpt"
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:2000])
+    elif kind == "pickled":
+        torch.save({"state_dict": {"x": Harmful()}, "optimizer_states": [], "loops": {}}, path)
+    elif kind == "plain_pickle":
+        path.write_bytes(pickle.dumps(Harmful()))
+    elif kind == "tensors_only":
+        torch.save({"state_dict": {"x": torch.zeros(1)}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("missing", "no such file"),
+        ("truncated", "truncated or not a torch checkpoint"),
+        ("pickled", "holds pickled Python objects.*refused"),
+        ("plain_pickle", "refused|truncated"),
+        ("tensors_only", "has no 'optimizer_states'"),
+    ],
+)
+def test_damaged_checkpoint_is_refused(kind: str, sentence: str, reference: Path, tmp_path: Path) -> None:
+    bad = damaged(kind, tmp_path, reference / "diffusion" / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=sentence) as failure:
+        train(tmp_path / "run", resume=bad, first_stage__weights=first_stage_of(reference))
+    assert str(bad) in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_checkpoint_of_another_network_is_refused(reference: Path, tmp_path: Path) -> None:
+    checkpoint = reference / "diffusion" / "checkpoints" / "last.ckpt"
+    options = {"resume": checkpoint, "first_stage__weights": first_stage_of(reference)}
+    with pytest.raises(UserError, match="last.ckpt belongs to another network") as failure:
+        train(tmp_path / "run", unet__model_channels=32, **options)
+    assert "\n" not in str(failure.value)
+
+
+def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_path: Path) -> None:
+    good = first_stage_of(reference)
+    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* of another shape"):
+        train(tmp_path / "run", first_stage__weights=good, first_stage__ch=16)
+    with pytest.raises(UserError, match=r"tensors missing"):
+        train(tmp_path / "run", first_stage__weights=good, first_stage__kind="vq", resume=good)
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(good.read_bytes()[:1000])
+    with pytest.raises(UserError, match="truncated or not a safetensors file"):
+        train(tmp_path / "other", first_stage__weights=short)
+    with pytest.raises(UserError, match="no such file"):
+        train(tmp_path / "another", first_stage__weights=tmp_path / "absent.safetensors")
+
+
+def test_evaluation_of_a_finished_run_writes_metrics_and_pictures(reference: Path) -> None:
+    from ldm.train import main
+
+    metrics = main([*arguments(reference), "--stages", "[evaluate]"])
+    assert metrics["summary"]["fid_lite0"] > 0 and metrics["judge"]
+    assert {"metrics.json", "samples.png", "real.png"} <= {p.name for p in reference.iterdir()}

@@ -38,7 +38,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.first_stage import freeze, reconstruct, to_uint8, to_unit, train_first_stage
 from ldm.model import UNet
 from ldm.sample import condition_columns, draw
-from ldm.tasks import Task, prepare
+from ldm.tasks import LazyTable, Task, prepare
 from ldm.training import MASKS, DiffusionTrainer, build_latent_diffusion, first_batch_scale, mask_bank
 
 ENDLESS = 10**6  # steps: the CPU budget ends training
@@ -132,15 +132,16 @@ def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage, seconds: fl
     torch.manual_seed(config.seed)
     task = dataclasses.replace(task)
     ldm = build_latent_diffusion(config, task, stage)
-    images = task.train.columns["image"]
+    train = in_memory(task.train)
+    images = train.columns["image"]
     if config.first_stage.kind == "pixels" or task.name == "inpaint":
-        table = task.train
+        table = train
     else:
         with torch.no_grad():
             moments = torch.cat([stage.moments(to_unit(part)).float() for part in images.split(128)])
-        table = TensorTable({**{k: v for k, v in task.train.columns.items() if k != "image"}, "moments": moments})
+        table = TensorTable({**{k: v for k, v in train.columns.items() if k != "image"}, "moments": moments})
     if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
-        ldm.set_scale_factor(first_batch_scale(config, task.train, stage))
+        ldm.set_scale_factor(first_batch_scale(config, train, stage))
     holes = mask_bank(config.data.size, MASKS // 4, config.seed) if task.name == "inpaint" else None
     module = DiffusionTrainer(ldm, config, holes)
     budget = CpuBudget(seconds - (time.process_time() - started))
@@ -168,6 +169,12 @@ def shared_task(task: str, data: tuple[tuple[str, Any], ...], f_levels: int) -> 
     config.first_stage.kind = "pixels" if f_levels == 1 else "kl"
     config.first_stage.ch_mult = [1] * f_levels
     return prepare(config)
+
+
+def in_memory(table: TensorTable | LazyTable) -> TensorTable:
+    """The claims' data sets are small: they are tables, not read from disk batch by batch."""
+    assert isinstance(table, TensorTable)
+    return table
 
 
 def open_task(config: LdmConfig) -> Task:
@@ -251,7 +258,8 @@ def train_regression(config: LdmConfig, task: Task, seconds: float) -> Regressio
     torch.manual_seed(config.seed)
     network = Regression(config)
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.optimiser.lr)
-    images, low = task.train.columns["image"], task.train.columns["low"]
+    columns = in_memory(task.train).columns
+    images, low = columns["image"], columns["low"]
     started, step = time.process_time(), 0
     while time.process_time() - started < seconds:
         rows = torch.randint(len(images), (config.trainer.batch_size,), generator=step_generator(config.seed, step))

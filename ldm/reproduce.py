@@ -1,6 +1,6 @@
 """Measure the paper's claims at small scale: `python reproduce.py` writes results/ldm.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 100 CPU minutes in all
+    python reproduce.py                          # tier small: 3 seeds of every claim, about 80 CPU minutes in all
     python reproduce.py --claims L1 L2           # some of them
     python reproduce.py --tier smoke             # what CI runs, about 2 minutes
 
@@ -46,14 +46,14 @@ class Budget:
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
-        "L1": Budget(150, 200),
-        "L2": Budget(150, 200),
+        "L1": Budget(100, 200),
+        "L2": Budget(100, 200),
         "L3": Budget(30, 600),
-        "L4": Budget(120, 400),
-        "L5": Budget(80, 300),
-        "L6": Budget(80, 160),
-        "L7": Budget(80, 160),
-        "L8": Budget(60, 300),
+        "L4": Budget(90, 300),
+        "L5": Budget(70, 300),
+        "L6": Budget(50, 160),
+        "L7": Budget(45, 160),
+        "L8": Budget(50, 300),
     },
     "smoke": {"L1": Budget(24, 100), "L8": Budget(18, 60)},
 }
@@ -228,7 +228,7 @@ def f_arm(f: int, seed: int, budget: Budget) -> dict[str, float]:
     config = x.base_config("unconditional", EMOJI, f, LATENT_CHANNELS[f], seed)
     task = x.open_task(config)
     ae_seconds = x.AUTOENCODER_SHARE * budget.seconds if f > 1 else 0.0
-    stage, notes = x.autoencoder(config, task.train, ae_seconds)
+    stage, notes = x.autoencoder(config, x.in_memory(task.train), ae_seconds)
     arm = x.train_denoiser(config, task, stage, budget.seconds - notes["ae_seconds"])
     real = task.reference.columns["image"][: budget.images]
     fake, speed = arm.samples(budget.images)
@@ -282,7 +282,7 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
     real = task.reference.columns["image"][: budget.images]
     for name, options in arms.items():
         config = dataclasses.replace(base, first_stage=dataclasses.replace(base.first_stage, **options))
-        stage, notes = x.autoencoder(config, task.train, budget.seconds)
+        stage, notes = x.autoencoder(config, x.in_memory(task.train), budget.seconds)
         result |= {f"{key}_{name}": value for key, value in x.reconstruction(stage, real).items()}
         result[f"steps_{name}"] = notes["ae_steps"]
         if seed == 0:
@@ -306,7 +306,7 @@ def emoji_first_stage(seed: int, seconds: float, **options: Any) -> tuple[FirstS
     if key not in _stages:
         config = x.base_config("unconditional", EMOJI, 4, 4, seed)
         config.first_stage = dataclasses.replace(config.first_stage, **options)
-        stage, notes = x.autoencoder(config, x.open_task(config).train, seconds)
+        stage, notes = x.autoencoder(config, x.in_memory(x.open_task(config).train), seconds)
         _stages[key] = (stage, notes["ae_seconds"], config.first_stage)
     stage, used, first = _stages[key]
     return stage, (used, first)
@@ -327,7 +327,8 @@ def measure_l4(seed: int, budget: Budget) -> dict[str, float]:
     )
     task = x.open_task(config)
     arm = x.train_denoiser(config, task, stage, budget.seconds - used)
-    train_images, train_labels = task.train.columns["image"][:2000], task.train.columns["label"][:2000]
+    train = x.in_memory(task.train).columns
+    train_images, train_labels = train["image"][:2000], train["label"][:2000]
     probe = LogisticRegression(max_iter=300, C=0.1)
     features = x.real_features(train_images)
     mean, spread = features.mean(0), features.std(0) + 1e-6

@@ -278,6 +278,7 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
     }
     train = open_dataset(config.data, "train", config.seed)
     held_out = open_dataset(config.data, "test", config.seed)
+    torch.manual_seed(config.seed)  # the conditioner's first weights
     task = builders[config.task](config, train, held_out, tokenizer)
     task.reference_dataset = held_out
     if config.task == "inpaint":

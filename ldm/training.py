@@ -475,7 +475,9 @@ def load_weights(ldm: LatentDiffusion, path: Path) -> None:
     own = {k: v for k, v in ldm.state_dict().items() if k.startswith(parts)}
     wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [k for k in given if k not in own]
     if wrong:
-        raise UserError(f"init_from {path}: {len(wrong)} tensors do not fit this configuration (for example {wrong[0]})")
+        raise UserError(
+            f"init_from {path}: {len(wrong)} tensors do not fit this configuration (for example {wrong[0]})"
+        )
     ldm.load_state_dict(given, strict=False)
 
 

@@ -551,7 +551,7 @@ def faster(name: str, ours: Timing, peer: Timing, images: int, target: float | N
     """A row of images per second."""
     load = f"; load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     row = bench_row(name, images / ours.wall, images / peer.wall, "images/s", target=target)
-    return noted(row, f"{note}; CPU-time ratio {peer.cpu / ours.cpu:.2f}{load}")
+    return noted(row, f"{note}; {torch.get_num_threads()} threads, CPU-time ratio {peer.cpu / ours.cpu:.2f}{load}")
 
 
 def training_rows(

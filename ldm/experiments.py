@@ -67,7 +67,7 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         conditioner=ConditionerConfig(width=64, layers=2, tokens=20, caption_variants=1),
         diffusion=DiffusionConfig(),
         optimiser=OptimiserConfig(lr=1e-3, schedule="constant", warmup=50, ema_decay=0.999),
-        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=64, precision="bf16-mixed", threads=1, progress=False),
+        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", threads=1, progress=False),
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
     return dataclasses.replace(config, **changes)

@@ -147,7 +147,7 @@ def publish(run_dir: Path, name: str) -> None:
     facts = {
         "prediction": config["diffusion"]["prediction"],
         "prompt": prompts[0],
-        "data": f"{config['data']['name']}, {size}x{size}, training split (see common/README.md for source and licence)",
+        "data": f"{config['data']['name']}, {size}x{size}, training split (common/README.md: source, licence)",
         "command": f"`python ldm/train.py --config ldm/configs/teachers/{name}.yaml`",
         "first stage": f"KL, f = {2 ** (len(stage['ch_mult']) - 1)}, {stage['z_channels']} channels, "
         f"{stage['steps']} steps of {stage['batch_size']} images",

@@ -1,6 +1,6 @@
 """Measure the paper's claims at small scale: `python reproduce.py` writes results/ldm.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 80 CPU minutes in all
+    python reproduce.py                          # tier small: 3 seeds of every claim, about 70 CPU minutes in all
     python reproduce.py --claims L1 L2           # some of them
     python reproduce.py --tier smoke             # what CI runs, about 2 minutes
 
@@ -46,10 +46,10 @@ class Budget:
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
-        "L1": Budget(100, 200),
-        "L2": Budget(100, 200),
+        "L1": Budget(80, 200),
+        "L2": Budget(80, 200),
         "L3": Budget(30, 600),
-        "L4": Budget(90, 300),
+        "L4": Budget(80, 300),
         "L5": Budget(70, 300),
         "L6": Budget(50, 160),
         "L7": Budget(45, 160),

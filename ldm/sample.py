@@ -160,7 +160,7 @@ def open_pipeline(folder: Path, device: str = "cpu") -> Any:
             "(model_index.json)"
         )
     dtype = torch.float32 if device == "cpu" else torch.float16
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(desc="sampling")
     return pipeline.to(device)
 

@@ -183,13 +183,19 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int, tokens: int) -> An
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer breaks ties by the order in which words come: sorted input makes the vocabulary reproducible.
-    tokenizer.train_from_iterator(
-        sorted(captions), trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in set(captions) for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    # The trainer numbers letters inside words in the order of a hash map, which differs from run to run, and breaks
+    # ties by these numbers: naming the letters beforehand makes the vocabulary a function of the captions.
+    inner = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, splitter
+    learner.train_from_iterator(
+        sorted(captions),
+        trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special + inner, show_progress=False),
     )
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
     )

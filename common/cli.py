@@ -48,7 +48,10 @@ def parse_config(
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UserError(f"{_one_sentence(str(error))}; --help lists every option") from None
+        reason = _one_sentence(str(error))
+        if "parsing config" in reason and len(files := given or [str(default_config)]) == 1:
+            raise UserError(f"--config {files[0]} is not valid YAML: {reason}") from None
+        raise UserError(f"{reason}; --help lists every option") from None
     plain = Namespace({key: value for key, value in vars(namespace).items() if key != "config"})
     values = vars(parser.instantiate_classes(plain))
     return config_class(**{k: v for k, v in values.items() if k != "config"}), parser.dump(plain, skip_none=False)

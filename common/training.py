@@ -357,4 +357,4 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
 def latest_checkpoint(folder: Path) -> Path | None:
     """`folder/checkpoints/last.ckpt` if a run was interrupted there."""
     path = folder / "checkpoints" / LAST_CHECKPOINT
-    return path if path.is_file() else None
+    return path if path.exists() else None  # DeepSpeed's checkpoints are folders

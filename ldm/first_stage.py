@@ -226,7 +226,7 @@ def train_first_stage(
         accelerator=trainer_config.accelerator,
         devices=trainer_config.devices,
         num_nodes=trainer_config.num_nodes,
-        strategy=_with_unused(trainer_config.strategy),
+        strategy=_with_unused(trainer_config.strategy) if config.disc_weight > 0 else trainer_config.strategy,
         checkpoint_every=trainer_config.checkpoint_every,
         log_every=trainer_config.log_every,
         progress=trainer_config.progress,

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data.cache import FeatureCache, fingerprint_module
-from common.data.sampling import StepBatchSampler, StepDataModule, Table, TensorTable, step_generator
+from common.data.sampling import (
+    StepBatchSampler,
+    StepDataModule,
+    Table,
+    TensorTable,
+    derive_seed,
+    step_generator,
+)
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.training import (
@@ -192,7 +199,10 @@ class DiffusionTrainer(pl.LightningModule):
         part = batch_idx % options.accumulate
         size = options.batch_size // options.accumulate
         mine = slice(part * size + self.trainer.global_rank, (part + 1) * size, world)
-        generator = step_generator(self.config.seed, self.trainer.global_step, self.device)
+        step = self.trainer.global_step
+        generator = step_generator(self.config.seed, step, self.device)
+        if self.config.unet.dropout > 0:  # it draws from the global generator, which no checkpoint holds
+            torch.manual_seed(derive_seed(self.config.seed, step, part, self.trainer.global_rank))
         uniform_3B = torch.rand(3, options.batch_size, generator=generator, device=self.device)[:, mine]
         with torch.no_grad():
             if "moments" in batch:
@@ -467,17 +477,25 @@ def saved_tokenizer(folder: Path) -> Any:
 
 
 def load_weights(ldm: LatentDiffusion, path: Path) -> None:
-    """Second-stage weights (denoiser and conditioner) of another run's model.safetensors."""
-    if not path.is_file():
-        raise UserError(f"init_from {path}: no such file; expected the model.safetensors of a finished run")
+    """Second-stage weights (denoiser and conditioner) of another run's model.safetensors, or of an exported pipeline."""
+    if path.is_dir():
+        from ldm.convert import unet_from_diffusers_dir
+
+        text = path / "text_encoder" / "model.safetensors"
+        if not text.is_file():
+            raise UserError(f"init_from {path}: expected a pipeline folder with unet/ and text_encoder/")
+        given = {f"model.diffusion_model.{k}": v for k, v in unet_from_diffusers_dir(path).state_dict().items()}
+        given |= {f"cond_stage_model.bert.{k}": v.float() for k, v in load_file(text).items()}
+    elif path.is_file():
+        given = load_file(path)
+    else:
+        raise UserError(f"init_from {path}: no such file; expected a run's model.safetensors or a pipeline folder")
     parts = ("model.", "cond_stage_model.")
-    given = {k: v for k, v in load_file(path).items() if k.startswith(parts)}
+    given = {k: v for k, v in given.items() if k.startswith(parts)}
     own = {k: v for k, v in ldm.state_dict().items() if k.startswith(parts)}
     wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [k for k in given if k not in own]
     if wrong:
-        raise UserError(
-            f"init_from {path}: {len(wrong)} tensors do not fit this configuration (for example {wrong[0]})"
-        )
+        raise UserError(f"init_from {path}: {len(wrong)} tensors do not fit this configuration, e.g. {wrong[0]}")
     ldm.load_state_dict(given, strict=False)
 
 

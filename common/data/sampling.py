@@ -17,10 +17,11 @@ from common.errors import UserError
 
 
 def derive_seed(seed: int, *parts: int) -> int:
-    """Mix integers into one 63-bit seed (splitmix64 finaliser), so that neighbouring steps get unrelated streams."""
+    """Mix integers into one 63-bit seed (splitmix64 finaliser), so that neighbouring seeds and steps are unrelated."""
     mask = (1 << 64) - 1
-    state = seed & mask
-    for part in parts:
+    state = 0
+    # The seed is mixed before a part is added: else step 1 of seed 0 would be step 0 of seed 1.
+    for part in (seed, *parts):
         state = (state + 0x9E3779B97F4A7C15 + (part & mask)) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask

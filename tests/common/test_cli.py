@@ -46,7 +46,7 @@ def test_options_override_the_file_which_overrides_the_defaults(tmp_path: Path) 
     (tmp_path / "c.yaml").write_text("steps: 7\ninner: {rate: 0.25, widths: [4]}\n")
     config = parse("--config", str(tmp_path / "c.yaml"), "--inner.rate", "2", "--inner.kind=large")
     assert config == Outer(steps=7, inner=Inner(rate=2.0, kind="large", widths=[4]))
-    assert parse(default=tmp_path / "c.yaml", *("--name", "x")) == Outer(7, "x", Inner(0.25, "small", [4]))
+    assert parse("--name", "x", default=tmp_path / "c.yaml") == Outer(7, "x", Inner(0.25, "small", [4]))
 
 
 def test_saved_text_gives_the_same_config(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_order_depends_on_the_seed() -> None:
 
 
 def test_batch_that_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_size 5 .* 2 processes"):
+    with pytest.raises(UserError, match=r"batch_size 5 .* 2 processes"):
         StepBatchSampler(10, 5, 1, seed=0, world=2)
     with pytest.raises(UserError, match="empty"):
         StepBatchSampler(0, 5, 1, seed=0)

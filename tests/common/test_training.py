@@ -1,0 +1,192 @@
+"""The shared training conventions on a module of one weight, and what protects a run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from common.data.sampling import StepDataModule, TensorTable
+from common.errors import UserError
+from common.training import (
+    CpuBudget,
+    EveryNSteps,
+    build_trainer,
+    fit,
+    is_main_process,
+    latest_checkpoint,
+    load_checkpoint,
+    open_run_folder,
+)
+
+
+class Line(pl.LightningModule):
+    """Fits y = w x by gradient descent."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width))
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = (self.weight * batch["x"][:, None] - 3 * batch["x"][:, None]).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TwoOptimisers(Line):
+    """Steps a second optimiser from step 3 on, as a discriminator does; counts its own steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def step_count(self) -> int:
+        return int(self.steps)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=0.1) for p in (self.weight, self.other)]
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        optimisers: Any = self.optimizers()
+        loss = (self.weight + self.other - 1).square().mean()
+        self.manual_backward(loss)
+        for optimiser in optimisers[: 1 + (self.step_count >= 3)]:
+            optimiser.step()
+            optimiser.zero_grad()
+        self.steps += 1
+        return loss.detach()
+
+
+def data(steps: int = 10) -> StepDataModule:
+    return StepDataModule(TensorTable({"x": torch.linspace(0.5, 1.5, 8)}), 4, steps, seed=0)
+
+
+def trainer(folder: Path, **options: Any) -> pl.Trainer:
+    return build_trainer(
+        folder, **{"steps": 10, "batch_size": 4, "accelerator": "cpu", "progress": False, "log_every": 1, **options}
+    )
+
+
+def test_training_ends_at_its_steps_and_leaves_one_checkpoint_and_both_logs(tmp_path: Path) -> None:
+    run = trainer(tmp_path, checkpoint_every=4)
+    fit(run, Line(), data(), None)
+    assert run.global_step == 10
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and load_checkpoint(checkpoint)["global_step"] == 10
+    assert [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert len((tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()) == 11
+    assert list(tmp_path.glob("tensorboard/version_0/events*"))
+
+
+def test_checkpoints_come_at_their_steps_although_global_step_jumps(tmp_path: Path) -> None:
+    saved = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            path = latest_checkpoint(tmp_path)
+            saved.append(int(load_checkpoint(path)["state_dict"]["steps"]) if path else 0)
+            trainer.should_stop = pl_module.step_count == 9
+
+    # From step 3 on global_step is odd (3, 5, 7, ...): it meets no multiple of 4.
+    fit(trainer(tmp_path, optimisers=2, checkpoint_every=4, callbacks=[Watch()]), TwoOptimisers(), data(), None)
+    assert saved == [0, 0, 0, 4, 4, 4, 4, 8, 8]
+
+
+def test_action_runs_once_every_n_steps_whatever_is_accumulated(tmp_path: Path) -> None:
+    steps: list[int] = []
+    loader = StepDataModule(TensorTable({"x": torch.linspace(0.5, 1.5, 8)}), 4, 10, seed=0, accumulate=2)
+    fit(trainer(tmp_path, accumulate=2, logs=False, callbacks=[EveryNSteps(3, steps.append)]), Line(), loader, None)
+    assert steps == [3, 6, 9] and not list(tmp_path.iterdir())
+
+
+def test_budget_of_cpu_seconds_ends_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path, logs=False, callbacks=[budget := CpuBudget(0.0)])
+    fit(run, Line(), data(), None)
+    assert run.global_step == 1 and budget.used > 0
+
+
+def test_bar_shows_stage_and_throughput_in_few_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    fit(trainer(tmp_path / "first_stage", steps=100, progress=True), Line(), data(100), None)
+    printed = capfd.readouterr()
+    assert "first stage" in printed.out and "img/s=" in printed.out and "100/100" in printed.out
+    assert printed.out.count("\r") + printed.out.count("\n") < 60, "a log file must not get a line per step"
+    assert "Tip" not in printed.out + printed.err and "GPU available" not in printed.err
+
+
+def test_network_of_another_shape_and_unusable_options_are_one_sentence(tmp_path: Path) -> None:
+    fit(trainer(tmp_path), Line(), data(), None)
+    with pytest.raises(UserError, match=r"last.ckpt belongs to another network .*size mismatch for weight") as failure:
+        fit(trainer(tmp_path), Line(width=2), data(), latest_checkpoint(tmp_path))
+    assert "\n" not in str(failure.value)
+    for options in ({"strategy": "dpp"}, {"precision": "12-mixed"}, {"accelerator": "abacus"}):
+        with pytest.raises(UserError, match=r"trainer options .* do not fit this machine") as failure:
+            trainer(tmp_path, **options)
+        assert "\n" not in str(failure.value)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:
+    run, module = trainer(tmp_path, checkpoint_every=5), Line()
+    fit(run, module, data(), None)
+    path = latest_checkpoint(tmp_path)
+    assert path is not None
+    before = path.read_bytes()
+    module.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"step 10: weight is not finite; last.ckpt not overwritten"):
+        run.save_checkpoint(path)
+    assert path.read_bytes() == before
+
+
+CONFIG = "lr: 0.1\ntrainer: {devices: 1, steps: 5}\nrun_dir: a\n"
+
+
+def test_run_folder_takes_the_same_run_again_and_no_other(tmp_path: Path) -> None:
+    free = ("run_dir", "trainer.devices")
+    open_run_folder(tmp_path / "run", "auto", CONFIG, free)
+    open_run_folder(tmp_path / "run", "auto", CONFIG.replace("devices: 1", "devices: 2").replace("a\n", "b\n"), free)
+    open_run_folder(tmp_path / "run", "auto", CONFIG + "newer_option: 3\n", free)
+    with pytest.raises(UserError, match=r"another configuration \(trainer.steps was 5, is 6\)"):
+        open_run_folder(tmp_path / "run", "auto", CONFIG.replace("steps: 5", "steps: 6"), free)
+    assert "steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"--resume never: .* is not empty"):
+        open_run_folder(tmp_path / "run", "never", CONFIG, free)
+    with pytest.raises(UserError, match="is a file"):
+        open_run_folder(tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
+
+
+def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_main_process()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not is_main_process()
+    open_run_folder(tmp_path / "run", "never", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+def test_checkpoint_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Harmful()}, tmp_path / "bad.ckpt")
+    with pytest.raises(UserError, match=r"pickled Python objects.*refused"):
+        load_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "harm").exists()
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(UserError, match="holds a list"):
+        load_checkpoint(tmp_path / "list.ckpt")

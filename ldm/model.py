@@ -82,13 +82,15 @@ def softmax_attention(q_BKLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     """Attention per head with scale (head width)^-1/2, [B, K, L, D].
 
     In bfloat16 on CPUs it avoids PyTorch's fused kernel, whose backward pass is many times slower there than in
-    float32: small score matrices are written out (products in bfloat16, softmax in float32), large ones run in float32.
+    float32: small score matrices are written out, large ones run in float32.
     """
     if q_BKLD.device.type != "cpu" or q_BKLD.dtype == torch.float32:
         return F.scaled_dot_product_attention(q_BKLD, k_BKLD, v_BKLD)
     if q_BKLD.shape[2] * k_BKLD.shape[2] <= _EXPLICIT_SCORES:
         scores_BKLL = (q_BKLD * q_BKLD.shape[3] ** -0.5) @ k_BKLD.transpose(2, 3)
-        return scores_BKLL.softmax(dim=3, dtype=torch.float32).to(v_BKLD.dtype) @ v_BKLD
+        # The kernel computes in float32 either way; rows that do not fill whole vectors are slow unless stored so too.
+        dtype = torch.float32 if k_BKLD.shape[2] % 32 else None
+        return scores_BKLL.softmax(dim=3, dtype=dtype).to(v_BKLD.dtype) @ v_BKLD
     with torch.autocast("cpu", enabled=False):
         out_BKLD = F.scaled_dot_product_attention(q_BKLD.float(), k_BKLD.float(), v_BKLD.float())
     return out_BKLD.to(q_BKLD.dtype)

@@ -477,7 +477,7 @@ def saved_tokenizer(folder: Path) -> Any:
 
 
 def load_weights(ldm: LatentDiffusion, path: Path) -> None:
-    """Second-stage weights (denoiser and conditioner) of another run's model.safetensors, or of an exported pipeline."""
+    """Second-stage weights (denoiser, conditioner) of another run's model.safetensors, or of an exported pipeline."""
     if path.is_dir():
         from ldm.convert import unet_from_diffusers_dir
 

@@ -74,8 +74,8 @@ def _grid(x_BLD: Tensor, like_BCHW: Tensor) -> Tensor:
     return x_BLD.transpose(1, 2).reshape(batch, -1, height, width)
 
 
-# Above this many scores a head (256 queries and keys) the matrix of scores costs more than it saves.
-_EXPLICIT_SCORES = 1 << 16
+# Above this many scores a head (256 queries and 128 keys) the matrix of scores costs more memory than time is saved.
+_EXPLICIT_SCORES = 1 << 15
 
 
 def softmax_attention(q_BKLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:

@@ -238,6 +238,7 @@ class BertConditioner(nn.Module):
                 max_position_embeddings=config.tokens,
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
+                attn_implementation="eager",  # the fused one has a slow backward pass in bfloat16 on CPUs
                 pad_token_id=0,
             )
         )

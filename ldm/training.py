@@ -236,6 +236,8 @@ class DiffusionTrainer(pl.LightningModule):
         super().optimizer_step(*args, **options)
         if self.ema is not None:
             self.ema.update(self.ldm)
+        # Lightning would keep the gradients until after the next forward pass, beside its activations.
+        self.zero_grad(set_to_none=True)
 
 
 def first_batch_scale(config: LdmConfig, train: Table, first_stage: FirstStage) -> Tensor:

@@ -132,7 +132,7 @@ def test_the_allocator_is_left_alone_where_the_user_or_the_system_decides(monkey
     assert not tune_allocator()
 
 
-@pytest.mark.parametrize("queries, keys", [(64, 24), (300, 300)])
+@pytest.mark.parametrize("queries, keys", [(64, 24), (256, 256)])
 def test_bfloat16_attention_on_cpu_agrees_with_float32(queries: int, keys: int):
     """Both ways of computing it, small score matrices and large ones, forward and backward."""
     q, k, v = (torch.randn(2, 2, n, 32).bfloat16().requires_grad_() for n in (queries, keys, keys))

@@ -186,6 +186,6 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device.*the earlier file is kept"):
+    with pytest.raises(UserError, match=r"No space left on device.*the earlier file is kept"):
         write_atomically(path, write)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]

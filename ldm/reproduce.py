@@ -1,6 +1,6 @@
 """Measure the paper's claims at small scale: `python reproduce.py` writes results/ldm.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 70 CPU minutes in all
+    python reproduce.py                          # tier small: 3 seeds of every claim, about two CPU hours in all
     python reproduce.py --claims L1 L2           # some of them
     python reproduce.py --tier smoke             # what CI runs, about 2 minutes
 
@@ -33,12 +33,19 @@ if TYPE_CHECKING:
 
 FIGURES = RESULTS / "figures" / "ldm"
 EMOJI = DataConfig(name="emoji", size=32, eval_images=1000)
+SCENES = DataConfig(name="shapes", size=32, train_images=12000, eval_images=1000)
 SEEDS = {"smoke": (0,), "small": (0, 1, 2)}
+
+
+STAGE_SECONDS = 240.0  # CPU seconds of each first stage that L4, L6 and L7 share
 
 
 @dataclass(frozen=True)
 class Budget:
-    """CPU seconds of a whole arm (autoencoder and denoiser together) and images per measurement."""
+    """CPU seconds of an arm and images per measurement.
+
+    L1 and L2: autoencoder and denoiser together. L3: autoencoder. The others: denoiser, on a first stage that stands.
+    """
 
     seconds: float
     images: int
@@ -46,14 +53,14 @@ class Budget:
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
-        "L1": Budget(80, 200),
-        "L2": Budget(80, 200),
-        "L3": Budget(30, 600),
-        "L4": Budget(80, 300),
-        "L5": Budget(70, 300),
-        "L6": Budget(50, 160),
-        "L7": Budget(45, 160),
-        "L8": Budget(50, 300),
+        "L1": Budget(150, 500),
+        "L2": Budget(150, 500),
+        "L3": Budget(80, 600),
+        "L4": Budget(120, 500),
+        "L5": Budget(120, 300),
+        "L6": Budget(80, 300),
+        "L7": Budget(80, 300),
+        "L8": Budget(90, 300),
     },
     "smoke": {"L1": Budget(24, 100), "L8": Budget(18, 60)},
 }
@@ -219,13 +226,13 @@ LATENT_CHANNELS = {1: 3, 2: 3, 4: 4, 8: 16}
 
 
 def f_arm(f: int, seed: int, budget: Budget) -> dict[str, float]:
-    """One arm of L1 and L2, kept on disk because both read it: emoji, unconditional, all in one time budget."""
+    """One arm of L1 and L2, kept on disk because both read it: scenes without captions, all in one time budget."""
     from ldm import experiments as x
 
     store = working_folder() / f"f{f}-{budget.seconds:g}s-seed{seed}.json"
     if store.is_file():
         return json.loads(store.read_text())
-    config = x.base_config("unconditional", EMOJI, f, LATENT_CHANNELS[f], seed)
+    config = x.base_config("unconditional", SCENES, f, LATENT_CHANNELS[f], seed)
     task = x.open_task(config)
     ae_seconds = x.AUTOENCODER_SHARE * budget.seconds if f > 1 else 0.0
     stage, notes = x.autoencoder(config, x.in_memory(task.train), ae_seconds)
@@ -272,7 +279,7 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
     arms: dict[str, dict[str, Any]] = {
         "mild": {},
         "strong": {"kl_weight": 0.1},
-        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 60, "disc_width": 16},
+        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 500, "disc_width": 16},
         "vq1024": {"kind": "vq", "n_embed": 1024},
         "vq16": {"kind": "vq", "n_embed": 16},
     }
@@ -298,21 +305,32 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
     }
 
 
-def emoji_first_stage(seed: int, seconds: float, **options: Any) -> tuple[FirstStage, Any]:
-    """The f = 4 emoji autoencoder of a seed, trained once per process and options; its cost counts in each arm."""
+def emoji_first_stage(**options: Any) -> tuple[FirstStage, Any]:
+    """A first stage of f = 4 on emoji, trained once per tier and reused by every seed of L4, L6 and L7.
+
+    The paper's economy: one first stage serves many denoisers, so its cost is not counted in theirs (L1 and L2 do
+    count it). Weights and cost stay in the working folder.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from common.files import write_atomically
     from ldm import experiments as x
+    from ldm.first_stage import build_first_stage, freeze
 
-    key = (seed, seconds, tuple(sorted(options.items())))
-    if key not in _stages:
-        config = x.base_config("unconditional", EMOJI, 4, 4, seed)
-        config.first_stage = dataclasses.replace(config.first_stage, **options)
-        stage, notes = x.autoencoder(config, x.in_memory(x.open_task(config).train), seconds)
-        _stages[key] = (stage, notes["ae_seconds"], config.first_stage)
-    stage, used, first = _stages[key]
-    return stage, (used, first)
-
-
-_stages: dict[Any, Any] = {}
+    seconds = STAGE_SECONDS
+    config = x.base_config("unconditional", EMOJI, 4, 4, 0)
+    config.first_stage = dataclasses.replace(config.first_stage, **options)
+    name = "-".join(f"{key}_{value}" for key, value in sorted(options.items())) or "kl"
+    store = working_folder() / f"stage-{name}-{seconds:g}s.safetensors"
+    if not store.is_file():
+        task = x.open_task(config)
+        stage, notes = x.autoencoder(config, x.in_memory(task.train), seconds)
+        real = task.reference.columns["image"][:600]
+        write_atomically(store, lambda path: save_file(stage.state_dict(), path))
+        save_json(store.with_suffix(".json"), {**notes, **x.reconstruction(stage, real)})
+    stage = build_first_stage(config.first_stage, EMOJI.size)
+    stage.load_state_dict(load_file(store))
+    return freeze(stage), config.first_stage
 
 
 def measure_l4(seed: int, budget: Budget) -> dict[str, float]:
@@ -321,12 +339,12 @@ def measure_l4(seed: int, budget: Budget) -> dict[str, float]:
 
     from ldm import experiments as x
 
-    stage, (used, first) = emoji_first_stage(seed, x.AUTOENCODER_SHARE * budget.seconds)
+    stage, first = emoji_first_stage()
     config = x.base_config(
         "class", DataConfig(name="emoji_groups", size=32, eval_images=1000), 4, 4, seed, first_stage=first
     )
     task = x.open_task(config)
-    arm = x.train_denoiser(config, task, stage, budget.seconds - used)
+    arm = x.train_denoiser(config, task, stage, budget.seconds)
     train = x.in_memory(task.train).columns
     train_images, train_labels = train["image"][:2000], train["label"][:2000]
     probe = LogisticRegression(max_iter=300, C=0.1)
@@ -410,12 +428,12 @@ def measure_l6(seed: int, budget: Budget) -> dict[str, float]:
     from common.metrics.image import psnr, ssim
     from ldm import experiments as x
 
-    stage, (used, first) = emoji_first_stage(seed, x.AUTOENCODER_SHARE * budget.seconds)
+    stage, first = emoji_first_stage()
     images: dict[str, Any] = {}
     config = x.base_config("superres", EMOJI, 4, 4, seed, first_stage=first)
     task = x.open_task(config)
     real = task.reference.columns["image"][: budget.images]
-    arm = x.train_denoiser(config, task, stage, budget.seconds - used)
+    arm = x.train_denoiser(config, task, stage, budget.seconds)
     images["latent"], _ = arm.samples(budget.images)
     pixel_config = x.base_config("superres", EMOJI, 1, 3, seed)
     pixel_task = x.open_task(pixel_config)
@@ -447,23 +465,22 @@ def measure_l7(seed: int, budget: Budget) -> dict[str, float]:
     """Inpainting on pixels and in three latent spaces: KL, VQ, attention-free VQ."""
     from ldm import experiments as x
 
-    share = x.AUTOENCODER_SHARE * budget.seconds
     spaces: dict[str, dict[str, Any] | None] = {
         "pixel": None,
-        "kl": {"attention": True},
+        "kl": {},
         "vq": {"attention": True, "kind": "vq", "n_embed": 1024},
-        "vq_noattn": {"attention": False, "kind": "vq", "n_embed": 1024},
+        "vq_noattn": {"kind": "vq", "n_embed": 1024},
     }
     result: dict[str, float] = {}
     for name, options in spaces.items():
         if options is None:
             config = x.base_config("inpaint", EMOJI, 1, 3, seed)
-            stage, used = x.IdentityFirstStage(), 0.0
+            stage = x.IdentityFirstStage()
         else:
-            stage, (used, first) = emoji_first_stage(seed, share, **options)  # type: ignore[assignment]
+            stage, first = emoji_first_stage(**options)  # type: ignore[assignment]
             config = x.base_config("inpaint", EMOJI, 4, 4, seed, first_stage=first)
         task = x.open_task(config)
-        arm: Arm = x.train_denoiser(config, task, stage, budget.seconds - used)
+        arm: Arm = x.train_denoiser(config, task, stage, budget.seconds)
         fake, speed = arm.samples(budget.images)
         real = task.reference.columns["image"][: budget.images]
         result |= {

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PAPERS := ldm
+PAPERS := ldm pixart instaflow
 PYTHON3 ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

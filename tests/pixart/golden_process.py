@@ -1,0 +1,214 @@
+"""Checks of the recorded diffusion process, samplers, caption cleaning and aspect buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pixart.buckets import assign_buckets, bucket_batches, bucket_table, nearest_bucket
+from pixart.diffusion import Diffusion, Network, linear_betas
+from pixart.model import PixArt
+from pixart.samplers import (
+    diffusers_sampler,
+    diffusers_scheduler,
+    dpm_solver,
+    guide,
+    iddpm,
+    recorded_noise,
+    sa_solver,
+    uniform_times,
+)
+from pixart.text import clean_caption, parse_prompt
+from tests.golden_case import Case, Check, assert_close
+from tests.pixart.golden_networks import load, our_config
+
+MODULE = 1e-5
+TRAJECTORY = 5e-5  # reached: 4e-6; the recorded solvers compute their coefficients in float32
+
+
+def _kind(start: str, source: str) -> Callable[[Case], bool]:
+    return lambda case: case.stem.startswith(start) and source in case.source
+
+
+def check_schedule(case: Case) -> None:
+    config, out = case.config, case.group("out")
+    full = Diffusion(linear_betas(int(config["diffusion_steps"])))
+    names = [*config["respacings"], "full"]
+    for key, expected in out.items():
+        name = next(name for name in names if key.startswith(f"{name}_"))
+        chain = full if name == "full" else full.respaced(name)
+        value = getattr(chain, key[len(name) + 1 :])
+        assert_close(torch.as_tensor(value).to(expected.dtype), expected, key, MODULE)
+
+
+def toy_network(abar_T: Tensor, condition_B: Tensor) -> Network:
+    """eps(x, t, y) = 0.9 x sqrt(1 - abar_t) + 0.1 tanh(x.roll(1, -1)) + 0.05 y; variance logits 0.3 tanh(x)."""
+
+    def network(x: Tensor, t_B: Tensor) -> Tensor:
+        time = t_B.to(torch.float32).clamp(0, len(abar_T) - 1)
+        low = time.floor().long()
+        weight = time - low
+        abar = abar_T[low] * (1 - weight) + abar_T[(low + 1).clamp(max=len(abar_T) - 1)] * weight
+        eps = 0.9 * x * (1 - abar).sqrt().view(-1, 1, 1, 1) + 0.1 * torch.tanh(x.roll(1, -1))
+        return torch.cat([eps + 0.05 * condition_B.view(-1, 1, 1, 1), 0.3 * torch.tanh(x)], dim=1)
+
+    return network
+
+
+def check_iddpm(case: Case) -> None:
+    inputs, out = case.group("in"), case.group("out")
+    trajectory: list[Tensor] = []
+    spacing = case.config["respacing"]
+    iddpm(
+        toy_network(inputs["alphas_cumprod"], inputs["y"]),
+        inputs["z"],
+        spacing,
+        noise=recorded_noise(inputs["noises"]),
+        on_step=lambda _, x: trajectory.append(x),
+    )
+    assert Diffusion().respaced(spacing).timestep_map == out["timestep_map"].tolist()
+    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+
+
+def _toy_guided(case: Case) -> Network:
+    inputs = case.group("in")
+    both = toy_network(inputs["alphas_cumprod"], torch.cat([inputs["uncond"], inputs["cond"]]))
+    return guide(both, float(case.config["cfg_scale"]))
+
+
+def check_dpm_solver(case: Case) -> None:
+    config, inputs, out = case.config, case.group("in"), case.group("out")
+    trajectory = [inputs["z"]]
+    x = dpm_solver(
+        _toy_guided(case),
+        inputs["z"],
+        int(config["steps"]),
+        order=int(config["order"]),
+        on_step=lambda _, x: trajectory.append(x),
+    )
+    assert_close(torch.tensor(uniform_times(int(config["steps"]))), out["times"], "times", MODULE)
+    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    assert_close(x, out["x"], "x", TRAJECTORY)
+
+
+def check_sa_solver(case: Case) -> None:
+    config, inputs, out = case.config, case.group("in"), case.group("out")
+    trajectory = [inputs["z"]]
+    x = sa_solver(
+        _toy_guided(case),
+        inputs["z"],
+        int(config["steps"]),
+        eta=float(config["eta"]),
+        predictor_order=int(config["predictor_order"]),
+        corrector_order=int(config["corrector_order"]),
+        noise=recorded_noise(inputs["noises"]),
+        on_step=lambda _, x: trajectory.append(x),
+    )
+    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    assert_close(x, out["x"], "x", TRAJECTORY)
+
+
+def check_diffusers_sampler(case: Case) -> None:
+    inputs, out = case.group("in"), case.group("out")
+    steps = int(case.config["num_inference_steps"])
+    scheduler = diffusers_scheduler()
+    abar = torch.tensor(Diffusion().alphas_cumprod, dtype=torch.float32)
+
+    def network(x: Tensor, t_B: Tensor) -> Tensor:
+        return 0.9 * x * (1 - abar[t_B]).sqrt().view(-1, 1, 1, 1) + 0.1 * torch.tanh(x.roll(1, -1))
+
+    trajectory = [inputs["x"]]
+    diffusers_sampler(network, inputs["x"], steps, scheduler=scheduler, on_step=lambda _, x: trajectory.append(x))
+    assert_close(scheduler.timesteps, out["timesteps"], "timesteps")
+    assert_close(scheduler.sigmas, out["sigmas"], "sigmas", MODULE)
+    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+
+
+def check_training_loss(case: Case) -> None:
+    """Per-sample losses, the gradients of their batch mean, and of vb alone (none reaches the noise estimate)."""
+    inputs, out = case.group("in"), case.group("out")
+    net = PixArt(our_config(case.config))
+    load(net, case)
+    caption_BLD, mask_BL = inputs["y"].squeeze(1), inputs["mask"].flatten(1)
+
+    def losses() -> dict[str, Tensor]:
+        return Diffusion().training_losses(
+            lambda x, t_B: net(x, t_B, caption_BLD, mask_BL),
+            inputs["x_start"],
+            inputs["t"],
+            inputs["noise"],
+            snr_loss=bool(case.config["snr"]),
+        )
+
+    actual = losses()
+    for name in ("loss", "mse", "vb"):
+        assert_close(actual[name], out[name], name, MODULE)
+    for group, value in (("grad", actual["loss"]), ("grad_of_vb", losses()["vb"])):
+        net.zero_grad()
+        value.mean().backward()
+        for name, parameter in net.named_parameters():
+            if f"{group}/{name}" in out:
+                assert parameter.grad is not None, f"{group}/{name}: no gradient"
+                assert_close(parameter.grad, out[f"{group}/{name}"], f"{group}/{name}", MODULE)
+
+
+def check_text(case: Case) -> None:
+    for pair in case.config["clean"]:
+        assert clean_caption(pair["input"]) == pair["output"], pair["input"]
+    for prompt in case.config["prompt_ar"]:
+        parsed = parse_prompt(prompt["input"], base=1024)
+        assert parsed.text == prompt["clean"], prompt["input"]
+        assert [[parsed.ratio]] == prompt["ratio"], prompt["input"]
+        assert [[parsed.height, parsed.width]] == prompt["custom_hw"], prompt["input"]
+        default = next(bucket for bucket in bucket_table(1024, inference=True) if bucket.ratio == parsed.ratio)
+        assert [[default.height, default.width]] == prompt["default_hw"], prompt["input"]
+
+
+def _table_base(name: str) -> tuple[int, bool]:
+    """ASPECT_RATIO_512 -> (512, False), ASPECT_RATIO_512_TEST -> (512, True)."""
+    parts = name.split("_")
+    return int(parts[2]), parts[-1] == "TEST"
+
+
+def check_bucket_tables(case: Case) -> None:
+    sizes_N2 = case.group("in")["hw"]
+    for name, expected in case.group("table").items():
+        base, inference = _table_base(name)
+        rows = [[bucket.ratio, bucket.height, bucket.width] for bucket in bucket_table(base, inference=inference)]
+        assert_close(torch.tensor(rows), expected, name, 0.0)
+    for name, expected in case.group("out").items():
+        base, inference = _table_base(name)
+        table = bucket_table(base, inference=inference)
+        buckets = [table[position] for position in assign_buckets(table, sizes_N2)]
+        rows = [[bucket.height, bucket.width, bucket.ratio] for bucket in buckets]
+        assert_close(torch.tensor(rows), expected, name, 0.0)
+        assert buckets == [table[nearest_bucket(table, h, w)] for h, w in sizes_N2.tolist()]
+
+
+def check_bucket_batches(case: Case) -> None:
+    config, sizes_N2 = case.config, case.group("in")["hw"]
+    base, inference = _table_base(config["table"])
+    bucket_N = assign_buckets(bucket_table(base, inference=inference), sizes_N2)
+    batch_size = int(config["batch_size"])
+    batches = bucket_batches(
+        range(len(sizes_N2)), bucket_N, batch_size, bool(config["drop_last"]), int(config["valid_num"])
+    )
+    padded = [[*batch, *[-1] * (batch_size - len(batch))] for batch in batches]
+    assert padded == case.group("out")["batches"].tolist()
+
+
+CHECKS = [
+    Check("iDDPM schedule", _kind("iddpm_schedule", "iddpm"), check_schedule),
+    Check("iDDPM sampling", _kind("iddpm_sample", "iddpm"), check_iddpm),
+    Check("training loss", _kind("train_loss", "gaussian_diffusion"), check_training_loss),
+    Check("DPM-Solver++", _kind("dpmsolver", "dpm_solver"), check_dpm_solver),
+    Check(
+        "diffusers DPM-Solver++", _kind("diffusers_dpmsolver", "DPMSolverMultistepScheduler"), check_diffusers_sampler
+    ),
+    Check("SA-Solver", _kind("sasolver", "sa_solver"), check_sa_solver),
+    Check("text", _kind("text", "t5.py"), check_text),
+    Check("bucket tables", _kind("buckets", "datasets/utils.py"), check_bucket_tables),
+    Check("bucket batches", _kind("bucket_batches", "data_sampler.py"), check_bucket_batches),
+]

@@ -14,8 +14,11 @@ class DataConfig:
 
     Args:
         name: emoji (embedded artwork with captions), emoji_groups (its 9 classes), shapes (procedural scenes with exact
-            labels), photos (photo collages), fashion_mnist, folder (your own images), hf (a Hugging Face data set).
-        path: the folder for `folder`, the name or path for `hf`; optional root for photos and fashion_mnist.
+            labels), photos (photo collages), fashion_mnist, folder (your own images), hf (a Hugging Face data set),
+            shards (a stream over parquet files or image folders, for data that does not fit one disk).
+        path: the folder for `folder`, the name or path for `hf`, a glob pattern of paths or URLs for `shards`; optional
+            root for photos and fashion_mnist.
+        eval_path: the held-out shards; None holds out the last one of `path` (shards only).
         size: side of the square training images in pixels.
         train_images: number of generated samples (shapes, photos); None means all there are.
         eval_images: number of held-out images used as reference for FID and KID.
@@ -25,8 +28,9 @@ class DataConfig:
         max_memory_gb: data sets larger than this are read from disk batch by batch.
     """
 
-    name: Literal["emoji", "emoji_groups", "shapes", "photos", "fashion_mnist", "folder", "hf"] = "emoji"
+    name: Literal["emoji", "emoji_groups", "shapes", "photos", "fashion_mnist", "folder", "hf", "shards"] = "emoji"
     path: str | None = None
+    eval_path: str | None = None
     size: int = 32
     train_images: int | None = None
     eval_images: int = 1000
@@ -201,6 +205,49 @@ class SamplingConfig:
     grid: int = 32
     metric_images: int = 1000
     batch_size: int = 100
+
+
+@dataclass
+class ClassifierNetwork:
+    """The classifier of noisy latents: the U-Net's contracting path and a pooling (appendix D.4).
+
+    Args:
+        norm_groups: groups of every GroupNorm (32 in ADM's networks; narrow ones need fewer).
+        pool: attention needs latents of the training size; the others take any.
+    """
+
+    model_channels: int = 64
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2])
+    num_res_blocks: int = 1
+    norm_groups: int = 16
+    attention_resolutions: list[int] = field(default_factory=lambda: [2])
+    num_head_channels: int = 32
+    dropout: float = 0.0
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+
+
+@dataclass
+class ClassifierConfig:
+    """One classifier p(y | z_t), trained on the noisy latents of a class-conditional run.
+
+    Args:
+        model: folder of a finished run with task class; its data, first stage and noise schedule are used.
+        run_dir: folder of the classifier's checkpoints, logs, weights and metrics.
+        resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
+        lr, weight_decay, warmup: AdamW after `warmup` linear steps, cosine to zero at max_steps.
+        network: size of the classifier.
+        trainer: how to run; sample_every and compile do not concern it.
+    """
+
+    model: str = "runs/ldm-class"
+    run_dir: str = "runs/ldm-classifier"
+    seed: int = 0
+    resume: str = "auto"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    network: ClassifierNetwork = field(default_factory=ClassifierNetwork)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass

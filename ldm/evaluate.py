@@ -102,7 +102,7 @@ def report(metrics: dict[str, Any]) -> None:
     from common.metrics.evaluate import format_report
 
     print(format_report(metrics["judge"]))
-    for name in ("first_stage", "paired", "shapes_score"):
+    for name in ("first_stage", "paired", "alignment", "alignment_real", "shapes_score"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if isinstance(v, float)}
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))

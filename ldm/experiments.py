@@ -38,7 +38,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.first_stage import freeze, reconstruct, to_uint8, to_unit, train_first_stage
 from ldm.model import UNet
 from ldm.sample import condition_columns, draw
-from ldm.tasks import LazyTable, Task, prepare
+from ldm.tasks import Task, prepare
 from ldm.training import MASKS, DiffusionTrainer, build_latent_diffusion, first_batch_scale, mask_bank
 
 ENDLESS = 10**6  # steps: the CPU budget ends training
@@ -175,7 +175,7 @@ def shared_task(task: str, data: tuple[tuple[str, Any], ...], f_levels: int) -> 
     return prepare(config)
 
 
-def in_memory(table: TensorTable | LazyTable) -> TensorTable:
+def in_memory(table: object) -> TensorTable:
     """The claims' data sets are small: they are tables, not read from disk batch by batch."""
     assert isinstance(table, TensorTable)
     return table

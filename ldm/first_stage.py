@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.data.sampling import StepDataModule, Table, step_generator
+from common.data.sampling import Table, step_generator
 from common.errors import UserError
 from common.files import write_atomically
 from common.images import save_grid
@@ -22,6 +22,7 @@ from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQMod
 from ldm.config import FirstStageConfig, TrainerConfig
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.perceptual import perceptual_distance
+from ldm.streaming import ShardStream, data_module
 
 
 def to_unit(image_uint8: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def load_first_stage(path: Path, config: FirstStageConfig, size: int) -> FirstSt
 def train_first_stage(
     config: FirstStageConfig,
     trainer_config: TrainerConfig,
-    images: Table,
+    images: Table | ShardStream,
     size: int,
     folder: Path,
     seed: int,
@@ -192,7 +193,7 @@ def train_first_stage(
     """Train (or load) the first stage; returns it in eval mode with gradients off.
 
     Args:
-        images: table with a uint8 column `image` [N, 3, H, W].
+        images: table or stream with a uint8 column `image` [N, 3, H, W].
         folder: gets `first_stage.safetensors`, logs, checkpoints and reconstruction grids.
     """
     weights = folder / "first_stage.safetensors"
@@ -206,7 +207,10 @@ def train_first_stage(
     model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
     module = FirstStageTrainer(model, config, seed, config.batch_size)
-    preview = images.__getitems__(range(min(16, len(images))))["image"]
+    if isinstance(images, ShardStream):
+        preview = images.head(16)["image"]
+    else:
+        preview = images.__getitems__(range(min(16, len(images))))["image"]
 
     def draw(step: int) -> None:
         with torch.no_grad():
@@ -237,7 +241,7 @@ def train_first_stage(
             *(callbacks or []),
         ],
     )
-    data = StepDataModule(images, config.batch_size, config.steps, seed)
+    data = data_module(images, config.batch_size, config.steps, seed)
     checkpoint = latest_checkpoint(folder) if resume and save else None
     fit(trainer, module, data, checkpoint)
     if save and trainer.is_global_zero:

@@ -10,6 +10,7 @@ Shape suffixes: B batch, C channels, H W height and width. Images are in [-1, 1]
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,13 +88,13 @@ class AdversarialReconstruction(nn.Module):
         self,
         lpips: nn.Module | None,
         *,
-        perceptual_weight: float,
-        pixel_loss: str,
         disc_start: int,
-        disc_factor: float,
         disc_weight: float,
-        disc_loss: str,
-        log_inactive_gan: bool,
+        perceptual_weight: float = 1.0,
+        pixel_loss: str = "l1",
+        disc_factor: float = 1.0,
+        disc_loss: str = "hinge",
+        log_inactive_gan: bool = False,
     ) -> None:
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
@@ -158,24 +159,11 @@ class KLPerceptualLoss(AdversarialReconstruction):
         kl_weight: float = 1e-6,
         logvar_init: float = 0.0,
         learn_logvar: bool = False,
-        perceptual_weight: float = 1.0,
-        pixel_loss: str = "l1",
         disc_start: int = 50001,
-        disc_factor: float = 1.0,
         disc_weight: float = 0.5,
-        disc_loss: str = "hinge",
-        log_inactive_gan: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            lpips,
-            perceptual_weight=perceptual_weight,
-            pixel_loss=pixel_loss,
-            disc_start=disc_start,
-            disc_factor=disc_factor,
-            disc_weight=disc_weight,
-            disc_loss=disc_loss,
-            log_inactive_gan=log_inactive_gan,
-        )
+        super().__init__(lpips, disc_start=disc_start, disc_weight=disc_weight, **shared)
         self.kl_weight = kl_weight
         self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
 
@@ -218,24 +206,11 @@ class VQPerceptualLoss(AdversarialReconstruction):
         *,
         n_embed: int,
         codebook_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        pixel_loss: str = "l1",
         disc_start: int = 0,
-        disc_factor: float = 1.0,
         disc_weight: float = 0.75,
-        disc_loss: str = "hinge",
-        log_inactive_gan: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            lpips,
-            perceptual_weight=perceptual_weight,
-            pixel_loss=pixel_loss,
-            disc_start=disc_start,
-            disc_factor=disc_factor,
-            disc_weight=disc_weight,
-            disc_loss=disc_loss,
-            log_inactive_gan=log_inactive_gan,
-        )
+        super().__init__(lpips, disc_start=disc_start, disc_weight=disc_weight, **shared)
         self.n_embed = n_embed
         self.codebook_weight = codebook_weight
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.kernels.group_norm_silu import group_norm_silu
+from ldm.context_memory import ContextMemory
 from ldm.norm import group_count, limit_groups
 
 M = TypeVar("M", bound=nn.Module)
@@ -207,6 +208,8 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of tokens to a context (equation below 3 of the paper); to themselves when there is no context."""
 
+    memory: ContextMemory | None = None  # set for the duration of one sampling call only
+
     def __init__(self, query_dim: int, context_dim: int | None, heads: int, dim_head: int) -> None:
         super().__init__()
         inner = heads * dim_head
@@ -218,8 +221,17 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
 
     def forward(self, x_BLD: Tensor, context_BLD: Tensor | None = None) -> Tensor:
-        source_BLD = x_BLD if context_BLD is None else context_BLD
-        return self.to_out(_attend(self.to_q(x_BLD), self.to_k(source_BLD), self.to_v(source_BLD), self.heads))
+        if context_BLD is None:
+            k_BLD, v_BLD = self._keys_values(x_BLD)
+        # Keys with a gradient belong to one backward pass, and compiled code has no place for a memory.
+        elif self.memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            k_BLD, v_BLD = self._keys_values(context_BLD)
+        else:
+            k_BLD, v_BLD = self.memory.recall(context_BLD, self._keys_values)
+        return self.to_out(_attend(self.to_q(x_BLD), k_BLD, v_BLD, self.heads))
+
+    def _keys_values(self, source_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k(source_BLD), self.to_v(source_BLD)
 
 
 class GEGLU(nn.Module):
@@ -514,7 +526,11 @@ class ConditionedUNet(nn.Module):
             x_BCHW = torch.cat([x_BCHW, *(c_concat or ())], dim=1)
         if key == "adm":
             return self.diffusion_model(x_BCHW, t_B, y_B=(c_crossattn or ())[0])
-        context_BLD = torch.cat(list(c_crossattn or ()), dim=1) if key in ("crossattn", "hybrid") else None
+        context_BLD = None
+        if key in ("crossattn", "hybrid"):
+            tokens = list(c_crossattn or ())
+            # One tensor is handed on as it is, so that attention knows it again at the next sampling step.
+            context_BLD = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
         return self.diffusion_model(x_BCHW, t_B, context_BLD)
 
 
@@ -566,6 +582,7 @@ class EncoderUNet(nn.Module):
         resblock_updown: bool = False,
         pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention",
         use_checkpoint: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
@@ -608,6 +625,7 @@ class EncoderUNet(nn.Module):
             )
         else:
             raise ValueError(f"pool {pool!r}: expected attention, adaptive, spatial or spatial_v2")
+        limit_groups(self, norm_groups)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Class logits [B, out_channels] of noisy latents [B, C, H, W] at timesteps [B]."""

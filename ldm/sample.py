@@ -3,6 +3,7 @@
     python sample.py --prompt "two hearts" --model pretrained/shapes32-v   # a diffusers directory (ours or yours)
     python sample.py --model runs/ldm-small                  # a finished run of train.py: its task's grid
     python sample.py --model runs/ldm-small --size 64x96     # larger than trained (convolutional sampling)
+    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a run folder of train.py or any diffusers text-to-image directory.
 """
@@ -19,7 +20,7 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ldm.config import LdmConfig, SamplingConfig
     from ldm.diffusion import LatentDiffusion
@@ -37,10 +38,13 @@ def draw(
     sampling: SamplingConfig,
     seed: int = 0,
     progress: bool = False,
+    classifier: nn.Module | None = None,
+    classifier_scale: float = 0.0,
 ) -> Tensor:
     """Generate `count` images.
 
     Args:
+        classifier: of noisy latents; draws towards the column `label` with `classifier_scale` (task class only).
         columns: the task's condition columns with at least `count` rows (none for unconditional models).
         side: height and width of the images in pixels; other sizes than trained work too (section 4.3.2).
 
@@ -52,7 +56,7 @@ def draw(
 
     from ldm.first_stage import to_uint8
     from ldm.masks import paste_known
-    from ldm.samplers import sample, sample_generators, seeded_noise
+    from ldm.samplers import Denoiser, classifier_guided, sample, sample_generators, seeded_noise
     from ldm.training import raw_condition
 
     f = ldm.first_stage_model.downsampling
@@ -64,6 +68,11 @@ def draw(
             size = min(sampling.batch_size, count - first)
             rows = {name: column[first : first + size].to(device) for name, column in columns.items()}
             cond = ldm.conditioning(raw_condition(task_name, rows))
+
+            def towards_class(denoise: Denoiser, rows: dict[str, Tensor] = rows) -> Denoiser:
+                assert classifier is not None
+                return classifier_guided(denoise, ldm.schedule, classifier, rows["label"], classifier_scale)
+
             z_BCHW = sample(
                 ldm,
                 (size, channels, side[0] // f, side[1] // f),  # type: ignore[operator,arg-type]
@@ -73,6 +82,7 @@ def draw(
                 steps=sampling.steps,
                 eta=sampling.eta,
                 guidance=sampling.guidance if ldm.cond_drop > 0 else 1.0,
+                wrap=towards_class if classifier is not None else None,
             )
             images = ldm.decode(z_BCHW)
             if task_name == "inpaint":
@@ -199,7 +209,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     parser.add_argument("--count", type=int, default=8, help="images per prompt")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale (default: 3, and 1 with --classifier)"
+    )
+    parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py; runs of task class only")
+    parser.add_argument("--classifier_scale", type=float, default=1.0, help="weight of the classifier's gradient")
     parser.add_argument("--sampler", choices=("ddim", "ddpm", "plms", "dpm++"), default="ddim", help="run folders only")
     parser.add_argument("--eta", type=float, default=0.0, help="run folders only")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, if another than trained")
@@ -207,6 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.count < 1:
         raise UserError(f"--count {options.count}: expected at least 1")
+    if options.guidance is None:
+        options.guidance = 1.0 if options.classifier else 3.0
     size = _size(options.size) if options.size else None
     if (options.model / "model.safetensors").is_file() and (options.model / "config.yaml").is_file():
         images, captions = _from_run(options, size)
@@ -222,6 +238,8 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
     import torch
 
     pipeline = open_pipeline(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if options.classifier:
+        raise UserError(f"--classifier guides runs of task class; {options.model} is a text-to-image pipeline")
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
@@ -241,7 +259,19 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tupl
         if options.prompt:
             raise UserError(f"--prompt: {options.model} was trained for task {config.task}, which takes no text")
         columns = condition_columns(run.task, config, options.count)
-        return draw(ldm, config.task, columns, options.count, side, sampling, options.seed), None
+        guide: dict[str, Any] = {}
+        if options.classifier:
+            from ldm.classifier import load_classifier
+
+            if size and size != (config.data.size, config.data.size):
+                raise UserError("--classifier judges latents of the training size: leave --size out")
+            guide = {
+                "classifier": load_classifier(options.classifier, run, ldm),
+                "classifier_scale": options.classifier_scale,
+            }
+        return draw(ldm, config.task, columns, options.count, side, sampling, options.seed, **guide), None
+    if options.classifier:
+        raise UserError(f"--classifier guides runs of task class; {options.model} was trained for task text")
     prompts = [prompt for prompt in options.prompt or run.task.captions[:4] for _ in range(options.count)]
     columns = run.task.caption_columns(prompts)
     return draw(ldm, "text", columns, len(prompts), side, sampling, options.seed), prompts

@@ -8,6 +8,7 @@ Nothing inside the loops waits for the device. Shape suffixes: B batch, C channe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,10 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
+from ldm.context_memory import ContextMemory
 from ldm.diffusion import Conditioning, LatentDiffusion, NoiseSchedule
+from ldm.model import CrossAttention
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -104,6 +107,21 @@ def make_denoiser(
         return schedule.x0_and_eps(output_BCHW, zt_BCHW, step)
 
     return denoise
+
+
+@contextlib.contextmanager
+def reused_context(network: nn.Module) -> Iterator[None]:
+    """Inside the block, cross-attention projects a condition to keys and values once and keeps them while the same
+    tensor comes back: the same at all sampling steps. Without gradients only."""
+    layers = [module for module in network.modules() if isinstance(module, CrossAttention)]
+    outer = [layer.memory for layer in layers]
+    for layer in layers:
+        layer.memory = ContextMemory()
+    try:
+        yield
+    finally:
+        for layer, memory in zip(layers, outer, strict=True):
+            layer.memory = memory
 
 
 def _with_eps(schedule: NoiseSchedule, zt_BCHW: Tensor, eps_BCHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -507,16 +525,30 @@ def sample(
     denoise = make_denoiser(network or ldm.apply_model, ldm.schedule, cond, guidance=guidance, uncond=uncond)
     if wrap is not None:
         denoise = wrap(denoise)
+    with reused_context(ldm.model):
+        return _run_sampler(sampler, denoise, ldm.schedule, zT_BCHW, noise, steps, eta, options)
+
+
+def _run_sampler(
+    sampler: str,
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    zT_BCHW: Tensor,
+    noise: Noise,
+    steps: int,
+    eta: float,
+    options: dict[str, Any],
+) -> Tensor:
     if sampler == "ddim":
-        return ddim_sample(denoise, ldm.schedule, zT_BCHW, noise, steps=steps, eta=eta, **options)
+        return ddim_sample(denoise, schedule, zT_BCHW, noise, steps=steps, eta=eta, **options)
     if eta and sampler in ("plms", "dpm++"):
         raise UserError(f"sampler {sampler} is deterministic: eta must be 0, got {eta}")
     if sampler == "plms":
-        return plms_sample(denoise, ldm.schedule, zT_BCHW, noise, steps=steps, **options)
+        return plms_sample(denoise, schedule, zT_BCHW, noise, steps=steps, **options)
     if sampler == "dpm++":
-        return dpm_solver_sample(denoise, ldm.schedule, zT_BCHW, steps=steps, **options)
+        return dpm_solver_sample(denoise, schedule, zT_BCHW, steps=steps, **options)
     if sampler == "ddpm":
-        return ddpm_sample(denoise, ldm.schedule, zT_BCHW, noise, **options)
+        return ddpm_sample(denoise, schedule, zT_BCHW, noise, **options)
     raise UserError(f"sampler {sampler!r} is unknown: use ddim, ddpm, plms or dpm++")
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.data.folders import ShardedImages
 from common.data.photos import CATEGORIES
 from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
 from common.data.shapes import COLOURS, SHAPES
@@ -32,9 +33,11 @@ from ldm.conditioners import ClassEmbedder, LayoutTokenizer, SpatialRescaler, Tr
 from ldm.config import ConditionerConfig, DataConfig, LdmConfig
 from ldm.degradation import low_resolution
 from ldm.masks import random_mask
+from ldm.streaming import ShardStream, open_shards
 
 NO_OBJECT = -1  # class of the padding rows in `classes`
 PHOTO_SPLITS = {"train": "train", "test": "scene"}  # held out: pairs of a known object and a known background
+TOKENIZER_CAPTIONS = 50_000  # of a stream, from which its tokenizer learns
 BOX_CATEGORIES = 128  # layout tokens: at least 8 shapes x 10 colours
 
 
@@ -120,7 +123,7 @@ class Task:
 
     Attributes:
         train, reference: tables with `image` uint8 [N, 3, H, W] and the task's own columns; `reference` is held out.
-            `train` is lazy where it would not fit in data.max_memory_gb.
+            `train` is lazy where it would not fit in data.max_memory_gb, and a stream for data.name shards.
         conditioning_key: None, "crossattn", "concat" or "adm".
         concat_channels: channels that the condition adds to the denoiser's input.
         conditioner: turns the columns of a batch into the condition (trained jointly), or None.
@@ -128,7 +131,7 @@ class Task:
     """
 
     name: str
-    train: Table
+    train: Table | ShardStream
     reference: TensorTable
     conditioning_key: str | None = None
     concat_channels: int = 0
@@ -283,8 +286,13 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
         "superres": _superres,
         "inpaint": _unconditional,
     }
-    train = open_dataset(config.data, "train", config.seed)
-    held_out = open_dataset(config.data, "test", config.seed)
+    train: Any
+    held_out: Any
+    if config.data.name == "shards":
+        train, held_out = open_shards(config.data, config.task, config.seed)
+    else:
+        train = open_dataset(config.data, "train", config.seed)
+        held_out = open_dataset(config.data, "test", config.seed)
     torch.manual_seed(config.seed)  # the conditioner's first weights
     task = builders[config.task](config, train, held_out, tokenizer)
     task.reference_dataset = held_out
@@ -296,8 +304,11 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
 def _tables(
     config: LdmConfig, train: Any, held_out: Any, columns: Columns, columns_test: Columns | None = None
 ) -> dict[str, Any]:
+    data = config.data
     return {
-        "train": fitting_table(train, columns, config.data.train_images, config.data.max_memory_gb),
+        "train": ShardStream(train, columns, data.workers)
+        if isinstance(train, ShardedImages)
+        else fitting_table(train, columns, data.train_images, data.max_memory_gb),
         "reference": table(held_out, columns_test or columns, config.data.eval_images),
     }
 
@@ -319,7 +330,8 @@ def _class(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task
     tables = _tables(config, train, held_out, columns)
     names = getattr(train, "classes", None) or getattr(train, "class_names", None) or ()
     labels = [int(part.columns["label"].max()) for part in tables.values() if isinstance(part, TensorTable)]
-    classes = max(len(names), *(label + 1 for label in labels))
+    known = train.class_count() if isinstance(train, ShardedImages) else len(names)
+    classes = max(known, *(label + 1 for label in labels))
     if config.conditioner.class_embedding == "adm":
         return Task("class", **tables, conditioning_key="adm", num_classes=classes + 1)
     width = config.conditioner.width
@@ -336,19 +348,29 @@ def _class(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task
 
 def _text(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
     options = config.conditioner
-    n = min(len(train), config.data.train_images or len(train))
-    n_test = min(len(held_out), config.data.eval_images)
-    train_captions = phrasings(train, n, options.caption_variants, config.seed)
-    test_captions = plain_captions(held_out, n_test)
+    test_captions = plain_captions(held_out, min(len(held_out), config.data.eval_images))
+    streamed = isinstance(train, ShardedImages)
+    if streamed:
+        if options.kind == "frozen":
+            raise UserError(
+                "conditioner.kind frozen keeps the states of every caption in memory, which data.name shards does not "
+                "know beforehand: use bert or tau"
+            )
+        train_captions = [[caption] for caption in train.captions(TOKENIZER_CAPTIONS)] if tokenizer is None else []
+    else:
+        n = min(len(train), config.data.train_images or len(train))
+        train_captions = phrasings(train, n, options.caption_variants, config.seed)
     if options.kind == "frozen":
         return _frozen_text(config, train, held_out, train_captions, test_captions)
     if tokenizer is None:
         tokenizer = train_tokenizer([c for row in train_captions for c in row], options.vocabulary, options.tokens)
-    tokens = [tokenize(tokenizer, row) for row in train_captions]
     test_tokens = tokenize(tokenizer, test_captions)
-    tables = _tables(
-        config, train, held_out, lambda item, i: {"tokens": tokens[i]}, lambda item, i: {"tokens": test_tokens[i][None]}
-    )
+    tokens = [] if streamed else [tokenize(tokenizer, row) for row in train_captions]
+
+    def columns(item: dict[str, Any], i: int) -> dict[str, Tensor]:
+        return {"tokens": tokenize(tokenizer, [item["caption"]]) if streamed else tokens[i]}
+
+    tables = _tables(config, train, held_out, columns, lambda item, i: {"tokens": test_tokens[i][None]})
     if options.kind == "tau":
         conditioner: nn.Module = TransformerEmbedder(options.width, options.layers, len(tokenizer), options.tokens)
     else:
@@ -430,7 +452,7 @@ def box_categories(item: dict[str, Any]) -> Tensor:
 
 
 def _layout(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
-    first = train[0]
+    first = held_out[0]
     _need(first, "boxes", config)
     layout = LayoutTokenizer(n_categories=BOX_CATEGORIES, max_objects=len(first["boxes"]), no_tokens=1024)
 

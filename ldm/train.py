@@ -4,6 +4,7 @@
     python train.py --config configs/class.yaml            # another task; every task has a ready-made file
     python train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
     python train.py --data.name folder --data.path PHOTOS  # your own images (metadata.jsonl with "file_name", "text")
+    python train.py --data.name shards --data.path "DIR/*.parquet"                   # data that do not fit one disk
     python train.py --trainer.devices 2 --trainer.strategy ddp                       # one machine, two processes
     torchrun --nnodes 2 --nproc-per-node 8 ... train.py --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp
 

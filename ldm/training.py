@@ -12,14 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data.cache import FeatureCache, fingerprint_module
 from common.data.sampling import (
     StepBatchSampler,
-    StepDataModule,
     Table,
     TensorTable,
     derive_seed,
@@ -36,11 +35,12 @@ from common.training import (
     open_run_folder,
 )
 from ldm.autoencoder import FirstStage
-from ldm.config import LdmConfig
+from ldm.config import LdmConfig, TrainerConfig
 from ldm.diffusion import Ema, LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage, to_unit, train_first_stage
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import ConditionedUNet, UNet
+from ldm.streaming import ShardStream, data_module
 from ldm.tasks import BertConditioner, StateTable, Task, mask_bank, prepare
 
 MASKS = 2000  # inpainting masks drawn once and picked from at random
@@ -167,6 +167,50 @@ def raw_condition(task_name: str, columns: Mapping[str, Tensor], pick_B: Tensor 
     return {}
 
 
+def share_of_step(
+    module: pl.LightningModule, batch_idx: int, options: TrainerConfig, seed: int
+) -> tuple[torch.Generator, int, slice]:
+    """Generator of everything random in this optimiser step, number of this micro-batch, and which rows of what is
+    drawn for the global batch belong to this micro-batch of this process."""
+    part = batch_idx % options.accumulate
+    size = options.batch_size // options.accumulate
+    mine = slice(part * size + module.trainer.global_rank, (part + 1) * size, module.trainer.world_size)
+    return step_generator(seed, module.trainer.global_step, module.device), part, mine
+
+
+def draw_latents(
+    ldm: LatentDiffusion, batch: Mapping[str, Tensor], generator: torch.Generator, batch_size: int, mine: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled posterior samples z [B, C, H, W] of a batch's images (or cached moments), steps t [B], noise like z, and
+    two more uniform numbers a sample [2, B]; drawn for the global batch, returned for the rows `mine`."""
+    device = generator.device
+    uniform_3B = torch.rand(3, batch_size, generator=generator, device=device)[:, mine]
+    with torch.no_grad():
+        if "moments" in batch:
+            moments = batch["moments"]
+        else:
+            moments = ldm.first_stage_model.moments(to_unit(batch["image"]))  # type: ignore[operator]
+    latent_shape = (batch_size, ldm.first_stage_model.embed_dim, *moments.shape[2:])
+    posterior_noise, noise_BCHW = torch.randn(2, *latent_shape, generator=generator, device=device)[:, mine]
+    z_BCHW = ldm.scale_factor * ldm.first_stage_model.latent_from_moments(moments, posterior_noise)  # type: ignore[operator]
+    return z_BCHW, (uniform_3B[0] * ldm.schedule.timesteps).long(), noise_BCHW, uniform_3B[1:]
+
+
+class BatchMeans:
+    """Logs the means over the whole global batch: micro-batches here, processes by Lightning."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+
+    def log(self, module: pl.LightningModule, logs: Mapping[str, Tensor], part: int, parts: int) -> None:
+        if part == 0:
+            self._sums = {}
+        self._sums = {k: self._sums.get(k, 0.0) + v.detach() for k, v in logs.items()}
+        if part == parts - 1:
+            means = {f"train/{k}": v / parts for k, v in self._sums.items()}
+            module.log_dict(means, sync_dist=module.trainer.world_size > 1)
+
+
 class DiffusionTrainer(pl.LightningModule):
     """Eq. 2 and 3: denoise latents.
 
@@ -179,7 +223,7 @@ class DiffusionTrainer(pl.LightningModule):
         self.ldm, self.config = ldm, config
         self.ema = Ema(ldm, config.optimiser.ema_decay) if config.optimiser.ema_decay > 0 else None
         self.register_buffer("holes", holes, persistent=False)
-        self._sums: dict[str, Any] = {}
+        self._means = BatchMeans()
         if config.trainer.compile:
             ldm.model.diffusion_model.compile()  # type: ignore[union-attr,operator]
 
@@ -195,41 +239,19 @@ class DiffusionTrainer(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        options, world = self.config.trainer, self.trainer.world_size
-        part = batch_idx % options.accumulate
-        size = options.batch_size // options.accumulate
-        mine = slice(part * size + self.trainer.global_rank, (part + 1) * size, world)
-        step = self.trainer.global_step
-        generator = step_generator(self.config.seed, step, self.device)
+        options = self.config.trainer
+        generator, part, mine = share_of_step(self, batch_idx, options, self.config.seed)
         if self.config.unet.dropout > 0:  # it draws from the global generator, which no checkpoint holds
-            torch.manual_seed(derive_seed(self.config.seed, step, part, self.trainer.global_rank))
-        uniform_3B = torch.rand(3, options.batch_size, generator=generator, device=self.device)[:, mine]
-        with torch.no_grad():
-            if "moments" in batch:
-                moments = batch["moments"]
-            else:
-                moments = self.ldm.first_stage_model.moments(to_unit(batch["image"]))  # type: ignore[operator]
-        latent_shape = (options.batch_size, self.ldm.model.diffusion_model.out_channels, *moments.shape[2:])  # type: ignore[union-attr]
-        posterior_noise, noise = torch.randn(2, *latent_shape, generator=generator, device=self.device)[:, mine]
-        z_BCHW = self.ldm.scale_factor * self.ldm.first_stage_model.latent_from_moments(moments, posterior_noise)  # type: ignore[operator]
-        t_B = (uniform_3B[0] * self.ldm.schedule.timesteps).long()
+            torch.manual_seed(derive_seed(self.config.seed, self.trainer.global_step, part, self.trainer.global_rank))
+        z_BCHW, t_B, noise, uniform_2B = draw_latents(self.ldm, batch, generator, options.batch_size, mine)
         columns = dict(batch)
         if self.holes is not None:
             rows = torch.randint(len(self.holes), (options.batch_size,), generator=generator, device=self.device)[mine]  # type: ignore[arg-type]
             columns["hole"] = self.holes[rows]  # type: ignore[index]
-        cond = self.ldm.conditioning(raw_condition(self.config.task, columns, uniform_3B[1]), uniform_3B[2])
+        cond = self.ldm.conditioning(raw_condition(self.config.task, columns, uniform_2B[0]), uniform_2B[1])
         loss, logs = self.ldm.loss(z_BCHW, t_B, noise, cond)
-        self._log_mean(logs, part, options.accumulate)
+        self._means.log(self, logs, part, options.accumulate)
         return loss
-
-    def _log_mean(self, logs: dict[str, Tensor], part: int, parts: int) -> None:
-        """Log the means over the whole global batch: micro-batches here, processes by Lightning."""
-        if part == 0:
-            self._sums = {}
-        self._sums = {k: self._sums.get(k, 0.0) + v.detach() for k, v in logs.items()}
-        if part == parts - 1:
-            means = {f"train/{k}": v / parts for k, v in self._sums.items()}
-            self.log_dict(means, sync_dist=self.trainer.world_size > 1)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         # Not in on_train_batch_end, which comes after the callback that writes the checkpoint.
@@ -240,12 +262,16 @@ class DiffusionTrainer(pl.LightningModule):
         self.zero_grad(set_to_none=True)
 
 
-def first_batch_scale(config: LdmConfig, train: Table, first_stage: FirstStage) -> Tensor:
+def first_batch_scale(config: LdmConfig, train: Table | ShardStream, first_stage: FirstStage) -> Tensor:
     """Unscaled latents of the run's first batch, from which `scale_by_std` takes the factor (appendix G)."""
-    rows = StepBatchSampler(len(train), config.trainer.batch_size, 1, config.seed).batch(0)
+    size = config.trainer.batch_size
+    if isinstance(train, ShardStream):
+        images = train.head(size)["image"]
+    else:
+        images = train.__getitems__(StepBatchSampler(len(train), size, 1, config.seed).batch(0))["image"]
     with torch.no_grad():
-        moments = first_stage.moments(to_unit(train.__getitems__(rows)["image"]))
-        shape = (len(rows), first_stage.embed_dim, *moments.shape[2:])
+        moments = first_stage.moments(to_unit(images))
+        shape = (len(images), first_stage.embed_dim, *moments.shape[2:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
         return first_stage.latent_from_moments(moments, noise)
 
@@ -277,13 +303,7 @@ class Run:
                 "--trainer.strategy fsdp shards the weights that the moving average follows and cannot clip by norm: "
                 "set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
             )
-        if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
-            raise UserError(f"--resume {config.resume}: no such file; expected auto, never or a checkpoint of a run")
-        if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
-            raise UserError(
-                f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
-                f"{trainer.accumulate} micro-batches"
-            )
+        check_start(config.resume, trainer)
         halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
         if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
             raise UserError(
@@ -385,44 +405,24 @@ class Run:
                 task_grid(ldm, self.task, config, folder / "samples" / f"step_{step:06d}.png")
 
         grids = [EveryNSteps(trainer_config.sample_every, draw)] if trainer_config.sample_every else []
-        trainer = build_trainer(
+        trainer = fit_stage(
             folder,
-            steps=trainer_config.max_steps,
-            batch_size=trainer_config.batch_size,
-            precision=trainer_config.precision,
-            accumulate=trainer_config.accumulate,
-            accelerator=trainer_config.accelerator,
-            devices=trainer_config.devices,
-            num_nodes=trainer_config.num_nodes,
-            strategy=trainer_config.strategy,
-            grad_clip=config.optimiser.grad_clip or None,
-            checkpoint_every=trainer_config.checkpoint_every,
-            log_every=trainer_config.log_every,
-            progress=trainer_config.progress,
+            module,
+            table,
+            trainer_config,
+            config.seed,
+            config.resume,
+            grad_clip=config.optimiser.grad_clip,
+            workers=config.data.workers,
             callbacks=[*grids, *(callbacks or [])],
         )
-        data = StepDataModule(
-            table,
-            trainer_config.batch_size,
-            trainer_config.max_steps,
-            config.seed,
-            workers=0 if in_memory else config.data.workers,
-            accumulate=trainer_config.accumulate,
-        )
-        checkpoint: Path | None = None
-        if config.resume == "auto":
-            checkpoint = latest_checkpoint(folder)
-        elif config.resume != "never":
-            checkpoint = Path(config.resume)
-        fit(trainer, module, data, checkpoint)
         self.is_main = trainer.is_global_zero
         if module.ema is not None:
             module.ema.copy_to(ldm)
         self.ldm = ldm.cpu().eval()
         self.seconds["diffusion"] = time.perf_counter() - started
         if self.is_main:
-            weights = {k: v.detach().cpu().contiguous().clone() for k, v in own_state(self.ldm).items()}
-            write_atomically(self.folder / "model.safetensors", lambda temporary: save_file(weights, str(temporary)))
+            save_state(self.folder / "model.safetensors", own_state(self.ldm))
             if config.export_pipeline and exportable(self.task, config):
                 export_pipeline(self.ldm, self.task, config, self.folder / "pipeline")
 
@@ -437,15 +437,7 @@ class Run:
         else:
             first_stage = build_first_stage(options, size)
         ldm = build_latent_diffusion(self.config, self.task, freeze(first_stage))
-        try:
-            state = load_file(weights)
-        except SafetensorError as error:
-            raise UserError(f"{weights} is truncated or not a safetensors file: {error}") from None
-        wanted = own_state(ldm)
-        wrong = wanted.keys() ^ state.keys() or {k for k in wanted if wanted[k].shape != state[k].shape}
-        if wrong:
-            raise UserError(f"{weights} is of another network than {self.folder / 'config.yaml'}: {min(wrong)} differs")
-        ldm.load_state_dict(state, strict=False)
+        load_state(ldm, weights, self.folder / "config.yaml", own_state(ldm))
         self.first_stage, self.ldm = first_stage, ldm.eval()
         return self.ldm
 
@@ -461,6 +453,98 @@ class Run:
             metrics["seconds"] = json.loads(earlier.read_text()).get("seconds", metrics["seconds"])
         write_json(earlier, metrics)
         return metrics
+
+
+def fit_stage(
+    folder: Path,
+    module: pl.LightningModule,
+    table: Table | ShardStream,
+    options: TrainerConfig,
+    seed: int,
+    resume: str,
+    *,
+    grad_clip: float,
+    workers: int = 0,
+    callbacks: list[pl.Callback] | None = None,
+) -> pl.Trainer:
+    """Train or resume `module` on the rows of `table`; checkpoints and logs go below `folder`.
+
+    Args:
+        grad_clip: largest norm of the gradient; 0 does not clip.
+        workers: loader processes for data that are not in memory.
+    """
+    trainer = build_trainer(
+        folder,
+        steps=options.max_steps,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        accumulate=options.accumulate,
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        grad_clip=grad_clip or None,
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+        progress=options.progress,
+        callbacks=callbacks,
+    )
+    data = data_module(
+        table,
+        options.batch_size,
+        options.max_steps,
+        seed,
+        workers=0 if isinstance(table, TensorTable) else workers,
+        accumulate=options.accumulate,
+    )
+    fit(trainer, module, data, checkpoint_to_resume(resume, folder))
+    return trainer
+
+
+def check_start(resume: str, trainer: TrainerConfig) -> None:
+    """Refuse a checkpoint that is not there and batches that cannot be divided.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if resume not in ("auto", "never") and not Path(resume).is_file():
+        raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")
+    if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
+        raise UserError(
+            f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
+            f"{trainer.accumulate} micro-batches"
+        )
+
+
+def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
+    """The checkpoint from which the stage in `folder` goes on, if any."""
+    if resume == "auto":
+        return latest_checkpoint(folder)
+    return None if resume == "never" else Path(resume)
+
+
+def save_state(path: Path, state: Mapping[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write tensors, and notes about them, as one .safetensors file."""
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    write_atomically(path, lambda temporary: save_file(weights, str(temporary), metadata=notes))
+
+
+def load_state(module: nn.Module, path: Path, config_file: Path, wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Fill `module` from a .safetensors file that must hold exactly the tensors `wanted`; returns the file's notes.
+
+    Raises:
+        UserError: truncated, or of another network than its config says.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            notes, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from None
+    wrong = wanted.keys() ^ state.keys() or {k for k in wanted if wanted[k].shape != state[k].shape}
+    if wrong:
+        raise UserError(f"{path} is of another network than {config_file}: {min(wrong)} differs")
+    module.load_state_dict(state, strict=False)
+    return notes
 
 
 def own_state(ldm: LatentDiffusion) -> dict[str, Tensor]:

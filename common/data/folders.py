@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import warnings
@@ -474,7 +475,7 @@ def open_images(
 class _ParquetShard:
     """One parquet file, local or any URL that fsspec opens (hf://, s3://, https://, ...)."""
 
-    def __init__(self, path: str, image_column: str, caption_column: str, label_column: str | None) -> None:
+    def __init__(self, path: str, image_column: str, caption_column: str | None, label_column: str | None) -> None:
         self.name, self.columns = path, (image_column, caption_column, label_column)
         with self._open() as file:
             names = file.schema_arrow.names
@@ -510,7 +511,7 @@ class _ParquetShard:
                         image = table[image_column][row].as_py()
                         raw = image if isinstance(image, bytes) else (image or {}).get("bytes") or b""
                         label = table[label_column][row].as_py() if label_column else -1
-                        caption = table[caption_column][row].as_py()
+                        caption = table[caption_column][row].as_py() if caption_column else ""
                         yield (
                             f"{self.name} row {first + row}",
                             raw,
@@ -518,6 +519,22 @@ class _ParquetShard:
                             int(-1 if label is None else label),
                         )
                 first += count
+
+    def captions(self) -> Iterator[str]:
+        """Of every row, without reading the images."""
+        return (str(caption or "") for caption in self._column(self.columns[1]))
+
+    def labels(self) -> Iterator[int]:
+        """Of every row, -1 where there is none, without reading the images."""
+        return (-1 if label is None else int(label) for label in self._column(self.columns[2]))
+
+    def _column(self, name: str | None) -> Iterator[Any]:
+        if name is None:
+            yield from (None for _ in range(len(self)))
+            return
+        with self._open() as file:
+            for group in range(len(self.groups)):
+                yield from file.read_row_group(group, columns=[name])[name].to_pylist()
 
 
 class _FolderShard:
@@ -531,6 +548,12 @@ class _FolderShard:
     def rows(self, start: int) -> Iterator[tuple[str, Path | bytes, str, int]]:
         for index in range(start, len(self.source)):
             yield self.source.where(index), self.source.raw(index), *self.source.label(index)
+
+    def captions(self) -> Iterator[str]:
+        return (record.caption for record in self.source.records)
+
+    def labels(self) -> Iterator[int]:
+        return (record.label for record in self.source.records)
 
 
 class ShardedImages(IterableDataset[dict[str, Any]]):
@@ -550,7 +573,8 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         rank, world: this process among the processes of the run.
         buffer: rows per shuffled block (held undecoded in memory); 1 keeps the order of the files.
         seed: of the order and of the crops.
-        image_column, caption_column, label_column: for parquet; an image is bytes or a struct with `bytes`.
+        image_column, caption_column, label_column: for parquet; an image is bytes or a struct with `bytes`; None for
+            data without captions or labels.
         repeat: go on with the next epoch for ever. With False, one epoch; ranks may then differ in length.
 
     Raises:
@@ -571,7 +595,7 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         buffer: int = 1024,
         seed: int = 0,
         image_column: str = "image",
-        caption_column: str = "text",
+        caption_column: str | None = "text",
         label_column: str | None = None,
         repeat: bool = True,
     ) -> None:
@@ -604,6 +628,22 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
     def rows(self) -> int:
         """Images of one epoch, over all ranks."""
         return sum(map(len, self.shards))
+
+    def captions(self, limit: int) -> list[str]:
+        """Those of the first `limit` rows in the shards' own order; no image is read."""
+        return list(itertools.islice((text for shard in self.shards for text in shard.captions()), limit))
+
+    def class_count(self) -> int:
+        """One more than the largest label of all shards; 0 where no row has one. No image is read.
+
+        Raises:
+            UserError: two image folders number their classes differently.
+        """
+        named = {tuple(shard.source.classes): shard.name for shard in self.shards if isinstance(shard, _FolderShard)}
+        if len(named) > 1:
+            first, second, *_ = named.values()
+            raise UserError(f"{first} and {second} have other class names: labels of one would mean another class")
+        return 1 + max((label for shard in self.shards for label in shard.labels()), default=-1)
 
     def seek(self, step: int) -> None:
         """Begin the next iteration with batch number `step` of this rank."""

@@ -144,17 +144,21 @@ def test_damaged_model_is_refused(text_run: Path, tmp_path: Path) -> None:
         Run.existing(copy).load()
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [("train", ("--trainer.max_steps", "--data.path")), ("train_classifier", ("--network.pool",))],
+)
+def test_help_needs_no_torch(script: str, options: tuple[str, ...]) -> None:
     code = (
         "import sys, runpy; sys.argv = ['train.py', '--help']\n"
-        "try: runpy.run_path('ldm/train.py', run_name='__main__')\n"
+        f"try: runpy.run_path('ldm/{script}.py', run_name='__main__')\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         "assert not {'torch', 'pytorch_lightning', 'transformers', 'diffusers'} & sys.modules.keys()"
     )
     environment = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "--trainer.max_steps" in done.stdout and "--data.path" in done.stdout
+    assert all(option in done.stdout for option in options)
 
 
 @pytest.mark.parametrize(

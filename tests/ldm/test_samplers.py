@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from ldm.diffusion import NoiseSchedule, from_compvis_config
+from ldm.autoencoder import IdentityFirstStage
+from ldm.diffusion import LatentDiffusion, NoiseSchedule, from_compvis_config
+from ldm.model import ConditionedUNet, CrossAttention, SpatialTransformer, UNet
 from ldm.samplers import (
     Denoiser,
     KnownRegion,
@@ -32,6 +34,7 @@ from ldm.samplers import (
     perceptual_distance,
     plms_sample,
     recorded_noise,
+    reused_context,
     sample,
     sample_generators,
     seeded_noise,
@@ -293,6 +296,84 @@ def test_a_model_samples_any_latent_size_and_reports_progress(sampler: str) -> N
     z = sample(ldm, (1, 3, 4, 12), noise(), cond, sampler=sampler, steps=4, progress=lambda i, n: done.append((i, n)))
     assert z.shape == (1, 3, 4, 12) and not z.requires_grad
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def text_model() -> LatentDiffusion:
+    """A small cross-attention model with random weights."""
+    torch.manual_seed(3)
+    unet = UNet(
+        in_channels=3,
+        model_channels=16,
+        out_channels=3,
+        num_res_blocks=1,
+        attention_resolutions=[1, 2],
+        channel_mult=[1, 2],
+        num_head_channels=8,
+        use_spatial_transformer=True,
+        context_dim=12,
+        norm_groups=4,
+    )
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = ConditionedUNet(unet, "crossattn")
+    return LatentDiffusion(IdentityFirstStage(), model, torch.nn.Identity(), conditioning_key="crossattn").eval()
+
+
+def counted_projections(ldm: LatentDiffusion) -> list[int]:
+    """A list that grows by the rows of every context that a layer projects to keys."""
+    rows: list[int] = []
+    for layer in (module for module in ldm.modules() if isinstance(module, CrossAttention)):
+        layer.to_k.register_forward_hook(
+            lambda module, inputs, output: rows.append(len(inputs[0])) if inputs[0].shape[1:] == (4, 12) else None
+        )
+    return rows
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++"])
+def test_keys_of_the_condition_are_computed_once_a_call_for_both_guidance_branches(sampler: str) -> None:
+    ldm, cond = text_model(), torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    attentions = sum(isinstance(module, SpatialTransformer) for module in ldm.modules())
+    rows = counted_projections(ldm)
+    drawn = []
+    for reuse in (True, False):
+        rows.clear()
+        # A network that copies its condition is what the model was before: every step projects anew.
+        network = None if reuse else lambda z, t, c: ldm.apply_model(z, t, c.clone())
+        drawn.append(sample(ldm, (2, 3, 8, 8), noise(), cond, sampler=sampler, steps=5, guidance=2.0, network=network))
+        assert set(rows) == {4}, "uncond and cond go through in one batch"
+        assert len(rows) == attentions if reuse else len(rows) >= 5 * attentions
+    assert torch.equal(*drawn) and drawn[0].std() > 0.1
+
+
+def test_reused_keys_follow_another_condition_a_changed_one_and_the_end_of_the_call() -> None:
+    ldm, generator = text_model(), torch.Generator().manual_seed(0)
+    z, t = torch.randn(1, 3, 8, 8, generator=generator), torch.tensor([500])
+    first, second = torch.randn(2, 1, 4, 12, generator=generator)
+    with torch.no_grad():
+        plain = [ldm.apply_model(z, t, c) for c in (first, second, first + 1)]
+        assert not torch.allclose(plain[0], plain[1], atol=1e-3)
+        with reused_context(ldm.model):
+            assert torch.equal(ldm.apply_model(z, t, first), plain[0])
+            assert torch.equal(ldm.apply_model(z, t, second), plain[1])
+            assert torch.equal(ldm.apply_model(z, t, first), plain[0])
+            first += 1
+            assert torch.equal(ldm.apply_model(z, t, first), plain[2])
+        for module in ldm.modules():
+            assert getattr(module, "memory", None) is None
+    with torch.inference_mode(), reused_context(ldm.model):
+        assert torch.equal(ldm.apply_model(z, t, second.clone()), plain[1])
+
+
+def test_nothing_is_reused_where_gradients_flow() -> None:
+    ldm = text_model()
+    z, t = torch.randn(1, 3, 8, 8), torch.tensor([500])
+    context = torch.randn(1, 4, 12, requires_grad=True)
+    rows = counted_projections(ldm)
+    with reused_context(ldm.model):
+        for _ in range(2):
+            ldm.apply_model(z, t, context).sum().backward()
+    assert len(rows) == 2 * sum(isinstance(module, SpatialTransformer) for module in ldm.modules())
+    assert context.grad is not None and context.grad.any()
 
 
 def test_wrong_samplers_and_options_are_refused() -> None:

@@ -1,0 +1,365 @@
+"""The rectified flow of the paper: time, losses, solvers, straightness, and how a diffusion network is read as a flow.
+
+Time follows the paper: t = 0 is noise, t = 1 is data. The network's own time input runs the other way,
+`network_time(t) = 1000 (1 - t)`, so that weights of Stable Diffusion see the noise level that they know.
+
+Shape suffixes: B batch, C channels, H height, W width (of the latents), L text tokens, D text width, T training steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (z_BCHW, t_B) -> v_BCHW
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIME_SCALE = 1000.0  # the published weights: network time 1000 at the noise end
+
+
+def network_time(t: Tensor, scale: float = TIME_SCALE) -> Tensor:
+    """What the network receives for the paper's time t: `scale` at the noise end, 0 at the data end."""
+    return scale * (1 - t)
+
+
+def interpolate(x0_BCHW: Tensor, x1_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """X_t = t X1 + (1 - t) X0 (eq. 1)."""
+    t_B111 = t_B.to(x0_BCHW.dtype).view(-1, 1, 1, 1)
+    return t_B111 * x1_BCHW + (1 - t_B111) * x0_BCHW
+
+
+@dataclass
+class NoiseSchedule:
+    """Noise levels of a discrete variance-preserving diffusion, x_tau = alpha x1 + sigma eps, read from a scheduler.
+
+    Args:
+        alphas_cumprod_T: alpha^2 at the training steps 0 .. T-1 (0 is the data end).
+        prediction_type: what the network outputs: epsilon, v_prediction (alpha eps - sigma x1) or sample (x1).
+        config: the scheduler options that describe the levels, for saving.
+    """
+
+    alphas_cumprod_T: Tensor
+    prediction_type: str = "epsilon"
+    config: dict[str, Any] = field(default_factory=dict)
+    _log_snr: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        # A schedule rescaled to zero terminal SNR has alpha = 0 at the last step, where the ratio has no logarithm.
+        alpha2_T = self.alphas_cumprod_T.detach().double().cpu().clamp(1e-8, 1 - 1e-8)
+        self.alphas_cumprod_T = alpha2_T
+        # log(alpha / sigma), ascending: from the noise end to the data end.
+        self._log_snr[torch.device("cpu")] = (0.5 * (alpha2_T.log() - (1 - alpha2_T).log())).flip(0).contiguous()
+
+    @property
+    def steps(self) -> int:
+        """Training steps T."""
+        return len(self.alphas_cumprod_T)
+
+    @property
+    def t_min(self) -> float:
+        """Earliest flow time whose noise level exists in the schedule: alpha/sigma = t/(1-t) at the last step."""
+        return float(torch.sigmoid(self._log_snr[torch.device("cpu")][0]))
+
+    def _ascending(self, device: torch.device) -> Tensor:
+        if device not in self._log_snr:
+            self._log_snr[device] = self._log_snr[torch.device("cpu")].to(device)
+        return self._log_snr[device]
+
+    def matched_time(self, t_B: Tensor) -> Tensor:
+        """Diffusion time tau [B] in [0, T-1] with log(alpha/sigma) = log(t/(1-t)), linear between training steps.
+
+        Times outside the schedule are clamped to its ends.
+        """
+        grid_T = self._ascending(t_B.device)
+        wanted_B = torch.logit(t_B.double()).clamp(grid_T[0], grid_T[-1])
+        right_B = torch.searchsorted(grid_T, wanted_B).clamp(1, len(grid_T) - 1)
+        left_value_B, right_value_B = grid_T[right_B - 1], grid_T[right_B]
+        position_B = right_B - 1 + (wanted_B - left_value_B) / (right_value_B - left_value_B)
+        return (self.steps - 1 - position_B).float()
+
+    def read(
+        self, output: Tensor, x_BCHW: Tensor, alpha: Tensor | float, sigma: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """(x1_hat, eps_hat) from the network's output at x = alpha x1 + sigma eps with alpha^2 + sigma^2 = 1."""
+        if self.prediction_type == "epsilon":
+            return (x_BCHW - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * x_BCHW - sigma * output, sigma * x_BCHW + alpha * output
+        return output, (x_BCHW - alpha * output) / sigma
+
+
+@dataclass(frozen=True)
+class FlowEstimate:
+    """What a diffusion network says about the flow at x_t: velocity v = x1_hat - eps_hat and where it was asked."""
+
+    velocity: Tensor
+    x1_hat: Tensor
+    eps_hat: Tensor
+    tau_B: Tensor
+
+
+class UNetFlow(nn.Module):
+    """A velocity field v(x_t, t | text) made of a diffusers U-Net.
+
+    Without `schedule` the U-Net's output is the velocity, at network time `time_scale (1 - t)` (the published models).
+    With `schedule` the U-Net is a diffusion network (epsilon, v or x0) read as the 1-rectified flow: it is asked at
+    the diffusion time of equal signal-to-noise ratio, with its input scaled to unit variance, and v = x1_hat - eps_hat.
+
+    Below `schedule.t_min` no training step is noisy enough: the network is asked at its last step and v is the line
+    from x_t to x1_hat, (x1_hat - x_t) / (1 - t), which equals x1_hat - eps_hat where a matching step exists. One step
+    from t = 0 then lands on x1_hat, as one DDIM step does.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: NoiseSchedule | None = None, time_scale: float = TIME_SCALE) -> None:
+        super().__init__()
+        self.unet, self.schedule, self.time_scale = unet, schedule, time_scale
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, states_BLD: Tensor) -> Tensor:
+        """Velocity [B, C, H, W] in the dtype of x. `t_B` holds the paper's times in [0, 1]."""
+        if self.schedule is not None:
+            return self.estimate(x_BCHW, t_B, states_BLD).velocity
+        return self._network(x_BCHW, network_time(t_B, self.time_scale), states_BLD)
+
+    def _network(self, x_BCHW: Tensor, time_B: Tensor, states_BLD: Tensor) -> Tensor:
+        dtype = next(self.unet.parameters()).dtype
+        output = self.unet(x_BCHW.to(dtype), time_B, states_BLD.to(dtype), return_dict=False)[0]
+        return output.to(x_BCHW.dtype)
+
+    def estimate(self, x_BCHW: Tensor, t_B: Tensor, states_BLD: Tensor) -> FlowEstimate:
+        """The diffusion network's view of the flow at x_t = t x1 + (1 - t) eps.
+
+        Raises:
+            UserError: the network has no noise schedule (it predicts velocities already).
+        """
+        if self.schedule is None:
+            raise UserError("this flow predicts velocities directly; only diffusion networks have an x1 estimate")
+        tau_B = self.schedule.matched_time(t_B)
+        t_B111 = t_B.to(x_BCHW.dtype).view(-1, 1, 1, 1)
+        matched_B111 = t_B111.clamp(min=self.schedule.t_min)
+        norm_B111 = (matched_B111.square() + (1 - matched_B111).square()).sqrt()
+        alpha_B111, sigma_B111 = matched_B111 / norm_B111, (1 - matched_B111) / norm_B111
+        # x_t has variance t^2 + (1 - t)^2 (for unit-variance data); the network expects 1.
+        vp_BCHW = x_BCHW / (t_B111.square() + (1 - t_B111).square()).sqrt()
+        output_BCHW = self._network(vp_BCHW, tau_B, states_BLD)
+        x1_BCHW, eps_BCHW = self.schedule.read(output_BCHW, vp_BCHW, alpha_B111, sigma_B111)
+        if self.schedule.prediction_type == "sample":  # sigma = 0 at t = 1, where the line has no length left
+            eps_BCHW = torch.where(t_B111 >= 1, vp_BCHW, eps_BCHW)
+        line_BCHW = (x_BCHW - t_B111 * x1_BCHW) / (1 - t_B111).clamp(min=1e-6)
+        eps_BCHW = torch.where(t_B111 < self.schedule.t_min, line_BCHW, eps_BCHW)
+        return FlowEstimate(x1_BCHW - eps_BCHW, x1_BCHW, eps_BCHW, tau_B)
+
+
+class TeacherFlow(UNetFlow):
+    """A teacher (`instaflow.teacher.Teacher`) read as the 1-rectified flow."""
+
+    def __init__(self, teacher: Any) -> None:
+        super().__init__(teacher.unet, teacher.schedule, float(teacher.schedule.steps))
+
+
+def guided_velocity(
+    flow: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_BCHW: Tensor,
+    t_B: Tensor,
+    states_BLD: Tensor,
+    null_BLD: Tensor,
+    alpha: float,
+) -> Tensor:
+    """v^alpha = alpha v(x, t | text) + (1 - alpha) v(x, t | null) (eq. 5); both branches in one batch."""
+    if alpha == 1:
+        return flow(x_BCHW, t_B, states_BLD)
+    # Null first and u + alpha (c - u): the order and rounding of the published pipeline.
+    both = flow(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([null_BLD, states_BLD]))
+    null_BCHW, text_BCHW = both.chunk(2)
+    return null_BCHW + alpha * (text_BCHW - null_BCHW)
+
+
+def conditioned(
+    flow: Callable[[Tensor, Tensor, Tensor], Tensor],
+    states_BLD: Tensor,
+    null_BLD: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Velocity:
+    """The field v(z, t) of fixed prompts, with guidance `alpha` if `null_BLD` is given: what the solvers take."""
+
+    def velocity(z_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        if null_BLD is None:
+            return flow(z_BCHW, t_B, states_BLD)
+        return guided_velocity(flow, z_BCHW, t_B, states_BLD, null_BLD, alpha)
+
+    return velocity
+
+
+def sample_times(
+    count: int,
+    schedule: str = "uniform",
+    eps: float = 0.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Training times [count] in the paper's direction.
+
+    Args:
+        schedule: `uniform` (reflow), `t0` (one-step distillation: always the noise end), or a number k as text
+            (k-step distillation: {0, 1/k, .., (k-1)/k}).
+        eps: times are squeezed into [eps, 1]. 0 here, so that training and sampling see the same time; the CIFAR-10
+            code of Rectified Flow has 1e-3.
+    """
+    if schedule == "uniform":
+        t_B = torch.rand(count, generator=generator, device=device)
+    elif schedule == "t0":
+        t_B = torch.zeros(count, device=device)
+    elif schedule.isdigit() and int(schedule) > 0:
+        k = int(schedule)
+        t_B = torch.randint(0, k, (count,), generator=generator, device=device).float() / k
+    else:
+        raise UserError(f"time schedule {schedule!r}: expected uniform, t0 or a number of steps such as 4")
+    return t_B * (1 - eps) + eps
+
+
+def rectified_flow_loss(
+    velocity: Velocity, x0_BCHW: Tensor, x1_BCHW: Tensor, t_B: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """|| (X1 - X0) - v(X_t, t) ||^2 (section 2): the 1-flow with independent pairs, reflow with coupled ones.
+
+    Args:
+        reduction: `mean` over everything, or `halfsum`: half the sum over dimensions, averaged over the batch.
+    """
+    v_BCHW = velocity(interpolate(x0_BCHW, x1_BCHW, t_B), t_B)
+    square_BCHW = (v_BCHW.float() - (x1_BCHW - x0_BCHW).float()).square()
+    if reduction == "mean":
+        return square_BCHW.mean()
+    if reduction == "halfsum":
+        return 0.5 * square_BCHW.flatten(1).sum(1).mean()
+    raise UserError(f"reduction {reduction!r}: expected mean or halfsum")
+
+
+def one_step(velocity: Velocity, z0_BCHW: Tensor) -> Tensor:
+    """Z1 = Z0 + v(Z0, 0): the distilled model (section 2, item 4)."""
+    return z0_BCHW + velocity(z0_BCHW, z0_BCHW.new_zeros(len(z0_BCHW), dtype=torch.float32))
+
+
+def euler_path(velocity: Velocity, z0_BCHW: Tensor, steps: int, eps: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (z, v) after each of N Euler steps: t_i = i/N (1 - eps) + eps, Z <- Z + v/N (item 6)."""
+    if steps < 1:
+        raise UserError(f"{steps} Euler steps: expected at least 1")
+    z_BCHW = z0_BCHW
+    for i in range(steps):
+        t_B = torch.full((len(z_BCHW),), i / steps * (1 - eps) + eps, device=z_BCHW.device)
+        v_BCHW = velocity(z_BCHW, t_B)
+        z_BCHW = z_BCHW + v_BCHW / steps
+        yield z_BCHW, v_BCHW
+
+
+def euler(velocity: Velocity, z0_BCHW: Tensor, steps: int, eps: float = 0.0) -> Tensor:
+    """End point Z1 of N Euler steps from the noise z0."""
+    *_, (z1_BCHW, _) = euler_path(velocity, z0_BCHW, steps, eps)
+    return z1_BCHW
+
+
+@torch.no_grad()
+def rk45(
+    velocity: Velocity,
+    z_BCHW: Tensor,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    eps: float = 1e-3,
+    reverse: bool = False,
+) -> tuple[Tensor, int]:
+    """Adaptive Runge-Kutta from eps to 1, or from 1 to eps with `reverse` (image to noise); also evaluations used."""
+    from scipy.integrate import solve_ivp
+
+    def slope(t: float, flat: Any) -> Any:
+        z = torch.from_numpy(flat).to(z_BCHW.device, torch.float32).view(z_BCHW.shape)
+        t_B = torch.full((len(z),), float(t), device=z.device)
+        return velocity(z, t_B).double().cpu().numpy().reshape(-1)
+
+    span = (1.0, eps) if reverse else (eps, 1.0)
+    start = z_BCHW.detach().double().cpu().numpy().reshape(-1)
+    solution = solve_ivp(slope, span, start, method="RK45", rtol=rtol, atol=atol)
+    return torch.from_numpy(solution.y[:, -1]).to(z_BCHW).view(z_BCHW.shape), int(solution.nfev)
+
+
+@torch.no_grad()
+def straightness(velocity: Velocity, z0_BCHW: Tensor, steps: int = 50) -> Tensor:
+    """S = int_0^1 E || (Z1 - Z0) - v(Z_t, t) ||^2 dt on the N-step Euler path (section 2, item 3); 0 if straight.
+
+    Squared norms are summed over the latent's dimensions, averaged over the nodes t_i = i/N and the batch.
+    """
+    # On that path Z1 - Z0 is the mean of the velocities, so S is their variance: one pass, nothing stored (Welford).
+    mean_BCHW = torch.zeros_like(z0_BCHW, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=z0_BCHW.device)
+    for i, (_, v_BCHW) in enumerate(euler_path(velocity, z0_BCHW, steps)):
+        before_BCHW = v_BCHW.double() - mean_BCHW
+        mean_BCHW += before_BCHW / (i + 1)
+        total += (before_BCHW * (v_BCHW.double() - mean_BCHW)).sum()
+    return (total / (steps * len(z0_BCHW))).float()
+
+
+def transport_cost(x0_BCHW: Tensor, x1_BCHW: Tensor, power: float = 2.0) -> Tensor:
+    """E |X1 - X0|^power of a coupling, averaged over pairs and dimensions; convex for power >= 1."""
+    if power < 1:
+        raise UserError(f"transport cost with power {power}: convex only from 1 on")
+    return (x1_BCHW.float() - x0_BCHW.float()).abs().pow(power).mean()
+
+
+class Ema(nn.Module):
+    """Running average of a module's trainable parameters with the warm-up min(decay, (1 + n) / (10 + n)).
+
+    The averages are buffers, so checkpoints carry them. n counts the updates and starts at 1.
+    """
+
+    updates: Tensor
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA decay {decay}: expected 0 <= decay < 1")
+        self.decay = decay
+        self._names = {name: f"p{i}" for i, (name, p) in enumerate(module.named_parameters()) if p.requires_grad}
+        for name, parameter in module.named_parameters():
+            if name in self._names:
+                self.register_buffer(self._names[name], parameter.detach().clone().float())
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self._count = 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._count = int(self.updates)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the averages towards the module's parameters; call after each optimiser step."""
+        self._count += 1
+        self.updates.fill_(self._count)
+        decay = min(self.decay, (1 + self._count) / (10 + self._count))
+        pairs = [(self.get_buffer(self._names[n]), p) for n, p in module.named_parameters() if n in self._names]
+        averages = [average for average, _ in pairs]
+        torch._foreach_lerp_(averages, [p.detach().to(a) for a, p in pairs], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrite the module's parameters by the averages."""
+        for name, parameter in module.named_parameters():
+            if name in self._names:
+                parameter.copy_(self.get_buffer(self._names[name]))
+
+    @contextmanager
+    def swapped_into(self, module: nn.Module) -> Iterator[None]:
+        """The module computes with the averages inside the block and has its own parameters back after it."""
+        own = {name: p.detach().clone() for name, p in module.named_parameters() if name in self._names}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if name in own:
+                        parameter.copy_(own[name])

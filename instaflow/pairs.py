@@ -1,0 +1,535 @@
+"""Pairs (X0, X1 = ODE[v](X0 | T)) for reflow and distillation: made once, kept in checksummed float16 shards.
+
+Folder layout: `manifest.json` (what makes the pairs what they are, and one record with sha256 per finished shard),
+`prompts.txt` (one per line), `pairs-00000.safetensors` with
+    x0 [P, C, H, W] float16     the noise: exactly the values the solver started from
+    x1 [P, C, H, W] float16     its end point, scaled as the U-Net sees latents
+    seed [P] int64              of the noise of pair i: mixed from (seed, i)
+    prompt [P] int64            line of prompts.txt: i modulo the number of prompts
+Pair i depends on (seed, i, prompt i) alone, so generation may stop anywhere and go on later, or on several machines.
+
+Shape suffixes: B batch, C channels, H height, W width (of the latents), L text tokens, D text width, P pairs per shard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data.sampling import derive_seed
+from common.errors import UserError
+from common.files import write_atomically, write_json
+from common.paths import cache_dir
+from instaflow.flow import UNetFlow, conditioned, euler
+from instaflow.teacher import Teacher, module_checksum
+
+MANIFEST = "manifest.json"
+PROMPTS = "prompts.txt"
+FORMAT = 1
+
+
+class PairSource(Protocol):
+    """An ODE from noise to latent: a diffusion teacher with a solver, or a flow."""
+
+    teacher: Teacher
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that its end points depend on, as plain values."""
+
+    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
+        """End points x1 of the noises x0, float32."""
+
+    @property
+    def evaluations(self) -> int:
+        """U-Net forwards per pair, guidance counted."""
+
+
+class DiffusionSource:
+    """The teacher's probability-flow ODE by any deterministic diffusers scheduler (paper: DPM-Solver, 25, 5.0).
+
+    Args:
+        solver: a diffusers scheduler class; the teacher's noise schedule is given to it.
+        guidance: w of u + w (c - u); 1 or less means the conditional network alone.
+        options: further scheduler options, for example {"use_karras_sigmas": True}.
+
+    Raises:
+        UserError: no such scheduler, or one that draws noise.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        solver: str = "DPMSolverMultistepScheduler",
+        steps: int = 25,
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.teacher, self.solver, self.steps, self.guidance = teacher, solver, steps, guidance
+        self.negative_prompt, self.options = negative_prompt, dict(options or {})
+        self.scheduler = make_scheduler(solver, teacher.scheduler_config, self.options)
+        if steps < 1:
+            raise UserError(f"{steps} solver steps: expected at least 1")
+        try:
+            self.scheduler.set_timesteps(steps)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"solver {solver} cannot make {steps} steps ({error}); try another number") from None
+        self._calls = len(self.scheduler.timesteps)
+        refuse_stochastic(self.scheduler, steps)
+        self._null: Tensor | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "diffusion",
+            "solver": self.solver,
+            "options": self.options,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "negative_prompt": self.negative_prompt,
+            "teacher": self.teacher.checksum(),
+            "precision": str(next(self.teacher.unet.parameters()).dtype).removeprefix("torch."),
+        }
+
+    @property
+    def evaluations(self) -> int:
+        return self._calls * (2 if self.guidance > 1 else 1)
+
+    @torch.no_grad()
+    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
+        if self._null is None:
+            self._null = self.teacher.encode([self.negative_prompt])
+        network, scheduler = self.teacher.unet, self.scheduler
+        *_, x1_BCHW = solve(network, scheduler, self.steps, x0_BCHW, states_BLD, self._null, self.guidance)
+        return x1_BCHW
+
+
+class FlowSource:
+    """A flow's ODE by N Euler steps with guided velocity (the paper's 2-RF as distillation teacher: 25 steps, 1.5)."""
+
+    def __init__(self, flow: UNetFlow, teacher: Teacher, steps: int = 25, guidance: float = 1.5) -> None:
+        self.flow, self.teacher, self.steps, self.guidance = flow, teacher, steps, guidance
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "flow",
+            "solver": "euler",
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "flow": module_checksum(self.flow),
+            "wrapped": self.flow.schedule is not None,
+            "teacher": self.teacher.checksum(),
+            "precision": str(next(self.flow.parameters()).dtype).removeprefix("torch."),
+        }
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+    @torch.no_grad()
+    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
+        null = self.teacher.null(len(x0_BCHW)) if self.guidance > 1 else None
+        return euler(conditioned(self.flow, states_BLD, null, self.guidance), x0_BCHW, self.steps)
+
+
+def make_scheduler(name: str, config: dict[str, Any], options: dict[str, Any] | None = None) -> Any:
+    """The diffusers scheduler `name` with the noise schedule and prediction type of `config`."""
+    import diffusers
+
+    known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler"))
+    if name not in known:
+        close = [n for n in known if name.lower().replace("_", "") in n.lower()]
+        raise UserError(
+            f"solver {name!r} is not a scheduler of diffusers; {'did you mean ' if close else 'for example '}"
+            f"{', '.join(close[:3] or ['DPMSolverMultistepScheduler', 'DDIMScheduler'])}"
+        )
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        scheduler = getattr(diffusers, name).from_config(plain, **(options or {}))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise UserError(f"solver {name} does not take this teacher's schedule: {error}") from None
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"solver {name} has noise levels of its own, not this teacher's; expected one for diffusion models"
+        )
+    return scheduler
+
+
+def refuse_stochastic(scheduler: Any, steps: int) -> None:
+    """A coupling needs an ODE: one noise, one image.
+
+    Raises:
+        UserError: two runs on the same inputs differ.
+    """
+    ends = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            sample = torch.ones(1, 1, 2, 2)
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                sample = scheduler.step(torch.full_like(sample, 0.5), t, sample, return_dict=False)[0]
+            ends.append(sample)
+    if not torch.equal(*ends):
+        raise UserError(
+            f"solver {type(scheduler).__name__} draws noise, so one seed has many images; reflow needs an ODE solver "
+            "such as DPMSolverMultistepScheduler or DDIMScheduler"
+        )
+
+
+def solve(
+    unet: Any,
+    scheduler: Any,
+    steps: int,
+    x0_BCHW: Tensor,
+    states_BLD: Tensor,
+    null_BLD: Tensor,
+    guidance: float,
+) -> Iterator[Tensor]:
+    """Yields the latent after each step of a diffusers scheduler from the noise x0, as stock pipelines step it.
+
+    Guidance is active above 1; its two branches go through the network in one batch. The latents stay float32.
+    """
+    scheduler.set_timesteps(steps)
+    dtype = next(unet.parameters()).dtype
+    guided = guidance > 1
+    # Everything that is the same in all steps is made once: the loop holds the network and the scheduler's arithmetic.
+    states = states_BLD.to(dtype)
+    if guided:
+        states = torch.cat([null_BLD.to(states).expand_as(states), states])
+    times = scheduler.timesteps.tolist()
+    network_times = scheduler.timesteps.to(x0_BCHW.device)
+    x_BCHW = x0_BCHW.float() * scheduler.init_noise_sigma
+    for i, t in enumerate(times):
+        input_BCHW = scheduler.scale_model_input(x_BCHW, t).to(dtype)
+        if guided:
+            input_BCHW = torch.cat([input_BCHW, input_BCHW])
+        output_BCHW = unet(input_BCHW, network_times[i], states, return_dict=False)[0].float()
+        if guided:
+            null_BCHW, text_BCHW = output_BCHW.chunk(2)
+            output_BCHW = null_BCHW + guidance * (text_BCHW - null_BCHW)
+        x_BCHW = scheduler.step(output_BCHW, t, x_BCHW, return_dict=False)[0]
+        yield x_BCHW
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; blank lines are not allowed, since line numbers are prompt ids."""
+    if not path.is_file():
+        raise UserError(f"prompt file {path}: no such file; expected one prompt per line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {path} is not UTF-8 text ({error}); expected one prompt per line") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"{path} line {number} is empty; expected one prompt per line")
+    if not lines:
+        raise UserError(f"prompt file {path} is empty; expected one prompt per line")
+    return lines
+
+
+def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    """X0 of pair `index`: normal, a function of (seed, index), rounded to the float16 in which it is kept."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, index))
+    return torch.randn(*shape, generator=generator).half()
+
+
+class StateTable:
+    """Text states of prompts, each distinct prompt encoded once.
+
+    Args:
+        limit: bytes to keep; older prompts make room for newer ones beyond that.
+    """
+
+    def __init__(self, teacher: Teacher, limit: int = 2**30) -> None:
+        self.teacher, self.limit = teacher, limit
+        self._states: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """States [B, L, D] on the teacher's device."""
+        wanted = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in wanted if prompt not in self._states]
+        if missing:
+            states = self.teacher.encode(missing)
+            each = states[0].numel() * states.element_size()
+            excess = len(self._states) + len(missing) - max(len(wanted), self.limit // each)
+            keep = set(wanted)
+            for old in [prompt for prompt in self._states if prompt not in keep][: max(0, excess)]:
+                del self._states[old]
+            self._states.update(zip(missing, states, strict=True))
+        return torch.stack([self._states[prompt] for prompt in prompts])
+
+
+def identity(source: PairSource, prompts: Sequence[str], seed: int, shard_size: int) -> dict[str, Any]:
+    """What a folder of pairs is: two runs with equal identity make the same pairs."""
+    text = "\n".join(prompts)
+    return {
+        "format": FORMAT,
+        "source": source.describe(),
+        "seed": seed,
+        "shard_size": shard_size,
+        "latent_shape": list(source.teacher.latent_shape),
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()},
+    }
+
+
+def default_folder(source: PairSource, prompts: Sequence[str], seed: int = 0, shard_size: int = 1024) -> Path:
+    """The cache folder of these pairs: named after their identity, shared by every run that wants the same ones."""
+    key = json.dumps(identity(source, prompts, seed, shard_size), sort_keys=True)
+    return cache_dir("instaflow", "pairs", hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def generate_pairs(
+    source: PairSource,
+    prompts: Sequence[str],
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    shard_size: int = 1024,
+    rank: int = 0,
+    world: int = 1,
+    report: Callable[[str], None] | None = None,
+) -> PairDataset | None:
+    """Make the pairs 0 .. count - 1 that `folder` lacks, shard by shard; finished shards are kept.
+
+    Args:
+        rank, world: process `rank` of `world` makes every `world`-th shard; all may write to one folder.
+        report: receives one line per shard (default: print nothing).
+
+    Returns:
+        The data set, or None if shards of other processes are still missing.
+
+    Raises:
+        UserError: `folder` holds pairs of another teacher, solver, guidance, seed or prompt list.
+    """
+    if count < 1 or batch_size < 1 or shard_size < 1:
+        raise UserError(f"pairs: count {count}, batch size {batch_size} and shard size {shard_size} must be at least 1")
+    if any("\n" in prompt for prompt in prompts):
+        raise UserError("a prompt contains a line break; prompts are kept one per line")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = identity(source, prompts, seed, shard_size)
+    with _locked(folder):
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            text = "".join(f"{prompt}\n" for prompt in prompts)
+            write_atomically(folder / PROMPTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            manifest = {"identity": wanted, "shards": {}}
+            write_json(folder / MANIFEST, manifest)
+    _refuse_other(folder, manifest["identity"], wanted)
+    states = StateTable(source.teacher)
+    for number in range(rank, -(-count // shard_size), world):
+        first, last = number * shard_size, min(count, (number + 1) * shard_size)
+        record = manifest["shards"].get(str(number))
+        if record and record["pairs"] >= last - first and _sound(folder, record):
+            continue
+        began = time.perf_counter()
+        shard = _make_shard(source, prompts, states, range(first, last), seed, batch_size)
+        name = f"pairs-{number:05d}.safetensors"
+        write_atomically(folder / name, lambda temporary, s=shard: save_file(s, temporary))  # type: ignore[misc]
+        record = {"file": name, "first": first, "pairs": last - first, "sha256": _file_sha256(folder / name)}
+        with _locked(folder):
+            manifest = _read_manifest(folder) or manifest
+            manifest["shards"][str(number)] = record
+            write_json(folder / MANIFEST, manifest)
+        if report:
+            seconds = time.perf_counter() - began
+            report(f"{name}: {last} of {count} pairs, {(last - first) / seconds:.1f} pairs/s")
+    if _available((_read_manifest(folder) or manifest)["shards"]) < count:
+        return None
+    return PairDataset(folder, source, count)
+
+
+def _make_shard(
+    source: PairSource, prompts: Sequence[str], states: StateTable, indices: range, seed: int, batch_size: int
+) -> dict[str, Tensor]:
+    teacher = source.teacher
+    x0_PCHW = torch.stack([noise(seed, i, teacher.latent_shape) for i in indices])
+    ids = [i % len(prompts) for i in indices]
+    parts = []
+    for start in range(0, len(indices), batch_size):
+        x0_BCHW = x0_PCHW[start : start + batch_size].to(teacher.device, torch.float32)
+        parts.append(source(x0_BCHW, states([prompts[k] for k in ids[start : start + batch_size]])))
+    x1_PCHW = torch.cat(parts).cpu()
+    if not torch.isfinite(x1_PCHW.half()).all():
+        raise UserError(
+            f"pairs {indices.start} to {indices.stop - 1}: the solver's end points are not finite in float16; try more "
+            "steps, less guidance or float32"
+        )
+    return {
+        "x0": x0_PCHW,
+        "x1": x1_PCHW.half(),
+        "seed": torch.tensor([derive_seed(seed, i) for i in indices]),
+        "prompt": torch.tensor(ids),
+    }
+
+
+class PairDataset(Dataset):
+    """The pairs of a folder, in order; each shard's checksum is verified when it is first read.
+
+    Items: `x0`, `x1` [C, H, W] float32, `prompt` (row of `prompts`), `index`.
+
+    Args:
+        source: if given, the folder must hold this source's pairs.
+        count: use only the first so many.
+
+    Raises:
+        UserError: no pairs there, a shard is missing or damaged, or the pairs come from another teacher or solver.
+    """
+
+    def __init__(self, folder: Path, source: PairSource | None = None, count: int | None = None) -> None:
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder}: no pairs there ({MANIFEST} is missing); make them with instaflow/train.py")
+        self.folder, self.identity = folder, manifest["identity"]
+        if source is not None:
+            _refuse_other(folder, {"source": self.identity["source"]}, {"source": source.describe()})
+        self.records = [manifest["shards"][key] for key in sorted(manifest["shards"], key=int)]
+        available = _available(manifest["shards"])
+        self.count = available if count is None else count
+        if self.count > available:
+            raise UserError(f"{folder}: {available} pairs are finished, {count} were asked for; generation can go on")
+        self.prompts = read_prompts(folder / PROMPTS)
+        if hashlib.sha256("\n".join(self.prompts).encode()).hexdigest() != self.identity["prompts"]["sha256"]:
+            raise UserError(
+                f"{folder / PROMPTS} was changed: its checksum is not the manifest's; restore or delete {folder}"
+            )
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._shards:
+            record = self.records[number]
+            path = self.folder / record["file"]
+            if not _sound(self.folder, record):
+                state = "damaged (its checksum is not the manifest's)" if path.is_file() else "missing"
+                raise UserError(f"{path} is {state}; delete it and generate again: only this shard is made anew")
+            try:
+                self._shards[number] = load_file(path)
+            except SafetensorError as error:
+                raise UserError(f"{path}: not a readable shard ({error}); delete it and generate again") from None
+        return self._shards[number]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[0] for name, column in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch at a time, the interface of `common.data.sampling.TensorTable`."""
+        size = self.identity["shard_size"]
+        rows = []
+        for index in indices:
+            if not 0 <= int(index) < self.count:
+                raise IndexError(f"pair {index} of {self.count}")
+            shard, row = self._shard(int(index) // size), int(index) % size
+            rows.append((shard["x0"][row], shard["x1"][row], shard["prompt"][row], torch.tensor(int(index))))
+        x0, x1, prompt, index_B = (torch.stack(column) for column in zip(*rows, strict=True))
+        return {"x0": x0.float(), "x1": x1.float(), "prompt": prompt, "index": index_B}
+
+    def check_coupling(self, samples: int = 8) -> None:
+        """Assert that pairs were not shuffled against each other: x0 is the noise of its own seed and index.
+
+        Raises:
+            UserError: some x0 is not the noise that its index stands for.
+        """
+        for index in range(0, self.count, max(1, self.count // samples)):
+            x0 = self[index]["x0"]
+            if not torch.equal(x0, noise(self.identity["seed"], index, x0.shape).float()):
+                raise UserError(
+                    f"{self.folder}: pair {index} does not start from its own noise; the pairs were shuffled"
+                )
+
+
+class OnlinePairs:
+    """Pairs made as training goes, each used once: batch `step` is a function of (seed, step) and the source.
+
+    The Rectified Flow code draws them so from the averaged model by 20 Euler steps.
+    """
+
+    def __init__(self, source: PairSource, prompts: Sequence[str], batch_size: int, seed: int = 0) -> None:
+        self.source, self.prompts, self.batch_size, self.seed = source, list(prompts), batch_size, seed
+        self.states = StateTable(source.teacher)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """x0, x1 [B, C, H, W] float32, `states` [B, L, D] and `prompt` [B], on the teacher's device."""
+        teacher = self.source.teacher
+        indices = range(step * self.batch_size, (step + 1) * self.batch_size)
+        x0_BCHW = torch.stack([noise(self.seed, i, teacher.latent_shape) for i in indices]).float().to(teacher.device)
+        ids = [i % len(self.prompts) for i in indices]
+        states_BLD = self.states([self.prompts[k] for k in ids])
+        x1_BCHW = self.source(x0_BCHW, states_BLD)
+        return {"x0": x0_BCHW, "x1": x1_BCHW, "states": states_BLD, "prompt": torch.tensor(ids)}
+
+
+def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def flat(prefix: str, node: Any) -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {prefix: node}
+        parts = (flat(f"{prefix}.{key}" if prefix else key, value) for key, value in node.items())
+        return {key: value for part in parts for key, value in part.items()}
+
+    old, new = flat("", there), flat("", wanted)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        what = "; ".join(
+            f"{k.removeprefix('source.')} was {_short(old.get(k))}, is {_short(new.get(k))}" for k in changed[:3]
+        )
+        raise UserError(f"{folder} holds other pairs ({what}): choose another folder, or delete this one")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["identity"]["format"] == FORMAT and isinstance(manifest["shards"], dict):
+            return dict(manifest)
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        pass
+    raise UserError(f"{path} is damaged or of another version; delete {folder} and generate again")
+
+
+def _available(shards: dict[str, Any]) -> int:
+    """Pairs that are there without a gap from the first one on."""
+    available = 0
+    for key in sorted(shards, key=int):
+        if shards[key]["first"] != available:
+            break
+        available += shards[key]["pairs"]
+    return available
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sound(folder: Path, record: dict[str, Any]) -> bool:
+    path = folder / record["file"]
+    return path.is_file() and _file_sha256(path) == record["sha256"]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time reads and rewrites the manifest."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,297 @@
+"""A diffusers text-to-image directory as a frozen teacher: everything is read from its configs, nothing is assumed.
+
+Understood: directories with `unet/` (UNet2DConditionModel), `vae/` (AutoencoderKL), one `text_encoder/` with its
+`tokenizer/`, and `scheduler/`: Stable Diffusion 1.x and 2.x, and the small teachers of `ldm/pretrained/`.
+
+Shape suffixes: B batch, C channels, H height, W width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from instaflow.flow import NoiseSchedule
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class Teacher:
+    """U-Net, autoencoder, text encoder and noise schedule of a text-to-image diffusion model, frozen and in eval mode.
+
+    Latents are everywhere scaled as the U-Net sees them (autoencoder latents times `vae.config.scaling_factor`).
+
+    Args:
+        unet: UNet2DConditionModel.
+        vae: AutoencoderKL.
+        text_encoder, tokenizer: transformers modules as stock diffusers uses them.
+        scheduler_config: content of `scheduler_config.json`.
+        folder: the directory it was read from, if any.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler_config: dict[str, Any],
+        folder: Path | None = None,
+    ) -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler_config, self.folder = dict(scheduler_config), folder
+        name = str(folder) if folder else "this teacher"
+        extra = [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key)]
+        if extra or unet.config.get("num_class_embeds"):
+            raise UserError(
+                f"{name}: its U-Net wants more than text ({', '.join(extra) or 'class labels'}); "
+                "expected a text-to-image U-Net of Stable Diffusion 1.x or 2.x kind"
+            )
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise UserError(
+                f"{name}: the U-Net takes {unet.config.in_channels} channels, the autoencoder makes "
+                f"{vae.config.latent_channels}; expected a plain text-to-image model (no inpainting or depth input)"
+            )
+        for module in (unet, vae, text_encoder):
+            module.requires_grad_(False)
+            module.eval()
+        self.schedule = read_schedule(self.scheduler_config, name)
+        self._checksum: str | None = None
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Teacher:
+        """Read a diffusers directory.
+
+        Raises:
+            UserError: not such a directory, a missing or damaged part, a kind of model that is not understood.
+        """
+        folder = Path(folder)
+        config, parts = load_parts(folder, dtype)
+        if str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            raise UserError(
+                f"{folder} is a flow already (scheduler {config.get('_class_name')}), not a diffusion teacher; "
+                "expected a model that predicts epsilon, v or x0"
+            )
+        teacher = cls(*parts, config, folder)
+        return teacher.to(device)
+
+    def to(self, device: str | torch.device) -> Teacher:
+        """Move every network; returns itself."""
+        for module in (self.unet, self.vae, self.text_encoder):
+            module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the size the U-Net was trained at."""
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return int(self.unet.config.in_channels), int(height), int(width)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Text states [B, L, D], as stock diffusers computes them: padded to the tokenizer's length, last layer."""
+        return encode_text(self.text_encoder, self.tokenizer, prompts, self.device, batch_size)
+
+    def null(self, batch: int = 1) -> Tensor:
+        """States [B, L, D] of the empty prompt."""
+        if not hasattr(self, "_null"):
+            self._null = self.encode([""])
+        return self._null.to(self.device).expand(batch, -1, -1)
+
+    def decode_differentiable(self, latents_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about in [-1, 1] (not clamped), with gradients through the frozen decoder."""
+        return decode_latents(self.vae, latents_BCHW)
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor, batch_size: int = 64) -> Tensor:
+        """uint8 images [B, 3, H, W] on the CPU."""
+        parts = [to_uint8(self.decode_differentiable(part)).cpu() for part in latents_BCHW.split(batch_size)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor, batch_size: int = 64) -> Tensor:
+        """Latents (posterior means, scaled) of images in [-1, 1]."""
+        vae_dtype = next(self.vae.parameters()).dtype
+        parts = []
+        for part in images_BCHW.split(batch_size):
+            mean_BCHW = self.vae.encode(part.to(self.device, vae_dtype)).latent_dist.mean
+            shift = self.vae.config.get("shift_factor") or 0.0
+            parts.append((mean_BCHW.float() - shift) * self.vae.config.scaling_factor)
+        return torch.cat(parts)
+
+    def checksum(self) -> str:
+        """sha256 over weights and configs: of the files it was read from, else of the tensors in memory."""
+        if self._checksum is None:
+            self._checksum = folder_checksum(self.folder) if self.folder else self._tensor_checksum()
+        return self._checksum
+
+    def _tensor_checksum(self) -> str:
+        configs = json.dumps([dict(self.unet.config), dict(self.vae.config), self.scheduler_config], default=str)
+        parts = [module_checksum(module) for module in (self.unet, self.vae, self.text_encoder)]
+        return hashlib.sha256("\n".join([configs, *parts]).encode()).hexdigest()
+
+
+def read_schedule(config: dict[str, Any], name: str = "scheduler") -> NoiseSchedule:
+    """The training noise levels and prediction type that a diffusers scheduler config describes."""
+    from diffusers import DDPMScheduler
+
+    wanted = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
+    given = {key: config[key] for key in wanted if config.get(key) is not None}
+    missing = [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in given]
+    if missing and "trained_betas" not in given:
+        raise UserError(f"{name}: {missing[0]} is missing from scheduler_config.json; expected a diffusion schedule")
+    try:
+        alphas_cumprod_T = DDPMScheduler(**given).alphas_cumprod
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise UserError(f"{name}: scheduler_config.json is not understood ({error})") from None
+    return NoiseSchedule(alphas_cumprod_T, config.get("prediction_type") or "epsilon", given)
+
+
+def load_parts(folder: Path, dtype: torch.dtype, unet: bool = True) -> tuple[dict[str, Any], tuple[Any, Any, Any, Any]]:
+    """(scheduler config, (unet or None, vae, text encoder, tokenizer)) of a diffusers directory, on the CPU."""
+    import diffusers
+    import transformers
+
+    index = _read_json(folder / "model_index.json", f"{folder} is not a diffusers directory")
+    if index.get("text_encoder_2", [None])[0] or index.get("transformer", [None])[0]:
+        raise UserError(
+            f"{folder}: {index.get('_class_name')} has a second text encoder or a transformer; "
+            "expected one U-Net with one text encoder (Stable Diffusion 1.x or 2.x kind)"
+        )
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: the folder {part}/ is missing; expected {', '.join(PARTS)}")
+    library, encoder_name = index.get("text_encoder") or [None, None]
+    encoder_class = getattr(transformers, str(encoder_name), None) if library == "transformers" else None
+    if encoder_class is None:
+        raise UserError(
+            f"{folder}/model_index.json: text_encoder is {library}.{encoder_name}; expected a transformers class"
+        )
+    config = _read_json(folder / "scheduler" / "scheduler_config.json", f"{folder} has no scheduler")
+    # Half-precision autoencoders of Stable Diffusion overflow in float16; bfloat16 has the range.
+    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    part = "unet"
+    try:
+        network = _read_part(diffusers.UNet2DConditionModel, folder / part, torch_dtype=dtype) if unet else None
+        part = "vae"
+        vae = _read_part(diffusers.AutoencoderKL, folder / part, torch_dtype=vae_dtype)
+        part = "text_encoder"
+        text_encoder = _read_part(encoder_class, folder / part, dtype=dtype)
+        part = "tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise anything from OSError to pydantic and Rust errors
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder / part}: cannot be read ({reason}); expected config.json and weights") from None
+    return config, (network, vae, text_encoder, tokenizer)
+
+
+def _read_part(module_class: Any, folder: Path, **dtype: torch.dtype) -> Any:
+    """One network of the directory; .safetensors where they exist, else tensors of a .bin (no pickled code).
+
+    Raises:
+        UserError: the file lacks some of the network's weights, which the libraries would leave random.
+    """
+    # Directories of which only the half-precision files were downloaded.
+    plain = [path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"} and ".fp16." not in path.name]
+    variant = None if plain else "fp16"
+    module, info = module_class.from_pretrained(
+        folder, local_files_only=True, variant=variant, output_loading_info=True, **dtype
+    )
+    # A pooler is not used here, and older files carry no position numbers.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
+    if missing:
+        raise UserError(f"{folder}: its weights lack {missing[0]} ({len(missing)} tensors in all); download it again")
+    return module
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{what}: {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def encode_text(
+    text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device, batch_size: int = 256
+) -> Tensor:
+    """Text states [B, L, D] as `StableDiffusionPipeline.encode_prompt` computes them."""
+    parts = []
+    masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
+    for first in range(0, len(prompts), batch_size):
+        tokens = tokenizer(
+            list(prompts[first : first + batch_size]),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask.to(device) if masked else None
+        parts.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
+    if not parts:
+        raise UserError("no prompts given; expected at least one")
+    return torch.cat(parts)
+
+
+def decode_latents(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """Images [B, 3, H, W] from latents scaled as the U-Net sees them; differentiable."""
+    shift = vae.config.get("shift_factor") or 0.0
+    scaled_BCHW = latents_BCHW / vae.config.scaling_factor + shift
+    return vae.decode(scaled_BCHW.to(next(vae.parameters()).dtype)).sample.float()
+
+
+def to_uint8(images_BCHW: Tensor) -> Tensor:
+    """[-1, 1] to uint8, rounded."""
+    return (images_BCHW.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+
+
+def folder_checksum(folder: Path) -> str:
+    """sha256 over names and contents of the files that make up the model (not its README or samples)."""
+    digest = hashlib.sha256()
+    files = sorted(
+        path
+        for part in PARTS
+        for path in (folder / part).rglob("*")
+        if path.is_file() and path.suffix in {".json", ".safetensors", ".bin", ".txt", ".model"}
+    )
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def module_checksum(module: nn.Module) -> str:
+    """sha256 over a module's tensors, by name, in the precision they are held in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

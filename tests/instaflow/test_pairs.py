@@ -1,0 +1,291 @@
+"""Pairs are a function of (seed, index, prompt, source), survive interruption, and are never mixed with others."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from instaflow import pairs as module
+from instaflow.flow import UNetFlow, conditioned, euler
+from instaflow.pairs import (
+    DiffusionSource,
+    FlowSource,
+    OnlinePairs,
+    PairDataset,
+    StateTable,
+    default_folder,
+    generate_pairs,
+    make_scheduler,
+    noise,
+    read_prompts,
+)
+from instaflow.teacher import Teacher
+from tests.instaflow.tiny_teacher import tiny_teacher
+
+PROMPTS = ["a red star", "a blue ring", "two red ring"]
+
+
+def source(**options: Any) -> DiffusionSource:
+    return DiffusionSource(tiny_teacher(), "DDIMScheduler", steps=2, **{"guidance": 2.0, **options})
+
+
+def make(folder: Path, count: int = 10, **options: Any) -> PairDataset:
+    settings: dict[str, Any] = {"batch_size": 3, "shard_size": 4, **options}
+    made = generate_pairs(settings.pop("source", None) or source(), PROMPTS, folder, count, **settings)
+    assert made is not None
+    return made
+
+
+def columns(data: PairDataset) -> dict[str, Tensor]:
+    return data.__getitems__(range(len(data)))
+
+
+def same(a: PairDataset, b: PairDataset) -> bool:
+    left, right = columns(a), columns(b)
+    return all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_pair_is_the_stock_pipelines_image_of_its_noise_and_prompt(tmp_path: Path) -> None:
+    import diffusers
+
+    data = make(tmp_path, source=DiffusionSource(tiny_teacher(), steps=4, guidance=3.0))
+    teacher = tiny_teacher()
+    stock = diffusers.StableDiffusionPipeline(
+        unet=teacher.unet,
+        vae=teacher.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        scheduler=make_scheduler("DPMSolverMultistepScheduler", teacher.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    item = data[7]
+    prompt = data.prompts[int(item["prompt"])]
+    wanted = stock(prompt, num_inference_steps=4, guidance_scale=3.0, latents=item["x0"][None], output_type="latent")
+    torch.testing.assert_close(item["x1"], wanted.images[0], atol=2e-3, rtol=2e-3)  # kept in float16
+
+
+def test_an_interrupted_generation_continues_and_ends_with_the_same_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(tmp_path / "whole")
+    original, calls = module.save_file, []
+
+    def dies_in_the_second_shard(tensors: dict[str, Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half a sha")
+            raise KeyboardInterrupt
+        original(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", dies_in_the_second_shard)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut")
+    left = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
+    assert left == ["pairs-00000.safetensors"]
+    assert len(PairDataset(tmp_path / "cut")) == 4
+    monkeypatch.setattr(module, "save_file", original)
+    before = (tmp_path / "cut" / left[0]).stat().st_mtime_ns
+    assert same(make(tmp_path / "cut"), whole)
+    assert (tmp_path / "cut" / left[0]).stat().st_mtime_ns == before
+
+
+def test_more_pairs_of_the_same_kind_keep_the_first_ones(tmp_path: Path) -> None:
+    few = columns(make(tmp_path, count=6))
+    more = columns(make(tmp_path, count=11))
+    assert torch.equal(few["x0"], more["x0"][:6])
+    torch.testing.assert_close(few["x1"], more["x1"][:6], atol=2e-3, rtol=2e-3)
+    assert len(PairDataset(tmp_path, count=5)) == 5
+    with pytest.raises(UserError, match="11 pairs are finished, 12"):
+        PairDataset(tmp_path, count=12)
+
+
+def test_several_processes_fill_one_folder(tmp_path: Path) -> None:
+    assert generate_pairs(source(), PROMPTS, tmp_path / "two", 10, batch_size=3, shard_size=4, rank=1, world=2) is None
+    other = generate_pairs(source(), PROMPTS, tmp_path / "two", 10, batch_size=3, shard_size=4, rank=0, world=2)
+    assert other is not None
+    assert same(other, make(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"source": {"guidance": 3.0}}, "guidance was 2.0, is 3.0"),
+        ({"source": {"negative_prompt": "a ring"}}, "negative_prompt"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"shard_size": 5}, "shard_size"),
+    ],
+)
+def test_a_folder_of_other_pairs_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    make(tmp_path, count=2)
+    options = {**change, "source": source(**change["source"])} if "source" in change else change
+    with pytest.raises(UserError, match=named):
+        make(tmp_path, count=2, **options)
+
+
+def test_pairs_of_another_teacher_or_solver_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, count=2)
+    with pytest.raises(UserError, match="solver was DDIMScheduler, is UniPCMultiste"):
+        PairDataset(tmp_path, DiffusionSource(tiny_teacher(), "UniPCMultistepScheduler", 2, 2.0))
+    with pytest.raises(UserError, match="teacher was"):
+        PairDataset(tmp_path, DiffusionSource(tiny_teacher("v_prediction"), "DDIMScheduler", 2, 2.0))
+
+
+def test_a_damaged_shard_is_refused_when_read_and_made_anew_when_generating(tmp_path: Path) -> None:
+    good = columns(make(tmp_path))
+    shard = tmp_path / "pairs-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    data = PairDataset(tmp_path)
+    assert torch.equal(data[3]["x1"], good["x1"][3])
+    with pytest.raises(UserError, match=r"pairs-00001.*damaged"):
+        data[4]
+    assert torch.equal(columns(make(tmp_path))["x1"], good["x1"])
+    shard.unlink()
+    with pytest.raises(UserError, match=r"pairs-00001.*missing"):
+        PairDataset(tmp_path)[5]
+
+
+def test_changed_prompts_or_manifest_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, count=2)
+    with pytest.raises(UserError, match="prompts"):
+        generate_pairs(source(), [*PROMPTS, "a"], tmp_path, 2, shard_size=4)
+    (tmp_path / "prompts.txt").write_text("something else\n")
+    with pytest.raises(UserError, match="was changed"):
+        PairDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        PairDataset(tmp_path)
+
+
+def test_the_coupling_check_notices_shuffled_pairs(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    data = make(tmp_path, count=4)
+    data.check_coupling()
+    shard = tmp_path / "pairs-00000.safetensors"
+    tensors = load_file(shard)
+    save_file({**tensors, "x0": tensors["x0"].flip(0).contiguous()}, shard)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"]["0"]["sha256"] = module._file_sha256(shard)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="shuffled"):
+        PairDataset(tmp_path).check_coupling()
+
+
+def test_the_noise_of_a_pair_does_not_depend_on_the_number_of_pairs_or_the_batch(tmp_path: Path) -> None:
+    small, large = make(tmp_path / "a", batch_size=1), make(tmp_path / "b", batch_size=4)
+    assert torch.equal(columns(small)["x0"], columns(large)["x0"])
+    torch.testing.assert_close(columns(small)["x1"], columns(large)["x1"], atol=2e-3, rtol=2e-3)
+    assert torch.equal(small[3]["x0"], noise(0, 3, (4, 8, 8)).float())
+    assert not torch.equal(noise(0, 3, (4, 8, 8)), noise(1, 3, (4, 8, 8)))
+
+
+def test_guidance_takes_one_network_call_per_step_and_none_takes_half_the_batch() -> None:
+    teacher, sizes = tiny_teacher(), []
+    hook = teacher.unet.register_forward_pre_hook(lambda network, args: sizes.append(len(args[0])))
+    x0, states = torch.randn(3, 4, 8, 8), teacher.encode(PROMPTS)
+    guided, plain = source(), source(guidance=1.0)
+    guided(x0, states)
+    plain(x0, states)
+    hook.remove()
+    assert sizes == [6, 6, 3, 3]
+    assert (guided.evaluations, plain.evaluations) == (4, 2)
+
+
+def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, encoded = tiny_teacher(), []
+    original = teacher.encode
+    monkeypatch.setattr(teacher, "encode", lambda prompts: encoded.extend(prompts) or original(prompts))
+    table = StateTable(teacher)
+    states = table(["a star", "a ring", "a star"])
+    table(["a ring", "a star"])
+    assert encoded == ["a star", "a ring"]
+    torch.testing.assert_close(states, original(["a star", "a ring", "a star"]))
+    small = StateTable(teacher, limit=1)
+    for prompt in ("a star", "a ring", "a star"):
+        small([prompt])
+    assert encoded[2:] == ["a star", "a ring", "a star"]
+
+
+def test_solvers_that_draw_noise_or_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match="EulerAncestralDiscreteScheduler draws noise"):
+        DiffusionSource(tiny_teacher(), "EulerAncestralDiscreteScheduler", 3)
+    with pytest.raises(UserError, match="DDIMScheduler"):
+        DiffusionSource(tiny_teacher(), "DDIM", 3)
+    with pytest.raises(UserError, match="noise levels of its own"):
+        DiffusionSource(tiny_teacher(), "FlowMatchEulerDiscreteScheduler", 3)
+    with pytest.raises(UserError, match="PNDMScheduler cannot make 2 steps"):
+        DiffusionSource(tiny_teacher(), "PNDMScheduler", 2)
+
+
+@pytest.mark.parametrize("solver", ["UniPCMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_other_deterministic_schedulers_make_pairs(solver: str) -> None:
+    x0, states = torch.randn(1, 4, 8, 8), tiny_teacher().encode(PROMPTS[:1])
+    assert torch.isfinite(DiffusionSource(tiny_teacher(), solver, 4)(x0, states)).all()
+
+
+def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    flow = UNetFlow(teacher.unet)
+    made = FlowSource(flow, teacher, steps=3, guidance=1.5)
+    data = make(tmp_path, count=3, source=made)
+    rows = columns(data)
+    states = teacher.encode([PROMPTS[k] for k in rows["prompt"].tolist()])
+    wanted = euler(conditioned(flow, states, teacher.null(3), 1.5), rows["x0"], 3)
+    torch.testing.assert_close(rows["x1"], wanted, atol=2e-3, rtol=2e-3)
+    assert made.evaluations == 6
+    assert made.describe()["flow"] != FlowSource(UNetFlow(teacher.vae), teacher).describe()["flow"]
+
+
+def test_online_pairs_are_new_in_every_step_and_repeat_with_the_seed() -> None:
+    online = OnlinePairs(source(), PROMPTS, batch_size=2)
+    first, second, again = online.batch(0), online.batch(1), online.batch(0)
+    assert torch.equal(first["x1"], again["x1"])
+    assert not torch.equal(first["x0"], second["x0"])
+    assert second["prompt"].tolist() == [2, 0]
+    first["x1"].clone().requires_grad_(True)
+
+
+def test_prompt_files_are_checked_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a star\n\na ring\n")
+    with pytest.raises(UserError, match="line 2 is empty"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_the_default_folder_is_named_after_what_the_pairs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
+    one = default_folder(source(), PROMPTS)
+    assert one == default_folder(source(), PROMPTS)
+    assert one != default_folder(source(guidance=2.5), PROMPTS)
+    assert tmp_path in one.parents
+
+
+def test_a_bfloat16_network_is_stepped_in_float32() -> None:
+    full = tiny_teacher()
+    half = Teacher(
+        copy.deepcopy(full.unet).bfloat16(), full.vae, full.text_encoder, full.tokenizer, full.scheduler_config
+    )
+    x0, states = torch.randn(2, 4, 8, 8), full.encode(PROMPTS[:2])
+    wanted = DiffusionSource(full, steps=4, guidance=2.0)(x0, states)
+    made = DiffusionSource(half, steps=4, guidance=2.0)
+    x1 = made(x0, states)
+    assert x1.dtype == torch.float32
+    assert 0 < float((x1 - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
+    assert made.describe()["precision"] == "bfloat16"

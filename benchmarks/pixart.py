@@ -1,0 +1,610 @@
+"""PixArt-alpha beside diffusers: forward pass, training step and guided sampling, memory, and the fraction of the peak.
+
+    python -m benchmarks.pixart                      # writes results/bench_pixart.json; about 25 minutes on 2 CPU cores
+    python -m benchmarks.pixart --sizes small16 --rounds 3
+
+Every arm is a process of its own that waits until it is its turn, so that arms alternate (A B C A B C ...), the
+allocator settings of one do not help the other, and each has its own peak memory. Wall-clock medians count; the note
+of a row says what the ratio of CPU times was, which other load on the machine disturbs less.
+
+Both sides have the same weights (`pixart/convert.py` writes the peer's), latents, captions and masks. The peer is what
+a diffusers user runs: PixArtTransformer2DModel on captions padded to the longest allowed, and PixArtAlphaPipeline for
+sampling, from given text features to latents. On CPUs its default is float32, ours bfloat16 autocast; rows with both
+in the same precision stand beside. Sizes: `small8`, `small16`, `small32` are the network of the small tier (width 192,
+depth 6) on latents of that side; `xl256` and `xl1024` one block of PixArt-XL/2 at the token counts of 256 and 1024 px.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.ldm import Step, Timing, Turns, faster, matmul, mixed, noted
+from common.errors import UserError, run_main
+from common.ledger import bench_row, write_rows
+from common.paths import REPOSITORY, RESULTS
+
+if TYPE_CHECKING:
+    from pixart.model import PixArt, PixArtConfig
+
+
+class Size(NamedTuple):
+    side: int  # of the latents
+    batch: int  # of a training step
+    shortest: int  # caption, in tokens
+    longest: int
+    options: dict[str, Any]  # of PixArtConfig
+
+
+SMALL = {"width": 192, "depth": 6, "heads": 6, "caption_channels": 384, "caption_tokens": 56}
+SIZES = {
+    "tiny": Size(8, 2, 3, 6, {"width": 48, "depth": 2, "heads": 2, "caption_channels": 16, "caption_tokens": 8}),
+    "small8": Size(8, 64, 8, 28, SMALL),
+    "small16": Size(16, 16, 8, 28, SMALL),
+    "small32": Size(32, 4, 8, 28, SMALL),
+    "xl256": Size(32, 4, 30, 90, {"depth": 1}),
+    "xl1024": Size(128, 1, 30, 90, {"depth": 1, "multi_scale": True, "interpolation_scale": 2.0}),
+}
+LOSS_STEPS, LOSS_TAIL = 30, 10
+LEARNING_RATE = 1e-3
+SAMPLING_STEPS, GUIDANCE = 20, 4.5
+# float32 against float32: one forward pass beside its largest value, and 20 guided steps on latents of about unit size.
+FORWARD_TOLERANCE, LATENT_TOLERANCE = 1e-4, 1e-2
+
+
+def configuration(size: str) -> PixArtConfig:
+    from pixart.model import PixArtConfig
+
+    return PixArtConfig(input_size=SIZES[size].side, **SIZES[size].options)
+
+
+def build(size: str) -> PixArt:
+    """Our network with the same random weights in every process. Zero-initialised layers get small weights, because
+    both sides would otherwise agree on an output of zeros."""
+    from pixart.model import PixArt
+
+    torch.manual_seed(0)
+    net = PixArt(configuration(size))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    return net
+
+
+class Batch(NamedTuple):
+    """Noisy latents, times, padded captions and their masks, what to predict, and micro-conditioning."""
+
+    x_BCHW: Tensor
+    t_B: Tensor
+    caption_BLC: Tensor
+    mask_BL: Tensor
+    target_BCHW: Tensor
+    size_B2: Tensor
+    ratio_B1: Tensor
+
+    def micro_conditions(self, net: PixArt) -> dict[str, Tensor]:
+        return {"size_B2": self.size_B2, "ratio_B1": self.ratio_B1} if net.config.multi_scale else {}
+
+
+def make_batch(size: str, step: int, device: str = "cpu", batch: int = 0) -> Batch:
+    """The same for all arms. Latents are smooth maps whose mean follows the caption, so there is something to learn."""
+    from common.data.sampling import step_generator
+
+    spec, config = SIZES[size], configuration(size)
+    generator = step_generator(1, step)
+    count = batch or spec.batch
+    caption_BLC = torch.randn(count, config.caption_tokens, config.caption_channels, generator=generator)
+    length_B1 = torch.randint(spec.shortest, spec.longest + 1, (count, 1), generator=generator)
+    mask_BL = (torch.arange(config.caption_tokens) < length_B1).long()
+    coarse = torch.randn(count, 4, 2, 2, generator=generator)
+    coarse += 4 * (caption_BLC[:, 0].mean(dim=1))[:, None, None, None]
+    x0_BCHW = torch.nn.functional.interpolate(coarse, size=(spec.side, spec.side), mode="bilinear")
+    noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
+    t_B = torch.randint(0, 1000, (count,), generator=generator)
+    signal = (1 - t_B / 1000)[:, None, None, None]
+    x_BCHW = signal * x0_BCHW + (1 - signal**2).sqrt() * noise_BCHW
+    pixels_B2 = torch.full((count, 2), 8.0 * spec.side)
+    made = Batch(x_BCHW, t_B, caption_BLC, mask_BL, noise_BCHW, pixels_B2, torch.ones(count, 1))
+    return Batch(*(tensor.to(device) for tensor in made))
+
+
+Predict = Callable[[Batch], Tensor]
+
+
+def our_network(size: str, device: str, compiled: bool) -> tuple[PixArt, Predict]:
+    from common.cpu import tune_allocator
+
+    tune_allocator()
+    net = build(size).to(device)
+    if compiled:
+        for block in net.blocks:
+            block.compile()
+
+    def predict(given: Batch) -> Tensor:
+        return net(given.x_BCHW, given.t_B, given.caption_BLC, given.mask_BL, **given.micro_conditions(net))
+
+    return net, predict
+
+
+def peer_network(folder: Path, device: str, compiled: bool) -> tuple[torch.nn.Module, Predict]:
+    from diffusers import PixArtTransformer2DModel
+
+    net = PixArtTransformer2DModel.from_pretrained(folder / "pipeline" / "transformer").to(device)
+    if compiled:
+        net.compile()
+
+    def predict(given: Batch) -> Tensor:
+        added = {"resolution": given.size_B2, "aspect_ratio": given.ratio_B1}
+        return net(
+            given.x_BCHW,
+            encoder_hidden_states=given.caption_BLC,
+            timestep=given.t_B,
+            encoder_attention_mask=given.mask_BL,
+            added_cond_kwargs=added,
+        ).sample
+
+    return net, predict
+
+
+def training_step(network: torch.nn.Module, predict: Predict, size: str, device: str, bf16: bool, fused: bool) -> Step:
+    """Forward, MSE on the noise, backward, clipping and AdamW on given latents; the step returns its loss."""
+    parameters = list(network.train().parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.03, fused=fused or None)
+    batches: dict[int, Batch] = {}
+
+    def step(index: int) -> Tensor:
+        index %= LOSS_STEPS
+        given = batches.setdefault(index, make_batch(size, index, device))
+        with mixed(device, bf16):
+            output = predict(given)
+        loss = torch.nn.functional.mse_loss(output[:, :4].float(), given.target_BCHW)
+        loss = loss + 1e-3 * output[:, 4:].float().square().mean()  # the variance logits take part
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def forward_step(network: torch.nn.Module, predict: Predict, size: str, device: str, bf16: bool, kept: Path) -> Step:
+    """One forward pass with captions given as features; the first result is kept."""
+    network.eval()
+    given = make_batch(size, 0, device)
+
+    @torch.no_grad()
+    def step(index: int) -> None:
+        with mixed(device, bf16):
+            keep(kept, predict(given))
+
+    return step
+
+
+def our_sampling(size: str, device: str, bf16: bool, batch: int, kept: Path) -> Step:
+    """Text features to latents: captions encoded once, both branches in one batch, the pipeline's scheduler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    from pixart.convert import SCHEDULER
+    from pixart.samplers import diffusers_sampler, guide
+
+    net, _ = our_network(size, device, False)
+    net.eval()
+    given = make_batch(size, 0, device, 2 * batch)  # half of it stands for the empty prompt
+    start = given.x_BCHW[:batch]
+    # As in the pipeline, the scheduler is made before: its tables are not sampling.
+    scheduler = DPMSolverMultistepScheduler.from_config(SCHEDULER)
+
+    @torch.no_grad()
+    def step(index: int) -> None:
+        with mixed(device, bf16):
+            context = net.encode_caption(given.caption_BLC, given.mask_BL)
+            more = given.micro_conditions(net)
+            model = guide(lambda x, t: net(x, t, context, **more), GUIDANCE)
+            keep(kept, diffusers_sampler(model, start, SAMPLING_STEPS, scheduler=scheduler))
+
+    return step
+
+
+def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, kept: Path) -> Step:
+    """The same by PixArtAlphaPipeline with given prompt embeddings."""
+    from diffusers import PixArtAlphaPipeline
+
+    pipeline = PixArtAlphaPipeline.from_pretrained(
+        folder / "pipeline", text_encoder=None, tokenizer=None, vae=None, local_files_only=True
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    given = make_batch(size, 0, device, 2 * batch)
+    side = 8 * SIZES[size].side
+
+    def step(index: int) -> None:
+        with mixed(device, bf16):
+            latents = pipeline(
+                prompt=None,
+                negative_prompt=None,
+                negative_prompt_embeds=given.caption_BLC[:batch],
+                negative_prompt_attention_mask=given.mask_BL[:batch],
+                prompt_embeds=given.caption_BLC[batch:],
+                prompt_attention_mask=given.mask_BL[batch:],
+                num_inference_steps=SAMPLING_STEPS,
+                guidance_scale=GUIDANCE,
+                height=side,
+                width=side,
+                latents=given.x_BCHW[:batch].clone(),
+                use_resolution_binning=False,
+                output_type="latent",
+            ).images
+        keep(kept, latents)
+
+    return step
+
+
+def keep(path: Path, result: Tensor) -> None:
+    if not path.exists():
+        torch.save(result.float().cpu(), path)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One process: `side` (ours, peer) and `kind` (training, forward, sampling), or the side "peak"."""
+
+    side: str
+    kind: str
+    size: str
+    device: str
+    bf16: bool = False
+    batch: int = 0
+    compiled: bool = False
+
+    @property
+    def result(self) -> str:
+        """File of the first result."""
+        return f"{self.side}_{self.kind}_{self.batch}_{'bf16' if self.bf16 else 'fp32'}.pt"
+
+
+def make_step(arm: Arm, folder: Path) -> Step:
+    """What an arm does in one step."""
+    if arm.side == "peak":
+        return matmul(arm.device, arm.bf16)
+    kept = folder / arm.result
+    if arm.kind == "sampling":
+        if arm.side == "ours":
+            return our_sampling(arm.size, arm.device, arm.bf16, arm.batch, kept)
+        return peer_sampling(arm.size, arm.device, arm.bf16, arm.batch, folder, kept)
+    network: torch.nn.Module
+    if arm.side == "ours":
+        network, predict = our_network(arm.size, arm.device, arm.compiled)
+    else:
+        network, predict = peer_network(folder, arm.device, arm.compiled)
+    if arm.kind == "forward":
+        return forward_step(network, predict, arm.size, arm.device, arm.bf16, kept)
+    return training_step(network, predict, arm.size, arm.device, arm.bf16, fused=arm.side == "ours")
+
+
+def prepare(size: str, folder: Path) -> None:
+    """Write the peer's pipeline from our weights."""
+    from pixart.convert import export_pipeline
+
+    export_pipeline(build(size), folder / "pipeline")
+
+
+def step_flop(size: str) -> float:
+    """FLOP of a forward pass of a training batch, averaged over the steps; padding is not work."""
+    from pixart.plan import forward_flop
+
+    config = configuration(size)
+    side = config.input_size // config.patch_size
+    total = 0
+    for step in range(LOSS_STEPS):
+        lengths = make_batch(size, step).mask_BL.sum(1).tolist()
+        total += sum(forward_flop(config, side, side, length) for length in lengths)
+    return total / LOSS_STEPS
+
+
+class Process:
+    """The other side of `Turns`: an arm's process as seen from the one that takes turns."""
+
+    def __init__(self, arm: Arm, folder: Path, threads: int) -> None:
+        self.arm = arm
+        self.log = (folder / f"{abs(hash(arm))}.log").open("w+")
+        command = [sys.executable, "-m", "benchmarks.pixart", "--arm", json.dumps(vars(arm)), "--folder", str(folder)]
+        self.process = subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "1"},
+        )
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Let the arm make `steps` steps."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: what follows says why
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries may print other lines before it
+                return json.loads(line)
+        self.log.seek(0)
+        last = "\n".join(self.log.read().splitlines()[-12:])
+        raise RuntimeError(f"{self.arm} ended with status {self.process.wait()}:\n{last}")
+
+    def end(self) -> None:
+        self.process.communicate()
+        self.log.close()
+
+
+def take_turns(
+    arms: dict[str, Arm], steps: int, warm_up: int, rounds: int, folder: Path, threads: int
+) -> dict[str, Timing]:
+    """Run the arms alternately and summarise each."""
+    processes = {name: Process(arm, folder, threads) for name, arm in arms.items()}
+    try:
+        first = {name: process.turn(warm_up) for name, process in processes.items()}
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, process in processes.items():
+                answers[name].append(process.turn(steps))
+    finally:
+        for process in processes.values():
+            process.end()
+    return {
+        name: Timing(
+            statistics.median(a["wall"] for a in given),
+            statistics.median(a["cpu"] for a in given),
+            max(a["memory"] for a in given),
+            first[name]["losses"],
+            min(a["wall"] for a in given),
+        )
+        for name, given in answers.items()
+    }
+
+
+def describe(size: str) -> str:
+    config = configuration(size)
+    side = config.input_size // config.patch_size
+    return f"{size}: width {config.width}, depth {config.depth}, {side * side} tokens"
+
+
+def rows_of(
+    kind: str, size: str, device: str, rounds: int, steps: int, folder: Path, threads: int, batch: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Rows of one kind of work at one size; the two sides' results are compared first.
+
+    Raises:
+        RuntimeError: in float32 the two sides do not compute the same.
+    """
+    spec, cuda = SIZES[size], device == "cuda"
+    images = batch or spec.batch
+    arms = {
+        f"{side} {precision}": Arm(side, kind, size, device, precision == "bf16", batch)
+        for precision in ("bf16", "fp32")
+        for side in ("ours", "peer")
+    }
+    if cuda and kind != "sampling":
+        arms["peer compiled"] = Arm("peer", kind, size, device, True, batch, compiled=True)
+    if kind == "training":
+        arms |= {f"peak {p}": Arm("peak", "matmul", size, device, p == "bf16") for p in ("bf16", "fp32")}
+    warm_up = LOSS_STEPS if kind == "training" and not size.startswith("xl") else 2
+    timings = take_turns(arms, steps, warm_up, rounds, folder, threads)
+    if kind != "training":
+        check_same(kind, size, folder, arms["ours fp32"], arms["peer fp32"])
+    where = "" if device == "cpu" else f"{device} "
+    calls = {
+        "training": "training step (forward, backward, clipping, AdamW)",
+        "forward": "forward pass",
+        "sampling": f"{SAMPLING_STEPS} guided DPM-Solver steps, text features to latents",
+    }[kind]
+    what = f"{describe(size)}, batch {images}"
+    length = f"captions of {spec.shortest} to {spec.longest} tokens in {configuration(size).caption_tokens}"
+    note = f"same weights, latents, captions; {length}"
+    # On a GPU both sides' default is bf16 autocast; on CPUs diffusers' examples and pipelines run in float32.
+    default = "fp32" if not cuda else "bf16"
+    target = 1.5 if cuda else 1.3
+    yield faster(
+        f"{where}{calls}, default against default: ours bf16, peer {default} ({what})",
+        timings["ours bf16"],
+        timings[f"peer {default}"],
+        images,
+        target,
+        note,
+    )
+    for precision in ("fp32",) if cuda else ("bf16", "fp32"):
+        yield faster(
+            f"{where}{calls}, both {precision} ({what})",
+            timings[f"ours {precision}"],
+            timings[f"peer {precision}"],
+            images,
+            None,
+            note,
+        )
+    if "peer compiled" in timings:
+        label = f"{where}{calls}, bf16, ours eager against peer compiled ({what})"
+        yield faster(label, timings["ours bf16"], timings["peer compiled"], images, None, note)
+    for ours, peer in (("bf16", default), ("fp32", "fp32")):
+        label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
+        yield noted(
+            bench_row(
+                f"{where}peak memory, {calls}, {label} ({what})",
+                timings[f"ours {ours}"].memory / 2**20,
+                timings[f"peer {peer}"].memory / 2**20,
+                "MiB",
+                target=1.0,
+                higher_is_better=False,
+            ),
+            "peak resident memory of a process of its own" if not cuda else "peak of torch's allocator",
+        )
+    if kind == "training":
+        yield from training_extras(size, where, what, timings, device, rounds)
+
+
+def training_extras(
+    size: str, where: str, what: str, timings: dict[str, Timing], device: str, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """What a training step in bfloat16 costs in quality, and how near it comes to the processor's peak."""
+    if len(timings["ours bf16"].losses) > LOSS_TAIL:
+        losses = {name: statistics.fmean(t.losses[-LOSS_TAIL:]) for name, t in timings.items() if t.losses}
+        for label, other in (("ours in fp32", "ours fp32"), ("peer in fp32", "peer fp32")):
+            yield noted(
+                bench_row(
+                    f"{where}quality: training loss of ours in bf16 against {label} ({what})",
+                    losses["ours bf16"],
+                    losses[other],
+                    "MSE",
+                    target=0.98,
+                    higher_is_better=False,
+                ),
+                f"mean of the last {LOSS_TAIL} of {LOSS_STEPS} identical steps from identical weights",
+            )
+    flop = 3 * step_flop(size)
+    side = 2048 if device == "cpu" else 8192
+    for precision in ("bf16", "fp32"):
+        yield noted(
+            bench_row(
+                f"{where}fraction of the matmul peak in {precision}, training step ({what})",
+                flop / timings[f"ours {precision}"].wall / 1e9,
+                2 * side**3 / timings[f"peak {precision}"].best / 1e9,
+                "GFLOP/s",
+            ),
+            f"peak: best of {rounds} turns of a {side}x{side} product in the same run",
+        )
+
+
+def check_same(kind: str, size: str, folder: Path, ours: Arm, peer: Arm) -> None:
+    """Both sides in float32 gave the same result."""
+    a, b = (torch.load(folder / arm.result, weights_only=True) for arm in (ours, peer))
+    difference = float((a - b).abs().max() / b.abs().max())
+    tolerance = FORWARD_TOLERANCE if kind == "forward" else LATENT_TOLERANCE
+    if not difference <= tolerance:
+        raise RuntimeError(f"{size}, {kind}: the two sides differ by {difference:.2g} of the largest value")
+
+
+# [B, N, D] of the fused adaLN at PixArt-XL/2: 256, 512 and 1024 px, and the small tier's network.
+KERNEL_SHAPES = ((64, 256, 1152), (2, 256, 1152), (16, 1024, 1152), (2, 4096, 1152), (64, 64, 192))
+
+
+def kernel_rows() -> Iterator[dict[str, Any]]:
+    """The fused kernels of common/kernels/adaln_modulate.py beside eager torch and torch.compile, on a CUDA device.
+
+    A float32 residual stream and bfloat16 branches, as under autocast; device time of replayed CUDA graphs.
+    """
+    from benchmarks.kernels import device_milliseconds
+    from common.kernels.adaln_modulate import adaln_modulate, gated_residual
+
+    def eager_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normal = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return (normal * (1 + scale[:, None]) + shift[:, None]).to(torch.bfloat16)
+
+    def fused_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return adaln_modulate(x, shift, scale)
+
+    def eager_gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return x + gate[:, None] * y
+
+    functions = {"adaLN modulate": (fused_modulate, eager_modulate), "gated residual": (gated_residual, eager_gate)}
+    for shape in KERNEL_SHAPES:
+        x, y = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        rows_BD = torch.randn(2, shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+        for name, (fused, eager) in functions.items():
+            torch._dynamo.reset()
+            inputs = (x, *rows_BD) if fused is fused_modulate else (x, y, rows_BD[0])
+            contenders = {"fused": fused, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+            for direction, make in (("forward", _forward_call), ("forward+backward", _both_call)):
+                calls = {label: make(function, inputs) for label, function in contenders.items()}
+                for call in calls.values():
+                    call()  # compile
+                times = {label: device_milliseconds(call) for label, call in calls.items()}
+                for peer in ("eager", "torch.compile"):
+                    row_name = f"{name} {direction}, float32 residual, bf16 branches, {list(shape)}, vs {peer}"
+                    target = 1.0 if direction == "forward+backward" else None
+                    yield bench_row(row_name, times["fused"], times[peer], "ms", target=target, higher_is_better=False)
+
+
+def _forward_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: function(*inputs)
+
+
+def _both_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    dout = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+
+def run(sizes: list[str], device: str, rounds: int, steps: int, threads: int, output: Path) -> list[dict[str, Any]]:
+    """Measure the sizes one after the other; rows are written as soon as a kind of work is done."""
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            prepare(size, folder)
+            for kind in ("training", "forward", "sampling"):
+                if kind == "sampling" and size == "xl1024" and device == "cpu":
+                    continue  # forty passes of a minute each
+                batch = (2 if size.startswith("xl") else 4) if kind == "sampling" else 0
+                each = 1 if kind == "sampling" or size == "xl1024" else steps
+                found = list(rows_of(kind, size, device, rounds, each, folder, threads, batch))
+                for row in found:
+                    bar = "" if row["target"] is None else f"  (at least {row['target']}: {_yes(row['holds'])})"
+                    numbers = f"{row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x"
+                    print(f"{row['name']}: {numbers}{bar}", flush=True)
+                write_rows(output, found)
+                rows += found
+    return rows
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "NO"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [size for size in SIZES if size != "tiny"]
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=everything)
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_pixart.json")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.arm:
+        arm = Arm(**json.loads(options.arm))
+        Turns(arm.device).serve(make_step(arm, options.folder))
+        return
+    cuda = torch.cuda.is_available()
+    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
+    if "cuda" in devices and not cuda:
+        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
+    for device in devices:
+        run(options.sizes, device, options.rounds, options.steps, options.threads, options.output)
+    if cuda:
+        rows = list(kernel_rows())
+        write_rows(RESULTS / "bench_kernels.json", rows)
+        for row in rows:
+            print(f"{row['name']}: {row['ours']:.4f} against {row['peer']:.4f} ms, {row['ratio']:.2f}x")
+    else:
+        print("no CUDA device: the rows on CUDA are left out")
+
+
+if __name__ == "__main__":
+    run_main(main)

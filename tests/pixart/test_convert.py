@@ -1,0 +1,273 @@
+"""Checkpoints survive every way between the authors', diffusers' and our form."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import UserError, run_main
+from pixart.convert import (
+    export_pipeline,
+    infer_config,
+    load_dit,
+    load_transformer,
+    main,
+    reparameterise,
+    save_diffusers,
+    save_official,
+    save_transformer,
+)
+from pixart.model import DiT, PixArt, PixArtConfig
+from tests.pixart.test_model import batch, filled
+
+SINGLE = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=16, caption_tokens=6)
+MULTI = replace(SINGLE, multi_scale=True, interpolation_scale=2.0)
+CONFIGS = {"single": SINGLE, "multi": MULTI}
+
+
+def run(net: PixArt, config: PixArtConfig, drop: bool = False) -> Tensor:
+    x, t, caption, mask = batch(config)
+    more: dict[str, Any] = {}
+    if config.multi_scale:
+        more = {"size_B2": torch.tensor([[64.0, 48.0]] * 3), "ratio_B1": torch.full((3, 1), 1.25)}
+    if drop:
+        more["drop_B"] = torch.tensor([True, False, True])
+    with torch.no_grad():
+        return net(x, t, caption, mask, **more)
+
+
+def make(config: PixArtConfig) -> PixArt:
+    net = filled(PixArt(config))
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_form_gives_the_same_network_back(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    net = make(config)
+    expected = run(net, config, drop=True)
+    save_transformer(net, tmp_path / "ours")
+    save_official(net, tmp_path / "official.pth")
+    save_diffusers(net, tmp_path / "theirs")
+    # The interpolation scale of a multi-scale network is not in a .pth.
+    official = load_transformer(tmp_path / "official.pth", config if config.multi_scale else None, heads=2)
+    for path, loaded in (
+        (tmp_path / "ours", load_transformer(tmp_path / "ours")),
+        (tmp_path / "official.pth", official),
+        (tmp_path / "theirs", load_transformer(tmp_path / "theirs")),
+    ):
+        assert loaded.config == config, path
+        assert torch.equal(run(loaded, config, drop=True), expected), path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, name: str) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    config = CONFIGS[name]
+    net = make(config)
+    save_diffusers(net, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer, problems = PixArtTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not problems["missing_keys"] and not problems["unexpected_keys"]
+    x, t, caption, mask = batch(config)
+    added = {"resolution": torch.tensor([[64.0, 48.0]] * 3), "aspect_ratio": torch.full((3, 1), 1.25)}
+    with torch.no_grad():
+        theirs = peer(
+            x, caption, t, added_cond_kwargs=added if config.multi_scale else {}, encoder_attention_mask=mask
+        ).sample
+    torch.testing.assert_close(run(net, config), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("additional", [False, True])
+def test_a_random_diffusers_network_computes_the_same_here(tmp_path: Path, additional: bool) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    peer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=8,
+        caption_channels=16,
+        use_additional_conditions=additional,
+    )
+    filled(peer)
+    peer.eval().save_pretrained(tmp_path / "transformer")
+    net = load_transformer(tmp_path).eval()
+    assert net.config == replace(SINGLE, multi_scale=additional, caption_tokens=120)
+    x, t, caption, mask = batch(SINGLE)
+    added = {"resolution": torch.tensor([[64.0, 48.0]] * 3), "aspect_ratio": torch.full((3, 1), 1.25)}
+    with torch.no_grad():
+        theirs = peer(x, caption, t, added_cond_kwargs=added if additional else {}, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(run(net, replace(SINGLE, multi_scale=additional)), theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="empty prompt"):  # diffusers has no null caption
+        run(net, replace(SINGLE, multi_scale=additional), drop=True)
+    save_transformer(net, tmp_path / "ours")
+    assert not load_transformer(tmp_path / "ours").has_null_caption
+
+
+def test_exported_pipeline_opens_in_diffusers(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL, PixArtAlphaPipeline
+
+    vae = AutoencoderKL(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4)
+    net = make(SINGLE)
+    export_pipeline(net, tmp_path / "pipeline", vae=vae)
+    pipeline = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipeline", tokenizer=None, text_encoder=None)
+    pipeline.set_progress_bar_config(disable=True)
+    _, _, caption, mask = batch(SINGLE)
+    images = pipeline(
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=caption[:1],
+        prompt_attention_mask=mask[:1],
+        negative_prompt_embeds=caption[1:2],
+        negative_prompt_attention_mask=mask[1:2],
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        use_resolution_binning=False,
+        output_type="np",
+    ).images
+    assert images.shape == (1, 16, 16, 3)
+
+
+def test_ema_is_preferred_and_trained_weights_can_be_chosen(tmp_path: Path) -> None:
+    trained, averaged = make(SINGLE), filled(PixArt(SINGLE), seed=5)
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": trained.state_dict(), "state_dict_ema": averaged.state_dict(), "epoch": 3}, path)
+    for weights, expected in (("ema", averaged), ("trained", trained)):
+        loaded = load_transformer(path, weights=weights, heads=2)
+        assert torch.equal(loaded.get_parameter("t_block.1.weight"), expected.get_parameter("t_block.1.weight"))
+
+
+def test_weights_of_another_resolution_load_without_their_positions(tmp_path: Path) -> None:
+    net = make(SINGLE)
+    save_official(net, tmp_path / "small.pth")
+    large = load_transformer(tmp_path / "small.pth", replace(SINGLE, input_size=16))
+    assert large.pos_embed.shape == (1, 64, 24)
+    assert torch.equal(large.pos_embed, PixArt(large.config).pos_embed)
+    assert torch.equal(large.get_parameter("blocks.1.mlp.fc1.weight"), net.get_parameter("blocks.1.mlp.fc1.weight"))
+    # Micro-conditioning is new there: its embedders keep their initialisation.
+    multi = load_transformer(tmp_path / "small.pth", replace(MULTI, input_size=16))
+    assert multi.get_parameter("csize_embedder.mlp.0.weight").any()
+
+
+def test_shapes_are_read_from_the_weights() -> None:
+    for config in (SINGLE, replace(SINGLE, patch_size=4, learn_sigma=False, mlp_ratio=2.0, interpolation_scale=2.0)):
+        assert infer_config(PixArt(config).state_dict(), "file", heads=2) == config
+    assert infer_config(PixArt(replace(SINGLE, adaln="block")).state_dict(), "file", heads=2).adaln == "block"
+
+
+def test_bad_files_are_explained(tmp_path: Path) -> None:
+    net = make(SINGLE)
+    save_official(net, tmp_path / "good.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:2000])
+    torch.save({"state_dict": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    state = net.state_dict()
+    del state["blocks.1.mlp.fc2.bias"]
+    torch.save({"state_dict": state}, tmp_path / "lacking.pth")
+    torch.save({"state_dict": DiT(replace(SINGLE, classes=3)).state_dict()}, tmp_path / "dit.pth")
+    torch.save({"state_dict": {"x": torch.nn.Linear(2, 2)}}, tmp_path / "pickle.pth")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("missing.pth", "no such file"),
+        ("cut.pth", "truncated"),
+        ("other.pth", r'"x_embedder.proj.weight" is missing'),
+        ("lacking.pth", r"lacks blocks.1.mlp.fc2.bias"),
+        ("dit.pth", "class-conditional DiT"),
+        ("pickle.pth", "refused"),
+        ("empty", "no network in this folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_transformer(tmp_path / name, heads=2)
+        if name.endswith("pth") and name not in ("lacking.pth",):
+            with pytest.raises(UserError, match=message):
+                load_transformer(tmp_path / name, SINGLE)
+    with pytest.raises(UserError, match="give --heads"):
+        load_transformer(tmp_path / "good.pth")
+    with pytest.raises(UserError, match=r"x_embedder.proj.weight is \[24, 4, 2, 2\], expected \[48"):
+        load_transformer(tmp_path / "good.pth", replace(SINGLE, width=48))
+
+
+def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path) -> None:
+    for change, message in (
+        ({"adaln": "block"}, 'adaln "block"'),
+        ({"mlp_ratio": 2.0}, "ratio of 4"),
+        ({"base_size": 8}, "base_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_diffusers(PixArt(replace(SINGLE, **change)), tmp_path)
+    save_diffusers(make(SINGLE), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_type": "ada_norm_zero"}))
+    with pytest.raises(UserError, match="norm_type='ada_norm_zero'"):
+        load_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("t", [500.0, 123.5])
+def test_a_reparameterised_network_is_the_dit_at_the_selected_time(t: float) -> None:
+    dit = filled(DiT(replace(SINGLE, classes=3)))
+    net = PixArt(SINGLE)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    reparameterise(dit, net, t)
+    x, _, caption, mask = batch(SINGLE)
+    with torch.no_grad():
+        at = [f(torch.full((3,), t)) for f in (lambda s: dit(x, s), lambda s: net(x, s, caption, mask))]
+        elsewhere = [f(torch.full((3,), t + 300)) for f in (lambda s: dit(x, s), lambda s: net(x, s, caption, mask))]
+    torch.testing.assert_close(at[0], at[1], rtol=1e-4, atol=1e-5)
+    assert (elsewhere[0] - elsewhere[1]).abs().max() > 1e-3
+    kept = [key for key in before if key.startswith(("t_block", "y_embedder")) or "kv_linear" in key]
+    assert all(torch.equal(before[key], net.state_dict()[key]) for key in kept)
+
+
+def test_the_ablation_takes_the_dits_own_modulation() -> None:
+    dit = filled(DiT(replace(SINGLE, classes=3)))
+    net = PixArt(replace(SINGLE, adaln="block"))
+    reparameterise(dit, net)
+    name = "blocks.1.adaLN_modulation.1.weight"
+    assert torch.equal(net.get_parameter(name), dit.get_parameter(name))
+
+
+def test_networks_that_differ_cannot_be_reparameterised() -> None:
+    with pytest.raises(UserError, match="depth 3, the text-conditional network 2"):
+        reparameterise(DiT(replace(SINGLE, classes=3, depth=3)), PixArt(SINGLE))
+
+
+def test_the_program_converts_and_reparameterises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dit = filled(DiT(replace(SINGLE, classes=3)))
+    torch.save(dit.state_dict(), tmp_path / "dit.pt")
+    save_transformer(make(SINGLE), tmp_path / "start")
+    options = ["--to", "official", "--heads", "2", "--reparameterise", str(tmp_path / "dit.pt")]
+    main([*options, str(tmp_path / "start"), str(tmp_path / "new.pth")])
+    main(["--to", "diffusers", "--heads", "2", str(tmp_path / "new.pth"), str(tmp_path / "theirs")])
+    main(["--to", "ours", "--input-size", "16", str(tmp_path / "theirs"), str(tmp_path / "larger")])
+    assert capsys.readouterr().out.count("wrote") == 3
+    larger = load_transformer(tmp_path / "larger")
+    assert larger.config.input_size == 16
+    assert torch.equal(larger.x_embedder.proj.weight, dit.get_parameter("x_embedder.proj.weight"))
+    with pytest.raises(SystemExit):
+        run_main(lambda: main(["--to", "ours", str(tmp_path / "nothing.pth"), str(tmp_path / "x")]))
+    assert "nothing.pth: no such file" in capsys.readouterr().err
+
+
+def test_dit_files_of_both_kinds_load(tmp_path: Path) -> None:
+    dit = filled(DiT(replace(SINGLE, classes=3)))
+    save_transformer(dit, tmp_path / "ours")
+    torch.save({"model": DiT(dit.config).state_dict(), "ema": dit.state_dict()}, tmp_path / "official.pt")
+    for loaded in (load_dit(tmp_path / "ours"), load_dit(tmp_path / "official.pt", heads=2)):
+        assert replace(loaded.config, caption_channels=16, caption_tokens=6) == dit.config
+        assert torch.equal(
+            loaded.get_parameter("blocks.1.attn.qkv.weight"), dit.get_parameter("blocks.1.attn.qkv.weight")
+        )
+    save_official(make(SINGLE), tmp_path / "text.pth")
+    with pytest.raises(UserError, match="not a class-conditional DiT"):
+        load_dit(tmp_path / "text.pth")

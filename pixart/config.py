@@ -1,0 +1,311 @@
+"""Everything a stage of `pixart/train.py` can be told, as plain dataclasses; nothing heavy is imported for `--help`.
+
+A stage is one YAML file with the options of `StageConfig`. A recipe is a YAML file whose `stages` lists stage files
+(relative to itself); whatever else it holds are options that all of them share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.cli import parse_config
+from common.errors import UserError
+from common.paths import REPOSITORY
+
+SMALL = Path(__file__).parent / "configs" / "small.yaml"
+
+
+@dataclass
+class DataConfig:
+    """Which captioned images a stage learns from.
+
+    Args:
+        name: shapes (procedural scenes with exact captions), emoji (embedded artwork with captions), folder (your own).
+        path: the image folder: metadata.jsonl with "file_name" and "text" (and "label"), or one subfolder per class.
+        size: side of the square images in pixels; other buckets have about as many pixels.
+        images: how many scenes to draw (shapes), or at most how many images to use; None means all there are.
+        eval_images: held-out images that the metrics compare with.
+        scenes: one (a single object, stage 1), few (one to three solid objects), hq (all tasks and textures) or all
+            (a third of each: the mixed baseline of claim P4).
+        captions: dense (every attribute of every object), sparse (as a person would ask), mixed (half and half) or
+            web (each attribute kept with probability 0.35, one caption in five of another image: claim P3).
+        shapes, colours: restrict the world of the scenes; None means all.
+        styles: drawing styles of the emoji; None means all five.
+        prompt: one caption for every image (DreamBooth's "a photo of sks dog").
+        ratios: aspect ratios (height / width) to bucket by; [1.0] is square only, [] means the paper's whole table.
+        cache: encode images and captions once and keep the features; false encodes them in every step.
+        cache_dir: where to keep the features; None means below the cache folder, named after their content.
+    """
+
+    name: Literal["shapes", "emoji", "folder"] = "shapes"
+    path: str | None = None
+    size: int = 32
+    images: int | None = None
+    eval_images: int = 500
+    scenes: Literal["one", "few", "hq", "all"] = "few"
+    captions: Literal["dense", "sparse", "mixed", "web"] = "dense"
+    shapes: list[str] | None = None
+    colours: list[str] | None = None
+    styles: list[str] | None = None
+    prompt: str | None = None
+    ratios: list[float] = field(default_factory=lambda: [1.0])
+    cache: bool = True
+    cache_dir: str | None = None
+
+
+@dataclass
+class NetworkConfig:
+    """The shape of the network; channels and sizes of latents and captions follow from the codec and the encoder.
+
+    Args:
+        patch_size: latents per token and side; caption_tokens: longest caption (longer ones are cut).
+        interpolation_scale: divides the positions when a stage has another resolution than the one before (2 at
+            1024 px); multi_scale: micro-conditioning on size and ratio, needed for buckets at the paper's 1024 px.
+        adaln: single (the paper's) or block (the ablation of figure 6).
+    """
+
+    patch_size: int = 2
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    caption_tokens: int = 56
+    interpolation_scale: float = 1.0
+    multi_scale: bool = False
+    adaln: Literal["single", "block"] = "single"
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW with decay on all parameters, constant rate after a linear warm-up (table 4; the official configs).
+
+    Args:
+        auto_lr: none takes lr as it is (the paper's text); sqrt multiplies it by sqrt(batch / 256) (the official code).
+        drop: probability of training without caption or class, for classifier-free guidance.
+        snr_loss: compare x_0 instead of the noise at t <= 249 (official option, off).
+    """
+
+    lr: float = 2e-5
+    auto_lr: Literal["none", "sqrt"] = "none"
+    weight_decay: float = 0.03
+    eps: float = 1e-10
+    warmup: int = 1000
+    grad_clip: float = 0.01
+    ema_decay: float = 0.9999
+    drop: float = 0.1
+    snr_loss: bool = False
+
+
+@dataclass
+class TrainerConfig:
+    """How to run: passed to Lightning's Trainer.
+
+    Args:
+        batch_size: global batch (all processes and accumulated micro-batches together).
+        precision: 32-true, bf16-mixed or 16-mixed.
+        strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names; multi-node through torchrun).
+        gradient_checkpointing: compute each block again in the backward pass, for less memory.
+        checkpoint_every: steps between checkpoints; sample_every: steps between sample grids (0: only at the end).
+        threads: CPU threads (0 leaves torch's default).
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 250
+    sample_every: int = 0
+    log_every: int = 20
+    workers: int = 0
+    threads: int = 0
+    progress: bool = True
+
+
+@dataclass
+class SamplingConfig:
+    """How sample grids and metrics are drawn (appendix A.5: 20 DPM-Solver steps, guidance 4.5).
+
+    Args:
+        grid: pictures of the grid; metric_images: drawn for FID and KID; per_task: prompts a task of the Shapes score.
+        curve: guidance scales of the FID-against-guidance curve (A.6), empty to leave it out.
+    """
+
+    sampler: Literal["dpm-solver", "iddpm", "sa-solver"] = "dpm-solver"
+    steps: int = 20
+    guidance: float = 4.5
+    grid: int = 24
+    metric_images: int = 500
+    per_task: int = 50
+    curve: list[float] = field(default_factory=list)
+    curve_images: int = 200
+    batch_size: int = 100
+
+
+@dataclass
+class StageConfig:
+    """One stage of the recipe.
+
+    Args:
+        name: of the stage; its folder below run_dir.
+        kind: class (stage 1: DiT on class labels), text (PixArt on captions) or controlnet (PixArt frozen, edges in).
+        run_dir: folder of the whole recipe's stages.
+        resume: auto continues an unfinished stage; never refuses a used folder; or the path of a .ckpt file.
+        init_from: what to start from: the name of an earlier stage, a folder of ours, a .pth of the authors, or a
+            diffusers directory. A class-conditional start is re-parameterised (section 2.3).
+        reparam_t: the time at which the re-parameterised network equals its start.
+        vae: a diffusers AutoencoderKL directory; text_encoder: a transformers directory (None: packaged MiniLM).
+        controlnet_form: official (13 of 28 blocks, from PixArt-delta) or full (all blocks, appendix A.9).
+        evaluate: measure FID, KID and alignment when the stage ends.
+    """
+
+    name: str = "stage"
+    kind: Literal["class", "text", "controlnet"] = "text"
+    run_dir: str = "runs/pixart"
+    seed: int = 0
+    resume: str = "auto"
+    init_from: str | None = None
+    reparam_t: float = 500.0
+    vae: str = "ldm/pretrained/shapes32-v/vae"
+    text_encoder: str | None = None
+    controlnet_form: Literal["official", "full"] = "official"
+    evaluate: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage's checkpoints, logs, samples, weights and metrics are."""
+        return Path(self.run_dir) / self.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in their order, each with its YAML text (all values, defaults included)."""
+
+    stages: list[tuple[StageConfig, str]]
+    names: list[str]  # of all stages of the recipe, also those left out by --stage
+
+
+def existing_path(path: str) -> Path:
+    """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
+    given = Path(path)
+    return given if given.exists() or given.is_absolute() else REPOSITORY / given
+
+
+def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
+    """The stages that a command line asks for.
+
+    `--config FILE` is a recipe or a single stage (default configs/small.yaml), `--stage NAME` picks one stage of a
+    recipe, and every other option overrides the stages' files: all of them, or the picked one.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown stage or option, a value of the wrong type.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        parse_config(StageConfig, None, description, ["--help"])
+    file = Path(_take(arguments, "--config") or SMALL)
+    wanted = _take(arguments, "--stage")
+    _refuse_unknown(arguments)
+    content = _read_yaml(file)
+    if "stages" not in content:
+        files, shared = [file], []
+    else:
+        listed = content.pop("stages")
+        if not isinstance(listed, list) or not listed or not all(isinstance(entry, str) for entry in listed):
+            raise UserError(f'{file}: "stages" must be a list of stage files, for example [small/stage1.yaml]')
+        files = [file.parent / entry for entry in listed]
+        shared = _as_options(content)
+    stages = []
+    for stage_file in files:
+        name = _read_yaml(stage_file).get("name", stage_file.stem)
+        # Later words win: what all stages share, then the stage's file, then the command line.
+        options = [*shared, "--config", str(stage_file), "--name", str(name), *arguments]
+        stages.append(parse_config(StageConfig, None, description, options))
+    names = [config.name for config, _ in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two stages have the same name: {', '.join(names)}")
+    if wanted is not None:
+        if wanted not in names:
+            raise UserError(f"--stage {wanted}: {file} has no such stage; it has {', '.join(names)}")
+        stages = [stage for stage in stages if stage[0].name == wanted]
+    return Recipe(stages, names)
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    """Options must be written in full: the parser would take any unambiguous beginning for the whole."""
+    known = _option_names(StageConfig)
+    for word in arguments:
+        name = word.split("=", 1)[0].rstrip("+")
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+            raise UserError(f"unknown option {name}; {hint}")
+
+
+def _option_names(config_class: Any, prefix: str = "--") -> list[str]:
+    names = []
+    for option in fields(config_class):
+        names.append(f"{prefix}{option.name}")
+        if option.default_factory is not MISSING and is_dataclass(option.default_factory):
+            names += _option_names(option.default_factory, f"{prefix}{option.name}.")
+    return names
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--config {file}: no such file; the ready-made ones are in pixart/configs/") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f'--config {file}: expected options ("data:", "trainer:", ...) or a list of "stages:"')
+    return content
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from a command line; the last one counts."""
+    value = None
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        if word.startswith(f"{option}="):
+            value = word.split("=", 1)[1]
+            del arguments[position]
+        elif word == option:
+            if position + 1 == len(arguments):
+                raise UserError(f"{option} needs a value")
+            value = arguments[position + 1]
+            del arguments[position : position + 2]
+        else:
+            position += 1
+    return value
+
+
+def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested options as a command line: {"trainer": {"threads": 2}} is ["--trainer.threads=2"]."""
+    options: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            options += _as_options(value, f"{prefix}{key}.")
+        else:
+            options.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return options

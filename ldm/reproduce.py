@@ -37,7 +37,7 @@ SCENES = DataConfig(name="shapes", size=32, train_images=12000, eval_images=1000
 SEEDS = {"smoke": (0,), "small": (0, 1, 2)}
 
 
-STAGE_SECONDS = 240.0  # CPU seconds of each first stage that L4, L6 and L7 share
+STAGE_SECONDS = 150.0  # CPU seconds of each first stage that L4, L6 and L7 share
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
         "L1": Budget(150, 500),
         "L2": Budget(150, 500),
-        "L3": Budget(80, 600),
-        "L4": Budget(120, 500),
-        "L5": Budget(120, 300),
-        "L6": Budget(80, 300),
-        "L7": Budget(80, 300),
-        "L8": Budget(90, 300),
+        "L3": Budget(50, 600),
+        "L4": Budget(90, 500),
+        "L5": Budget(90, 300),
+        "L6": Budget(50, 300),
+        "L7": Budget(45, 300),
+        "L8": Budget(60, 300),
     },
     "smoke": {"L1": Budget(24, 100), "L8": Budget(18, 60)},
 }
@@ -279,7 +279,7 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
     arms: dict[str, dict[str, Any]] = {
         "mild": {},
         "strong": {"kl_weight": 0.1},
-        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 500, "disc_width": 16},
+        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 300, "disc_width": 16},
         "vq1024": {"kind": "vq", "n_embed": 1024},
         "vq16": {"kind": "vq", "n_embed": 16},
     }

@@ -8,6 +8,8 @@ A table stands between two markers, each alone on its line, in README.md or <fol
     <!-- claims:ldm -->    the claims of results/ldm.json
     <!-- bench:ldm -->     the side-by-side rows of results/bench_ldm.json
     <!-- papers -->        the thirteen papers and what was measured of each
+    <!-- figures:ldm -->   the pictures of results/figures/ldm with their captions
+    <!-- text:NAME -->     the text file results/NAME.txt, which a program has written
     <!-- end -->           closes any of them
 
 Without a results file the table says "not measured yet". Equal results give equal text.
@@ -33,7 +35,7 @@ from report.plots import number, spread
 
 END = "<!-- end -->"
 NOT_MEASURED = "not measured yet"
-_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers)(?::(?P<name>\w+))? *-->")
+_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers|text|figures)(?::(?P<name>\w+))? *-->")
 
 
 def readme_files(root: Path) -> list[Path]:
@@ -85,7 +87,16 @@ def table(
         raise UserError(f"{where}: {kind} needs a name, for example <!-- {kind}:ldm -->")
     if kind == "claims" and name not in {paper.key for paper in PAPERS}:
         raise UserError(f"{where}: no paper is called {name!r}; there are: {', '.join(p.key for p in PAPERS)}")
+    if kind == "text":
+        file = root / "results" / f"{name}.txt"
+        lines = file.read_text(encoding="utf-8").rstrip().splitlines() if file.is_file() else []
+        return ["```text", *lines, "```"] if lines else [NOT_MEASURED]
     findings = found.get(name, Findings())
+    if kind == "figures":
+        links = [(Path(os.path.relpath(path, folder)).as_posix(), caption) for path, caption in findings.figures]
+        return [line for link, text in links for line in (text, "", f"![{Path(link).stem}]({link})", "")][:-1] or [
+            NOT_MEASURED
+        ]
     return claims_table(findings) if kind == "claims" else bench_table(findings)
 
 

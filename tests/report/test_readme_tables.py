@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
@@ -165,3 +166,32 @@ def test_the_repository_has_the_tables_that_its_readers_expect() -> None:
     assert "<!-- papers -->" in texts["README.md"]
     assert "<!-- claims:ldm -->" in texts["ldm/README.md"]
     assert "<!-- bench:ldm -->" in texts["ldm/README.md"]
+
+
+def test_a_text_file_of_the_results_is_quoted_and_quoted_anew(root: Path) -> None:
+    readme = root / "ldm" / "README.md"
+    readme.write_text("<!-- text:plan_ldm -->\n<!-- end -->\nafter\n", encoding="utf-8")
+    run(root)
+    assert text_of(root).splitlines() == ["<!-- text:plan_ldm -->", "not measured yet", "<!-- end -->", "after"]
+    for content in ("stage  days\nstage1  40\n", "stage  days\nstage1  41\n"):
+        (root / "results").mkdir(exist_ok=True)
+        (root / "results" / "plan_ldm.txt").write_text(content, encoding="utf-8")
+        run(root)
+        quoted = ["```text", *content.splitlines(), "```"]
+        assert text_of(root).splitlines() == ["<!-- text:plan_ldm -->", *quoted, "<!-- end -->", "after"]
+
+
+def test_the_figures_of_a_paper_are_shown_with_their_captions(root: Path) -> None:
+    readme = root / "ldm" / "README.md"
+    readme.write_text("<!-- figures:ldm -->\n<!-- end -->\n", encoding="utf-8")
+    run(root)
+    assert text_of(root).splitlines() == ["<!-- figures:ldm -->", "not measured yet", "<!-- end -->"]
+    folder = root / "results" / "figures" / "ldm"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (2, 2)).save(folder / f"{name}.png")
+    (folder / "captions.json").write_text('{"b.png": "Second.", "a.png": "First."}', encoding="utf-8")
+    run(root)
+    shown = ["Second.", "", "![b](../results/figures/ldm/b.png)", ""]
+    shown += ["First.", "", "![a](../results/figures/ldm/a.png)"]
+    assert text_of(root).splitlines() == ["<!-- figures:ldm -->", *shown, "<!-- end -->"]

@@ -1,0 +1,98 @@
+"""The head-to-head table of the accelerators: `python -m benchmarks.acceleration --budget B1`.
+
+    python -m benchmarks.acceleration --budget B1                     # 20k forward-equivalents a method, 3 seeds
+    python -m benchmarks.acceleration --budget B2 --methods instaflow direct_distillation
+    python -m benchmarks.acceleration --budget B3 --device cuda
+    python -m benchmarks.acceleration --list
+
+Writes results/acceleration.json (merged over budgets and methods), results/bench_acceleration.json (the expected order)
+and the pictures in results/figures/acceleration/. Finished (method, seed) pieces are kept in runs/acceleration/ and not
+repeated. The number that each method may tune (learning rate, or the teacher's guidance) is chosen among four tries on
+other prompts than those reported; a try of a learning rate gets a quarter of the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from common.errors import UserError, run_main
+from common.paths import REPOSITORY, RESULTS
+
+TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
+IMAGES = {"B1": 1024, "B2": 2048, "B3": 5000}
+GUIDANCE = 1.5
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.acceleration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--budget", choices=tuple(IMAGES), default="B1")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--teacher", type=Path, default=TEACHER, help="a diffusers directory that knows Shapes captions"
+    )
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher in the shared pairs")
+    parser.add_argument("--images", type=int, help=f"samples of every column (default: {IMAGES})")
+    parser.add_argument("--tuning-share", type=float, default=0.25, help="part of the budget that each try gets")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="print the methods and stop")
+    options = parser.parse_args(argv)
+
+    import torch
+
+    from benchmarks.acceleration import report
+    from benchmarks.acceleration.protocol import Bench
+    from benchmarks.acceleration.runner import EVALUATION_SEED, SHOWN, Runner, Settings, known_methods, write_results
+    from common.cpu import tune_allocator
+    from common.files import write_json
+    from common.ledger import write_rows
+    from instaflow.teacher import Teacher
+
+    known = known_methods()
+    if options.list:
+        for name, method in known.items():
+            print(f"{name:28}{method.title}: {', '.join(map(str, method.steps))} steps; trains {method.trains}")
+        return
+    names = options.methods or list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--methods {name}: there is no such method; choose from {', '.join(known)}")
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+        tune_allocator()
+    teacher = Teacher.load(options.teacher, options.device)
+    bench = Bench(teacher, options.budget, options.guidance, "cpu" if options.device == "cpu" else "gpu")
+    settings = Settings(
+        images=options.images or IMAGES[options.budget],
+        tuning_share=options.tuning_share,
+        seeds=tuple(options.seeds),
+    )
+    runner = Runner(bench, settings)
+    figures = options.results / "figures" / "acceleration"
+    for name in names:  # results are written after every method
+        runs = runner.run([name])
+        content = write_results(options.results / "acceleration.json", runs, runner)
+    shown = runner.yardstick(EVALUATION_SEED, settings.images).prompts.prompts[:SHOWN]
+    write_json(runner.folder / "shown.json", shown)
+    captions = report.draw_tables(content, figures) | report.draw_curves(content, figures)
+    captions |= report.draw_sheets(runner, list(known), {n: m.title for n, m in known.items()}, figures)
+    listing = figures / "captions.json"
+    earlier = json.loads(listing.read_text()) if listing.is_file() else {}
+    merged = {**captions, **earlier, **captions}  # tables and curves first: the page shows them in this order
+    write_json(listing, {k: v for k, v in merged.items() if (figures / k).is_file()})
+    rows = report.expected_order(content)
+    if rows:
+        write_rows(options.results / "bench_acceleration.json", rows)
+    print(report.table(content, options.budget))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,211 @@
+"""Curves, same-noise image sheets and the expected order, all from results/acceleration.json and the kept images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.acceleration.runner import Runner
+from common.images import make_grid, save_png
+from common.ledger import bench_row
+
+# (better, worse, steps): the order that the papers' claims lead one to expect. A violated one is a finding.
+EXPECTED = (
+    ("instaflow", "direct_distillation", 1),
+    ("instaflow", "progressive_distillation", 1),
+    ("instaflow", "lcm", 1),
+    ("instaflow", "rectified_flow", 1),
+    ("instaflow", "teacher_ddim", 1),
+    ("instaflow", "teacher_dpm", 1),
+    ("instaflow_stacked", "instaflow", 1),
+    ("lcm", "teacher_dpm", 2),
+    ("lcm", "teacher_dpm", 4),
+    ("rectified_flow", "teacher_ddim", 2),
+    ("rectified_flow", "teacher_dpm", 2),
+    ("rectified_flow", "teacher_ddim", 4),
+    ("rectified_flow", "teacher_dpm", 4),
+)
+WITHIN = 1.3  # of the teacher's FD at 25 steps for the rectified flow
+
+
+def expected_order(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One bench row a pair of methods: mean FD to held-out data, which should be lower on our side."""
+    found = {(r["budget"], r["method"], r["steps"]): r for r in content["summary"]}
+    rows = []
+    for budget in content["settings"]:
+        pairs = [(a, b, steps, 1.0) for a, b, steps in EXPECTED]
+        pairs += [("rectified_flow", "teacher_ddim", 25, 1 / WITHIN), ("rectified_flow", "teacher_dpm", 25, 1 / WITHIN)]
+        for a, b, steps, target in pairs:
+            ours, peer = found.get((budget, a, steps)), found.get((budget, b, steps))
+            if ours is None or peer is None:
+                continue
+            values = [side["metrics"]["fd_data"]["mean"] for side in (ours, peer)]
+            if None in values or min(values) <= 0:
+                continue
+            name = f"{budget}, {steps} step{'s' * (steps > 1)}: {ours['title']} against {peer['title']}"
+            rows.append(bench_row(name, values[0], values[1], "FD", target=target, higher_is_better=False))
+    return rows
+
+
+def draw_curves(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """FD against steps, and one-step FD against training cost; returns captions by file name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    captions: dict[str, str] = {}
+    titles = {row["method"]: row["title"] for row in content["summary"]}
+    colours = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(sorted(titles))}
+
+    def save(name: str, figure: Any, caption: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+        captions[name] = caption
+
+    for budget in content["settings"]:
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+        for axis, metric, title in (
+            (axes[0], "fd_data", "FD to held-out data"),
+            (axes[1], "fd_teacher", "FD to the teacher's 50-step samples"),
+        ):
+            for method, title_of in titles.items():
+                rows = sorted(
+                    (r for r in content["summary"] if (r["budget"], r["method"]) == (budget, method)),
+                    key=lambda r: r["steps"],
+                )
+                rows = [r for r in rows if r["metrics"][metric]["mean"] is not None]
+                if rows:
+                    axis.errorbar(
+                        [r["steps"] for r in rows],
+                        [r["metrics"][metric]["mean"] for r in rows],
+                        [r["metrics"][metric]["std"] for r in rows],
+                        marker="o",
+                        capsize=3,
+                        color=colours[method],
+                        label=title_of,
+                    )
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks([1, 2, 4, 8, 25], ["1", "2", "4", "8", "25"])
+            axis.set_xlabel("steps")
+            axis.set_title(title)
+        axes[1].legend(fontsize=7)
+        save(f"fd_against_steps_{budget}.png", figure, f"Budget {budget}: Frechet distance against steps.")
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for method, title_of in titles.items():
+        rows = sorted(
+            (r for r in content["summary"] if r["method"] == method and r["steps"] == 1 and r["training_forwards"] > 0),
+            key=lambda r: r["training_forwards"],
+        )
+        rows = [r for r in rows if r["metrics"]["fd_data"]["mean"] is not None]
+        if rows:
+            axis.errorbar(
+                [r["training_forwards"] for r in rows],
+                [r["metrics"]["fd_data"]["mean"] for r in rows],
+                [r["metrics"]["fd_data"]["std"] for r in rows],
+                marker="o",
+                capsize=3,
+                color=colours[method],
+                label=title_of,
+            )
+    if axis.get_legend_handles_labels()[0]:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("training cost, U-Net forward-equivalent samples")
+        axis.set_title("one-step FD to held-out data")
+        axis.legend(fontsize=7)
+        save(
+            "fd_against_cost.png",
+            figure,
+            "One-step Frechet distance against what the training cost, pairs included (mean and spread over seeds).",
+        )
+    else:
+        plt.close(figure)
+    return captions
+
+
+def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """One picture a number of steps: a row a method, a column a prompt, the same noises throughout."""
+    captions: dict[str, str] = {}
+    seed = runner.settings.seeds[0]
+    prompts = json.loads((runner.folder / "shown.json").read_text())
+    for steps in (1, 2, 4, 8, 25):
+        rows, labels = [], []
+        for name in names:
+            path = runner.images_of(name, seed)
+            shown = load_file(path) if path.is_file() else {}
+            if f"steps_{steps}" in shown:
+                rows.append(shown[f"steps_{steps}"])
+                labels += [f"{titles[name]}: {prompt}" for prompt in prompts]
+        if rows:
+            file = f"same_noise_{runner.bench.level}_{steps}.png"
+            grid = make_grid(torch.cat(rows), len(prompts), labels, 96, caption_lines=3)
+            save_png(grid, folder / file)
+            captions[file] = f"Budget {runner.bench.level}, {steps} step{'s' * (steps > 1)}: same noises, same prompts."
+    return captions
+
+
+def table_cells(content: Mapping[str, Any], budget: str, metric: str = "fd_data") -> list[list[str]]:
+    """The methods x steps table of one budget, head first: mean (± std over seeds) of a metric, and the cost."""
+    columns = (1, 2, 4, 8, 25)
+    lines = [["method", *(f"{n} step{'s' * (n > 1)}" for n in columns), "training cost", "trained parameters"]]
+    runs = {run["method"]: run for run in content["runs"] if run["budget"] == budget}
+    for name, run in runs.items():
+        rows = {r["steps"]: r for r in content["summary"] if (r["budget"], r["method"]) == (budget, name)}
+        cells = []
+        for n in columns:
+            value = rows[n]["metrics"].get(metric) if n in rows else None
+            if value is None or value["mean"] is None:
+                cells.append("-" if value is None else "diverged")
+            else:
+                cells.append(f"{value['mean']:.3g}" + (f" ± {value['std']:.2g}" if rows[n]["seeds"] > 1 else ""))
+        cost = next(iter(rows.values()))["training_forwards"]
+        trained = f"{run['trained_parameters']:,}" if run["trained_parameters"] else "-"
+        lines.append([run["title"], *cells, f"{cost:,.0f}" if cost else "-", trained])
+    return lines
+
+
+def table(content: Mapping[str, Any], budget: str) -> str:
+    """`table_cells` of FD to held-out data, as aligned text."""
+    lines = table_cells(content, budget)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def draw_tables(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The table of every budget as a picture, for FD to data and for the accuracy; returns captions by file name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    for budget, setting in content["settings"].items():
+        for metric, words in (
+            ("fd_data", "Frechet distance to held-out data"),
+            ("accuracy", "accuracy of the prompts"),
+        ):
+            head, *rows = table_cells(content, budget, metric)
+            figure, axis = plt.subplots(figsize=(12, 0.5 + 0.3 * len(rows)))
+            axis.axis("off")
+            drawn = axis.table(rows, colLabels=head, loc="center", cellLoc="left", colLoc="left")
+            drawn.auto_set_font_size(False)
+            drawn.set_fontsize(8)
+            drawn.auto_set_column_width(list(range(len(head))))
+            name = f"table_{budget}_{metric}.png"
+            figure.savefig(folder / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            captions[name] = (
+                f"Budget {budget} ({setting['forward_equivalents']:,} forward-equivalents): {words}, methods x steps, "
+                f"{setting['images']} images (mean ± standard deviation over seeds)."
+            )
+    return captions

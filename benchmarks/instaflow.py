@@ -1,0 +1,230 @@
+"""One step against the teacher's 25: latency and images per second, and how much of pair generation is U-Net work.
+
+    python -m benchmarks.instaflow                      # writes results/bench_instaflow.json; about two minutes
+    python -m benchmarks.instaflow --rounds 5 --devices cpu
+    python -m benchmarks.instaflow --stable-diffusion   # at the size of Stable Diffusion 1.5 (random weights; GPU)
+
+The peer is what a user of the teacher runs: StableDiffusionPipeline of diffusers with DPM-Solver++, 25 steps, guidance;
+ours is the one-step pipeline. Both start from a caption and end with an image, text encoder and decoder included. Arms
+take turns; medians count. Speed does not depend on the weights: an untrained student stands in where no run is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cpu import tune_allocator
+from common.errors import UserError, run_main
+from common.ledger import bench_row, write_rows
+from common.paths import REPOSITORY, RESULTS
+from instaflow.pairs import DiffusionSource, generate_pairs
+from instaflow.pipeline import Card, InstaFlowPipeline
+from instaflow.student import make_student, stable_diffusion_unet
+from instaflow.teacher import Teacher
+
+TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
+SOLVER, STEPS = "DPMSolverMultistepScheduler", 25
+GUIDANCE = 5.0  # the paper's; its value costs nothing, being above 1 does
+PROMPTS = ("a red star", "a blue ring left of a green cross", "three yellow circles", "a purple heart")
+SPEEDUP = 20.0  # wall clock at batch 1
+FEWER = 40.0  # U-Net evaluations
+BARE = 0.9  # of bare U-Net throughput, for pairs
+
+
+def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
+    """A teacher of Stable Diffusion 1.5's sizes with random weights; its tokenizer knows the prompts' words."""
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<end>", *dict.fromkeys(word for prompt in PROMPTS for word in prompt.split())]
+    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", model_max_length=77)
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+        scaling_factor=0.18215,
+    )
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+    }
+    parts = [part.to(device, dtype) for part in (stable_diffusion_unet(), vae, CLIPTextModel(text))]
+    return Teacher(parts[0], parts[1], parts[2], tokenizer, schedule)
+
+
+def peer_pipeline(teacher: Teacher) -> Any:
+    """Stock diffusers around the teacher's own networks."""
+    from diffusers import StableDiffusionPipeline
+
+    from instaflow.pairs import make_scheduler
+
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        unet=teacher.unet,
+        scheduler=make_scheduler(SOLVER, teacher.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def student_pipeline(teacher: Teacher, folder: Path | None, dtype: torch.dtype) -> InstaFlowPipeline:
+    """The one-step pipeline of a finished run, or an untrained student of the same shape."""
+    if folder is not None:
+        return InstaFlowPipeline.load(folder / "pipeline", teacher.device, dtype)
+    init = "raw" if teacher.schedule.prediction_type == "sample" else "negate"
+    flow = make_student(teacher, init).to(teacher.device, dtype).eval().requires_grad_(False)
+    return InstaFlowPipeline.of(flow, teacher, Card(one_step=True))
+
+
+def take_turns(arms: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each arm; arms alternate, the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name, arm in arms.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            arm()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def latency_rows(
+    teacher: Teacher, student: InstaFlowPipeline, what: str, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """One step against 25 guided steps, from caption to image, at batch 1 and 16; and the U-Net evaluations of both."""
+    peer = peer_pipeline(teacher)
+    counted = {"student": 0, "teacher": 0}
+    hooks = [
+        network.register_forward_pre_hook(
+            # A guided step is one call on both branches: rows are evaluations.
+            lambda _, inputs, name=name: counted.__setitem__(name, counted[name] + len(inputs[0]))
+        )
+        for name, network in (("student", student.flow.unet), ("teacher", teacher.unet))
+    ]
+    student(PROMPTS[0])
+    peer(PROMPTS[0], num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np")
+    for hook in hooks:
+        hook.remove()
+    where = "" if device == "cpu" else f"{device} "
+    rows = [
+        bench_row(
+            f"{where}U-Net evaluations per image ({what})",
+            counted["student"],
+            counted["teacher"],
+            "evaluations",
+            target=FEWER,
+            higher_is_better=False,
+        )
+    ]
+    for batch in (1, 16):
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+        arms: dict[str, Callable[[], Any]] = {
+            "ours": lambda p=prompts: student(p),  # type: ignore[misc]
+            "peer": lambda p=prompts: peer(  # type: ignore[misc]
+                p, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np"
+            ),
+        }
+        seconds = take_turns(arms, rounds, device)
+        name = f"{where}caption to image, 1 step against {STEPS} guided DPM-Solver++ steps, batch {batch} ({what})"
+        target = SPEEDUP if batch == 1 else None
+        rows.append(bench_row(name, batch / seconds["ours"], batch / seconds["peer"], "images/s", target=target))
+        if batch == 1:
+            name = f"{where}latency of one image ({what})"
+            values = (1000 * seconds["ours"], 1000 * seconds["peer"])
+            rows.append(bench_row(name, values[0], values[1], "ms", higher_is_better=False))
+    return rows
+
+
+def pair_row(teacher: Teacher, what: str, rounds: int, device: str, batch: int = 32) -> dict[str, Any]:
+    """U-Net evaluations per second inside pair generation, against the same U-Net called in a bare loop."""
+    source = DiffusionSource(teacher, SOLVER, STEPS, GUIDANCE)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+    dtype = next(teacher.unet.parameters()).dtype
+    noise = torch.randn(2 * batch, *teacher.latent_shape, device=teacher.device, dtype=dtype)
+    both = torch.cat([teacher.null(batch), teacher.encode(prompts)]).to(dtype)
+    time_B = torch.tensor(500.0, device=teacher.device)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for _ in range(source.evaluations // 2):
+            teacher.unet(noise, time_B, both, return_dict=False)
+
+    with tempfile.TemporaryDirectory() as name:
+        numbers = itertools.count()
+
+        def pairs() -> None:
+            generate_pairs(source, prompts, Path(name) / str(next(numbers)), batch, 0, batch, batch)
+
+        seconds = take_turns({"pairs": pairs, "bare": bare}, rounds, device)
+    evaluations = batch * source.evaluations
+    where = "" if device == "cpu" else f"{device} "
+    name = f"{where}pair generation against bare U-Net evaluation, guided, batch {batch} ({what})"
+    return bench_row(name, evaluations / seconds["pairs"], evaluations / seconds["bare"], "evaluations/s", target=BARE)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=TEACHER)
+    parser.add_argument("--run_dir", type=Path, help="a finished run to time (default: untrained weights)")
+    parser.add_argument("--stable-diffusion", action="store_true", help="sizes of Stable Diffusion 1.5, random weights")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each arm")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_instaflow.json")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    tune_allocator()
+    cuda = torch.cuda.is_available()
+    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
+    if "cuda" in devices and not cuda:
+        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
+    rows = []
+    for device in devices:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        if options.stable_diffusion:
+            teacher, what = random_stable_diffusion(device, dtype), "Stable Diffusion 1.5 sizes"
+        else:
+            teacher, what = Teacher.load(options.teacher, device, dtype), options.teacher.name
+        student = student_pipeline(teacher, options.run_dir, dtype)
+        with torch.inference_mode():
+            rows += latency_rows(teacher, student, what, options.rounds, device)
+            rows.append(pair_row(teacher, what, max(3, options.rounds // 3), device))
+    for row in rows:
+        bar = "" if row["target"] is None else f"  (at least {row['target']:g}: {'yes' if row['holds'] else 'NO'})"
+        print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.3g}x{bar}")
+    write_rows(options.output, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,308 @@
+"""How good the few-step images are: of a training run, or of any pipeline directory on your own captions and images.
+
+    python evaluate.py --run_dir runs/instaflow-small                     # a finished run: its metrics.json again
+    python evaluate.py --model PIPELINE --images DIR                      # captions from DIR/metadata.jsonl
+    python evaluate.py --model PIPELINE --images val2017 --captions captions_val2017.json --count 5000 \\
+        --extractor inception:pt_inception-2015-12-05.pth --clip CLIP_DIR  # FID-5k and CLIP score as in the paper
+    python evaluate.py --model TEACHER --solver DPMSolverMultistepScheduler --steps 25 --guidance 5 ...   # the teacher
+
+The paper's FID-30k resizes to 256 pixels before anything else: --size 256. Guidance stays off for one-step models: it
+is inside their training pairs. Only Inception features may be called FID; every number names its judge and its counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from common.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from instaflow.measures import PromptSet
+    from instaflow.training import Run
+
+
+def evaluation_prompts(run: Run) -> PromptSet:
+    """Held-out prompts of a run, with noises and, where there are some, real images of the same prompts."""
+    import torch
+
+    from instaflow.measures import PromptSet, fixed_noise, shapes_prompts
+    from instaflow.training import prompt_list
+
+    count, shape = run.config.evaluation.images, run.teacher.latent_shape
+    side = shape[1] * 2 ** (len(run.teacher.vae.config.block_out_channels) - 1)
+    if run.config.pairs.prompts == "shapes":
+        return shapes_prompts(count, shape, side)
+    if run.config.pairs.prompts == "emoji":
+        from common.data.emoji import EmojiCap
+
+        data = EmojiCap("test", size=side)
+        items = [data[i] for i in range(min(count, len(data)))]
+        reference = torch.stack([item["image"] for item in items])
+        return PromptSet([item["caption"] for item in items], fixed_noise(len(items), shape), reference)
+    prompts = prompt_list(run.config.pairs.prompts, count)[:count]
+    return PromptSet(prompts, fixed_noise(len(prompts), shape))
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Teacher with many and with one step, rectified flow with one and many, student: same prompts, same noises.
+
+    Returns {"arms": {name: measures}, "cost": U-Net forwards per image, ...}; pictures go to `comparison.png`.
+    """
+    from instaflow.figures import comparison_grid
+    from instaflow.judge import ShapesJudge
+    from instaflow.measures import Yardstick
+    from instaflow.pairs import DiffusionSource
+    from instaflow.perceptual import perceptual_distance
+    from instaflow.training import draw
+
+    config, teacher = run.config, run.teacher
+    prompts = evaluation_prompts(run)
+    kind = config.evaluation.judge or ("shapes64" if config.pairs.prompts == "shapes" else "lite0")
+    judge: Any = ShapesJudge() if kind == "shapes64" else _extractor(kind)
+    student = run.student or run.load_student()
+    batch = config.evaluation.batch_size
+    images: dict[str, Tensor] = {}
+    forwards: dict[str, int] = {}
+
+    def teacher_images(steps: int) -> Tensor:
+        source = DiffusionSource(teacher, config.pairs.solver, steps, config.pairs.guidance)
+        forwards[f"teacher {steps}-step"] = source.evaluations
+        return sample(lambda noise, states: source(noise, states), run, prompts, batch)
+
+    many = config.pairs.steps
+    for steps in (many, 1):
+        images[f"teacher {steps}-step"] = teacher_images(steps)
+    if config.reflow.rounds:
+        flow = run.reflowed or run.load_flow(config.reflow.rounds)
+        for steps in (1, config.distil.teacher_steps):
+            name = f"{config.reflow.rounds + 1}-RF {steps}-step"
+            images[name] = draw(flow, teacher, prompts.prompts, prompts.noise, steps, batch_size=batch)
+            forwards[name] = steps
+    name = (
+        f"InstaFlow {config.distil.k}-step" if config.reflow.rounds else f"direct distillation {config.distil.k}-step"
+    )
+    images[name] = draw(student, teacher, prompts.prompts, prompts.noise, config.distil.k, batch_size=batch)
+    forwards[name] = config.distil.k * (2 if config.student.stack != "none" else 1)
+    distance = perceptual_distance(config.perceptual.trunk)
+    yardstick = Yardstick(prompts, judge, images[f"teacher {many}-step"], distance)
+    arms = {arm: yardstick.measure(found) for arm, found in images.items()}
+    shown = {a: i for a, i in images.items() if not (a.endswith(f" {many}-step") and not a.startswith("teacher"))}
+    comparison_grid(shown, prompts.prompts, config.evaluation.grid, run.folder / "comparison.png")
+    metrics = {
+        "teacher": config.teacher,
+        "teacher_sha256": teacher.checksum(),
+        "judge": judge.name,
+        "images": len(prompts),
+        "prompts": config.pairs.prompts,
+        "arms": arms,
+        "unet_forwards_per_image": forwards,
+    }
+    report(metrics)
+    return metrics
+
+
+def sample(solver: Callable[[Tensor, Tensor], Tensor], run: Run, prompts: PromptSet, batch: int) -> Tensor:
+    """Decoded images of a prompt set by any (noise, states) -> latents."""
+    import torch
+
+    parts = []
+    for first in range(0, len(prompts), batch):
+        states = run.teacher.encode(prompts.prompts[first : first + batch])
+        noise = prompts.noise[first : first + batch].to(run.teacher.device)
+        parts.append(run.teacher.decode(solver(noise, states)))
+    return torch.cat(parts)
+
+
+def report(metrics: dict[str, Any]) -> None:
+    """Print one line an arm."""
+    print(f"{metrics['images']} images an arm, judged by {metrics['judge']}")
+    for arm, values in metrics["arms"].items():
+        print(f"  {arm}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+
+def _extractor(kind: str) -> Any:
+    from common.metrics.features import load_extractor
+
+    return load_extractor(kind)
+
+
+# --- your own captions and images ------------------------------------------------------------------------------------
+
+
+def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
+    """One caption for each image file.
+
+    Args:
+        path: COCO's captions_*.json (the first caption of each image), metadata.jsonl ("file_name", "text"), or a text
+            file with a line an image, in the order of the sorted names.
+
+    Raises:
+        UserError: the file is missing, damaged, or has no caption for an image.
+    """
+    if not path.is_file():
+        raise UserError(f"--captions {path}: no such file; expected COCO's captions_*.json, a .jsonl or a .txt file")
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) != len(files):
+            raise UserError(f"{path}: {len(lines)} lines for {len(files)} images; expected one line an image")
+        return lines
+    texts: dict[str, str] = {}
+    try:
+        if path.suffix == ".jsonl":
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                texts.setdefault(Path(row["file_name"]).name, str(row["text"]))
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+            for row in content["annotations"]:
+                texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
+        ) from None
+    bare = [file for file in files if file.name not in texts]
+    if bare:
+        raise UserError(f"{path}: no caption for {bare[0].relative_to(root)} ({len(bare)} such images)")
+    return [texts[file.name] for file in files]
+
+
+def sampler_of(model: Path, solver: str | None, steps: int, guidance: float, device: str) -> tuple[Any, Any]:
+    """(prompts, noise -> uint8 images; latent shape) of a flow directory, or with `solver` of a diffusion teacher."""
+    if solver is None:
+        from instaflow.pipeline import InstaFlowPipeline
+
+        pipeline = InstaFlowPipeline.load(model, device)
+        return (
+            lambda prompts, noise: pipeline(list(prompts), steps=steps, guidance=guidance, latents=noise),
+            pipeline.latent_shape,
+        )
+    from instaflow.pairs import DiffusionSource
+    from instaflow.teacher import Teacher
+
+    teacher = Teacher.load(model, device)
+    source = DiffusionSource(teacher, solver, steps, guidance)
+    return lambda p, noise: teacher.decode(source(noise.to(teacher.device), teacher.encode(p))), teacher.latent_shape
+
+
+def clip_score(images: Tensor, captions: Sequence[str], folder: Path, batch: int = 64) -> float:
+    """Mean cosine of CLIP's image and text embeddings (a transformers CLIPModel directory of the user's)."""
+    import torch
+    from transformers import AutoTokenizer, CLIPModel
+
+    from common.images import resize_clean
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--clip {folder}: not a CLIPModel directory ({' '.join(str(error).split())[:160]})") from None
+    side = model.config.vision_config.image_size
+    # CLIP's own normalisation constants (preprocessor_config.json of every published CLIP).
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    total = 0.0
+    with torch.inference_mode():
+        for first in range(0, len(images), batch):
+            pixels = (resize_clean(images[first : first + batch], side) / 255 - mean) / std
+            tokens = tokenizer(
+                list(captions[first : first + batch]), padding=True, truncation=True, return_tensors="pt"
+            )
+            vision = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+            text = model.text_projection(
+                model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+            )
+            total += float(torch.nn.functional.cosine_similarity(vision, text).double().sum())
+    return total / len(images)
+
+
+def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
+    """FID, KID, precision and recall of a pipeline against a folder of real images, and text-image alignment."""
+    import torch
+
+    from common.images import image_files, open_rgb, resize_uint8
+    from common.metrics.evaluate import evaluate_generator, folder_captions, format_report
+    from instaflow.measures import fixed_noise
+
+    files = image_files(options.images)
+    names = {file.name for file in files}
+    if len(names) < len(files):
+        raise UserError(f"--images {options.images}: two files in different folders have the same name; rename one")
+    if options.captions:
+        captions = read_captions(options.captions, files, options.images)
+    else:
+        found = folder_captions(options.images, files)
+        if found is None:
+            raise UserError(f"{options.images} has no metadata.jsonl: give the captions with --captions FILE")
+        captions = found
+    files, captions = files[: options.count], captions[: options.count]
+    draw_images, shape = sampler_of(options.model, options.solver, options.steps, options.guidance, options.device)
+    started = time.perf_counter()
+    noise = fixed_noise(len(files), shape, options.seed)
+    parts = [
+        draw_images(captions[i : i + options.batch_size], noise[i : i + options.batch_size])
+        for i in range(0, len(files), options.batch_size)
+    ]
+    fake = torch.cat(parts)
+    speed = len(fake) / (time.perf_counter() - started)
+    side = options.size or fake.shape[-1]
+    fake = resize_uint8(fake, side)
+    real = torch.cat([resize_uint8(torch.from_numpy(open_rgb(f)).permute(2, 0, 1)[None], side) for f in files])
+    result: dict[str, Any] = evaluate_generator(
+        fake, real, _extractor(options.extractor), captions if options.alignment else None
+    )
+    result |= {"model": str(options.model), "steps": options.steps, "guidance": options.guidance, "size": side}
+    result["images_per_second"] = round(speed, 2)
+    print(format_report(result))
+    if options.clip:
+        result["clip_score"] = {"value": clip_score(fake, captions, options.clip), "model": options.clip.name}
+        print(f"CLIP score ({options.clip.name}): {result['clip_score']['value']:.4f}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, help="folder of a finished run of train.py")
+    parser.add_argument("--model", type=Path, help="a pipeline directory")
+    parser.add_argument("--images", type=Path, help="folder of real images")
+    parser.add_argument("--captions", type=Path, help="COCO captions_*.json, .jsonl or .txt (default: metadata.jsonl)")
+    parser.add_argument("--count", type=int, default=5000, help="images compared (the first so many)")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--guidance", type=float, default=0.0, help="acts above 1 only")
+    parser.add_argument("--solver", help="diffusers scheduler, when --model is a diffusion teacher")
+    parser.add_argument("--size", type=int, help="both sides are resized to this side (default: the model's)")
+    parser.add_argument("--extractor", default="lite0", help="lite0, lite0@SIZE or inception:FILE")
+    parser.add_argument("--alignment", action="store_true", help="text-image alignment by the repository's own scorer")
+    parser.add_argument("--clip", type=Path, help="a transformers CLIPModel directory, for the CLIP score")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args(argv)
+    if options.run_dir:
+        from instaflow.training import Run
+
+        run = Run.existing(options.run_dir)
+        return run.evaluate(seconds=0.0)
+    if not options.model or not options.images:
+        raise UserError("give --run_dir, or --model and --images")
+    result = evaluate_directory(options)
+    if options.json:
+        from common.files import write_json
+
+        write_json(options.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,223 @@
+"""Measures of samples, the evaluation of a run, and the COCO-style program on a user's own captions and images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data.shapes import Shapes
+from common.errors import UserError
+from common.metrics.distribution import fid
+from instaflow import evaluate
+from instaflow.figures import sideways
+from instaflow.judge import ShapesJudge
+from instaflow.measures import (
+    Yardstick,
+    fixed_noise,
+    high_frequency_energy,
+    high_frequency_error,
+    shapes_prompts,
+    variety,
+)
+from tests.instaflow.tiny_run import PROMPTS, train, write_teacher
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps that also evaluated itself."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    teacher = write_teacher(folder / "teacher")
+    small = {"reflow__steps": 2, "distil__steps": 2, "perceptual__steps": 1}
+    return train(folder / "run", teacher, stages="[pairs,reflow,distil,perceptual,evaluate]", **small)
+
+
+def blurred(images: torch.Tensor) -> torch.Tensor:
+    x = torch.nn.functional.avg_pool2d(images.float(), 3, stride=1, padding=1, count_include_pad=False)
+    return x.round().to(torch.uint8)
+
+
+def test_fixed_noise_does_not_depend_on_how_much_is_drawn() -> None:
+    assert torch.equal(fixed_noise(3, (2, 4, 4)), fixed_noise(8, (2, 4, 4))[:3])
+    assert not torch.equal(fixed_noise(1, (2, 4, 4), seed=1), fixed_noise(1, (2, 4, 4), seed=2))
+
+
+def test_held_out_scenes_satisfy_their_own_specifications(cache: None) -> None:
+    prompts = shapes_prompts(60, (4, 8, 8))
+    assert prompts.reference is not None
+    found = Yardstick(prompts, ShapesJudge(), prompts.reference).measure(prompts.reference)
+    assert found["accuracy"] > 0.9 and found["fd_data"] < 1e-6 and found["hf_error"] == 0.0
+    shuffled = Yardstick(prompts, ShapesJudge(), prompts.reference).measure(prompts.reference.roll(1, 0))
+    assert shuffled["accuracy"] < 0.3 and shuffled["fd_data"] < 1e-6
+
+
+def test_high_frequency_error_sees_blur_and_noise_but_not_colour() -> None:
+    images = torch.from_numpy(np.ascontiguousarray(Shapes("test", 32, 32, seed=3).images))
+    assert high_frequency_energy(blurred(images)) < 0.6 * high_frequency_energy(images)
+    noisy = (images.float() + 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    assert high_frequency_error(noisy.to(torch.uint8), images) > 0.2
+    assert high_frequency_error(images.flip(1), images) < 1e-9
+
+
+def test_high_frequency_energy_of_a_wave_is_its_power_above_the_radius_only() -> None:
+    x = torch.arange(32).float() / 32
+    for cycles, counted in ((4, False), (5, True), (12, True)):
+        wave = (127.5 + 100 * torch.sin(2 * torch.pi * cycles * x)).round()
+        images = wave.expand(1, 3, 32, 32).to(torch.uint8)
+        power = 32 * 32 * float(((wave - wave.mean()) / 255).square().mean())
+        assert high_frequency_energy(images) == pytest.approx(power if counted else 0.0, abs=0.01 * power)
+
+
+def test_judge_separates_wrong_counts_and_textures_better_than_resampled_scenes(cache: None) -> None:
+    judge = ShapesJudge()
+
+    def features(**options: Any) -> torch.Tensor:
+        images = Shapes("test", 192, 32, **options).images
+        return judge(torch.from_numpy(np.ascontiguousarray(images)))
+
+    same, again = features(seed=1), features(seed=2)
+    floor = fid(same, again)
+    assert fid(same, features(seed=2, textures=("solid",))) > 1.2 * floor
+    assert fid(same, features(seed=2, colours=("red", "blue"))) > 1.5 * floor
+    assert fid(same, features(seed=2, tasks=("single",))) > 2 * floor
+
+
+def test_variety_falls_when_every_image_is_the_same() -> None:
+    images = torch.from_numpy(np.ascontiguousarray(Shapes("test", 48, 32, seed=3).images))
+    assert variety(images) > 0.8 and variety(images[:1].expand(48, -1, -1, -1).contiguous()) < 0.01
+
+
+def test_run_compares_all_arms_on_the_same_noises(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    wanted = ["teacher 3-step", "teacher 1-step", "2-RF 1-step", "2-RF 3-step", "InstaFlow 1-step"]
+    assert list(metrics["arms"]) == wanted
+    assert metrics["arms"]["teacher 3-step"]["perceptual"] == 0.0 and metrics["images"] == len(PROMPTS)
+    assert metrics["unet_forwards_per_image"]["teacher 3-step"] == 6
+    assert metrics["unet_forwards_per_image"]["InstaFlow 1-step"] == 1
+    with Image.open(run / "comparison.png") as picture:
+        assert picture.width > 4 * 96 and picture.height > 4 * 96
+
+
+def test_finished_run_is_evaluated_again_with_equal_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((run / "metrics.json").read_text())
+    after = evaluate.main(["--run_dir", str(run)])
+    assert json.loads(json.dumps(after["arms"])) == before["arms"]
+    assert "InstaFlow 1-step" in capsys.readouterr().out
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    data = Shapes("test", 24, 16, seed=4)
+    for i in range(24):
+        Image.fromarray(data.images[i].transpose(1, 2, 0)).save(folder / f"{i:012d}.png")
+    return folder
+
+
+def coco(folder: Path) -> Path:
+    """Captions in COCO's form: several an image, of which the first counts."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012d}.png"} for i in range(24)],
+        "annotations": [
+            {"image_id": i, "caption": text} for i in range(24) for text in (f" {PROMPTS[i % 12]}\n", "another")
+        ],
+    }
+    path = folder.parent / "captions_val2017.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_pipeline_is_compared_with_images_and_coco_captions(run: Path, images: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(run / "pipeline"), "--images", str(images), "--captions", str(coco(images))]
+    out = tmp_path / "out.json"
+    result = evaluate.main([*arguments, "--count", "20", "--extractor", "lite0@32", "--json", str(out)])
+    assert result["n_fake"] == 20 and result["metrics"]["fid_lite0@32"]["value"] > 0
+    assert json.loads(out.read_text())["steps"] == 1
+    teacher = str(run.parent / "teacher")
+    arguments[1] = teacher
+    options = ["--count", "20", "--extractor", "lite0@32", "--solver", "DDIMScheduler", "--steps", "2", "--size", "8"]
+    again = evaluate.main([*arguments, *options, "--guidance", "3"])
+    assert again["size"] == 8 and again["guidance"] == 3.0
+
+
+def test_first_caption_of_each_image_is_taken(images: Path) -> None:
+    files = sorted(images.iterdir())
+    assert evaluate.read_captions(coco(images), files, images)[:3] == PROMPTS[:3]
+
+
+def test_captions_that_do_not_fit_are_refused_by_name(images: Path, tmp_path: Path) -> None:
+    files = sorted(images.iterdir())
+    short, broken, missing = tmp_path / "short.txt", tmp_path / "broken.json", tmp_path / "some.jsonl"
+    short.write_text("a\nb\n")
+    broken.write_text("{")
+    missing.write_text(json.dumps({"file_name": files[0].name, "text": "a"}) + "\n")
+    for path, sentence in (
+        (short, "2 lines for 24 images"),
+        (broken, "not a caption file"),
+        (missing, r"no caption for 0*1.png \(23 such images\)"),
+        (tmp_path / "absent.json", "no such file"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate.read_captions(path, files, images)
+    with pytest.raises(UserError, match=r"no metadata.jsonl: give the captions"):
+        evaluate.main(["--model", str(tmp_path), "--images", str(images)])
+
+
+def test_clip_score_is_the_mean_cosine_of_a_clip_directory(images: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    text = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "eos_token_id": 3}
+    sizes = {"num_attention_heads": 2, "projection_dim": 8}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config={**text, **sizes}, vision_config={**vision, **sizes}, projection_dim=8)
+    ).eval()
+    model.save_pretrained(tmp_path / "clip")
+    tokenizer = AutoTokenizer.from_pretrained(write_teacher(tmp_path / "teacher") / "tokenizer", local_files_only=True)
+    tokenizer.save_pretrained(tmp_path / "clip")
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) for f in sorted(images.iterdir())])
+    captions = [PROMPTS[i % 12] for i in range(24)]
+    value = evaluate.clip_score(pixels, captions, tmp_path / "clip", batch=10)
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        out = model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=(pixels.float() / 255 - mean) / std,
+        )
+    wanted = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).mean()
+    assert value == pytest.approx(float(wanted), abs=1e-4)
+    with pytest.raises(UserError, match="not a CLIPModel directory"):
+        evaluate.clip_score(pixels, captions, tmp_path)
+
+
+def test_paths_of_a_straight_flow_have_no_sideways_part() -> None:
+    noise = fixed_noise(3, (2, 4, 4))
+    along, across = sideways(lambda z, t: torch.ones_like(z), noise, steps=5)
+    assert torch.allclose(along, torch.linspace(0, 1, 6, dtype=torch.float64).expand(3, -1), atol=1e-6)
+    assert across.abs().max() < 1e-5
+
+    def bent(z: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        v = torch.ones_like(z)
+        v[:, 0] += torch.where(t_B < 0.5, 2.0, -2.0).view(-1, 1, 1)
+        return v
+
+    _, across = sideways(bent, noise, steps=10)
+    assert across.max() > 0.2

@@ -34,7 +34,7 @@ def parse_config(
         UserError: a missing file, an unknown key or a value of the wrong type, named as the user wrote it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help=f"YAML file with the options below (default: {default_config})"
     )

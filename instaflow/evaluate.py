@@ -257,7 +257,7 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
     speed = len(fake) / (time.perf_counter() - started)
     side = options.size or fake.shape[-1]
     fake = resize_uint8(fake, side)
-    real = torch.cat([resize_uint8(torch.from_numpy(open_rgb(f)).permute(2, 0, 1)[None], side) for f in files])
+    real = torch.cat([resize_uint8(torch.from_numpy(open_rgb(f).copy()).permute(2, 0, 1)[None], side) for f in files])
     result: dict[str, Any] = evaluate_generator(
         fake, real, _extractor(options.extractor), captions if options.alignment else None
     )

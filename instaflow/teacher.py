@@ -217,8 +217,9 @@ def _read_part(module_class: Any, folder: Path, **dtype: torch.dtype) -> Any:
     # Directories of which only the half-precision files were downloaded.
     plain = [path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"} and ".fp16." not in path.name]
     variant = None if plain else "fp16"
+    # As text: diffusers notes the name in the config, which a saved student could not hold as a Path.
     module, info = module_class.from_pretrained(
-        folder, local_files_only=True, variant=variant, output_loading_info=True, **dtype
+        str(folder), local_files_only=True, variant=variant, output_loading_info=True, **dtype
     )
     # A pooler is not used here, and older files carry no position numbers.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)

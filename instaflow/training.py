@@ -635,10 +635,7 @@ class Run:
 
 def load_teacher(config: InstaFlowConfig) -> Teacher:
     """The run's teacher, on the device where the student will be trained."""
-    teacher = Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))
-    # diffusers notes the folder as a Path, which a student's config.json could not hold.
-    teacher.unet.register_to_config(_name_or_path=str(config.teacher))
-    return teacher
+    return Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))
 
 
 def refuse_other_teacher(folder: Path, name: str, teacher: Teacher) -> None:

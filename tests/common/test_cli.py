@@ -59,6 +59,7 @@ def test_saved_text_gives_the_same_config(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--stepz", "3"], "stepz"),
+        (["--step", "3"], "--step"),  # no abbreviations: a longer name may be meant
         (["--inner.stepz", "3"], "stepz"),
         (["--steps", "many"], "steps.*many"),
         (["--inner.kind", "huge"], "kind.*huge"),

@@ -88,6 +88,7 @@ class OptimiserConfig:
     """AdamW with decay on all parameters, constant rate after a linear warm-up (table 4; the official configs).
 
     Args:
+        cooldown: last fraction of the steps over which the rate falls linearly to zero (0: constant, as in the paper).
         auto_lr: none takes lr as it is (the paper's text); sqrt multiplies it by sqrt(batch / 256) (the official code).
         drop: probability of training without caption or class, for classifier-free guidance.
         snr_loss: compare x_0 instead of the noise at t <= 249 (official option, off).
@@ -98,6 +99,7 @@ class OptimiserConfig:
     weight_decay: float = 0.03
     eps: float = 1e-10
     warmup: int = 1000
+    cooldown: float = 0.0
     grad_clip: float = 0.01
     ema_decay: float = 0.9999
     drop: float = 0.1

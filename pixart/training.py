@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,15 @@ class StageModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options, batch = self.config.optimiser, self.config.trainer.batch_size
+        if not 0.0 <= options.cooldown <= 1.0:
+            raise UserError(f"optimiser.cooldown {options.cooldown}: expected a fraction of the steps, 0 to 1")
         # The official code's auto_lr: its base batch is 256.
         lr = options.lr * math.sqrt(batch / 256) if options.auto_lr == "sqrt" else options.lr
         trained = [p for p in self.network.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=options.weight_decay, eps=options.eps, foreach=True)
-        warmup = max(1, options.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, partial(rate_factor, options.warmup, options.cooldown, self.config.trainer.max_steps)
+        )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -193,6 +197,12 @@ class StageModule(pl.LightningModule):
             self.average.update(self.network)
         # Lightning would keep the gradients until after the next forward pass, beside its activations.
         self.zero_grad(set_to_none=True)
+
+
+def rate_factor(warmup: int, cooldown: float, steps: int, step: int) -> float:
+    """Multiplier of the learning rate in a step: a linear rise, 1, and a linear fall over the last `cooldown` steps."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return rise if cooldown == 0 else min(rise, max(0.0, (steps - step) / (cooldown * steps)))
 
 
 def network_config(config: StageConfig, codec: Codec, encoder: TextEncoder | None, classes: int) -> PixArtConfig:

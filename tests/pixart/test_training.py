@@ -20,6 +20,7 @@ from pixart.config import SamplingConfig, read_recipe
 from pixart.convert import load_dit, load_transformer, reparameterise
 from pixart.diffusion import Diffusion
 from pixart.model import PixArt
+from pixart.training import rate_factor
 from tests.pixart.tiny_run import arguments, losses, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
@@ -318,3 +319,10 @@ def test_dreambooth_gives_every_picture_its_one_caption(reference: Path, tmp_pat
     options = {"data__name": "folder", "data__path": tmp_path / "dog", "data__prompt": "a photo of sks dog"}
     folder = train(tmp_path / "run", "stage2", init_from=reference / "stage2", trainer__batch_size=2, **options)
     assert len(losses(folder / "stage2")) == 6
+
+
+def test_rate_rises_stays_and_falls_to_zero_over_the_cooldown() -> None:
+    rates = [rate_factor(4, 0.5, 20, step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[10] == 1.0
+    assert rates[11:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
+    assert [rate_factor(0, 0.0, 20, step) for step in (0, 19)] == [1.0, 1.0]

@@ -55,7 +55,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "small": {
         "L1": Budget(150, 500),
         "L2": Budget(150, 500),
-        "L3": Budget(50, 600),
+        "L3": Budget(30, 600),
         "L4": Budget(90, 500),
         "L5": Budget(90, 300),
         "L6": Budget(50, 300),
@@ -279,7 +279,7 @@ def measure_l3(seed: int, budget: Budget) -> dict[str, float]:
     arms: dict[str, dict[str, Any]] = {
         "mild": {},
         "strong": {"kl_weight": 0.1},
-        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 300, "disc_width": 16},
+        "gan": {"perceptual": 0.3, "disc_weight": 0.5, "disc_start": 200, "disc_width": 16},
         "vq1024": {"kind": "vq", "n_embed": 1024},
         "vq16": {"kind": "vq", "n_embed": 16},
     }

@@ -18,14 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.arms import Process, Step, Timing, Turns, alternate, faster, matmul, mixed, noted
 from common.errors import UserError, run_main
-from common.ledger import bench_row, peak_memory, write_rows
+from common.ledger import bench_row, write_rows
 from common.paths import REPOSITORY, RESULTS
 
 if TYPE_CHECKING:
@@ -137,12 +133,6 @@ def core_batch(config: LdmConfig, step: int, device: str) -> tuple[Tensor, Tenso
 
 
 # What one arm does, step by step. Each function is called once in its own process and returns its step.
-
-Step = Callable[[int], object]
-
-
-def mixed(device: str, enabled: bool) -> Any:
-    return torch.autocast(device, torch.bfloat16) if enabled else nullcontext()
 
 
 def core_step(
@@ -301,72 +291,6 @@ def keep(path: Path, images: Tensor) -> Tensor:
     return images
 
 
-def matmul(device: str, bf16: bool, side: int = 2048) -> Step:
-    """The processor's own rate: one large square product a step."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    side = side if device == "cpu" else 4 * side
-    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
-    out = torch.empty_like(a)
-    return lambda index: torch.matmul(a, b, out=out)
-
-
-# The protocol between the arms' processes and the one that takes turns.
-
-
-class Turns:
-    """An arm's side: waits for a turn ("12\\n" on stdin: twelve steps), takes it, answers with one line of JSON."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.left = 0
-        self.losses: list[Any] = []
-
-    def wait(self) -> bool:
-        """Block until the next turn; False when there is none."""
-        line = sys.stdin.readline()
-        if not line.strip():
-            return False
-        self.steps = self.left = int(line)
-        self.losses = []
-        self._synchronise()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-        return True
-
-    def done(self, loss: Any = None) -> bool:
-        """One step was made; True when the turn is over (the answer is then out)."""
-        self.left -= 1
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            self.losses.append(loss)
-        if self.left:
-            return False
-        self._synchronise()
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        self.answer(
-            wall=wall / self.steps,
-            cpu=cpu / self.steps,
-            memory=peak_memory(),
-            losses=[float(loss) for loss in self.losses],
-        )
-        return True
-
-    def answer(self, **content: Any) -> None:
-        print(json.dumps(content), flush=True)
-
-    def _synchronise(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def serve(self, step: Step) -> None:
-        """Take turns with a plain step function."""
-        index = 0
-        while self.wait():
-            while True:
-                result = step(index)
-                index += 1
-                if self.done(result):
-                    break
-
-
 def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Path) -> None:
     """Our whole step as `ldm/train.py` runs it: Lightning, cached moments, joint text encoder, clipping, EMA."""
     import pytorch_lightning as pl
@@ -457,58 +381,9 @@ def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
         turns.serve(steps[arm.kind]())
 
 
-class Process:
-    """The other side of `Turns`: an arm's process as seen from the one that takes turns."""
-
-    def __init__(self, arm: Arm, folder: Path, threads: int, sampling_steps: int) -> None:
-        self.arm = arm
-        self.log = (folder / f"{abs(hash(arm))}.log").open("w+")
-        command = [sys.executable, "-m", "benchmarks.ldm", "--arm", json.dumps(vars(arm)), "--folder", str(folder)]
-        command += ["--threads", str(threads), "--sampling-steps", str(sampling_steps)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "1"},
-        )
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Let the arm make `steps` steps."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{steps}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: `answer` says why
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON; libraries may print other lines before it."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        self.log.seek(0)
-        last = "\n".join(self.log.read().splitlines()[-12:])
-        raise RuntimeError(f"{self.arm} ended with status {self.process.wait()}:\n{last}")
-
-    def end(self) -> None:
-        self.process.communicate()
-        self.log.close()
-
-
-@dataclass
-class Timing:
-    """Medians over the rounds, in seconds a step; peak memory in bytes; the losses of the first turn."""
-
-    wall: float
-    cpu: float
-    memory: int
-    losses: list[float]
-    best: float  # fastest round, seconds a step
+def launch(arm: Arm, folder: Path, threads: int, sampling_steps: int) -> Process:
+    """The arm's process, which runs `work`."""
+    return Process("benchmarks.ldm", arm, folder, threads, "--sampling-steps", str(sampling_steps))
 
 
 def take_turns(
@@ -521,37 +396,8 @@ def take_turns(
     sampling_steps: int,
 ) -> dict[str, Timing]:
     """Run the arms alternately and summarise each."""
-    processes = {name: Process(arm, folder, threads, sampling_steps) for name, arm in arms.items()}
-    try:
-        first = {name: process.turn(warm_up[name]) for name, process in processes.items()}
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, process in processes.items():
-                answers[name].append(process.turn(steps[name]))
-    finally:
-        for process in processes.values():
-            process.end()
-    return {
-        name: Timing(
-            statistics.median(a["wall"] for a in given),
-            statistics.median(a["cpu"] for a in given),
-            max(a["memory"] for a in given),
-            first[name]["losses"],
-            min(a["wall"] for a in given),
-        )
-        for name, given in answers.items()
-    }
-
-
-def noted(row: dict[str, Any], note: str) -> dict[str, Any]:
-    return {**row, "note": note}
-
-
-def faster(name: str, ours: Timing, peer: Timing, images: int, target: float | None, note: str) -> dict[str, Any]:
-    """A row of images per second."""
-    load = f"; load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    row = bench_row(name, images / ours.wall, images / peer.wall, "images/s", target=target)
-    return noted(row, f"{note}; {torch.get_num_threads()} threads, CPU-time ratio {peer.cpu / ours.cpu:.2f}{load}")
+    processes = {name: launch(arm, folder, threads, sampling_steps) for name, arm in arms.items()}
+    return alternate(processes, steps, warm_up, rounds)
 
 
 def training_rows(
@@ -702,7 +548,7 @@ def run(
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            preparation = Process(Arm("prepare", size, "cpu"), folder, threads, sampling_steps)
+            preparation = launch(Arm("prepare", size, "cpu"), folder, threads, sampling_steps)
             info = preparation.answer()
             preparation.end()
             found = list(training_rows(size, device, rounds, steps, folder, threads, info))

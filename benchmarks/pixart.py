@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,10 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.ldm import Step, Timing, Turns, faster, matmul, mixed, noted
+from benchmarks.arms import Process, Step, Timing, Turns, alternate, faster, matmul, mixed, noted
 from common.errors import UserError, run_main
 from common.ledger import bench_row, write_rows
-from common.paths import REPOSITORY, RESULTS
+from common.paths import RESULTS
 
 if TYPE_CHECKING:
     from pixart.model import PixArt, PixArtConfig
@@ -314,67 +311,12 @@ def step_flop(size: str) -> float:
     return total / LOSS_STEPS
 
 
-class Process:
-    """The other side of `Turns`: an arm's process as seen from the one that takes turns."""
-
-    def __init__(self, arm: Arm, folder: Path, threads: int) -> None:
-        self.arm = arm
-        self.log = (folder / f"{abs(hash(arm))}.log").open("w+")
-        command = [sys.executable, "-m", "benchmarks.pixart", "--arm", json.dumps(vars(arm)), "--folder", str(folder)]
-        self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "1"},
-        )
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Let the arm make `steps` steps."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(f"{steps}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: what follows says why
-        for line in self.process.stdout:
-            if line.startswith("{"):  # libraries may print other lines before it
-                return json.loads(line)
-        self.log.seek(0)
-        last = "\n".join(self.log.read().splitlines()[-12:])
-        raise RuntimeError(f"{self.arm} ended with status {self.process.wait()}:\n{last}")
-
-    def end(self) -> None:
-        self.process.communicate()
-        self.log.close()
-
-
 def take_turns(
     arms: dict[str, Arm], steps: int, warm_up: int, rounds: int, folder: Path, threads: int
 ) -> dict[str, Timing]:
     """Run the arms alternately and summarise each."""
-    processes = {name: Process(arm, folder, threads) for name, arm in arms.items()}
-    try:
-        first = {name: process.turn(warm_up) for name, process in processes.items()}
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, process in processes.items():
-                answers[name].append(process.turn(steps))
-    finally:
-        for process in processes.values():
-            process.end()
-    return {
-        name: Timing(
-            statistics.median(a["wall"] for a in given),
-            statistics.median(a["cpu"] for a in given),
-            max(a["memory"] for a in given),
-            first[name]["losses"],
-            min(a["wall"] for a in given),
-        )
-        for name, given in answers.items()
-    }
+    processes = {name: Process("benchmarks.pixart", arm, folder, threads) for name, arm in arms.items()}
+    return alternate(processes, dict.fromkeys(arms, steps), dict.fromkeys(arms, warm_up), rounds)
 
 
 def describe(size: str) -> str:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import ldm as bench
-from benchmarks.ldm import Arm, Process, Timing, Turns
+from benchmarks.arms import Timing, Turns
+from benchmarks.ldm import Arm
 from common.cpu import tune_allocator
 from ldm.model import softmax_attention
 
@@ -116,7 +117,7 @@ def test_a_turn_is_exactly_the_steps_that_were_asked_for(monkeypatch, capsys):
 
 
 def test_an_arm_that_fails_is_reported_with_its_last_words(tmp_path):
-    process = Process(Arm("no such kind", "tiny", "cpu"), tmp_path, 1, 4)
+    process = bench.launch(Arm("no such kind", "tiny", "cpu"), tmp_path, 1, 4)
     with pytest.raises(RuntimeError, match="no such kind"):
         process.turn(1)
     process.end()

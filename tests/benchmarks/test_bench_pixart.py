@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import pixart as bench
-from benchmarks.ldm import Timing
+from benchmarks.arms import Timing
 from benchmarks.pixart import Arm
 
 

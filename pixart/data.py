@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import Sampler
 
 from common.data import shapes as scenes
 from common.data.cache import fingerprint_strings
 from common.data.folders import MAX_CORRUPT_SHARE, CorruptImage, Record, decode, read_class_folders, read_metadata
-from common.data.sampling import StepDataModule, generator_step
+from common.data.sampling import StepDataModule
 from common.data.shapes import Scene, Spec
 from common.errors import UserError
 from pixart.buckets import (
@@ -131,9 +131,6 @@ def open_pictures(
     return opened
 
 
-# Buckets ----------------------------------------------------------------------------------------------------------
-
-
 def stage_buckets(config: DataConfig, multiple: int) -> list[Bucket]:
     """The image sizes of a stage, ascending in ratio: those nearest to `ratios`, or the whole table."""
     table = bucket_table(config.size, multiple)
@@ -145,33 +142,8 @@ def stage_buckets(config: DataConfig, multiple: int) -> list[Bucket]:
 class BucketDataModule(StepDataModule):
     """`StepDataModule` whose batches hold pictures of one bucket; the data set has `bucket_N` and `__getitems__`."""
 
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
-        sampler = BucketBatchSampler(
-            self.dataset.bucket_N,  # type: ignore[attr-defined]
-            self.batch_size // self.accumulate,
-            self.steps * self.accumulate,
-            self.seed,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            start=lambda: generator_step(trainer) * self.accumulate,
-        )
-        return DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# Scenes -----------------------------------------------------------------------------------------------------------
+    def sampler(self, batch_size: int, steps: int, seed: int, **options: Any) -> Sampler[list[int]]:
+        return BucketBatchSampler(self.dataset.bucket_N, batch_size, steps, seed, **options)  # type: ignore[attr-defined]
 
 
 def draw_scene(
@@ -311,9 +283,6 @@ def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     )
 
 
-# Emoji ------------------------------------------------------------------------------------------------------------
-
-
 def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
     from common.data.emoji import GROUPS, STYLE_WORDS, EmojiCap
 
@@ -339,9 +308,6 @@ def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int 
         draw=lambda indices: torch.from_numpy(data.images[[chosen[i] for i in indices]].transpose(0, 3, 1, 2).copy()),
         fingerprint=fingerprint_strings([hashlib.sha256(data.images[chosen].tobytes()).hexdigest()]),
     )
-
-
-# The user's own folder ----------------------------------------------------------------------------------------------
 
 
 def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:

@@ -184,9 +184,6 @@ def sample_latents(model: Any, start_BCHW: Tensor, sampling: SamplingConfig, noi
     return iddpm(model, start_BCHW, sampling.steps, noise=noise)
 
 
-# What weights say about themselves ----------------------------------------------------------------------------------
-
-
 def open_painter(
     weights: Path,
     vae: str | None = None,

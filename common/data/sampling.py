@@ -7,6 +7,7 @@ the same samples whatever happened before, on however many processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -155,23 +156,25 @@ class StepDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
-        sampler = StepBatchSampler(
-            len(self.dataset),  # type: ignore[arg-type]
-            self.batch_size // self.accumulate,
-            self.steps * self.accumulate,
-            self.seed,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            start=lambda: generator_step(trainer) * self.accumulate,
-        )
         return DataLoader(
             self.dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.sampler(
+                self.batch_size // self.accumulate,
+                self.steps * self.accumulate,
+                self.seed,
+                rank=trainer.global_rank,
+                world=trainer.world_size,
+                start=lambda: generator_step(trainer) * self.accumulate,
+            ),
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
+
+    def sampler(self, batch_size: int, steps: int, seed: int, **options: Any) -> Sampler[list[int]]:
+        """Which samples each step takes; a set with other rules for its batches overrides this."""
+        return StepBatchSampler(len(self.dataset), batch_size, steps, seed, **options)  # type: ignore[arg-type]
 
 
 def generator_step(trainer: object) -> int:

@@ -70,6 +70,7 @@ class NetworkConfig:
         interpolation_scale: divides the positions when a stage has another resolution than the one before (2 at
             1024 px); multi_scale: micro-conditioning on size and ratio, needed for buckets at the paper's 1024 px.
         adaln: single (the paper's) or block (the ablation of figure 6).
+        embedder_init: official, or unit for narrow networks and short runs (`model.py: UNIT_GAINS`).
     """
 
     patch_size: int = 2
@@ -81,6 +82,7 @@ class NetworkConfig:
     interpolation_scale: float = 1.0
     multi_scale: bool = False
     adaln: Literal["single", "block"] = "single"
+    embedder_init: Literal["official", "unit"] = "official"
 
 
 @dataclass

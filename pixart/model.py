@@ -50,6 +50,7 @@ class PixArtConfig:
     multi_scale: bool = False  # micro-conditioning on size and aspect ratio (PixArtMS)
     adaln: Literal["single", "block"] = "single"  # "block": the ablation of figure 6, an MLP a block on time and text
     classes: int = 0  # of the DiT; 0: conditioned on text
+    embedder_init: Literal["official", "unit"] = "official"  # "unit": see UNIT_GAINS
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
@@ -60,6 +61,8 @@ class PixArtConfig:
             raise ValueError(f"multi_scale embeds height, width and ratio in thirds: width {self.width} % 3 != 0")
         if self.adaln not in ("single", "block"):
             raise ValueError(f'adaln must be "single" or "block", got {self.adaln!r}')
+        if self.embedder_init not in ("official", "unit"):
+            raise ValueError(f'embedder_init must be "official" or "unit", got {self.embedder_init!r}')
 
     @property
     def out_channels(self) -> int:
@@ -397,11 +400,18 @@ class Positions:
 # Names (ends of names) of the linear layers that do not start Xavier-uniform (section 2.2 of DiT; PixArt.initialize).
 NORMAL_LAYERS: tuple[str, ...] = ("t_embedder.mlp.0", "t_embedder.mlp.2", "t_block.1", "y_proj.fc1", "y_proj.fc2")
 NORMAL_LAYERS += ("csize_embedder.mlp.0", "csize_embedder.mlp.2", "ar_embedder.mlp.0", "ar_embedder.mlp.2")
+# Start of the embedders with embedder_init "unit": N(0, gain / sqrt(inputs)). N(0, 0.02) leaves a narrow network with
+# caption tokens of size 0.02, so that a short run hears the text only after thousands of steps. The shared t_block keeps
+# its own start: stage 2 begins with tables that were made for one time.
+UNIT_GAINS = {"y_embedder.y_proj.fc1": 3.0}  # caption features have size 0.3
+UNIT_GAIN = 1.5  # makes up for what a SiLU or GELU takes away
 ZERO_LAYERS = ("cross_attn.proj", "final_layer.linear", "adaLN_modulation.1")
 
 
-def initialise(net: nn.Module) -> None:
+def initialise(net: nn.Module, embedders: Literal["official", "unit"] = "official") -> None:
     """The authors' initialisation of both networks: biases zero, embedders N(0, 0.02), branches that start at zero.
+
+    `embedders="unit"` is ours, for narrow networks and short runs (`UNIT_GAINS`).
 
     DiT's adaLN MLPs start at zero (adaLN-zero); PixArt's tables do not, they keep randn / sqrt(D).
     """
@@ -412,7 +422,10 @@ def initialise(net: nn.Module) -> None:
             if name.endswith(ZERO_LAYERS):
                 nn.init.zeros_(part.weight)
             elif name.endswith(NORMAL_LAYERS):
-                nn.init.normal_(part.weight, std=0.02)
+                std = 0.02
+                if embedders == "unit" and not name.endswith("t_block.1"):
+                    std = UNIT_GAINS.get(name, UNIT_GAIN) / math.sqrt(part.weight.shape[1])
+                nn.init.normal_(part.weight, std=std)
             else:
                 nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
             assert part.bias is not None
@@ -452,7 +465,7 @@ class PixArt(nn.Module):
         # Multi-scale checkpoints hold zeros under this name: their positions are made for the grid of each call.
         self.register_buffer("pos_embed", positions, persistent=not config.multi_scale)
         self.register_load_state_dict_pre_hook(_forget_multi_scale_positions)
-        initialise(self)
+        initialise(self, config.embedder_init)
 
     def encode_caption(
         self, caption_BLC: Tensor, mask_BL: Tensor | None = None, drop_B: Tensor | None = None
@@ -626,7 +639,7 @@ class DiT(nn.Module):
         self.positions = Positions(config)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        initialise(self)
+        initialise(self, config.embedder_init)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, class_B: Tensor | None = None) -> Tensor:
         """Noise and, with `learn_sigma`, variance logits [B, 2C, H, W].

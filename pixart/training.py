@@ -226,6 +226,7 @@ def network_config(config: StageConfig, codec: Codec, encoder: TextEncoder | Non
             interpolation_scale=options.interpolation_scale,
             multi_scale=options.multi_scale,
             adaln=options.adaln if config.kind != "class" else "single",
+            embedder_init=options.embedder_init,
             classes=classes if config.kind == "class" else 0,
         )
     except ValueError as error:

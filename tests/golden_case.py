@@ -84,7 +84,7 @@ def fill_by_rule(named_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return filled
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -> None:
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
     """max|diff| <= tolerance * max(1, max|expected|), the criterion of the goldens' README."""
     assert tuple(actual.shape) == tuple(expected.shape), (
         f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"

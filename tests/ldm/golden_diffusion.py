@@ -34,7 +34,7 @@ from ldm.samplers import (
 )
 from tests.golden_case import Case, Check, assert_close, fill_by_rule
 
-TRAJECTORY = 2e-4
+TRAJECTORY = 1e-5
 
 
 def _kind(start: str, source: str) -> Callable[[Case], bool]:

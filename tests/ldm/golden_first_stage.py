@@ -23,7 +23,7 @@ from ldm.autoencoder import (
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from tests.golden_case import Case, Check, assert_close, fill_by_rule
 
-GRADIENT_TOLERANCE = 2e-4
+GRADIENT_TOLERANCE = 1e-5
 
 
 def load_parameters(module: nn.Module, case: Case, prefix: str = "param") -> None:
@@ -34,7 +34,7 @@ def load_parameters(module: nn.Module, case: Case, prefix: str = "param") -> Non
         module.load_state_dict(case.group(prefix), strict=True)
 
 
-def assert_outputs(case: Case, actual: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def assert_outputs(case: Case, actual: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     """Every recorded output is compared; one that the check does not produce fails by name."""
     for name, expected in case.group("out").items():
         assert name in actual, f"{case.stem}: output {name} is not reproduced"

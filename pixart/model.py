@@ -401,8 +401,8 @@ class Positions:
 NORMAL_LAYERS: tuple[str, ...] = ("t_embedder.mlp.0", "t_embedder.mlp.2", "t_block.1", "y_proj.fc1", "y_proj.fc2")
 NORMAL_LAYERS += ("csize_embedder.mlp.0", "csize_embedder.mlp.2", "ar_embedder.mlp.0", "ar_embedder.mlp.2")
 # Start of the embedders with embedder_init "unit": N(0, gain / sqrt(inputs)). N(0, 0.02) leaves a narrow network with
-# caption tokens of size 0.02, so that a short run hears the text only after thousands of steps. The shared t_block keeps
-# its own start: stage 2 begins with tables that were made for one time.
+# caption tokens of size 0.02, so that a short run hears the text only after thousands of steps. The shared t_block
+# keeps its own start: stage 2 begins with tables that were made for one time.
 UNIT_GAINS = {"y_embedder.y_proj.fc1": 3.0}  # caption features have size 0.3
 UNIT_GAIN = 1.5  # makes up for what a SiLU or GELU takes away
 ZERO_LAYERS = ("cross_attn.proj", "final_layer.linear", "adaLN_modulation.1")

@@ -1,0 +1,547 @@
+"""Weights of the official TensorFlow code and of transformers, both ways.
+
+    python electra/convert.py import CHECKPOINT OUT    official -> transformers: OUT/ and OUT/generator/
+    python electra/convert.py export DIR OUT.npz       transformers (DIR/ and, where it is, DIR/generator/) -> official
+
+CHECKPOINT is a checkpoint of the official code (its folder, or the part of its files' names before ".index"), or an
+.npz or .safetensors file of its variables. `--heads` is needed where heads are not 64 wide: weights do not tell.
+
+What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm has gamma and beta; `layer_3` is
+`layer.3`; `discriminator_predictions/dense_1` is `dense_prediction`; `generator_predictions/output_bias` is
+`generator_lm_head.bias`; the generator's embeddings are the main network's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError, run_main
+from common.files import write_atomically, write_json
+from electra.model import ElectraConfig, Encoder
+from electra.objectives import ElectraPretrainer
+
+StateDict = dict[str, Tensor]
+Architecture = Literal["ElectraForPreTraining", "ElectraForMaskedLM"]
+
+# transformers has no relative positions: such a directory carries another model type, so that AutoModel refuses it.
+MODEL_TYPE, RELATIVE_MODEL_TYPE = "electra", "electra-relative"
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+_SLOTS = ("/adam_m", "/adam_v")  # the official optimizer's moments
+
+
+# Names
+
+
+def official_name(name: str) -> str:
+    """TensorFlow's name of one of our parameters."""
+    name = name.replace("generator_lm_head.bias", "generator_predictions.output_bias")
+    name = name.replace("discriminator_predictions.dense_prediction", "discriminator_predictions.dense_1")
+    name = re.sub(r"\.layer\.(\d+)\.", r".layer_\1.", name)
+    name = re.sub(rf"({'|'.join(_TABLES)})\.weight$", r"\1", name)
+    name = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)
+    name = re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name)
+    return re.sub(r"\.weight$", ".kernel", name).replace(".", "/")
+
+
+def our_name(name: str) -> str:
+    """Our name of a TensorFlow variable: the inverse of `official_name`."""
+    name = name.replace("/", ".")
+    name = name.replace("generator_predictions.output_bias", "generator_lm_head.bias")
+    name = name.replace("discriminator_predictions.dense_1.", "discriminator_predictions.dense_prediction.")
+    name = re.sub(r"\.layer_(\d+)\.", r".layer.\1.", name)
+    name = re.sub(rf"({'|'.join(_TABLES)})$", r"\1.weight", name)
+    name = re.sub(r"\.gamma$", ".weight", name)
+    name = re.sub(r"\.beta$", ".bias", name)
+    return re.sub(r"\.kernel$", ".weight", name)
+
+
+def to_official(state: Mapping[str, Tensor]) -> StateDict:
+    """Parameters (or gradients) under TensorFlow's names and in its layout."""
+    named = {official_name(name): value for name, value in state.items() if "." in name}
+    return {name: value.t() if name.endswith("/kernel") else value for name, value in named.items()}
+
+
+def from_official(variables: Mapping[str, Tensor]) -> StateDict:
+    """Our parameters from TensorFlow's variables; optimizer moments and the step counter are left out."""
+    kept = {k: v for k, v in variables.items() if "/" in k and not k.endswith(_SLOTS)}
+    return {our_name(k): v.t().contiguous() if k.endswith("/kernel") else v for k, v in kept.items()}
+
+
+# transformers
+
+
+def transformers_config(config: ElectraConfig, architecture: Architecture, pad_id: int = 0) -> dict[str, Any]:
+    """The content of config.json; what transformers does not know stands under `pretraining`."""
+    return {
+        "architectures": [architecture],
+        "model_type": RELATIVE_MODEL_TYPE if config.relative_positions else MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.embedding_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position,
+        "type_vocab_size": config.type_vocab,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": config.init_std,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": pad_id,
+        "tie_word_embeddings": True,
+        "pretraining": {"init": config.init, "relative_positions": config.relative_positions},
+    }
+
+
+def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ElectraConfig, StateDict]:
+    """Our configuration and parameters from transformers' config.json and weights.
+
+    Weights of a bare ElectraModel get the prefix `electra.`; a copy of the token table in the vocabulary head and the
+    position_ids buffer are dropped.
+
+    Raises:
+        UserError: another architecture, an activation that is not gelu, or a vocabulary head with its own table.
+    """
+    kind = values.get("model_type", MODEL_TYPE)
+    if kind not in (MODEL_TYPE, RELATIVE_MODEL_TYPE):
+        raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"config.json: hidden_act is {values['hidden_act']!r}; ELECTRA uses gelu")
+    extra = values.get("pretraining", {})
+    try:
+        config = ElectraConfig(
+            vocab_size=values["vocab_size"],
+            embedding_size=values["embedding_size"],
+            hidden_size=values["hidden_size"],
+            layers=values["num_hidden_layers"],
+            heads=values["num_attention_heads"],
+            intermediate_size=values["intermediate_size"],
+            max_position=values["max_position_embeddings"],
+            type_vocab=values.get("type_vocab_size", 2),
+            dropout=values.get("hidden_dropout_prob", 0.1),
+            attention_dropout=values.get("attention_probs_dropout_prob", 0.1),
+            layer_norm_eps=values.get("layer_norm_eps", 1e-12),
+            init_std=values.get("initializer_range", 0.02),
+            relative_positions=kind == RELATIVE_MODEL_TYPE,
+            init=extra.get("init", "official"),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json: {error.args[0]!r} is missing") from None
+    renamed: StateDict = {}
+    for key, value in state.items():
+        name = f"electra.{key}" if key.startswith(("embeddings.", "embeddings_project.", "encoder.")) else key
+        if not name.endswith(".position_ids"):
+            renamed[name] = value
+    if (table := renamed.pop("generator_lm_head.weight", None)) is not None and not torch.equal(
+        table, renamed["electra.embeddings.word_embeddings.weight"]
+    ):
+        raise UserError("the vocabulary head has a token table of its own; ELECTRA's is tied to the embeddings")
+    return config, renamed
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network and its head as read from a transformers directory."""
+
+    config: ElectraConfig
+    architecture: str
+    state: StateDict
+
+    def encoder(self, **changes: Any) -> Encoder:
+        """The encoder alone; `changes` replace fields of its configuration (dropout)."""
+        encoder = Encoder(replace(self.config, **changes))
+        prefix = "electra."
+        encoder.load_state_dict({k[len(prefix) :]: v for k, v in self.state.items() if k.startswith(prefix)})
+        return encoder
+
+
+def load_pretrained(directory: Path) -> Pretrained:
+    """Read config.json and model.safetensors of an Electra model.
+
+    Raises:
+        UserError: a missing or damaged file, pickled weights only, or weights that do not fit the configuration.
+    """
+    directory = Path(directory)
+    config_file, weights = directory / "config.json", directory / "model.safetensors"
+    if not config_file.is_file():
+        raise UserError(f"{directory}: no config.json; expected a directory that transformers or train.py wrote")
+    if not weights.is_file():
+        hint = " (pytorch_model.bin is pickled and not read)" if (directory / "pytorch_model.bin").exists() else ""
+        raise UserError(f"{directory}: no model.safetensors{hint}; save the model with safe_serialization")
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+        state = load_file(weights)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config_file} is not JSON: {error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{weights} is damaged: {error}") from None
+    config, renamed = from_transformers(values, {k: v.float() for k, v in state.items()})
+    with torch.device("meta"):
+        expected = {f"electra.{k}": v.shape for k, v in Encoder(config).state_dict().items()}
+    for name, shape in expected.items():
+        found = renamed.get(name)
+        if found is None or found.shape != shape:
+            what = "is missing" if found is None else f"has shape {list(found.shape)}, config.json means {list(shape)}"
+            raise UserError(f"{weights}: {name} {what}")
+    return Pretrained(config, (values.get("architectures") or ["ElectraModel"])[0], renamed)
+
+
+def write_directory(
+    directory: Path, config: ElectraConfig, architecture: Architecture, state: Mapping[str, Tensor], pad_id: int = 0
+) -> None:
+    """config.json and model.safetensors, each written atomically."""
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous().clone() for k, v in state.items()}
+    write = lambda path: save_file(tensors, path, metadata={"format": "pt"})  # noqa: E731
+    write_atomically(directory / "model.safetensors", write)
+    write_json(directory / "config.json", transformers_config(config, architecture, pad_id))
+
+
+def save_transformers(model: ElectraPretrainer, directory: Path, vocabulary: Path | None = None) -> None:
+    """Save a pre-trained model for transformers.
+
+    `directory` holds the main network: ElectraForPreTraining for replaced-token detection, ElectraForMaskedLM for the
+    MLM objectives (without the copy gate of All-Tokens MLM, which transformers lacks). `directory/generator` holds the
+    generator as ElectraForMaskedLM, where there is one.
+
+    Args:
+        vocabulary: a vocab.txt to copy beside both, with which AutoTokenizer reads the directory.
+    """
+    state = {k: v for k, v in model.state_dict().items() if "." in k}
+    main = {k: v for k, v in state.items() if k.startswith("electra.")}
+    pad = model.special.pad
+    written = [directory]
+    own_head = {k: v for k, v in state.items() if k.startswith(("generator_predictions.", "generator_lm_head."))}
+    if model.objective in ("electra", "electra15"):
+        head = {k: v for k, v in state.items() if k.startswith("discriminator_predictions.")}
+        write_directory(directory, model.config, "ElectraForPreTraining", {**main, **head}, pad)
+    else:
+        head = own_head
+        if model.objective != "mlm":
+            head = {
+                k.replace("mlm_predictions.", "generator_predictions.").replace("mlm_lm_head.", "generator_lm_head."): v
+                for k, v in state.items()
+                if k.startswith(("mlm_predictions.", "mlm_lm_head."))
+            }
+        write_directory(directory, model.config, "ElectraForMaskedLM", {**main, **head}, pad)
+    if model.objective != "mlm" and own_head:
+        encoder = {k: v for k, v in main.items() if k.startswith("electra.embeddings.")}
+        if model.generator is None:
+            encoder = main
+        encoder |= {f"electra.{k[10:]}": v for k, v in state.items() if k.startswith("generator.")}
+        config = model.config.generator_config()
+        write_directory(directory / "generator", config, "ElectraForMaskedLM", {**encoder, **own_head}, pad)
+        written.append(directory / "generator")
+    if vocabulary is not None:
+        for folder in written:
+            write_atomically(folder / "vocab.txt", lambda path: shutil.copyfile(vocabulary, path))
+            write_json(
+                folder / "tokenizer_config.json",
+                {
+                    "tokenizer_class": "ElectraTokenizer",
+                    "do_lower_case": True,
+                    "model_max_length": model.config.max_position,
+                },
+            )
+
+
+def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -> tuple[ElectraConfig, StateDict]:
+    """Configuration and parameters of an `ElectraPretrainer` that goes on from two transformers directories.
+
+    Raises:
+        UserError: the two have different vocabularies, depths or embedding sizes.
+    """
+    config, state = discriminator.config, dict(discriminator.state)
+    if generator is None:
+        return config, state
+    small = generator.config
+    prefix = "electra.embeddings."
+    tied = config.embedding_size == small.embedding_size and all(
+        torch.equal(v, state[k]) for k, v in generator.state.items() if k.startswith(prefix)
+    )
+    for name in ("vocab_size", "layers", "max_position", "type_vocab"):
+        if getattr(config, name) != getattr(small, name):
+            raise UserError(
+                f"generator and discriminator do not belong together: {name} is {getattr(small, name)} in the one and "
+                f"{getattr(config, name)} in the other"
+            )
+    for name, value in generator.state.items():
+        if not name.startswith("electra."):
+            state[name] = value
+        elif not (tied and name.startswith(prefix)):
+            state[f"generator.{name.removeprefix('electra.')}"] = value
+    if not tied and small.embedding_size != small.hidden_size:
+        raise UserError(
+            f"the generator has embeddings of its own, {small.embedding_size} wide, but hidden states of "
+            f"{small.hidden_size}: the official code makes both equal, so training cannot go on from it"
+        )
+    return (
+        replace(
+            config,
+            generator_factor=small.hidden_size / config.hidden_size,
+            generator_heads=small.heads,
+            generator_intermediate_size=small.intermediate_size,
+            tying="embeddings" if tied else "none",
+        ),
+        state,
+    )
+
+
+# Official checkpoints
+
+
+def infer_config(state: Mapping[str, Tensor], heads: int = 0, generator_heads: int = 0) -> ElectraConfig:
+    """Sizes from our parameter names; heads are 64 wide unless given.
+
+    Raises:
+        UserError: the state dict is not that of an ELECTRA model.
+    """
+    layer = "encoder.layer.{}.attention.self.query.weight"
+    for key in ("electra.embeddings.word_embeddings.weight", f"electra.{layer.format(0)}"):
+        if key not in state:
+            raise UserError(f"no variable {official_name(key)}: not a checkpoint of the official ELECTRA code")
+    vocabulary, embedding = state["electra.embeddings.word_embeddings.weight"].shape
+    hidden = len(state[f"electra.{layer.format(0)}"])
+    config = ElectraConfig(
+        vocab_size=vocabulary,
+        embedding_size=embedding,
+        hidden_size=hidden,
+        layers=sum(k.startswith("electra.") and k.endswith(layer.partition("{}")[2]) for k in state),
+        heads=heads or max(1, hidden // 64),
+        intermediate_size=len(state["electra.encoder.layer.0.intermediate.dense.weight"]),
+        max_position=len(state["electra.embeddings.position_embeddings.weight"]),
+        type_vocab=len(state["electra.embeddings.token_type_embeddings.weight"]),
+    )
+    if (query := state.get(f"generator.{layer.format(0)}")) is None:
+        return config
+    return replace(
+        config,
+        generator_factor=len(query) / hidden,
+        generator_heads=generator_heads or max(1, len(query) // 64),
+        generator_intermediate_size=len(state["generator.encoder.layer.0.intermediate.dense.weight"]),
+        tying="none" if "generator.embeddings.word_embeddings.weight" in state else "embeddings",
+    )
+
+
+def import_official(
+    variables: Mapping[str, Tensor], directory: Path, heads: int = 0, generator_heads: int = 0
+) -> list[Path]:
+    """Write transformers directories from official variables; returns the directories."""
+    state = from_official(variables)
+    config = infer_config(state, heads, generator_heads)
+    main = {k: v for k, v in state.items() if k.startswith("electra.")}
+    mlm_head = {k: v for k, v in state.items() if k.startswith(("generator_predictions.", "generator_lm_head."))}
+    rtd_head = {k: v for k, v in state.items() if k.startswith("discriminator_predictions.")}
+    if not rtd_head:
+        write_directory(directory, config, "ElectraForMaskedLM", {**main, **mlm_head})
+        return [directory]
+    write_directory(directory, config, "ElectraForPreTraining", {**main, **rtd_head})
+    if not mlm_head:
+        return [directory]
+    small = {k: v for k, v in main.items() if k.startswith("electra.embeddings.")}
+    own = {f"electra.{k.removeprefix('generator.')}": v for k, v in state.items() if k.startswith("generator.")}
+    generator = {**(small if own else main), **own, **mlm_head}
+    write_directory(
+        directory / "generator", config.generator_config() if own else config, "ElectraForMaskedLM", generator
+    )
+    return [directory, directory / "generator"]
+
+
+def export_official(directory: Path) -> StateDict:
+    """Official variables of DIR and, where it exists, DIR/generator."""
+    main = load_pretrained(directory)
+    generator = load_pretrained(directory / "generator") if (directory / "generator").is_dir() else None
+    if main.config.relative_positions:
+        raise UserError(f"{directory}: the official code has no relative positions")
+    return to_official(pretraining_state(main, generator)[1])
+
+
+def read_variables(path: Path) -> StateDict:
+    """Variables of an official checkpoint, or of an .npz or .safetensors file of them.
+
+    Raises:
+        UserError: nothing readable there.
+    """
+    try:
+        if path.suffix == ".safetensors" and path.is_file():
+            variables = load_file(path)
+            return {k.removeprefix("param/"): v for k, v in variables.items() if not k.startswith(("in/", "out/"))}
+        if path.suffix == ".npz" and path.is_file():
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if path.is_dir():
+        indices = sorted(path.glob("*.index"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)] or [0])
+        if not indices:
+            raise UserError(f"{path}: no *.index file; expected a folder of an official checkpoint")
+        path = indices[-1].with_suffix("")
+    return dict(read_bundle(path))
+
+
+# TensorFlow's checkpoint format V2: PREFIX.index is a sorted-string table (LevelDB's format, uncompressed) of protocol
+# buffers, PREFIX.data-* hold the bytes.
+
+_TABLE_MAGIC = 0xDB4775248B80FB57
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<f8"),
+    3: np.dtype("<i4"),
+    9: np.dtype("<i8"),
+    19: np.dtype("<f2"),
+}
+
+
+def read_bundle(prefix: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a checkpoint's numeric variables.
+
+    Raises:
+        UserError: a missing, compressed or damaged file.
+    """
+    index = prefix.with_name(prefix.name + ".index")
+    if not index.is_file():
+        raise UserError(f"{index}: no such file; give a checkpoint's folder or its files' common prefix")
+    try:
+        entries = dict(_table_entries(index.read_bytes()))
+        header = _message(entries.pop(b""))
+        shards = int(header.get(1, [1])[0])
+        files: dict[int, np.memmap[Any, Any]] = {}
+        for key, value in entries.items():
+            entry = _message(value)
+            dtype = _DTYPES.get(int(entry.get(1, [0])[0]))
+            if dtype is None or 7 in entry:  # strings and partitioned variables: no ELECTRA weight is one
+                continue
+            shape = [_message(dim).get(1, [0])[0] for dim in _message(entry.get(2, [b""])[0]).get(2, [])]
+            shard, start, size = (int(entry.get(field, [0])[0]) for field in (3, 4, 5))
+            if shard not in files:
+                data = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
+                files[shard] = np.memmap(data, np.uint8, "r")
+            raw = files[shard][start : start + size].tobytes()
+            yield key.decode(), torch.from_numpy(np.frombuffer(raw, dtype).reshape(shape).copy())
+    except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
+        raise UserError(f"{prefix}: not a whole TensorFlow checkpoint: {error}") from None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, position after it) of a little-endian base-128 number."""
+    value, shift = 0, 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _message(data: bytes | int) -> dict[int, list[Any]]:
+    """Fields of a protocol buffer: numbers as integers, nested messages as bytes."""
+    if isinstance(data, int):
+        raise ValueError("a number where a message was expected")
+    fields: dict[int, list[Any]] = {}
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        value: int | bytes
+        if kind == 0:
+            value, at = _varint(data, at)
+        elif kind == 2:
+            length, at = _varint(data, at)
+            value, at = data[at : at + length], at + length
+        elif kind in (1, 5):
+            width = 8 if kind == 1 else 4
+            value, at = int.from_bytes(data[at : at + width], "little"), at + width
+        else:
+            raise ValueError(f"unknown wire type {kind}")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def _table_entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a sorted-string table."""
+    if len(table) < 48 or struct.unpack("<Q", table[-8:])[0] != _TABLE_MAGIC:
+        raise ValueError("the index has no table footer")
+    _, at = _varint(table, len(table) - 48)
+    _, at = _varint(table, at)
+    for _, handle in _block_entries(table, *_handle(table, at)):
+        yield from _block_entries(table, *_handle(handle, 0))
+
+
+def _handle(data: bytes, at: int) -> tuple[int, int]:
+    """(offset, size) of a block."""
+    offset, at = _varint(data, at)
+    return offset, _varint(data, at)[0]
+
+
+def _block_entries(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Entries of a block: each key shares a prefix with the one before."""
+    if table[offset + size] != 0:
+        raise ValueError("the index is compressed, which TensorFlow's own writer never does")
+    block = table[offset : offset + size]
+    end = size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
+    key, at = b"", 0
+    while at < end:
+        shared, at = _varint(block, at)
+        added, at = _varint(block, at)
+        length, at = _varint(block, at)
+        key = key[:shared] + block[at : at + added]
+        at += added
+        yield key, block[at : at + length]
+        at += length
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    importer = commands.add_parser("import", help="official checkpoint -> transformers directories")
+    importer.add_argument("checkpoint", type=Path)
+    importer.add_argument("out", type=Path)
+    importer.add_argument("--heads", type=int, default=0, help="of the main network (default: hidden size / 64)")
+    importer.add_argument("--generator-heads", type=int, default=0, help="of the generator (default: likewise)")
+    exporter = commands.add_parser(
+        "export", help="transformers directory -> .npz or .safetensors of official variables"
+    )
+    exporter.add_argument("directory", type=Path)
+    exporter.add_argument("out", type=Path)
+    options = parser.parse_args(arguments)
+    if options.command == "import":
+        variables = read_variables(options.checkpoint)
+        for folder in import_official(variables, options.out, options.heads, options.generator_heads):
+            print(f"wrote {folder}")
+        return
+    variables = {k: v.contiguous() for k, v in export_official(options.directory).items()}
+    if options.out.suffix == ".npz":
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in variables.items()}
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **arrays)
+
+        write_atomically(options.out, write)
+    elif options.out.suffix == ".safetensors":
+        write_atomically(options.out, lambda path: save_file(variables, path))
+    else:
+        raise UserError(f"{options.out}: expected a name that ends in .npz or .safetensors")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

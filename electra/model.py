@@ -1,0 +1,527 @@
+"""The networks: BERT encoder, masked-language-model head, replaced-token-detection head.
+
+Shapes: B rows, L tokens of a row, N packed tokens of a batch (no padding), M selected tokens, D hidden size,
+E embedding size, V vocabulary, A heads, H width of a head.
+
+Tokens of all rows stand one after the other (`Batch`), so that no linear layer works on padding; attention is
+block-diagonal. Parameters have the names of transformers' ElectraModel. Sizes: the paper's appendix, table of
+pre-training hyper-parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+Tying = Literal["none", "embeddings", "all"]
+GeneratorKind = Literal["network", "uniform", "unigram"]
+Init = Literal["official", "fan_in"]
+
+# More runs of equal row length than this are attended in one padded call instead of one call each (CPU).
+MOST_CALLS = 8
+
+
+@dataclass(frozen=True)
+class ElectraConfig:
+    """Sizes of the main network and how the generator follows from them.
+
+    Args:
+        relative_positions: a learned bias per head and distance in every attention, starting as ALiBi's slopes. For
+            tiny budgets only, where absolute positions alone do not start to learn; no published model has it.
+        init: "official" is a normal of std `init_std` cut at two deviations; "fan_in" a std of 0.7 / sqrt(fan_in).
+        generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
+        generator_heads: 0 keeps the width of a head, at least one head.
+        generator_intermediate_size: 0 shrinks the main network's by the same factor.
+        generator: "uniform" and "unigram" sample without a network (paper section 3.2).
+        tying: what generator and main network share: nothing, the embedding block, or every encoder weight.
+    """
+
+    vocab_size: int = 30522
+    embedding_size: int = 128
+    hidden_size: int = 256
+    layers: int = 12
+    heads: int = 4
+    intermediate_size: int = 1024
+    max_position: int = 512
+    type_vocab: int = 2
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_norm_eps: float = 1e-12
+    init_std: float = 0.02
+    relative_positions: bool = False
+    init: Init = "official"
+    generator_factor: float = 0.25
+    generator_heads: int = 0
+    generator_intermediate_size: int = 0
+    generator: GeneratorKind = "network"
+    tying: Tying = "embeddings"
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "embedding_size", "hidden_size", "layers", "heads", "intermediate_size", "max_position")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.heads {self.heads}; change one"
+            )
+        if not 0 < self.generator_factor <= 1:
+            raise UserError(f"model.generator_factor {self.generator_factor} must be above 0 and at most 1")
+        if self.tying == "all" and (self.generator != "network" or self.generator_factor != 1):
+            raise UserError('model.tying "all" needs model.generator "network" and model.generator_factor 1')
+
+    def generator_config(self) -> ElectraConfig:
+        """Configuration of the generator's encoder; the same object where all weights are shared.
+
+        Embeddings of its own (tying "none") are as wide as its hidden states, as in the official code.
+        """
+        if self.tying == "all":
+            return self
+        hidden = round(self.hidden_size * self.generator_factor)
+        heads = self.generator_heads or max(1, hidden * self.heads // self.hidden_size)
+        intermediate = self.generator_intermediate_size or round(self.intermediate_size * self.generator_factor)
+        embedding = hidden if self.tying == "none" else self.embedding_size
+        return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
+
+    @classmethod
+    def small(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Small of the paper (14M); the released "Small++" has `generator_factor=1`."""
+        return cls(**changes)
+
+    @classmethod
+    def base(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Base (110M)."""
+        sizes = dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3)
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def large(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Large (335M)."""
+        sizes = dict(embedding_size=1024, hidden_size=1024, layers=24, heads=16, intermediate_size=4096)
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ElectraConfig:
+        """From plain values; an unknown key is a UserError."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"model.{unknown[0]} is not an option; there are: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens packed without padding.
+
+    Args:
+        ids_N: token ids, int64.
+        types_N: segment ids, int64.
+        positions_N: position within the row, int64.
+        cu_lengths: [B + 1] int32, where each row starts; the last entry is N.
+        lengths: the same on the host, tokens of each row.
+        max_length: at least the longest row; a fixed value keeps compiled code from specialising on it.
+        width: of the padded layout that `pad` makes (0: the longest row).
+    """
+
+    ids_N: Tensor
+    types_N: Tensor
+    positions_N: Tensor
+    cu_lengths: Tensor
+    lengths: tuple[int, ...]
+    max_length: int
+    width: int = 0
+    columns_N: Tensor | None = field(default=None, repr=False)  # place in a padded row, where that is not the position
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Tensor], types: Sequence[Tensor] | None = None, max_length: int = 0) -> Batch:
+        """Rows of ids (1-d, any integer type); types default to 0. Rows of equal length side by side attend fastest."""
+        lengths = tuple(len(row) for row in rows)
+        if not rows or not min(lengths):
+            raise UserError("a batch needs at least one row, and every row at least one token")
+        ids_N = torch.cat(list(rows)).long()
+        types_N = torch.zeros_like(ids_N) if types is None else torch.cat(list(types)).long()
+        return cls.from_flat(ids_N, types_N, lengths, max_length)
+
+    @classmethod
+    def from_flat(cls, ids_N: Tensor, types_N: Tensor, lengths: Sequence[int], max_length: int = 0) -> Batch:
+        """Ids and types of all rows one after the other."""
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        return cls(
+            ids_N,
+            types_N,
+            torch.from_numpy(positions).to(ids_N.device),
+            torch.from_numpy(starts.astype(np.int32)).to(ids_N.device),
+            tuple(int(n) for n in lengths),
+            max(max_length, *lengths),
+        )
+
+    @classmethod
+    def from_padded(cls, ids_BL: Tensor, mask_BL: Tensor | None = None, types_BL: Tensor | None = None) -> Batch:
+        """A padded batch; tokens with mask 0 are left out (wherever they stand), positions are the columns."""
+        if mask_BL is None:
+            mask_BL = torch.ones_like(ids_BL)
+        real_BL = mask_BL.bool()
+        counts = real_BL.sum(1).cpu()
+        rows_N, columns_N = real_BL.nonzero(as_tuple=True)
+        cu_lengths = F.pad(counts.cumsum(0), (1, 0)).to(ids_BL.device, torch.int32)
+        types_N = torch.zeros_like(columns_N) if types_BL is None else types_BL[rows_N, columns_N].long()
+        lengths = tuple(counts.tolist())
+        dense = bool((columns_N == torch.arange(len(columns_N), device=ids_BL.device) - cu_lengths[rows_N]).all())
+        return cls(
+            ids_BL[rows_N, columns_N].long(),
+            types_N,
+            columns_N,
+            cu_lengths,
+            lengths,
+            max(1, *lengths),
+            ids_BL.shape[1],
+            None if dense else columns_N,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        return replace(
+            self,
+            ids_N=change(self.ids_N),
+            types_N=change(self.types_N),
+            positions_N=change(self.positions_N),
+            cu_lengths=change(self.cu_lengths),
+            columns_N=None if self.columns_N is None else change(self.columns_N),
+        )
+
+    @cached_property
+    def rows_N(self) -> Tensor:
+        """Row of each token, int64."""
+        counts = (self.cu_lengths[1:] - self.cu_lengths[:-1]).long()
+        rows = torch.arange(len(counts), device=self.cu_lengths.device)
+        return torch.repeat_interleave(rows, counts, output_size=len(self.ids_N))
+
+    @cached_property
+    def starts_B(self) -> Tensor:
+        """Where each row's first token ([CLS]) stands, int64; empty rows have none."""
+        return self.cu_lengths[:-1].long()
+
+    def pad(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[N, ...] -> [B, width, ...], padding filled with `fill`."""
+        width = self.width or max(self.lengths)
+        places_N = self.rows_N * width + (self._places_in_row if self.columns_N is None else self.columns_N)
+        padded = values.new_full((len(self.lengths) * width, *values.shape[1:]), fill)
+        return padded.index_copy(0, places_N, values).unflatten(0, (-1, width))
+
+    @cached_property
+    def _places_in_row(self) -> Tensor:
+        return torch.arange(len(self.ids_N), device=self.ids_N.device) - self.starts_B[self.rows_N]
+
+    @cached_property
+    def _attention_places_N(self) -> Tensor:
+        """Index of each token in rows padded to the longest."""
+        return self.rows_N * self.max_length + self._places_in_row
+
+    @cached_property
+    def _attention_mask_B11L(self) -> Tensor:
+        """True at real keys; the first key of an empty row counts as real, lest its softmax be 0 / 0."""
+        counts_B1 = (self.cu_lengths[1:] - self.cu_lengths[:-1]).clamp_min(1)[:, None]
+        return (torch.arange(self.max_length, device=self.cu_lengths.device) < counts_B1)[:, None, None]
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring rows of equal length: (rows, length)."""
+        return [(len(list(run)), length) for length, run in groupby(n for n in self.lengths if n)]
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and signed distance, added to every layer's attention scores.
+
+    It starts at ALiBi's -|i - j| * 2^-(a+1) (Press et al. 2022, eight heads) and can then tell left from right.
+    """
+
+    def __init__(self, heads: int, max_position: int) -> None:
+        super().__init__()
+        self.max_position = max_position
+        self.slopes = [2.0 ** -(a % 8 + 1) for a in range(heads)]
+        self.bias = nn.Parameter(torch.empty(heads, 2 * max_position - 1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        distance = torch.arange(-(self.max_position - 1), self.max_position, dtype=torch.float32).abs()
+        self.bias.copy_(-torch.tensor(self.slopes)[:, None] * distance)
+
+    def forward(self, positions_L: Tensor) -> Tensor:
+        """[A, L, L], the bias of query i on key j."""
+        return self.bias[:, positions_L[None, :] - positions_L[:, None] + self.max_position - 1]
+
+
+class Embeddings(nn.Module):
+    """Token + type + position, LayerNorm, dropout; each table E wide."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.position_embeddings = nn.Embedding(config.max_position, config.embedding_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab, config.embedding_size)
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, batch: Batch, ids_N: Tensor | None = None) -> Tensor:
+        """[N, E] of the batch, its ids replaced by `ids_N` where given."""
+        x_NE = self.word_embeddings(batch.ids_N if ids_N is None else ids_N)
+        x_NE = x_NE + self.position_embeddings(batch.positions_N) + self.token_type_embeddings(batch.types_N)
+        return self.dropout(self.LayerNorm(x_NE))
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(linear(x))): how attention and feed-forward end."""
+
+    def __init__(self, width: int, config: ElectraConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, residual_ND: Tensor) -> Tensor:
+        return self.LayerNorm(residual_ND + self.dropout(self.dense(x)))
+
+
+class SelfAttention(nn.Module):
+    """Block-diagonal multi-head attention; the three projections run as one matrix product."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.heads, self.dropout = config.heads, config.attention_dropout
+
+    def forward(self, x_ND: Tensor, batch: Batch, bias_ALL: Tensor | None) -> Tensor:
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        qkv_N3AH = F.linear(x_ND, weight, bias).unflatten(1, (3, self.heads, -1))
+        return attend(qkv_N3AH, batch, bias_ALL, self.dropout if self.training else 0.0).flatten(1)
+
+
+def attend(qkv_N3AH: Tensor, batch: Batch, bias_ALL: Tensor | None, dropout: float) -> Tensor:
+    """Attention of each row to itself: [N, A, H].
+
+    Half precision on CUDA runs FlashAttention on the packed tokens; elsewhere rows of equal length that stand side by
+    side share a call, and batches with many different lengths are padded for this one operation.
+    """
+    if qkv_N3AH.is_cuda and bias_ALL is None and qkv_N3AH.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = qkv_N3AH.unbind(1)
+        cu, longest = batch.cu_lengths, batch.max_length
+        return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, dropout, False, False)[0]
+    if not qkv_N3AH.is_cuda and len(batch._runs) <= MOST_CALLS:
+        sizes = [rows * length for rows, length in batch._runs]
+        parts = zip(qkv_N3AH.split(sizes), batch._runs)
+        outs = [_attend_rows(part.unflatten(0, run), bias_ALL, None, dropout).flatten(0, 1) for part, run in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+    rows, width = len(batch.lengths), batch.max_length
+    padded = qkv_N3AH.new_zeros(rows * width, *qkv_N3AH.shape[1:])
+    padded = padded.index_copy(0, batch._attention_places_N, qkv_N3AH).unflatten(0, (rows, width))
+    out_BLAH = _attend_rows(padded, bias_ALL, batch._attention_mask_B11L, dropout)
+    return out_BLAH.flatten(0, 1).index_select(0, batch._attention_places_N)
+
+
+def _attend_rows(qkv_BL3AH: Tensor, bias_ALL: Tensor | None, keys_B11L: Tensor | None, dropout: float) -> Tensor:
+    """[B, L, A, H] for rows of one length."""
+    q, k, v = qkv_BL3AH.permute(2, 0, 3, 1, 4).unbind()
+    mask = keys_B11L
+    if bias_ALL is not None:
+        length = q.shape[2]
+        mask = bias_ALL[None, :, :length, :length].to(q.dtype)
+        if keys_B11L is not None:
+            mask = mask.masked_fill(~keys_B11L, float("-inf"))
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        return _attention_by_products(q, k, v, mask, dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+
+
+def _attention_by_products(
+    q_BALH: Tensor, k_BALH: Tensor, v_BALH: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Attention written out. In bfloat16 a CPU makes these products two to four times faster than torch's fused
+    attention, forward and backward (measured for 96 to 512 tokens); in float32 the two take as long."""
+    scores_BALL = torch.matmul(q_BALH, k_BALH.transpose(2, 3)) * q_BALH.shape[3] ** -0.5
+    if mask is not None:
+        scores_BALL = scores_BALL.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores_BALL + mask
+    return torch.matmul(F.dropout(torch.softmax(scores_BALL, dim=-1), dropout), v_BALH)
+
+
+class Attention(nn.Module):
+    """Self-attention and its output; the two submodules carry transformers' names."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = ResidualOutput(config.hidden_size, config)
+
+
+class Intermediate(nn.Module):
+    """First half of the feed-forward network: linear and exact gelu."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.gelu(self.dense(x_ND))
+
+
+class Layer(nn.Module):
+    """A post-LayerNorm transformer block."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config.intermediate_size, config)
+
+    def forward(self, x_ND: Tensor, batch: Batch, bias_ALL: Tensor | None, select_M: Tensor | None = None) -> Tensor:
+        """All tokens, or after attention only those of `select_M`."""
+        context_ND = self.attention.self(x_ND, batch, bias_ALL)
+        if select_M is not None:
+            context_ND, x_ND = context_ND[select_M], x_ND[select_M]
+        x_ND = self.attention.output(context_ND, x_ND)
+        return self.output(self.intermediate(x_ND), x_ND)
+
+
+class Layers(nn.Module):
+    """The stack of blocks, under transformers' name `layer`."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+
+
+class Encoder(nn.Module):
+    """Embeddings, their projection to the hidden size, and the transformer: transformers' ElectraModel.
+
+    Args:
+        own_embeddings: False for a generator that reads the main network's (weight tying); then `forward` needs them.
+    """
+
+    def __init__(self, config: ElectraConfig, own_embeddings: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config) if own_embeddings else None
+        needs_projection = config.embedding_size != config.hidden_size
+        self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if needs_projection else None
+        self.relative_positions = RelativeBias(config.heads, config.max_position) if config.relative_positions else None
+        self.encoder = Layers(config)
+        initialise(self, config)
+
+    def forward(
+        self,
+        batch: Batch,
+        ids_N: Tensor | None = None,
+        embeddings: Embeddings | None = None,
+        select_M: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states [N, D] of the packed tokens.
+
+        Args:
+            ids_N: read these ids instead of the batch's.
+            embeddings: of another network (weight tying).
+            select_M: return only these tokens, [M, D]; the last block then skips the others after its attention.
+            states: a list that receives the embeddings and every block's output (all tokens but for the last block).
+
+        Raises:
+            UserError: a row is longer than the position table.
+        """
+        if batch.max_length > self.config.max_position:
+            raise UserError(
+                f"a row of {batch.max_length} tokens does not fit model.max_position {self.config.max_position}: "
+                "cut the rows or use a model with more positions"
+            )
+        source = embeddings or self.embeddings
+        assert source is not None, "an encoder without embeddings needs them from another"
+        x_ND = source(batch, ids_N)
+        if self.embeddings_project is not None:
+            x_ND = self.embeddings_project(x_ND)
+        bias_ALL = None
+        if self.relative_positions is not None:
+            bias_ALL = self.relative_positions(torch.arange(batch.max_length, device=x_ND.device))
+        if states is not None:
+            states.append(x_ND)
+        last = len(self.encoder.layer) - 1
+        for i, layer in enumerate(self.encoder.layer):
+            x_ND = layer(x_ND, batch, bias_ALL, select_M if i == last else None)
+            if states is not None:
+                states.append(x_ND)
+        return x_ND
+
+
+class MlmHead(nn.Module):
+    """Hidden state to the space of the token table: linear, gelu, LayerNorm (transformers' generator_predictions)."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, config.layer_norm_eps)
+        initialise(self, config)
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        """[M, E]; logits are its products with the token table plus `OutputBias`."""
+        return self.LayerNorm(F.gelu(self.dense(hidden_MD)))
+
+
+class OutputBias(nn.Module):
+    """The bias of the vocabulary's logits (transformers' generator_lm_head.bias; its weight is the token table)."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class RtdHead(nn.Module):
+    """Replaced-token detection: linear, gelu, one logit a token, positive for "replaced"."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense_prediction = nn.Linear(config.hidden_size, 1)
+        initialise(self, config)
+        # The official last layer has no initialiser of its own, so it gets TensorFlow's default.
+        nn.init.xavier_uniform_(self.dense_prediction.weight)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N], float32."""
+        return self.dense_prediction(F.gelu(self.dense(hidden_ND)))[:, 0].float()
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, config: ElectraConfig) -> None:
+    """Truncated-normal tables and kernels, zero biases, unit LayerNorms; relative positions at ALiBi's slopes."""
+    for part in module.modules():
+        if next((p.is_meta for p in part.parameters()), False):
+            return  # plans need no values, and drawing them takes torch seconds even where there is no memory
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            std = config.init_std if config.init == "official" else 0.7 / math.sqrt(part.weight.shape[1])
+            nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
+            if isinstance(part, nn.Linear):
+                nn.init.zeros_(cast(Tensor, part.bias))
+        elif isinstance(part, (nn.LayerNorm, RelativeBias)):
+            part.reset_parameters()
+
+
+def parameter_count(*modules: nn.Module | None) -> int:
+    """Parameters of all modules together, shared ones once."""
+    return sum(p.numel() for p in {p for m in modules if m is not None for p in m.parameters()})

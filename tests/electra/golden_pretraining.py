@@ -1,0 +1,261 @@
+"""Checks of the recorded pre-training steps, optimizer, schedule, FLOPs and transformers modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from electra.convert import from_official, from_transformers, to_official
+from electra.flops import (
+    Transformer,
+    bert_training_flops,
+    classifier_inference_flops,
+    electra_training_flops,
+)
+from electra.masking import Draws, SpecialIds, corrupt, slots_per_row
+from electra.model import Batch, ElectraConfig, Encoder, MlmHead, OutputBias, RtdHead, Tying
+from electra.objectives import ElectraPretrainer
+from electra.optim import OfficialAdam, clip_global_norm, learning_rate, parameter_groups, set_learning_rate
+from tests.golden_case import Case, Check, assert_close
+
+TOLERANCE = 1e-5  # relative to the magnitude of the tensor, at least 1
+OFFICIAL_DEFAULTS = {"mask_prob": 0.15, "generator_hidden_size": 0.25, "electra_objective": True}
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert_close(actual.detach().float().reshape(expected.shape), expected, what, TOLERANCE)
+
+
+# Full pre-training steps (tf_step_*)
+
+
+def step_model(case: Case) -> ElectraPretrainer:
+    """The recorded model; sizes from the hyper-parameters and, for the generator, the official rules."""
+    hparams = {**OFFICIAL_DEFAULTS, **case.config["hparams"]}
+    sizes = hparams["model_hparam_overrides"]
+    tying: Tying = "none" if hparams.get("untied_generator_embeddings") else "embeddings"
+    if not hparams.get("untied_generator", True):
+        tying, hparams["generator_hidden_size"] = "all", 1.0
+    generator_hidden = round(sizes["hidden_size"] * hparams["generator_hidden_size"])
+    config = ElectraConfig(
+        vocab_size=hparams["vocab_size"],
+        embedding_size=hparams.get("embedding_size") or sizes["hidden_size"],
+        hidden_size=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        intermediate_size=sizes["intermediate_size"],
+        max_position=sizes["max_position_embeddings"],
+        dropout=0.0,
+        attention_dropout=0.0,
+        generator_factor=hparams["generator_hidden_size"],
+        generator_heads=max(1, generator_hidden // 64),
+        generator_intermediate_size=4 * generator_hidden,
+        tying=tying,
+    )
+    special = SpecialIds(*(case.config["special_ids"][f"[{name}]"] for name in ("PAD", "UNK", "CLS", "SEP", "MASK")))
+    model = ElectraPretrainer(
+        config,
+        special,
+        "electra" if hparams["electra_objective"] else "mlm",
+        hparams["mask_prob"],
+        hparams["max_seq_length"],
+        case.config["gen_weight"],
+        case.config["disc_weight"],
+        case.config["temperature"],
+        case.config["disallow_correct"],
+    )
+    model.load_state_dict(from_official(case.group("param")))
+    return model
+
+
+def check_step(case: Case) -> None:
+    given, expected = case.group("in"), case.group("out")
+    model = step_model(case)
+    batch = Batch.from_padded(given["input_ids"].long(), given["input_mask"], given["segment_ids"].long())
+    real_BL = given["input_mask"].bool()
+    slots = slots_per_row(batch.lengths, model.mask_probability, model.max_length)
+    draws = Draws.from_padded(
+        batch,
+        slots.tolist(),
+        given["sampled_positions_before_weighting"].long(),
+        given["uniform_replace_with_mask"],
+        given["uniform_gumbel"],
+    )
+    used_BS = torch.arange(given["uniform_replace_with_mask"].shape[1]) < torch.from_numpy(slots)[:, None]
+    assert torch.equal(used_BS.float(), expected["masked_lm_weights"]), "slots used in each row"
+
+    masked = model.mask(batch, draws=draws)
+    assert torch.equal(batch.pad(masked.ids_N, model.special.pad), expected["masked_input_ids"].long())
+    assert torch.equal(batch.positions_N[masked.positions_M], expected["masked_lm_positions"].long()[used_BS])
+    assert torch.equal(masked.targets_M, expected["masked_lm_ids"].long()[used_BS])
+
+    hidden_ND = model.generator_hidden(batch, masked.ids_N)
+    recorded = expected["generator_hidden" if model.objective == "electra" else "mlm_encoder_hidden"]
+    close(hidden_ND, recorded[real_BL], "hidden states of the masked language model")
+    table_VE = model.generator_embeddings.word_embeddings.weight
+    head_ME = model.generator_predictions(hidden_ND[masked.positions_M])
+    logits_MV = F.linear(head_ME, table_VE, model.generator_lm_head.bias)
+    close(logits_MV, expected["mlm_logits"][used_BS], "mlm_logits")
+
+    generated = model.generate(batch, masked, draws=draws)
+    assert generated.loss_M is not None
+    close(generated.loss_M, expected["mlm_per_position_loss"][used_BS], "mlm_per_position_loss")
+    if model.objective == "electra":
+        assert torch.equal(generated.samples_M, expected["sampled_ids"].long()[used_BS]), "sampled ids"
+        corrupted = corrupt(batch, masked, generated.samples_M)
+        assert torch.equal(batch.pad(corrupted.ids_N, model.special.pad), expected["corrupted_input_ids"].long())
+        assert torch.equal(batch.pad(corrupted.labels_N.long()), expected["disc_labels"].long())
+        hidden_ND = model.electra(batch, corrupted.ids_N)
+        close(hidden_ND, expected["discriminator_hidden"][real_BL], "discriminator_hidden")
+        close(model.discriminate(batch, corrupted.ids_N), expected["disc_logits"][real_BL], "disc_logits")
+
+    losses = model(batch, draws)
+    close(losses.mlm, expected["mlm_loss"], "mlm_loss")
+    if model.objective == "electra":
+        close(losses.main, expected["disc_loss"], "disc_loss")
+    close(losses.total, expected["total_loss"], "total_loss")
+    losses.total.backward()
+    gradients = to_official({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    recorded_gradients = case.group("out/grad")
+    assert set(recorded_gradients) <= set(gradients)
+    for name, gradient in recorded_gradients.items():
+        close(gradients[name], gradient, f"gradient of {name}")
+    for name in set(gradients) - set(recorded_gradients):
+        assert not gradients[name].any(), f"{name} has a gradient, officially it has none"
+
+
+# Optimizer and schedule
+
+
+def check_optimizer(case: Case) -> None:
+    config, given, expected = case.config, case.group("in"), case.group("out")
+    parameters = {name: value.clone().requires_grad_() for name, value in case.group("param").items()}
+    layerwise = config["layerwise_lr_decay_power"]
+    groups = parameter_groups(
+        parameters.items(),
+        config["weight_decay_rate"],
+        layerwise if layerwise > 0 else None,
+        config["n_transformer_layers"],
+    )
+    optimizer = OfficialAdam(groups, 0.0, (config["beta1"], config["beta2"]), config["eps"])
+    total = config["num_train_steps"]
+    warmup = max(config["warmup_steps"], int(total * config["warmup_proportion"]))
+    for step in range(config["steps"]):
+        rate = learning_rate(step + 1, config["learning_rate"], warmup, total, config["lr_decay_power"])
+        recorded = float(given["lr"][step])
+        assert math.isclose(rate, recorded, rel_tol=1e-5), f"rate of update {step}: {rate}, recorded {recorded}"
+        for name, parameter in parameters.items():
+            parameter.grad = given[f"step{step}/grad/{name}"].clone()
+        clip_global_norm(parameters.values(), config["clip_norm"])
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        for name, parameter in parameters.items():
+            close(parameter, expected[f"step{step}/{name}"], f"{name} after update {step}")
+
+
+def check_schedule(case: Case) -> None:
+    for i, row in enumerate(case.config["rows"]):
+        steps, recorded = case.tensors[f"in/steps{i}"], case.tensors[f"out/lr{i}"]
+        rates = [
+            learning_rate(int(t), row["lr"], row["warmup_steps"], row["num_train_steps"], row["power"]) for t in steps
+        ]
+        relative = (torch.tensor(rates) - recorded).abs() / row["lr"]
+        assert float(relative.max()) <= TOLERANCE, f"row {i}: {rates} against {recorded.tolist()}"
+
+
+# FLOPs
+
+
+def counted(spec: dict[str, Any]) -> float:
+    length = spec.get("s", 512)
+    if spec["kind"] == "electra":
+        embedding = spec.get("e") or spec["h_d"]
+        main = Transformer(spec["h_d"], spec["l_d"], length, embedding)
+        generator = Transformer(spec["h_g"], spec["l_g"], length, embedding if spec["tied"] else None)
+        return electra_training_flops(main, generator, spec["b"], spec["steps"])
+    network = Transformer(spec["h"], spec["l"], length, spec.get("e"))
+    if spec["kind"] == "infer":
+        return classifier_inference_flops(network)
+    return bert_training_flops(network, spec["b"], spec["steps"])
+
+
+def check_flops(case: Case) -> None:
+    for i, spec in enumerate(case.config["specs"]):
+        count = counted(spec)
+        assert math.isclose(count, float(spec["value"]), rel_tol=1e-14), f"{spec}: {count}"
+        assert math.isclose(math.log10(count), float(case.tensors[f"out/{i}_log10"]), rel_tol=1e-6)
+
+
+# transformers modules
+
+
+def check_transformers(case: Case) -> None:
+    given, expected = case.group("in"), case.group("out")
+    config, state = from_transformers(case.config, case.group("param"))
+    encoder = Encoder(config)
+    masked_lm, classifier = (f":ElectraFor{kind}" in case.source for kind in ("MaskedLM", "SequenceClassification"))
+    modules = torch.nn.ModuleDict({"electra": encoder})
+    if classifier:
+        # Not the official fine-tuning head; it stands here only to check the encoder below it.
+        labels = len(state["classifier.out_proj.bias"])
+        dense, out = (torch.nn.Linear(config.hidden_size, n) for n in (config.hidden_size, labels))
+        modules["classifier"] = torch.nn.ModuleDict({"dense": dense, "out_proj": out})
+    elif masked_lm:
+        modules["generator_predictions"], modules["generator_lm_head"] = MlmHead(config), OutputBias(config)
+    else:
+        modules["discriminator_predictions"] = RtdHead(config)
+    missing = modules.load_state_dict(state, strict=False)
+    # The bias of the vocabulary's logits starts at zero and is stored only where it was trained.
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"generator_lm_head.bias"}, missing
+    modules.eval()
+    types = given.get("token_type_ids")
+    batch = Batch.from_padded(
+        given["input_ids"].long(), given["attention_mask"], None if types is None else types.long()
+    )
+    real_BL = given["attention_mask"].bool()
+    states: list[Tensor] = []
+    hidden_ND = encoder(batch, states=states)
+    for i, state_ND in enumerate(states):
+        close(state_ND, expected[f"hidden_states.{i}"][real_BL], f"hidden_states.{i}")
+    labels_N = given["labels"].long() if classifier else given["labels"].long()[real_BL]
+    expected_logits = expected["logits"] if classifier else expected["logits"][real_BL]
+    if classifier:
+        first_BD = hidden_ND[batch.starts_B]
+        logits_N = out(F.gelu(dense(first_BD)))
+        loss = F.cross_entropy(logits_N, labels_N)
+    elif masked_lm:
+        assert encoder.embeddings is not None
+        table_VE = encoder.embeddings.word_embeddings.weight
+        head_NE = modules["generator_predictions"](hidden_ND)
+        logits_N = F.linear(head_NE, table_VE, modules["generator_lm_head"].bias)
+        # transformers takes the mean over every labelled token, and -100 marks the others, padding included.
+        loss = F.cross_entropy(logits_N, labels_N, ignore_index=-100)
+    else:
+        logits_N = modules["discriminator_predictions"](hidden_ND)
+        loss = F.binary_cross_entropy_with_logits(logits_N, labels_N.float())
+    close(logits_N, expected_logits, "logits")
+    close(loss, expected["loss"], "loss")
+    loss.backward()
+    for name, gradient in case.group("out/grad").items():
+        actual = modules.get_parameter(name).grad
+        assert actual is not None, f"{name} has no gradient"
+        close(actual, gradient, f"gradient of {name}")
+
+
+CHECKS = [
+    Check("pre-training step", lambda case: "PretrainingModel" in case.source, check_step),
+    Check("optimizer", lambda case: "optimization.py:create_optimizer" in case.source, check_optimizer),
+    Check("learning rate", lambda case: "learning-rate expression" in case.source, check_schedule),
+    Check("FLOPs", lambda case: "flops_computation.py" in case.source, check_flops),
+    Check(
+        "transformers encoder",
+        lambda case: case.source.endswith(
+            (":ElectraForPreTraining", ":ElectraForMaskedLM", ":ElectraForSequenceClassification")
+        ),
+        check_transformers,
+    ),
+]

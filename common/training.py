@@ -121,16 +121,17 @@ class SaveEvery(Callback):
 
 
 class ThroughputBar(TQDMProgressBar):
-    """Lightning's bar over the whole run (not per epoch), with images per second; sparse where it is written to a file.
+    """Lightning's bar over the whole run (not per epoch), with the throughput; sparse where it is written to a file.
 
     Args:
+        per_step: what one step gets through, counted in `unit`.
         label: what is being trained, shown in front.
         steps: of the whole run.
     """
 
-    def __init__(self, samples_per_step: int, label: str, steps: int) -> None:
+    def __init__(self, per_step: float, label: str, steps: int, unit: str = "img") -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else max(1, steps // 20))
-        self.samples_per_step, self.label = samples_per_step, label
+        self.per_step, self.label, self.unit = per_step, label, unit
         self._last = (time.perf_counter(), 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,7 +148,7 @@ class ThroughputBar(TQDMProgressBar):
         now, step = time.perf_counter(), generator_step(trainer)
         then, before = self._last
         if step > before and now > then:
-            metrics["img/s"] = f"{(step - before) * self.samples_per_step / (now - then):.0f}"
+            metrics[f"{self.unit}/s"] = f"{(step - before) * self.per_step / (now - then):.0f}"
             if now - then > 30:
                 self._last = (now, step)
         return metrics
@@ -267,6 +268,7 @@ def build_trainer(
     progress: bool = True,
     callbacks: list[Callback] | None = None,
     logs: bool = True,
+    unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """A Lightning Trainer with the house's conventions; everything is written below `folder`.
 
@@ -275,6 +277,7 @@ def build_trainer(
 
     Args:
         batch_size: samples of one step over all processes, for the throughput.
+        unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
 
@@ -294,7 +297,7 @@ def build_trainer(
         chosen = strategy
     show = progress and not os.environ.get("CI")
     if show:
-        own.append(ThroughputBar(batch_size, folder.name.replace("_", " "), steps))
+        own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
     options: dict[str, Any] = dict(
         default_root_dir=folder,
         max_steps=steps * optimisers,

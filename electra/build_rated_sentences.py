@@ -1,4 +1,4 @@
-"""Build `electra/data/rated_sentences.tsv.xz` from the source archive of the Python package vaderSentiment (MIT).
+"""Build `electra/archive/rated_sentences.tsv.xz` from the source archive of the Python package vaderSentiment (MIT).
 
     python -m electra.build_rated_sentences                                  # downloads the pinned archive
     python -m electra.build_rated_sentences --sdist vaderSentiment-3.3.2.tar.gz
@@ -29,7 +29,7 @@ PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 KEPT = {"movies": "movieReviewSnippets_GroundTruth.txt", "products": "amazonReviewSnippets_GroundTruth.txt"}
-ARCHIVE = Path(__file__).resolve().parent / "data" / "rated_sentences.tsv.xz"
+ARCHIVE = Path(__file__).resolve().parent / "archive" / "rated_sentences.tsv.xz"
 
 
 def download(folder: Path) -> Path:

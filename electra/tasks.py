@@ -49,7 +49,7 @@ from electra.corpora import (
 from electra.fetch_text import find_text
 
 Kind = Literal["classification", "regression", "tagging", "questions"]
-RATED_SENTENCES = Path(__file__).resolve().parent / "data" / "rated_sentences.tsv.xz"
+RATED_SENTENCES = Path(__file__).resolve().parent / "archive" / "rated_sentences.tsv.xz"
 RATED_SOURCES = ("movies", "products")
 NAMES = (
     *("acceptability", "coherence", "sentiment", "rating", "era", "questions", "pos", "genre", "supersense"),

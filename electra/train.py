@@ -1,0 +1,43 @@
+"""Pre-train ELECTRA: generator and discriminator on English text, then fine-tune and compare.
+
+    python electra/train.py                                     # configs/small.yaml: 40 minutes on 2 CPU cores
+    python electra/train.py --config electra/configs/smoke.yaml # the whole path in a minute
+    python electra/train.py --data.corpus FOLDER --arms '[electra]' --run_dir runs/mine     # your own .txt files
+    python electra/train.py --config electra/configs/paper_small.yaml --data.corpus datasets:Skylion007/openwebtext
+    python electra/train.py --trainer.devices 2 --trainer.strategy ddp                      # one machine, two processes
+    torchrun --nnodes 2 --nproc-per-node 8 ... electra/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
+        --trainer.strategy ddp
+
+Every option of the config file can be overridden; --help lists them. Started again after an interruption, it continues
+where it stopped, with the same losses as without the interruption. A run folder holds config.yaml, tokenizer/,
+metrics.json, curves.png and a folder an arm: checkpoints/, logs/, and the transformers directories discriminator/ (for
+the MLM arms encoder/) and generator/.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+
+from common.cli import parse_config
+from common.errors import run_main
+from electra.config import ElectraRun
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Pre-train the configured arms, fine-tune them, and return the metrics."""
+    config, text = parse_config(ElectraRun, CONFIGS / "small.yaml", __doc__.split("\n")[0], argv)
+    # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
+    from electra.training import run_arms
+
+    return run_arms(config, text)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,255 @@
+"""What the claims of `reproduce.py` are made of: the data and sizes of a tier, searches and trainings that the claims
+share, and the measurements. Every finished search and training stays on disk.
+
+Shape suffixes: B batch, C channels, H W sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from common.data.sampling import derive_seed
+from common.files import write_json
+from pc_darts.baselines import darts_options, random_genotype
+from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
+from pc_darts.counting import saved_bytes
+from pc_darts.data import Augmentation, ImageSet, Pictures, open_data, search_halves
+from pc_darts.genotypes import Genotype
+from pc_darts.retraining import RetrainResult, retrain
+from pc_darts.search_space import SearchConfig, SearchNetwork
+from pc_darts.searching import Searcher, SearchResult, seconds_per_epoch
+
+RANDOM_STREAM = 11
+WEIGHT_FREE = ("skip_connect", "max_pool_3x3", "avg_pool_3x3")  # `none` is never chosen
+PARTIALS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Budgets of a tier.
+
+    Args:
+        search, retrain: of every arm; an arm changes only what its claim compares.
+        random_cells: that PC3 trains; trainings: of every cell with different seeds, averaged.
+        darts_batch: of DARTS in PC6, where PC-DARTS has K times as much.
+        memory_channels, memory_cells, memory_side: of PC1 (the paper's search network).
+        time_channels, time_cells, time_side, time_batch, time_steps: of PC2.
+    """
+
+    data: DataConfig
+    search: SearchOptions
+    retrain: RetrainOptions
+    random_cells: int
+    trainings: int
+    darts_batch: int
+    memory_channels: int = 16
+    memory_cells: int = 8
+    memory_side: int = 32
+    time_channels: int = 16
+    time_cells: int = 5
+    time_side: int = 32
+    time_batch: int = 16
+    time_steps: int = 5
+    drawn: bool = field(default=False)
+
+
+DIGITS = DataConfig(name="digits", size=8, padding=1, flip=False)
+# Section 6 of the specification: search 200 steps with 8 channels and 4 cells, of which 30 % are warm-up; retrain 300
+# steps with 12 channels and 4 layers. The architecture's rate is the paper's for ImageNet: with 140 architecture steps
+# the smaller one of CIFAR-10 would hardly move alphas.
+PLANS = {
+    "small": Plan(
+        data=DIGITS,
+        search=SearchOptions(
+            channels=8, cells=4, epochs=40, warmup_epochs=12, batch_size=128, lr=0.1, arch_lr=6e-3, partial=4
+        ),
+        retrain=RetrainOptions(
+            channels=12, layers=4, epochs=15, batch_size=64, lr=0.025, cutout=0, drop_path=0.0, auxiliary=0.0
+        ),
+        random_cells=8,
+        trainings=2,
+        darts_batch=32,
+        drawn=True,
+    ),
+    "smoke": Plan(
+        data=dataclasses.replace(DIGITS, images=600),
+        search=SearchOptions(
+            channels=8, cells=3, epochs=6, warmup_epochs=2, batch_size=64, lr=0.1, arch_lr=6e-3, partial=4
+        ),
+        retrain=RetrainOptions(
+            channels=8, layers=3, epochs=4, batch_size=32, lr=0.025, cutout=0, drop_path=0.0, auxiliary=0.0
+        ),
+        random_cells=3,
+        trainings=1,
+        darts_batch=16,
+        memory_cells=8,
+        time_channels=16,
+        time_cells=3,
+        time_side=16,
+        time_batch=16,
+        time_steps=3,
+    ),
+}
+
+
+class Study:
+    """The arms of a tier, in `folder`; an arm that is finished there is read, not run."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+
+    @cached_property
+    def data(self) -> ImageSet:
+        return open_data(self.plan.data)
+
+    @cached_property
+    def halves(self) -> tuple[Pictures, Pictures]:
+        return search_halves(self.data.train, self.plan.data.halves, 0)
+
+    @cached_property
+    def augment(self) -> Augmentation:
+        return Augmentation.of(self.plan.data)
+
+    def searcher(self, options: SearchOptions, folder: Path, seed: int, **more: Any) -> Searcher:
+        draw = self.plan.drawn and folder.name == "pc-seed0"
+        return Searcher(options, self.data, self.halves, self.augment, folder, seed, draw=draw, **more)
+
+    def search(self, name: str, seed: int, initial_seed: int | None = None, **changes: Any) -> SearchResult:
+        """The search arm `name`; `changes` replace options of the plan's search."""
+        options = dataclasses.replace(self.plan.search, **changes)
+        folder = self.folder / "searches" / f"{name}-seed{seed}"
+        return self.searcher(options, folder, seed, initial_seed=initial_seed).run()
+
+    def darts(self, seed: int) -> SearchResult:
+        """DARTS of first order in the CPU seconds of the PC-DARTS arm of the same seed, at 1/K of its batch."""
+        options = darts_options(self.plan.search, self.plan.darts_batch)
+        folder = self.folder / "searches" / f"darts-seed{seed}"
+        path = self.folder / "searches" / f"darts-seed{seed}-budget.json"
+        if not path.is_file():
+            budget = self.search("pc", seed).cpu_seconds
+            one = dataclasses.replace(options, epochs=1)
+            taken = seconds_per_epoch(self.searcher(one, folder, seed))
+            write_json(path, {"budget": budget, "epoch": taken, "epochs": max(1, round(budget / taken))})
+        epochs = int(json.loads(path.read_text())["epochs"])
+        return self.searcher(dataclasses.replace(options, epochs=epochs), folder, seed).run()
+
+    def train(self, name: str, genotype: Genotype, number: int) -> RetrainResult:
+        """Training `number` of a cell, with a seed of its own."""
+        folder = self.folder / "trainings" / f"{name}-{number}"
+        return retrain(genotype, self.plan.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
+
+    def error(self, name: str, genotype: Genotype) -> float:
+        """Test error of a cell in percent, mean over the plan's trainings."""
+        runs = [self.train(name, genotype, number) for number in range(self.plan.trainings)]
+        return 100 * fmean(run.test_error for run in runs)
+
+    def random_errors(self) -> list[float]:
+        """Test errors of the random cells, the same ones for every seed of a claim."""
+        cells = [random_genotype(derive_seed(RANDOM_STREAM, n)) for n in range(self.plan.random_cells)]
+        return [self.error(f"random{n}", cell) for n, cell in enumerate(cells)]
+
+
+def search_network_bytes(plan: Plan, partial: int, seed: int) -> int:
+    """Bytes per picture that the search network keeps for its backward pass, alphas included, at the paper's size."""
+    torch.manual_seed(seed)
+    network = SearchNetwork(
+        SearchConfig(plan.memory_channels, plan.memory_cells, partial=partial, classes=10), fused=False
+    )
+    side = plan.memory_side
+    x_BCHW, y_B = torch.randn(2, 3, side, side), torch.tensor([0, 1])
+    kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
+    return kept // len(x_BCHW)
+
+
+def step_seconds(plan: Plan, partial: int, seed: int) -> float:
+    """Median CPU seconds of a forward and backward pass of the search network at equal batch."""
+    torch.manual_seed(seed)
+    network = SearchNetwork(SearchConfig(plan.time_channels, plan.time_cells, partial=partial))
+    side = plan.time_side
+    x_BCHW, y_B = torch.randn(plan.time_batch, 3, side, side), torch.randint(10, (plan.time_batch,))
+    taken = []
+    for _ in range(plan.time_steps + 1):
+        network.zero_grad(set_to_none=True)
+        started = time.process_time()
+        F.cross_entropy(network(x_BCHW), y_B).backward()
+        taken.append(time.process_time() - started)
+    return median(taken[1:])  # the first one allocates
+
+
+def edges(genotype: Genotype) -> set[tuple[str, int, int]]:
+    """The edges that a cell keeps: (kind, node, state)."""
+    return {
+        (kind, place // 2, state)
+        for kind, choices in (("normal", genotype.normal), ("reduce", genotype.reduce))
+        for place, (_, state) in enumerate(choices)
+    }
+
+
+def jaccard(a: Genotype, b: Genotype) -> float:
+    """Common edges over all edges of two cells."""
+    first, second = edges(a), edges(b)
+    return len(first & second) / len(first | second)
+
+
+def mean_overlap(genotypes: dict[int, Genotype], seed: int) -> float:
+    """Mean Jaccard overlap of one search's edges with those of the others."""
+    return fmean(jaccard(genotypes[seed], other) for key, other in genotypes.items() if key != seed)
+
+
+def weight_free_share(genotype: Genotype) -> float:
+    """Share of the chosen operations that have no weights."""
+    names = [name for name, _ in (*genotype.normal, *genotype.reduce)]
+    return sum(name in WEIGHT_FREE for name in names) / len(names)
+
+
+# Section 4.4 and figure 4 of the paper as commands (`reproduce.py --sweep NAME`); names of arms to changed options.
+SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
+    "partial": {f"K{k}": {"partial": k} for k in PARTIALS if k < 8},
+    "pc-en": {
+        f"{'PC' if k > 1 else 'no PC'}, {'EN' if en else 'no EN'}": {"partial": k, "edge_normalisation": en}
+        for k, en in itertools.product((1, 4), (False, True))
+    },
+    "sampling": {name: {"sampling": name} for name in ("shuffle", "shift", "random")},
+    "order": {"first order": {"unrolled": False}, "second order": {"unrolled": True}},
+    "warm-up": {f"warm-up {n}": {"warmup_epochs": n} for n in (0, 12, 24)},
+    "epochs": {f"{n} epochs": {"epochs": n, "warmup_epochs": 3 * n // 10} for n in (20, 40, 80)},
+    "nodes": {f"{n} nodes": {"nodes": n} for n in (3, 4, 5)},
+}
+
+
+def sweep(study: Study, name: str, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Every arm of a sweep over the seeds: errors, cost and memory; rows are also written to `<folder>/sweeps/`."""
+    rows = []
+    for arm, changes in SWEEPS[name].items():
+        label = f"sweep-{name}-{arm}".replace(" ", "_").replace(",", "")
+        found = [study.search(label, seed, **changes) for seed in seeds]
+        errors = [study.error(f"{label}-seed{seed}", result.genotype) for seed, result in zip(seeds, found)]
+        rows.append(
+            {
+                "arm": arm,
+                "errors": errors,
+                "mean": fmean(errors),
+                "cpu_seconds": fmean(result.cpu_seconds for result in found),
+                "memory_bytes": found[0].memory_bytes,
+                "parameters": fmean(
+                    study.train(f"{label}-seed{seed}", result.genotype, 0).parameters
+                    for seed, result in zip(seeds, found)
+                ),
+                "overlap": fmean(jaccard(a.genotype, b.genotype) for a, b in itertools.combinations(found, 2))
+                if len(found) > 1
+                else None,
+            }
+        )
+        write_json(study.folder / "sweeps" / f"{name}.json", {"seeds": list(seeds), "rows": rows})
+    return rows

@@ -1,0 +1,119 @@
+"""Training of derived cells: exact resume, drop path, reports, refusal of foreign files."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.training import load_checkpoint
+from pc_darts.baselines import random_genotype
+from pc_darts.retraining import RetrainResult, build_network, load_model, retrain
+from pc_darts.training import Machine, accuracy, open_machine, save_state
+from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, forked, kill_after, training
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("retrain")
+    training(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "last.ckpt")["network"]
+
+
+def test_training_leaves_result_weights_and_log(reference: Path) -> None:
+    result = RetrainResult.load(reference / "retrain.json")
+    assert result.steps == 6 and [row["epoch"] for row in result.history] == [0, 1]
+    assert 0 <= result.test_accuracy <= 1 and result.test_error == 1 - result.test_accuracy
+    assert [row["drop_path"] for row in result.history] == pytest.approx([0.0, 0.1])
+    assert (reference / "log.csv").read_text().count("\n") == 7
+    network = build_network(CELL, RETRAIN, digits())
+    auxiliary = network.auxiliary_head
+    assert auxiliary is not None
+    whole = sum(p.numel() for p in network.parameters())
+    assert result.parameters == whole - sum(p.numel() for p in auxiliary.parameters())
+
+
+def test_saved_network_gives_the_reported_accuracy(reference: Path) -> None:
+    network, about = load_model(reference / "model")
+    result = RetrainResult.load(reference / "retrain.json")
+    assert accuracy(network, digits(), digits().test) == result.test_accuracy
+    assert about["classes"] == list(digits().classes) and network.genotype == CELL
+
+
+def test_killed_training_continues_with_the_same_weights(reference: Path, tmp_path: Path) -> None:
+    def killed() -> None:
+        kill_after(5)
+        training(tmp_path / "run")
+
+    assert forked(killed) == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["step"] == 4
+    result = training(tmp_path / "run")
+    ours, theirs = weights(tmp_path / "run"), weights(reference)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    whole = RetrainResult.load(reference / "retrain.json")
+    assert result.test_accuracy == whole.test_accuracy
+    assert [row["train_loss"] for row in result.history] == [row["train_loss"] for row in whole.history]
+
+
+def test_finished_training_is_read_and_another_cell_refused(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("trained again"))
+    assert training(reference).steps == 6
+    with pytest.raises(UserError, match="result of another cell"):
+        retrain(random_genotype(0, 2), RETRAIN, digits(), AUGMENT, reference)
+
+
+def test_unfinished_training_of_another_cell_is_refused(tmp_path: Path) -> None:
+    retrain(CELL, RETRAIN, digits(), AUGMENT, tmp_path, stop_after=1)
+    with pytest.raises(UserError, match="training of another cell"):
+        retrain(random_genotype(0, 2), RETRAIN, digits(), AUGMENT, tmp_path)
+
+
+def test_seed_decides_weights(reference: Path, tmp_path: Path) -> None:
+    training(tmp_path, seed=1)
+    ours, theirs = weights(tmp_path), weights(reference)
+    assert any(not torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_nan_loss_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pc_darts.retraining.final_loss", lambda logits, *_: logits.sum() * float("nan"))
+    with pytest.raises(UserError, match=r"the training loss became nan at step 1: stopped; no checkpoint"):
+        training(tmp_path)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_checkpoint_with_a_nan_weight_is_not_written(tmp_path: Path) -> None:
+    save_state(tmp_path, {"kind": "training", "step": 1, "network": {"w": torch.ones(2)}})
+    with pytest.raises(UserError, match=r"step 2: w is not finite; last.ckpt not overwritten"):
+        save_state(tmp_path, {"kind": "training", "step": 2, "network": {"w": torch.tensor([1.0, float("nan")])}})
+    assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_damaged_model_is_refused(reference: Path, tmp_path: Path, name: str) -> None:
+    for file in (reference / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"holds no network|is damaged"):
+        load_model(tmp_path)
+
+
+def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="has no CUDA device"):
+        open_machine("cuda")
+    assert open_machine("auto").device.type == "cpu"
+
+
+def test_mean_over_one_process_is_the_value() -> None:
+    values: list[Any] = [torch.ones(2), torch.zeros(3)]
+    Machine().average(values)
+    assert torch.equal(values[0], torch.ones(2))

@@ -1,0 +1,105 @@
+"""A search and a training that take seconds, and processes to kill or to join: what the tests share.
+
+Processes are forked, so that none of them has to import torch and Lightning again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
+from pc_darts.data import Augmentation, ImageSet, open_data, search_halves
+from pc_darts.genotypes import Genotype
+from pc_darts.retraining import RetrainResult, retrain
+from pc_darts.searching import Searcher
+from pc_darts.training import Machine
+
+DATA = DataConfig(name="digits", size=8, images=120, padding=1, flip=False, validation=0.2)
+SEARCH = SearchOptions(channels=8, cells=3, nodes=2, epochs=3, warmup_epochs=1, batch_size=16)
+RETRAIN = RetrainOptions(channels=4, layers=3, epochs=2, batch_size=32, cutout=2, drop_path=0.2, auxiliary=0.4)
+AUGMENT = Augmentation(padding=1)
+CELL = Genotype(
+    (("sep_conv_3x3", 0), ("skip_connect", 1), ("dil_conv_3x3", 2), ("max_pool_3x3", 0)),
+    (2, 3),
+    (("avg_pool_3x3", 0), ("sep_conv_3x3", 1), ("skip_connect", 2), ("sep_conv_3x3", 1)),
+    (2, 3),
+)
+
+
+@functools.cache
+def digits() -> ImageSet:
+    return open_data(DATA)
+
+
+def searcher(folder: Path, machine: Machine | None = None, draw: bool = False, **options: Any) -> Searcher:
+    """The tiny search; options replace those of SEARCH."""
+    chosen = SearchOptions(**{**SEARCH.__dict__, **options})
+    halves = search_halves(digits().train, [0.5, 0.5], 0)
+    return Searcher(
+        chosen, digits(), halves, AUGMENT, folder, machine=machine, checkpoint_every=2, log_every=1, draw=draw
+    )
+
+
+def training(folder: Path, machine: Machine | None = None, seed: int = 0, **options: Any) -> RetrainResult:
+    """The tiny training of CELL."""
+    chosen = RetrainOptions(**{**RETRAIN.__dict__, **options})
+    return retrain(CELL, chosen, digits(), AUGMENT, folder, seed, machine, checkpoint_every=2, log_every=1)
+
+
+def kill_after(steps: int) -> None:
+    """Let the operating system kill this process without warning when so many weight steps are done."""
+    original, done = torch.optim.SGD.step, 0
+
+    def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = original(self, *args, **kwargs)
+        done += 1
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    torch.optim.SGD.step = step  # type: ignore[method-assign]
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run `work` in a child process and wait: its exit status, negative where a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def on_two_processes(work: Callable[[Machine], object], store: Path) -> None:
+    """Run `work` on two processes of a gloo group that meet at the file `store`."""
+
+    def one(rank: int) -> None:
+        patience = timedelta(seconds=120)
+        dist.init_process_group("gloo", f"file://{store}", patience, world_size=2, rank=rank)
+        work(Machine(rank=rank, world=2))
+        dist.destroy_process_group()
+
+    def both() -> None:
+        other = os.fork()
+        if other == 0:
+            os._exit(forked(lambda: one(1)))
+        one(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+
+    assert forked(both) == 0

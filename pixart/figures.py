@@ -14,6 +14,10 @@ import numpy as np
 
 SAMPLES = "held-out captions, guidance 3, 20 DPM-Solver steps, first seed"
 CAPTIONS = {
+    "default_run_stage1.png": "Default run, stage 1: single objects by class.",
+    "default_run_stage2.png": "Default run, stage 2: held-out dense captions, 32 px, averaged weights.",
+    "default_run_stage3a.png": "Default run, stage 3a: held-out captions of richer scenes, 32 px.",
+    "default_run_stage3b.png": "Default run, stage 3b: the same kind at 64 px (the weights of pretrained/shapes).",
     "training_curves.png": "P1 to P3: held-out noise error and wrong-caption penalty during training, an arm a line "
     "(mean and standard deviation over seeds; fixed times and noise).",
     "captions.png": "P3: wrong-caption penalty and alignment after training on dense and on LAION-like captions.",

@@ -9,7 +9,7 @@ A table stands between two markers, each alone on its line, in README.md or <fol
     <!-- bench:ldm -->     the side-by-side rows of results/bench_ldm.json
     <!-- papers -->        the thirteen papers and what was measured of each
     <!-- figures:ldm -->   the pictures of results/figures/ldm with their captions
-    <!-- text:NAME -->     the text file results/NAME.txt, which a program has written
+    <!-- text:NAME -->     the file results/NAME.txt (as it is printed) or results/NAME.md, which a program has written
     <!-- end -->           closes any of them
 
 Without a results file the table says "not measured yet". Equal results give equal text.
@@ -88,6 +88,9 @@ def table(
     if kind == "claims" and name not in {paper.key for paper in PAPERS}:
         raise UserError(f"{where}: no paper is called {name!r}; there are: {', '.join(p.key for p in PAPERS)}")
     if kind == "text":
+        table = root / "results" / f"{name}.md"
+        if table.is_file():
+            return table.read_text(encoding="utf-8").rstrip().splitlines()
         file = root / "results" / f"{name}.txt"
         lines = file.read_text(encoding="utf-8").rstrip().splitlines() if file.is_file() else []
         return ["```text", *lines, "```"] if lines else [NOT_MEASURED]

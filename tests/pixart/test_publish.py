@@ -1,0 +1,74 @@
+"""Publishing a finished recipe: complete folders only, and a table whose numbers are the run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+from pixart import publish as publishing
+from pixart.publish import publish, read_stages, stage_table
+
+SCORES = {task: 0.25 for task in publishing.TASKS}
+SUMMARY = {"kid_lite0": 0.5, "fid_lite0": 400.0, "floor/kid_lite0": 0.01, "floor/fid_lite0": 90.0}
+METRICS: dict[str, Any] = {
+    "task": "text",
+    "seconds": {"training": 10.0, "features": 2.0, "evaluation": 3.0},
+    "held_out": {"mse": 0.0321, "penalty": 1.5},
+    "summary": {**SUMMARY, "metrics_at_floor_n/fid_lite0": 420.0},
+    "own_captions": SCORES,
+    "shapes_score": SCORES,
+    "judge": {"n_fake": 20, "n_real": 30},
+    "sampling": {"steps": 20, "sampler": "dpm-solver", "guidance": 4.5},
+    "parameters": 123,
+}
+
+
+def finished_run(folder: Path) -> Path:
+    config = {"data": {"size": 32}, "trainer": {"max_steps": 7, "batch_size": 4, "threads": 1}}
+    for name, metrics in (("stage1", {"task": "class", "seconds": METRICS["seconds"]}), ("stage2", METRICS)):
+        (folder / name / "model").mkdir(parents=True)
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / name / "metrics.json").write_text(json.dumps(metrics))
+        (folder / name / "samples.png").write_bytes(b"picture of " + name.encode())
+        save_file({"w": torch.arange(3.0)}, folder / name / "model" / "model.safetensors")
+        for file in ("config.json", "pixart.json"):
+            (folder / name / "model" / file).write_text("{}")
+    (folder / "metrics.json").write_text(json.dumps({"stages": {"stage1": {}, "stage2": {}}}))
+    return folder
+
+
+def test_a_stage_without_pictures_has_dashes_and_the_other_its_own_numbers(tmp_path: Path) -> None:
+    lines = stage_table(read_stages(finished_run(tmp_path))).splitlines()
+    assert lines[2] == "| stage1 | 32 | 7 x 4 | 1 | 10 | 5 | - | - | - | - | - |"
+    assert lines[3] == "| stage2 | 32 | 7 x 4 | 1 | 10 | 5 | 0.0321 | 1.50 | 400 | 0.25 | 0.25 |"
+
+
+def test_published_folder_holds_the_last_stage_in_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    (results / "runs").mkdir(parents=True)
+    monkeypatch.setattr(publishing, "RESULTS", results)
+    monkeypatch.setattr(publishing, "PRETRAINED", tmp_path / "pretrained")
+    target = publish(finished_run(tmp_path / "run"), "tiny")
+    assert load_file(target / "model.safetensors")["w"].dtype == torch.float16
+    assert (target / "samples.png").read_bytes() == b"picture of stage2"
+    assert "| mean | 0.250 | 0.250 |" in (target / "README.md").read_text()
+    assert json.loads((results / "runs" / "pixart-small.json").read_text())["stages"]["stage2"]["held_out"]["mse"]
+    assert (results / "run_pixart.md").read_text().count("| stage2 |") == 1
+
+
+def test_an_unfinished_recipe_is_refused_by_the_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.json is missing"):
+        read_stages(tmp_path)
+    run = finished_run(tmp_path / "run")
+    (run / "stage2" / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"stage2.*model\.safetensors is missing"):
+        read_stages(run)

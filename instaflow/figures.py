@@ -21,6 +21,7 @@ SHOWN = 8  # prompts of a grid
 PATHS = 12  # noises whose paths are drawn
 
 CAPTIONS = {
+    "default_run.png": "Default run, same prompts and noises: teacher with 25 steps and 1, 2-RF and InstaFlow with 1.",
     "comparison.png": "Same prompts, same noises: teacher with 25 steps and 1, 2-rectified flow and InstaFlow with 1.",
     "trajectories.png": "Paths of the same noises: progress along Z1 - Z0 against the main sideways direction (25 "
     "Euler steps; a straight flow runs along the axis).",

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PAPERS := ldm pixart instaflow electra pc_darts
+PAPERS := ldm pixart instaflow electra pc_darts se_moe
 PYTHON3 ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

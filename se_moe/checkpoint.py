@@ -1,0 +1,344 @@
+"""Checkpoints: a file per expert, one for everything dense, and a step that is complete or absent.
+
+    checkpoints/step-000100/
+        meta.json                                options that decide the numbers, layout, step
+        dense.safetensors                        dense parameters and moments as whole tensors, whoever sliced them
+        experts/layer000.expert0003.safetensors  parameters, both moments and step count of one expert
+
+Nothing in a checkpoint knows how many ranks wrote it, nor which switches were on: any number of ranks that divides the
+experts may continue, with tiers or without. Expert files of a tiered run are hard links to the file tier's current
+versions, which are never overwritten, so a checkpoint costs only what has changed. The folder gets its name when every
+rank has written its part: a process killed at any moment leaves the last complete step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import write_atomically, write_json
+from se_moe.communication import ParallelGroups
+from se_moe.config import FIXED_OPTIONS, TrainConfig
+from se_moe.data import TextData
+from se_moe.embedding import PartitionedEmbedding
+from se_moe.model import ModelConfig, MoELanguageModel, is_expert
+from se_moe.moe import GateConfig
+from se_moe.storage import ExpertKey, HostSlot, RecordLayout
+from se_moe.training import ResidentHome, Trainer, barrier, link_or_copy
+
+VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"step-(\d+)")
+_EXPERT_FILE = re.compile(r"layer(\d+)\.expert(\d+)\.safetensors")
+
+
+def expert_file(folder: Path, key: ExpertKey) -> Path:
+    return folder / "experts" / f"layer{key.layer:03d}.expert{key.expert:04d}.safetensors"
+
+
+def newest(folder: Path) -> Path | None:
+    """The last complete step in a folder of checkpoints."""
+    if not folder.is_dir():
+        return None
+    steps = sorted((int(m[1]), path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name)))
+    return steps[-1][1] if steps else None
+
+
+def write_record(path: Path, layout: RecordLayout, fields: Mapping[str, Tensor]) -> None:
+    """One expert as a safetensors file whose header fills whole blocks, as the file tier reads it."""
+    slot = HostSlot(layout, pinned=False)
+    for name, view in slot.fields.items():
+        view.copy_(fields[name])
+    content = slot.memory()[: layout.file_bytes]
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def read_record(path: Path) -> dict[str, Tensor]:
+    """The tensors of one expert's file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the expert's file is missing; restore the checkpoint or delete its folder") from None
+    except Exception as error:  # safetensors has an error class of its own
+        raise UserError(
+            f"{path}: damaged ({error}); delete the checkpoint's folder, the one before it is used"
+        ) from None
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
+    """Write the present state as folder/step-NNNNNN; a collective call. Older steps beyond `keep` are removed."""
+    target = folder / f"step-{trainer.done:06d}"
+    part = folder / f".{target.name}.part"
+    main = trainer.groups.rank == 0
+    if main:
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "experts").mkdir(parents=True)
+    barrier()
+    _save_experts(trainer, part)
+    dense = dense_state(trainer)
+    if main:
+        write_atomically(part / "dense.safetensors", lambda path: save_file(dense, path))
+        write_json(part / "meta.json", _meta(trainer))
+    barrier()
+    if main:
+        for inside in (part, part / "experts"):
+            _sync(inside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+        _sync(folder)
+        steps = sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name))
+        for old in steps[:-keep]:
+            # A folder that is being deleted must not look like a checkpoint.
+            gone = old.with_name(f".{old.name}.gone")
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    barrier()
+    return target
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save_experts(trainer: Trainer, folder: Path) -> None:
+    groups, home = trainer.groups, trainer.home
+    first_copy = groups.rank < groups.expert_size  # other ranks hold copies of the same experts
+    if isinstance(home, ResidentHome):
+        if first_copy:
+            for key in sorted(home.parameters):
+                write_record(expert_file(folder, key), home.layout, home.record(key))
+        return
+    tag = f"step-{trainer.done:06d}"
+    home.store.commit(tag)
+    if first_copy:
+        for key in sorted(home.files.versions):
+            link_or_copy(home.files.path(key), expert_file(folder, key))
+    home.files.prune([tag])
+
+
+@torch.no_grad()
+def dense_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Dense parameters and their moments as whole tensors by name, on every rank; a collective call."""
+    model, optimiser = trainer.model, trainer.optimiser
+    found: dict[str, Tensor] = {"step": torch.tensor([optimiser.step_count])}
+    sources = {"": [p.detach() for p in optimiser.parameters]}
+    sources |= {f"{moment}.": getattr(optimiser, moment) for moment in MOMENTS}
+    values = [p.detach().clone() for p in optimiser.parameters]
+    for prefix, tensors in sources.items():
+        # What gathers parameters gathers moments as well: they take the parameters' place for a moment.
+        for p, t in zip(optimiser.parameters, tensors):
+            p.copy_(t)
+        found |= {f"{prefix}{name}": t for name, t in _whole_parameters(trainer, model).items()}
+        for p, value in zip(optimiser.parameters, values):
+            p.copy_(value)
+    return found
+
+
+def _whole_parameters(trainer: Trainer, model: MoELanguageModel) -> dict[str, Tensor]:
+    def read() -> dict[str, Tensor]:
+        split = {id(p) for p in trainer.split}
+        return {
+            name: p.detach().cpu().clone()
+            for name, p in model.named_parameters()
+            if not is_expert(name) and id(p) not in split
+        }
+
+    if trainer.sharding is None:
+        found = read()
+    else:
+        with trainer.sharding.whole():
+            found = read()
+    if trainer.split:
+        found["wte.weight"] = model.wte.full().cpu().contiguous()
+    return found
+
+
+def _meta(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "step": trainer.done,
+        "fixed": fixed_options(trainer.config),
+        "model": asdict(trainer.model.config),
+        "ranks": trainer.groups.world_size,
+        "experts": [list(key) for key in _all_keys(trainer)],
+    }
+
+
+def _all_keys(trainer: Trainer) -> list[ExpertKey]:
+    return [ExpertKey(i, e) for i, layer in enumerate(trainer.model.moe_layers()) for e in range(layer.num_experts)]
+
+
+def fixed_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that decide a run's numbers, as plain JSON."""
+    return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def read_meta(step: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself.
+
+    Raises:
+        UserError: the file is missing, damaged or of another format.
+    """
+    file = step / "meta.json"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        version = meta["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file}: not a checkpoint of this program; delete {step.name} or give another folder"
+        ) from None
+    if version != VERSION:
+        raise UserError(f"{file}: format {version}, expected {VERSION}; train anew or use the program that wrote it")
+    return meta
+
+
+def open_trainer(
+    config: TrainConfig,
+    data: TextData,
+    device: torch.device,
+    groups: ParallelGroups,
+    tier_folder: Path,
+    step: Path | None = None,
+    **options: Any,
+) -> Trainer:
+    """A trainer at its start, or at a checkpoint written by any number of ranks with any switches.
+
+    Raises:
+        UserError: the checkpoint belongs to other options, or lacks files.
+    """
+    if step is None:
+        return Trainer(config, data, device, tier_folder, groups, **options)
+    meta = read_meta(step)
+    changed = [key for key, value in fixed_options(config).items() if meta["fixed"].get(key) != value]
+    if changed:
+        raise UserError(
+            f"{step} was written with other options ({', '.join(changed)}); choose another --run_dir, or give the "
+            "same options as before"
+        )
+    records = _own_records(config, groups, step, meta)
+    trainer = Trainer(config, data, device, tier_folder, groups, records, **options)
+    _load_dense(trainer, step)
+    trainer.done = int(meta["step"])
+    return trainer
+
+
+def _own_records(
+    config: TrainConfig, groups: ParallelGroups, step: Path, meta: Mapping[str, Any]
+) -> dict[ExpertKey, Path]:
+    experts = config.model.experts
+    if experts % groups.expert_size:
+        raise UserError(f"--model.experts is {experts}: it must be a multiple of the {groups.expert_size} expert ranks")
+    per_rank = experts // groups.expert_size
+    first = groups.expert_rank * per_rank
+    keys = [ExpertKey(*pair) for pair in meta["experts"]]
+    found = {key: expert_file(step, key) for key in keys if first <= key.expert < first + per_rank}
+    missing = [path for path in found.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: the expert's file is missing; delete {step.name}, the step before it is used")
+    return found
+
+
+@torch.no_grad()
+def _load_dense(trainer: Trainer, step: Path) -> None:
+    state = read_record(step / "dense.safetensors")
+    optimiser, model = trainer.optimiser, trainer.model
+    optimiser.step_count = int(state["step"])
+    targets: list[tuple[str, list[Tensor]]] = [(f"{m}.", getattr(optimiser, m)) for m in MOMENTS]
+    for prefix, moments in targets:
+        _write_whole(trainer, model, state, prefix)
+        for moment, p in zip(moments, optimiser.parameters):
+            moment.copy_(p)
+    _write_whole(trainer, model, state, "")
+
+
+def _write_whole(trainer: Trainer, model: MoELanguageModel, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Whole tensors into the parameters, wherever their slices are."""
+    split = {id(p) for p in trainer.split}
+
+    def write() -> None:
+        for name, p in model.named_parameters():
+            if not is_expert(name) and id(p) not in split:
+                p.copy_(state[f"{prefix}{name}"])
+
+    if trainer.sharding is None:
+        write()
+    else:
+        with trainer.sharding.whole(write=True):
+            write()
+    if trainer.split:
+        model.wte.load_full(state[f"{prefix}wte.weight"].to(trainer.device))
+
+
+# --- models for serving -----------------------------------------------------------------------------------------------
+
+
+def export_model(checkpoints: Path, folder: Path, tokenizer: str | None = None) -> Path:
+    """The newest checkpoint's weights as one model folder: config.json, model.safetensors, tokenizer.json."""
+    step = newest(checkpoints)
+    if step is None:
+        raise UserError(f"{checkpoints} holds no checkpoint; train a model first (make se_moe-train)")
+    meta, state = read_meta(step), read_record(step / "dense.safetensors")
+    weights = {n: t for n, t in state.items() if n != "step" and not n.startswith(tuple(f"{m}." for m in MOMENTS))}
+    layers = [i for i in range(meta["model"]["layers"]) if ModelConfig(**_plain(meta["model"])).has_experts(i)]
+    for layer, expert in meta["experts"]:
+        record = read_record(expert_file(step, ExpertKey(layer, expert)))
+        stem = f"blocks.{layers[layer]}.moe.deepspeed_moe.experts.deepspeed_experts.{expert}"
+        for name, tensor in record.items():
+            if name != "step" and not name.startswith(tuple(f"{m}." for m in MOMENTS)):
+                weights[f"{stem}.{name}"] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_json(folder / "config.json", meta["model"])
+    if tokenizer is not None:
+        write_atomically(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, encoding="utf-8"))
+    return folder
+
+
+def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {**model, "gate": GateConfig(**model["gate"])}
+
+
+def load_model(folder: str | Path) -> MoELanguageModel:
+    """The model that `export_model` wrote, on one process, in evaluation mode.
+
+    Raises:
+        UserError: files are missing or do not fit together.
+    """
+    folder = Path(folder)
+    try:
+        config = ModelConfig(**_plain(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not the config of a trained model ({error})") from None
+    model = MoELanguageModel(config)
+    assert isinstance(model.wte, PartitionedEmbedding)
+    try:
+        model.load_state_dict(read_record(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
+    return model.eval()

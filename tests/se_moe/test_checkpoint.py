@@ -1,0 +1,188 @@
+"""Checkpoints: exact continuation after kill -9, other numbers of ranks, other switches, damaged files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from common.errors import UserError
+from common.paths import REPOSITORY
+from se_moe import checkpoint
+from se_moe.config import Switches, TrainConfig
+from se_moe.data import TextData
+from se_moe.training import Trainer, make_run_groups
+from tests.se_moe import tiny_run
+from tests.se_moe.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+
+
+def _open(run: TrainConfig, step: Path | None) -> Trainer:
+    torch.set_num_threads(1)
+    text = TextData(run.data.tasks, run.data.shares, run.data.vocabulary, run.data.sequence)
+    tiers = Path(run.run_dir) / "tiers"
+    return checkpoint.open_trainer(run, text, torch.device("cpu"), make_run_groups(run), tiers, step)
+
+
+def _continue(rank: int, run: TrainConfig, folder: str, steps: int, save: bool) -> list[list[float]]:
+    """Go on from the newest checkpoint (or start); the (loss, norm) of `steps` steps."""
+    training = _open(run, checkpoint.newest(Path(folder)))
+    found = []
+    for _ in range(steps):
+        log = training.step()
+        found.append([log.loss, log.grad_norm])
+    if save:
+        checkpoint.save(training, Path(folder))
+    training.close()
+    return found
+
+
+@pytest.mark.parametrize("tiers", [False, True])
+def test_a_continued_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path, tiers: bool) -> None:
+    run, folder = tiny_run.config(tmp_path, {"tiers": tiers}), str(tmp_path / "checkpoints")
+    expected = tiny_run.losses(run, 6)
+    first = _continue(0, run, folder, 3, save=True)
+    assert first + _continue(0, run, folder, 3, save=False) == expected
+
+
+def test_tiers_continue_what_resident_experts_began_and_the_other_way_round(tmp_path: Path) -> None:
+    resident, tiered = (tiny_run.config(tmp_path, {"tiers": tiers}) for tiers in (False, True))
+    expected = tiny_run.losses(resident, 6)
+    for index, (before, after) in enumerate([(resident, tiered), (tiered, resident)]):
+        folder = str(tmp_path / f"checkpoints{index}")
+        _continue(0, before, folder, 3, save=True)
+        assert _continue(0, after, folder, 3, save=False) == expected[3:]
+
+
+@pytest.mark.parametrize("switches", [{}, {"tiers": False, "shard_dense": True}, {"partition": True}])
+def test_other_numbers_of_ranks_continue_a_run(tmp_path: Path, switches: dict[str, bool]) -> None:
+    run = tiny_run.config(tmp_path, switches)
+    run = replace(run, model=replace(run.model, aux_weight=0.0), optimiser=replace(run.optimiser, clip=0.0))
+    expected = torch.tensor(tiny_run.losses(run, 6))
+    folder = str(tmp_path / "checkpoints")
+    run_ranks(2, _continue, run, folder, 2, True)
+    four = run_ranks(4, _continue, run, folder, 2, True)
+    assert four[0] == four[3]
+    one = _continue(0, run, folder, 2, save=False)
+    torch.testing.assert_close(torch.tensor([*four[0], *one]), expected[2:], rtol=2e-5, atol=2e-5)
+
+
+def test_checkpoint_files_are_links_to_versions_that_never_change(tmp_path: Path) -> None:
+    run, folder = tiny_run.config(tmp_path), tmp_path / "checkpoints"
+    training = _open(run, None)
+    training.step()
+    step = checkpoint.save(training, folder)
+    files = sorted((step / "experts").glob("*.safetensors"))
+    assert len(files) == 16
+    assert all(file.stat().st_nlink == 2 for file in files)
+    before = [file.read_bytes() for file in files]
+    for _ in range(3):
+        training.step()
+    training.home.store.flush()  # type: ignore[union-attr]
+    assert [file.read_bytes() for file in files] == before
+    training.close()
+
+
+def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
+    run, folder = tiny_run.config(tmp_path, {"tiers": False}), tmp_path / "checkpoints"
+    training = _open(run, None)
+    for _ in range(3):
+        training.step()
+        checkpoint.save(training, folder, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
+    (folder / ".step-000004.part").mkdir()
+    assert checkpoint.newest(folder) == folder / "step-000003"
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    run, folder = tiny_run.config(tmp_path, {"tiers": False}), tmp_path / "checkpoints"
+    _continue(0, run, str(folder), 1, save=True)
+    step = checkpoint.newest(folder)
+    assert step is not None
+    with pytest.raises(UserError, match=r"other options \(seed\)"):
+        _open(replace(run, seed=1), step)
+    victim = step / "experts" / "layer001.expert0003.safetensors"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"layer001\.expert0003\.safetensors.*damaged"):
+        _open(run, step)
+    victim.unlink()
+    with pytest.raises(UserError, match=r"layer001\.expert0003\.safetensors.*missing"):
+        _open(run, step)
+    (step / "meta.json").write_text("[]")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        _open(run, step)
+
+
+def test_an_exported_model_computes_what_the_trained_one_does(tmp_path: Path) -> None:
+    run, folder = tiny_run.config(tmp_path), tmp_path / "checkpoints"
+    training = _open(run, None)
+    for _ in range(2):
+        training.step()
+    checkpoint.save(training, folder)
+    ids, targets = training.batch(5)
+    training.model.eval()
+    with torch.no_grad():
+        expected = training.model(ids, targets).lm_loss
+    training.close()
+    model = checkpoint.load_model(checkpoint.export_model(folder, tmp_path / "model", "{}"))
+    with torch.no_grad():
+        assert torch.equal(model(ids, targets).lm_loss, expected)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"hidden": 16', '"hidden": 32'))
+    with pytest.raises(UserError, match=r"model\.safetensors does not fit config"):
+        checkpoint.load_model(tmp_path / "model")
+
+
+def write_config(file: Path, run: TrainConfig) -> Path:
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(run)))), encoding="utf-8")
+    return file
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+
+
+def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouched_one(tmp_path: Path) -> None:
+    run = replace(
+        tiny_run.config(tmp_path), arms=["ours"], steps=16, checkpoint_every=6, switches=Switches(partition=False)
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        options = write_config(tmp_path / f"{name}.yaml", replace(run, run_dir=str(tmp_path / name)))
+        command = [sys.executable, str(REPOSITORY / "se_moe" / "train.py"), "--config", str(options)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole = start("whole")
+    killed = start("killed")
+    deadline = time.monotonic() + 120
+    while len(_log(tmp_path / "killed" / "ours")) < 8 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    # The workers' numbers stand in the run folder; killed at once, no rank can tidy up.
+    for pid in json.loads((tmp_path / "killed" / "ours" / "workers.json").read_text())["pids"]:
+        os.kill(pid, signal.SIGKILL)
+    assert killed.wait(60) != 0
+    interrupted = len(_log(tmp_path / "killed" / "ours"))
+    assert 8 <= interrupted < 16
+    assert start("killed").wait(120) == 0
+    assert whole.wait(120) == 0
+    logs = [_log(tmp_path / name / "ours") for name in ("whole", "killed")]
+    losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log] for log in logs]
+    assert len(losses[0]) == 16
+    assert losses[0] == losses[1]

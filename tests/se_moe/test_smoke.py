@@ -1,0 +1,93 @@
+"""The smoke reproduction: the stable claims at a budget of seconds, and the trainer's whole path."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from se_moe import reproduce, train
+from se_moe.checkpoint import load_model
+from se_moe.data import load_tokenizer
+from se_moe.experiments import PLANS
+from tests.se_moe import tiny_run
+from tests.se_moe.test_checkpoint import write_config
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("se_moe-smoke")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    names = list(reproduce.NAMES["smoke"])
+    study = reproduce.Study(PLANS["smoke"], folder)
+    records = reproduce.reproduce(study, "smoke", names, folder / "se_moe.json")
+    torch.set_num_threads(threads)
+    return {record["id"]: record for record in records}
+
+
+@pytest.mark.smoke
+def test_one_collective_is_faster_than_120(measured: dict[str, Any]) -> None:
+    assert measured["M1"]["holds"]
+
+
+@pytest.mark.smoke
+def test_decaying_hits_follow_a_shift_and_write_back_writes_less(measured: dict[str, Any]) -> None:
+    values = measured["M3"]["measured"][0]
+    assert values["gain_under_shift"] >= 0.05
+    assert values["writes_per_request"] < 1
+
+
+@pytest.mark.smoke
+def test_equation_1_predicts_the_bytes_of_every_tier(measured: dict[str, Any]) -> None:
+    values = measured["M4"]["measured"][0]
+    assert values["largest_error"] <= 0.05
+    assert values["losses_equal"] == 1
+    assert values["device_share"] <= 0.5
+
+
+@pytest.mark.smoke
+def test_layouts_of_2_4_and_8_ranks_learn_the_same_parameters(measured: dict[str, Any]) -> None:
+    values = measured["M5"]["measured"][0]
+    assert values["parameter_difference"] <= 1e-5
+    assert values["utilisation_one_each"] == 0.5
+    assert values["utilisation_balanced"] == values["utilisation_merged"] == 1.0
+
+
+@pytest.mark.smoke
+def test_a_partitioned_table_takes_half_and_loses_nothing(measured: dict[str, Any]) -> None:
+    values = measured["M7"]["measured"][0]
+    assert values["memory_share"] <= 0.55
+    assert values["loss_difference"] <= 1e-5
+
+
+@pytest.mark.smoke
+def test_a_ring_of_4_sections_serves_12_layers_with_equal_outputs(measured: dict[str, Any]) -> None:
+    values = measured["M8"]["measured"][0]
+    assert values["equal"] == 1
+    assert values["device_share"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.smoke
+def test_train_starts_two_ranks_fills_the_table_and_leaves_a_model_to_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+    run = replace(tiny_run.config(tmp_path, {"partition": True}), arms=["ours", "naive"])
+    printed = train.main(["--config", str(write_config(tmp_path / "run.yaml", run))])
+    folder = Path(run.run_dir)
+    assert printed == (folder / "table.md").read_text().strip() == capsys.readouterr().out.strip()
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
+        "ours, experts in tiers",
+        "naive, every switch off",
+    ]
+    ours, naive = (json.loads((folder / arm / "metrics.json").read_text()) for arm in ("ours", "naive"))
+    assert ours["losses"] == pytest.approx(naive["losses"], abs=1e-5)
+    assert 0 < ours["device_peak_bytes"] <= ours["device_budget_bytes"]
+    tokenizer = load_tokenizer(folder / "model")
+    ids = torch.tensor([tokenizer.encode("the state").ids])
+    assert load_model(folder / "model").generate(ids, 2, temperature=0).shape[1] == ids.shape[1] + 2

@@ -40,6 +40,8 @@ CAPTIONS = {
     "2to1_buckets.png": f"P5, pictures twice as high as wide after bucketed training: {SAMPLES}.",
     "2to1_square.png": f"P5, the same after square training: {SAMPLES}.",
     "guidance_1.png": "P6, guidance 1, first seed.",
+    "guidance_3.png": "P6, guidance 3, first seed.",
+    "guidance_4p5.png": "P6, guidance 4.5, first seed.",
     "guidance_7.png": "P6, guidance 7, first seed.",
     "sampler_iddpm.png": "P6, 100 steps of iDDPM, guidance 3, first seed.",
     "sampler_sa.png": "P6, 25 steps of SA-Solver, guidance 3, first seed.",

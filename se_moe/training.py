@@ -63,18 +63,28 @@ STATE_BYTES = 16  # of a float32 parameter in training: weight, gradient, two mo
 def start_process_group(device: torch.device, seconds: float = 600.0) -> None:
     """Join the other ranks, if there are any: RANK and WORLD_SIZE say so, as torchrun sets them.
 
-    `SE_MOE_RENDEZVOUS` names a file through which ranks of one machine meet without a port.
+    `SE_MOE_RENDEZVOUS` names a file through which ranks of one machine meet without a port. Workers that torchrun
+    starts again meet under the number of their attempt: its store still holds the addresses of those that died.
     """
     if initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
+    rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     meeting = os.environ.get("SE_MOE_RENDEZVOUS")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{meeting}" if meeting else "env://",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=seconds),
+    if meeting:
+        dist.init_process_group(backend, f"file://{meeting}", timeout=timeout, rank=rank, world_size=ranks)
+        return
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks,
+        is_master=rank == 0 and not hosted,
+        timeout=timeout,
+        multi_tenant=not hosted,
     )
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, timeout=timeout, rank=rank, world_size=ranks)
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -183,6 +184,34 @@ def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouche
     assert start("killed").wait(120) == 0
     assert whole.wait(120) == 0
     logs = [_log(tmp_path / name / "ours") for name in ("whole", "killed")]
+    losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log] for log in logs]
+    assert len(losses[0]) == 16
+    assert losses[0] == losses[1]
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(tmp_path: Path) -> None:
+    run = replace(
+        tiny_run.config(tmp_path), arms=["ours"], steps=16, checkpoint_every=6, switches=Switches(partition=False)
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = write_config(tmp_path / "elastic.yaml", replace(run, run_dir=str(tmp_path / "elastic")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--max-restarts", "1", "--monitor-interval", "0.2", str(REPOSITORY / "se_moe" / "train.py")]
+    elastic = subprocess.Popen(
+        [*launch, "--config", str(options)], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 150
+    while len(_log(tmp_path / "elastic" / "ours")) < 8 and elastic.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = psutil.Process(elastic.pid).children()
+    assert len(workers) == 2
+    workers[1].kill()
+    assert elastic.wait(150) == 0, "the elastic agent starts both workers again"
+    whole = replace(run, run_dir=str(tmp_path / "whole"))
+    command = [sys.executable, str(REPOSITORY / "se_moe" / "train.py"), "--config"]
+    command.append(str(write_config(tmp_path / "whole.yaml", whole)))
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=150)
+    logs = [_log(tmp_path / name / "ours") for name in ("whole", "elastic")]
     losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log] for log in logs]
     assert len(losses[0]) == 16
     assert losses[0] == losses[1]

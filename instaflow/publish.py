@@ -103,7 +103,7 @@ def publish(run_dir: Path, name: str) -> Path:
         state = load_file(path)
         half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         save_file(half, path, metadata={"format": "pt"})
-    opened = StableDiffusionPipeline.from_pretrained(target, torch_dtype=torch.float32)
+    opened = StableDiffusionPipeline.from_pretrained(target, dtype=torch.float32)
     parameters = sum(p.numel() for p in opened.unet.parameters())
     shutil.copyfile(run_dir / "comparison.png", target / "comparison.png")
     facts = {

@@ -44,7 +44,7 @@ def test_the_published_pipeline_draws_in_one_step_with_stock_diffusers() -> None
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         "a red square",

@@ -14,12 +14,9 @@ is kept in runs/reproduce/, so an interrupted run continues where it stopped; ar
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -31,6 +28,7 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 from common.errors import UserError, run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 
 if TYPE_CHECKING:
     from electra.experiments import Study
@@ -602,24 +600,6 @@ def open_study(tier: Tier) -> Study:
     return Study(PLANS[tier], REPOSITORY / "runs" / "reproduce" / f"electra-{tier}")
 
 
-def measure(study: Study, name: str, seed: int, headline: str) -> dict[str, Any]:
-    """The values, seconds and peak memory of one claim and seed: from disk if they were measured before."""
-    from common.files import write_json
-    from common.ledger import peak_memory
-
-    store = study.folder / f"{name}-seed{seed}.json"
-    known: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
-    if known.get("settings") != study.settings:
-        started = time.perf_counter()
-        values = MEASURES[name](study, seed)
-        study.forget()
-        known = {"values": values, "seconds": time.perf_counter() - started, "peak": peak_memory()}
-        known["settings"] = study.settings
-        write_json(store, known)
-    print(f"{name} seed {seed}: {headline} {known['values'][headline]:.4g} ({known['seconds']:.0f} s)", flush=True)
-    return known
-
-
 def reproduce(
     study: Study, tier: Tier, names: Sequence[str], output: Path, seeds: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
@@ -628,28 +608,22 @@ def reproduce(
     Args:
         seeds: measure these only and write no record.
     """
-    from common.ledger import check_targets, record, write_claims
-
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
-    records = []
-    for name in names:
-        headline = known[name].target.metric
-        done = [measure(study, name, seed, headline) for seed in seeds or SEEDS[tier]]
-        if seeds is not None:
-            continue
-        records.append(
-            record(
-                known[name],
-                [entry["values"] for entry in done],
-                round(sum(entry["seconds"] for entry in done), 1),
-                max(entry["peak"] for entry in done),
-                seeds=SEEDS[tier],
-            )
-        )
-        write_claims(output, records[-1:])
-        verdict = "holds" if records[-1]["holds"] else "does not hold"
-        print(f"{name}: mean {records[-1]['mean']:.4g}, {verdict}", flush=True)
+
+    def measure(name: str, seed: int) -> dict[str, float]:
+        values = MEASURES[name](study, seed)
+        study.forget()
+        return values
+
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda _: seeds or SEEDS[tier],
+        measure,
+        study.folder,
+        output,
+        settings=study.settings,
+        write=seeds is None,
+    )
     if tier == "small" and seeds is None:
         from electra.figures import draw_figures
 
@@ -658,21 +632,12 @@ def reproduce(
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
+    parser = options_parser("electra", __doc__)
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these, without writing a record")
-    parser.add_argument(
-        "--output", type=Path, help="default: results/electra.json (smoke: runs/reproduce/electra-smoke.json)"
-    )
     parser.add_argument("--cost", action="store_true", help="time every arm for a few steps, print the bill and stop")
     parser.add_argument("--calibrate", action="store_true", help="compare fine-tuning rates on an unused seed and stop")
     options = parser.parse_args(argv)
-    available = NAMES[options.tier]
-    names = options.claims or list(available)
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
+    names = chosen_claims(options, NAMES[options.tier])
     for seed in options.seeds or ():
         if seed not in SEEDS[options.tier]:
             raise UserError(f"--seeds {seed}: tier {options.tier} has {', '.join(map(str, SEEDS[options.tier]))}")
@@ -683,9 +648,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if options.cost:
         print_cost(study, len(SEEDS[options.tier]))
         return []
-    small = options.tier == "small"
-    default = RESULTS / "electra.json" if small else REPOSITORY / "runs" / "reproduce" / "electra-smoke.json"
-    return reproduce(study, options.tier, names, options.output or default, options.seeds)
+    return reproduce(study, options.tier, names, ledger_path(options, "electra"), options.seeds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,8 +97,6 @@ class Lab:
     folder: Path
     _flows: dict[tuple[str, int], UNetFlow] = field(default_factory=dict)
 
-    # --- what all arms share -----------------------------------------------------------------------------------------
-
     @cached_property
     def prompts(self) -> list[str]:
         return prompt_list("shapes", PROMPT_POOL)
@@ -161,8 +158,6 @@ class Lab:
         if not path.is_file():
             write_json(path, make())
         return json.loads(path.read_text())
-
-    # --- arms --------------------------------------------------------------------------------------------------------
 
     def flow(self, name: str, seed: int) -> UNetFlow:
         """A trained arm: reflow, instaflow, direct, continued_l2, continued_perceptual, stacked."""
@@ -256,8 +251,6 @@ class Lab:
             total += float((v_BCHW - (ends - noise)).square().mean())
         return total / len(times)
 
-    # --- measurements ------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def latents(self, name: str, seed: int, steps: int) -> Tensor:
         """End points of an arm's Euler steps from the evaluation noises."""
@@ -346,7 +339,3 @@ class Lab:
             "continued_perceptual": more,
             "stacked": distilled + 3 * budget.batch * budget.distil,
         }[name]
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

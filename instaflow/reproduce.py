@@ -11,20 +11,18 @@ is kept in runs/reproduce/, named after the teacher's checksum, so an interrupte
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 
 if TYPE_CHECKING:
     from instaflow.experiments import Lab
@@ -278,32 +276,15 @@ def open_lab(tier: Tier, teacher: Path, root: Path) -> Lab:
 
 def reproduce(tier: Tier, names: list[str], output: Path, teacher: Path, root: Path) -> list[dict[str, Any]]:
     """Measure the named claims over the tier's seeds and write the ledger after each claim."""
-    from common.files import write_json
-    from common.ledger import check_targets, record, write_claims
-    from instaflow.experiments import peak_bytes
-
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
     lab = open_lab(tier, teacher, root)
-    records = []
-    for name in names:
-        measured, seconds = [], 0.0
-        for seed in SEEDS[tier]:
-            store = lab.folder / f"{name}-seed{seed}.json"
-            if not store.is_file():
-                started = time.perf_counter()
-                values = MEASURES[name](lab, seed)
-                write_json(store, {"values": values, "seconds": time.perf_counter() - started, "peak": peak_bytes()})
-            done = json.loads(store.read_text())
-            measured.append(done["values"])
-            seconds += done["seconds"]
-            headline = done["values"][known[name].target.metric]
-            shown = "not finite" if headline is None else f"{headline:.3f}"
-            print(f"{name} seed {seed}: {known[name].target.metric} {shown} ({done['seconds']:.0f} s)", flush=True)
-        finite = [{k: float("nan") if v is None else v for k, v in values.items()} for values in measured]
-        records.append(record(known[name], finite, round(seconds, 1), done["peak"], seeds=SEEDS[tier]))
-        write_claims(output, records[-1:])
-        print(f"{name}: {'holds' if records[-1]['holds'] else 'does not hold'}", flush=True)
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda _: SEEDS[tier],
+        lambda name, seed: MEASURES[name](lab, seed),
+        lab.folder,
+        output,
+    )
     if tier == "small":
         from instaflow.figures import draw_figures
 
@@ -312,20 +293,12 @@ def reproduce(tier: Tier, names: list[str], output: Path, teacher: Path, root: P
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
+    parser = options_parser("instaflow", __doc__)
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="a diffusers directory that knows Shapes")
-    parser.add_argument("--output", type=Path, help="default: results/instaflow.json (smoke: runs/reproduce/...)")
     options = parser.parse_args(argv)
-    available = CLAIMS[options.tier]
-    names = options.claims or list(available)
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
+    names = chosen_claims(options, CLAIMS[options.tier])
     root = REPOSITORY / "runs" / "reproduce"
-    default = RESULTS / "instaflow.json" if options.tier == "small" else root / "instaflow-smoke.json"
-    return reproduce(options.tier, names, options.output or default, options.teacher, root)
+    return reproduce(options.tier, names, ledger_path(options, "instaflow"), options.teacher, root)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import time
 from dataclasses import dataclass, field
 from functools import cache
@@ -279,10 +278,6 @@ def train_regression(config: LdmConfig, task: Task, seconds: float) -> Regressio
 @torch.no_grad()
 def regress(network: Regression, low: Tensor, size: int) -> Tensor:
     return torch.cat([to_uint8(network(to_unit(part), size)) for part in low.split(100)])
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def foreground(images: Tensor) -> Tensor:

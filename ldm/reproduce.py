@@ -10,11 +10,9 @@ Budgets are CPU seconds of one thread, so other load on the machine does not cha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 from ldm.config import DataConfig
 
 if TYPE_CHECKING:
@@ -581,36 +580,17 @@ def reproduce(tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]
     """Measure the named claims over the tier's seeds and write the ledger after each claim."""
     import torch
 
-    from common.ledger import check_targets, record, write_claims
-    from ldm.experiments import peak_bytes
-
     global _folder
     _folder = REPOSITORY / "runs" / "reproduce" / f"ldm-{tier}"
     torch.set_num_threads(1)  # budgets are CPU seconds: one thread makes them seconds of work
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
-    records = []
-    for name in names:
-        measured, seconds = [], 0.0
-        for seed in SEEDS[tier]:
-            store = working_folder() / f"{name}-seed{seed}.json"
-            if not store.is_file():
-                started = time.perf_counter()
-                values = MEASURES[name](seed, BUDGETS[tier][name])
-                save_json(store, {"values": values, "seconds": time.perf_counter() - started, "peak": peak_bytes()})
-            done = json.loads(store.read_text())
-            measured.append(done["values"])
-            seconds += done["seconds"]
-            headline = known[name].target.metric
-            print(
-                f"{name} seed {seed}: {headline} {done['values'][headline]:.3f} ({done['seconds']:.0f} s)", flush=True
-            )
-        records.append(record(known[name], measured, round(seconds, 1), done["peak"], seeds=SEEDS[tier]))
-        write_claims(output, records[-1:])
-        print(
-            f"{name}: mean {records[-1]['mean']:.3f}, {'holds' if records[-1]['holds'] else 'does not hold'}",
-            flush=True,
-        )
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda _: SEEDS[tier],
+        lambda name, seed: MEASURES[name](seed, BUDGETS[tier][name]),
+        working_folder(),
+        output,
+    )
     if tier == "small":
         from ldm.figures import draw_figures
 
@@ -619,18 +599,10 @@ def reproduce(tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
-    parser.add_argument("--output", type=Path, help="default: results/ldm.json (smoke: runs/reproduce/ldm-smoke.json)")
+    parser = options_parser("ldm", __doc__)
     options = parser.parse_args(argv)
-    available = list(BUDGETS[options.tier])
-    names = options.claims or available
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
-    default = RESULTS / "ldm.json" if options.tier == "small" else REPOSITORY / "runs" / "reproduce" / "ldm-smoke.json"
-    return reproduce(options.tier, names, options.output or default)
+    names = chosen_claims(options, list(BUDGETS[options.tier]))
+    return reproduce(options.tier, names, ledger_path(options, "ldm"))
 
 
 if __name__ == "__main__":

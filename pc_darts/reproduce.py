@@ -13,10 +13,7 @@ claims (PC3, PC5 and PC6 use one PC-DARTS search a seed).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +24,7 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 from common.errors import UserError, run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 
 if TYPE_CHECKING:
     from pc_darts.experiments import Study
@@ -249,32 +247,14 @@ def seeds_of(name: str, tier: Tier) -> tuple[int, ...]:
 
 def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]]:
     """Measure the named claims over the tier's seeds and write the ledger after each claim."""
-    from common.files import write_json
-    from common.ledger import check_targets, peak_memory, record, write_claims
-
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
-    records = []
-    for name in names:
-        measured, seconds, peak = [], 0.0, 0
-        for seed in seeds_of(name, tier):
-            store = study.folder / f"{name}-seed{seed}.json"
-            if not store.is_file():
-                started = time.perf_counter()
-                values = MEASURES[name](study, seed)
-                taken = time.perf_counter() - started
-                write_json(store, {"values": values, "seconds": taken, "peak": peak_memory()})
-            done = json.loads(store.read_text())
-            measured.append(done["values"])
-            seconds, peak = seconds + done["seconds"], max(peak, done["peak"])
-            headline = known[name].target.metric
-            print(
-                f"{name} seed {seed}: {headline} {done['values'][headline]:.3f} ({done['seconds']:.0f} s)", flush=True
-            )
-        records.append(record(known[name], measured, round(seconds, 1), peak, seeds=seeds_of(name, tier)))
-        write_claims(output, records[-1:])
-        verdict = "holds" if records[-1]["holds"] else "does not hold"
-        print(f"{name}: mean {records[-1]['mean']:.3f}, {verdict}", flush=True)
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda name: seeds_of(name, tier),
+        lambda name, seed: MEASURES[name](study, seed),
+        study.folder,
+        output,
+    )
     if tier == "small":
         from pc_darts.figures import draw_figures
 
@@ -283,19 +263,10 @@ def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
-    parser.add_argument(
-        "--output", type=Path, help="default: results/pc_darts.json (smoke: runs/reproduce/pc_darts-smoke.json)"
-    )
+    parser = options_parser("pc_darts", __doc__)
     parser.add_argument("--sweep", metavar="NAME", help="run an ablation of section 4.4 instead of the claims")
     options = parser.parse_args(argv)
-    available = list(NAMES[options.tier])
-    names = options.claims or available
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
+    names = chosen_claims(options, list(NAMES[options.tier]))
     study = open_study(options.tier)
     if options.sweep:
         from pc_darts.experiments import SWEEPS, sweep
@@ -309,9 +280,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 f"{row['memory_bytes'] / 1e6:.0f} MB"
             )
         return []
-    small = options.tier == "small"
-    default = RESULTS / "pc_darts.json" if small else REPOSITORY / "runs" / "reproduce" / "pc_darts-smoke.json"
-    return reproduce(study, options.tier, names, options.output or default)
+    return reproduce(study, options.tier, names, ledger_path(options, "pc_darts"))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,17 @@ between claims (P1, P2, P3, P5 and P6 use one model trained on dense captions).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 
 if TYPE_CHECKING:
     from pixart.experiments import HeldOut, Study
@@ -497,32 +495,14 @@ def open_study(tier: Tier) -> Study:
 
 def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]]:
     """Measure the named claims over the tier's seeds and write the ledger after each claim."""
-    from common.files import write_json
-    from common.ledger import check_targets, peak_memory, record, write_claims
-
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
-    records = []
-    for name in names:
-        measured, seconds, peak = [], 0.0, 0
-        for seed in SEEDS[tier]:
-            store = study.folder / f"{name}-seed{seed}.json"
-            if not store.is_file():
-                started = time.perf_counter()
-                values = MEASURES[name](study, seed)
-                taken = time.perf_counter() - started
-                write_json(store, {"values": values, "seconds": taken, "peak": peak_memory()})
-            done = json.loads(store.read_text())
-            measured.append(done["values"])
-            seconds, peak = seconds + done["seconds"], max(peak, done["peak"])
-            headline = known[name].target.metric
-            print(
-                f"{name} seed {seed}: {headline} {done['values'][headline]:.3f} ({done['seconds']:.0f} s)", flush=True
-            )
-        records.append(record(known[name], measured, round(seconds, 1), peak, seeds=SEEDS[tier]))
-        write_claims(output, records[-1:])
-        verdict = "holds" if records[-1]["holds"] else "does not hold"
-        print(f"{name}: mean {records[-1]['mean']:.3f}, {verdict}", flush=True)
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda _: SEEDS[tier],
+        lambda name, seed: MEASURES[name](study, seed),
+        study.folder,
+        output,
+    )
     if tier == "small":
         from pixart.figures import draw_figures
 
@@ -531,26 +511,15 @@ def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
-    parser.add_argument(
-        "--output", type=Path, help="default: results/pixart.json (smoke: runs/reproduce/pixart-smoke.json)"
-    )
+    parser = options_parser("pixart", __doc__)
     parser.add_argument("--calibrate", action="store_true", help="compare learning rates on an unused seed and stop")
     options = parser.parse_args(argv)
-    available = list(NAMES[options.tier])
-    names = options.claims or available
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
+    names = chosen_claims(options, list(NAMES[options.tier]))
     study = open_study(options.tier)
     if options.calibrate:
         study.calibrate()
         return []
-    small = options.tier == "small"
-    default = RESULTS / "pixart.json" if small else REPOSITORY / "runs" / "reproduce" / "pixart-smoke.json"
-    return reproduce(study, options.tier, names, options.output or default)
+    return reproduce(study, options.tier, names, ledger_path(options, "pixart"))
 
 
 if __name__ == "__main__":

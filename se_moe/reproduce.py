@@ -10,10 +10,7 @@ stopped. M9 needs DeepSpeed; without it the small tier leaves M9 out and says so
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.ledger import Claim, Condition, PaperValue, Target, Tier
 from common.paths import REPOSITORY, RESULTS
+from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
 
 if TYPE_CHECKING:
     from se_moe.experiments import Plan
@@ -283,33 +281,14 @@ def open_study(tier: Tier) -> Study:
 
 def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]]:
     """Measure the named claims over the tier's seeds and write the ledger after each claim."""
-    from common.files import write_json
-    from common.ledger import check_targets, peak_memory, record, write_claims
-
     known = claims(tier)
-    check_targets(output, [known[name] for name in names])
-    study.folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for name in names:
-        measured, seconds, peak = [], 0.0, 0
-        for seed in SEEDS[tier]:
-            store = study.folder / f"{name}-seed{seed}.json"
-            if not store.is_file():
-                started = time.perf_counter()
-                values = MEASURES[name](study, seed)
-                taken = time.perf_counter() - started
-                write_json(store, {"values": values, "seconds": taken, "peak": peak_memory()})
-            done = json.loads(store.read_text(encoding="utf-8"))
-            measured.append(done["values"])
-            seconds, peak = seconds + done["seconds"], max(peak, done["peak"])
-            headline = known[name].target.metric
-            print(
-                f"{name} seed {seed}: {headline} {done['values'][headline]:.3f} ({done['seconds']:.0f} s)", flush=True
-            )
-        records.append(record(known[name], measured, round(seconds, 1), peak, seeds=SEEDS[tier]))
-        write_claims(output, records[-1:])
-        verdict = "holds" if records[-1]["holds"] else "does not hold"
-        print(f"{name}: mean {records[-1]['mean']:.3f}, {verdict}", flush=True)
+    records = measure_claims(
+        [known[name] for name in names],
+        lambda _: SEEDS[tier],
+        lambda name, seed: MEASURES[name](study, seed),
+        study.folder,
+        output,
+    )
     if tier == "small":
         from se_moe.figures import draw_figures
 
@@ -318,28 +297,16 @@ def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
-    parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
-    parser.add_argument(
-        "--output", type=Path, help="default: results/se_moe.json (smoke: runs/reproduce/se_moe-smoke.json)"
-    )
+    parser = options_parser("se_moe", __doc__)
     options = parser.parse_args(argv)
-    available = list(NAMES[options.tier])
-    names = options.claims or available
-    for name in names:
-        if name not in available:
-            raise UserError(f"--claims {name}: tier {options.tier} has {', '.join(available)}")
+    names = chosen_claims(options, list(NAMES[options.tier]))
     if options.claims is None and "M9" in names:
-        from se_moe.deepspeed_arm import INSTALL
-        from se_moe.deepspeed_arm import available as deepspeed_available
+        from se_moe.deepspeed_arm import INSTALL, available
 
-        if not deepspeed_available():
+        if not available():
             print(f"M9 is left out: {INSTALL}", flush=True)
             names = [name for name in names if name != "M9"]
-    small = options.tier == "small"
-    default = RESULTS / "se_moe.json" if small else REPOSITORY / "runs" / "reproduce" / "se_moe-smoke.json"
-    return reproduce(open_study(options.tier), options.tier, names, options.output or default)
+    return reproduce(open_study(options.tier), options.tier, names, ledger_path(options, "se_moe"))
 
 
 if __name__ == "__main__":

@@ -180,11 +180,11 @@ def test_changed_finetuning_measures_a_claim_anew_on_the_same_arms(
     def measure(study: Study, seed: int) -> dict[str, float]:
         calls.append(study.plan.epochs)
         study.arm("electra-6", seed)
-        return {"gain": 0.0}
+        return {reproduce.claims("small")["E2"].target.metric: 0.0}
 
     monkeypatch.setitem(reproduce.MEASURES, "E2", measure)
     for plan in (TINY, TINY, replace(TINY, epochs=2)):
-        reproduce.measure(tiny_study(tmp_path, plan), "E2", 0, "gain")
+        reproduce.reproduce(tiny_study(tmp_path, plan), "small", ["E2"], tmp_path / "out.json", seeds=[0])
         monkeypatch.setattr(Study, "_train", lambda *_: pytest.fail("trained again"))
     assert calls == [1, 2]
 

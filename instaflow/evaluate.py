@@ -136,9 +136,6 @@ def _extractor(kind: str) -> Any:
     return load_extractor(kind)
 
 
-# --- your own captions and images ------------------------------------------------------------------------------------
-
-
 def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
     """One caption for each image file.
 

@@ -407,8 +407,6 @@ class Run:
         table = StateTable(self.teacher, int(self.config.trainer.cache_text_gb * 2**30))
         return lambda ids_B: table([listed[i] for i in ids_B.tolist()]).float()
 
-    # --- pairs -------------------------------------------------------------------------------------------------------
-
     def teacher_source(self) -> DiffusionSource:
         """The teacher's ODE, from which the first pairs come."""
         options = self.config.pairs
@@ -441,8 +439,6 @@ class Run:
         source = FlowSource(flow.to(self.teacher.device), self.teacher, options.teacher_steps, options.alpha)
         stream = 1 + int(name.rpartition("_")[2]) if name.startswith("reflow") else 1000
         return self._pairs(source, count, stream, self.folder / name / "pairs")
-
-    # --- stages ------------------------------------------------------------------------------------------------------
 
     def reflow(self, callbacks: Sequence[pl.Callback] = ()) -> UNetFlow:
         """v_2 .. v_k: one round after the other, each on the pairs of the flow before."""
@@ -596,8 +592,6 @@ class Run:
             if self.restore(student, name):
                 return student
         raise UserError(f"{self.folder}: no distilled student there; run the stage distil first")
-
-    # --- results -----------------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:

@@ -80,9 +80,6 @@ def read_record(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-
 def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     """Write the present state as folder/step-NNNNNN; a collective call. Older steps beyond `keep` are removed."""
     target = folder / f"step-{trainer.done:06d}"
@@ -196,9 +193,6 @@ def fixed_options(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 def read_meta(step: Path) -> dict[str, Any]:
     """What a checkpoint says about itself.
 
@@ -293,9 +287,6 @@ def _write_whole(trainer: Trainer, model: MoELanguageModel, state: Mapping[str, 
             write()
     if trainer.split:
         model.wte.load_full(state[f"{prefix}wte.weight"].to(trainer.device))
-
-
-# --- models for serving -----------------------------------------------------------------------------------------------
 
 
 def export_model(checkpoints: Path, folder: Path, tokenizer: str | None = None) -> Path:

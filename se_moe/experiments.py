@@ -82,9 +82,6 @@ PLANS = {
 }
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
 def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
@@ -132,9 +129,6 @@ def alternate(arms: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
 
 def _median(values: Any) -> float:
     return float(statistics.median(values))
-
-
-# --- M1: fusion -------------------------------------------------------------------------------------------------------
 
 
 def fused_against_per_tensor(repeats: int, seed: int) -> dict[str, float]:
@@ -185,9 +179,6 @@ def fused_against_per_tensor(repeats: int, seed: int) -> dict[str, float]:
         "speedup_reduce": reduce_gain,
         **{f"milliseconds_{name}": 1000 * seconds for name, seconds in wall.items()},
     }
-
-
-# --- M2, M3, M4: tiers ------------------------------------------------------------------------------------------------
 
 
 def tier_config(plan: Plan, seed: int, folder: Path, switches: Switches, **storage: Any) -> TrainConfig:
@@ -395,9 +386,6 @@ def storage_formula(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
     }
 
 
-# --- M5: elastic ------------------------------------------------------------------------------------------------------
-
-
 class TaskLanguageModel(nn.Module):
     """Next-token prediction for several tasks: shared embedding and attention, a Task-MoE feed-forward a layer."""
 
@@ -517,9 +505,6 @@ def elastic(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
     }
 
 
-# --- M6: hierarchical AlltoAll ----------------------------------------------------------------------------------------
-
-
 def exchanges(nodes: int, per_node: int, repeats: int, seed: int, latency: float) -> dict[str, float]:
     """Flat against two-phase AlltoAll of unequal rows, every message between nodes costing `latency` seconds."""
     groups, topology = make_groups(), make_topology(per_node)
@@ -569,9 +554,6 @@ def hierarchical(plan: Plan, seed: int) -> dict[str, float]:
         "equal": min(result["equal_2x2"], result["equal_2x3"]),
         **result,
     }
-
-
-# --- M7: embedding partition ------------------------------------------------------------------------------------------
 
 
 def embeddings(vocabulary: int, hidden: int, tokens: int, repeats: int, seed: int) -> dict[str, float]:
@@ -632,9 +614,6 @@ def embedding_partition(plan: Plan, seed: int) -> dict[str, float]:
     }
 
 
-# --- M8: ring offload -------------------------------------------------------------------------------------------------
-
-
 def ring_offload(plan: Plan, seed: int, layers: int = 12) -> dict[str, float]:
     """A pass through 12 layers: resident, offloaded one after the other, rings of 2 and 4; copy = half the compute."""
     torch.manual_seed(seed)
@@ -684,9 +663,6 @@ def ring_offload(plan: Plan, seed: int, layers: int = 12) -> dict[str, float]:
     }
 
 
-# --- M9: DeepSpeed ----------------------------------------------------------------------------------------------------
-
-
 def beside_deepspeed(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
     """The same model by ours (experts resident) and by DeepSpeed, ZeRO 0 and 2, on two ranks; arms take turns.
 
@@ -734,9 +710,6 @@ def beside_deepspeed(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
         **{f"tokens_per_second_{name}": value for name, value in speed.items()},
         **{f"peak_megabytes_{name}": value / 1e6 for name, value in peak.items()},
     }
-
-
-# --- M10: distillation ------------------------------------------------------------------------------------------------
 
 
 def distillation(plan: Plan, seed: int) -> dict[str, float]:

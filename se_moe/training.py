@@ -57,9 +57,6 @@ Gradients = dict[ExpertKey, dict[str, Tensor]]
 STATE_BYTES = 16  # of a float32 parameter in training: weight, gradient, two moments
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
 def start_process_group(device: torch.device, seconds: float = 600.0) -> None:
     """Join the other ranks, if there are any: RANK and WORLD_SIZE say so, as torchrun sets them.
 
@@ -143,9 +140,6 @@ def model_config(config: TrainConfig, vocabulary: int) -> ModelConfig:
     )
 
 
-# --- optimizer --------------------------------------------------------------------------------------------------------
-
-
 def learning_rate(options: OptimiserConfig, step: int, steps: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up, then half a cosine down to `final_lr`."""
     if step < options.warmup:
@@ -204,9 +198,6 @@ class DenseOptimiser:
             lr,
             self.options,
         )
-
-
-# --- experts ----------------------------------------------------------------------------------------------------------
 
 
 class ExpertHome(Protocol):
@@ -432,9 +423,6 @@ def _put_gradients(home: ExpertHome, key: ExpertKey, named: dict[str, Tensor]) -
         home.gradients()[key] = named
 
 
-# --- trainer ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class StepLog:
     """One step: losses are means over the ranks, seconds and CPU seconds those of this rank.
@@ -612,9 +600,6 @@ class Trainer:
         self.home.close()
         if self.buckets is not None:
             self.buckets.remove()
-
-
-# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def text_data(config: TrainConfig) -> TextData:

@@ -106,8 +106,6 @@ class Runner:
             parts.append(teacher.decode(draw(noise, states, steps)))
         return torch.cat(parts).contiguous()
 
-    # --- one method --------------------------------------------------------------------------------------------------
-
     def tune(self, name: str, method: Method) -> dict[str, Any]:
         """The number of the method's grid with the lowest FD to validation data, and every try.
 

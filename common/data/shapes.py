@@ -194,9 +194,6 @@ def _third(x: float) -> int:
     return min(int(3 * x), 2)
 
 
-# --- held-out combinations ---------------------------------------------------------------------------------------
-
-
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big")
 
@@ -231,7 +228,6 @@ def relation_between(first: Object, second: Object) -> str | None:
     return None
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------
 # Only rng.random() is used: its stream is the raw bit generator's, which numpy keeps stable between versions.
 
 
@@ -395,8 +391,6 @@ def sample_scene(
         return Scene(task, background, objects, relation, _jitter(rng, BACKGROUND_JITTER))
 
 
-# --- rendering ---------------------------------------------------------------------------------------------------
-
 # Only products, sums and comparisons below: no libm call, so that every machine renders the same pixels.
 _STAR_INNER = 0.45
 _COS36, _SIN36 = np.float32(np.cos(np.pi / 5)), np.float32(np.sin(np.pi / 5))
@@ -515,9 +509,6 @@ def label_map(scene: Scene, size: int) -> NDArray[np.uint8]:
 def layout(scene: Scene) -> list[dict[str, Any]]:
     """Objects as {"box": (x0, y0, x1, y1) fractions of the side, "shape", "colour", "texture"}, in scene order."""
     return [{"box": o.box, "shape": o.shape, "colour": o.colour, "texture": o.texture} for o in scene.objects]
-
-
-# --- captions ----------------------------------------------------------------------------------------------------
 
 
 def _plural(noun: str) -> str:
@@ -668,8 +659,6 @@ def spec_of(scene: Scene) -> Spec:
         cells = tuple(_cell(o, int(scene.task[-1])) for o in scene.objects)
     return Spec(scene.task, _sparse(scene, None), objects, scene.relation, cells)
 
-
-# --- data set ----------------------------------------------------------------------------------------------------
 
 # Streams of random numbers, kept apart so that no two purposes share a draw.
 _SCENE, _CAPTION, _PROMPT = range(3)

@@ -464,9 +464,6 @@ def free_attribute_entropy(images: ArrayLike) -> dict[str, float]:
     return result | {"empty": 1 - len(seen) / max(len(everything), 1)}
 
 
-# --- training of the shape classifier ----------------------------------------------------------------------------
-
-
 def _training_set(n: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Coverage maps of components of blurred and noisy renders at 32 and 64 px, and their shapes."""
     features, labels = [], []

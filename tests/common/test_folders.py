@@ -44,9 +44,6 @@ def level(item: dict) -> int:
     return int(item["image"][0, 0, 0])
 
 
-# --- decoding and framing
-
-
 def test_alpha_is_laid_on_the_background() -> None:
     out = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(out, "PNG")
@@ -113,9 +110,6 @@ def test_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.Monke
 def test_broken_bytes_are_corrupt_images(data: bytes) -> None:
     with pytest.raises(CorruptImage):
         decode(data)
-
-
-# --- map-style folders
 
 
 def test_image_folder_yields_image_caption_and_label(tmp_path: Path) -> None:
@@ -253,9 +247,6 @@ def test_random_crop_depends_on_index_and_step_only(tmp_path: Path) -> None:
     assert data.fingerprint != open_images(root, size=8, policy="random", seed=6).fingerprint
 
 
-# --- Hugging Face data sets
-
-
 def hub_table(n: int = 6):
     import datasets
 
@@ -294,9 +285,6 @@ def test_dataset_saved_to_disk_and_parquet_open_by_path(tmp_path: Path) -> None:
 def test_hub_name_offline_is_one_sentence() -> None:
     with pytest.raises(UserError, match="nobody/nothing: neither a folder on this machine nor a Hugging Face data set"):
         open_images("nobody/nothing", size=4)
-
-
-# --- streams
 
 
 @pytest.fixture

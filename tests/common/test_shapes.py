@@ -75,9 +75,6 @@ def _ask(caption_task: str, *objects: tuple[str | None, str], relation: str | No
     return Spec(caption_task, "", objects, relation)
 
 
-# --- scenes and splits ---
-
-
 def test_heldout_pairs_are_a_fifth_and_spare_no_shape() -> None:
     pairs = shapes.heldout_pairs()
     assert len(pairs) == 16
@@ -146,9 +143,6 @@ def test_grid_objects_lie_inside_distinct_cells(task: str) -> None:
             assert column / n <= x0 and x1 <= (column + 1) / n and row / n <= y0 and y1 <= (row + 1) / n
 
 
-# --- pixels ---
-
-
 @pytest.mark.parametrize("size", [32, 64])
 def test_boxes_masks_and_label_maps_agree_with_the_pixels(size: int) -> None:
     for scene in _scenes("train", 48, ALL_TASKS):
@@ -198,9 +192,6 @@ def test_content_is_what_this_content_version_stands_for() -> None:
         digest.update(item["label_map"].numpy().tobytes())
         digest.update((item["boxes"] * 1e4).round().to(torch.int64).numpy().tobytes())
     assert (shapes.CONTENT_VERSION, digest.hexdigest()) == (2, "5c9dd74a723fdae733bcb04a1504f0e67c4c24b9")
-
-
-# --- data set ---
 
 
 def test_an_item_depends_on_seed_split_and_index_only() -> None:
@@ -288,9 +279,6 @@ def test_a_restricted_world_shows_nothing_else() -> None:
             assert o.shape in world["shapes"] and o.colour in world["colours"] and o.texture == "solid"
 
 
-# --- captions ---
-
-
 def test_captions_use_only_words_of_the_vocabulary_and_few_enough_to_encode() -> None:
     words = set(shapes.vocabulary())
     used: set[str] = set()
@@ -373,9 +361,6 @@ def test_prompts_are_fixed_balanced_and_a_prefix_of_longer_lists() -> None:
     assert few[:3] == many[:3] and few[3:6] == many[5:8]
     assert few == shapes.prompts(3) != shapes.prompts(3, seed=1)
     assert Shapes("train", n=6, tasks=("attr",)).prompts(4) == shapes.prompts(4, "train", ("attr",))
-
-
-# --- verifier ---
 
 
 def test_true_renders_are_accepted(images: NDArray[np.uint8], specs: list[Spec]) -> None:

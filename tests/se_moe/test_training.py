@@ -143,9 +143,6 @@ def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     assert rates[104] == pytest.approx(0.1)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def test_batches_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     files = [str(tiny_run.text_file(tmp_path, f"{n}.txt", n)) for n in range(3)]
     data = TextData(files, [2, 1, 1], 300, 8)

@@ -80,8 +80,8 @@ def evaluate_encoders(
     return records
 
 
-def format_table(records: Sequence[dict[str, Any]]) -> str:
-    """One line per task; the majority class, then a column per encoder: median [lowest, highest]."""
+def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A head and one row per task: metric, majority class, then a column per encoder: median [lowest, highest]."""
     encoders = list(dict.fromkeys(record["encoder"] for record in records))
     lines = [["task", "metric", "majority", *encoders]]
     for task in dict.fromkeys(record["task"] for record in records):
@@ -94,6 +94,12 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
             spread = f" [{min(scores):.1f}, {max(scores):.1f}]" if len(scores) > 1 else ""
             cells.append(f"{of_task[encoder]['score']:.1f}{spread}")
         lines.append([task, first["metric"], majority, *cells])
+    return lines
+
+
+def format_table(records: Sequence[dict[str, Any]]) -> str:
+    """`table_rows` in columns of equal width, for a terminal."""
+    lines = table_rows(records)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

@@ -10,8 +10,8 @@
 
 Every option of the config file can be overridden; --help lists them. Started again after an interruption, it continues
 where it stopped, with the same losses as without the interruption. A run folder holds config.yaml, tokenizer/,
-metrics.json, curves.png and a folder an arm: checkpoints/, logs/, and the transformers directories discriminator/ (for
-the MLM arms encoder/) and generator/.
+metrics.json, table.md, curves.png and a folder an arm: checkpoints/, logs/, and the transformers directories
+discriminator/ (for the MLM arms encoder/) and generator/.
 """
 
 from __future__ import annotations

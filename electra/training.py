@@ -48,7 +48,7 @@ from electra.adversarial import AdversarialPretrainer
 from electra.config import DownstreamConfig, ElectraRun
 from electra.convert import load_pretrained, pretraining_state, save_transformers
 from electra.data import PretrainingData, StepBatch, corpus_counts, held_out_batches, open_examples, open_tokenizer
-from electra.evaluate import evaluate_encoders, format_table
+from electra.evaluate import evaluate_encoders, format_table, table_rows
 from electra.examples import ExampleStore
 from electra.finetuning import FinetuneConfig
 from electra.flops import training_flops
@@ -415,7 +415,20 @@ class Run:
             # Nothing was pre-trained now: the times of the start that did it stand.
             found["seconds"] = json.loads(earlier.read_text()).get("seconds", found["seconds"])
         write_json(earlier, found)
+        text = markdown_tables(found)
+        write_atomically(self.folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
         return found
+
+
+def markdown_tables(found: Mapping[str, Any]) -> str:
+    """What `Run.compare` found, as Markdown: a line an arm, then a line a labelled task if there are any."""
+    lines = ["| arm | steps | TFLOP | pre-training, s |", "|---" * 4 + "|"]
+    for name, arm in found["arms"].items():
+        lines.append(f"| {name} | {arm['steps']:,} | {arm['flops'] / 1e12:.1f} | {arm['seconds']:,.0f} |")
+    if records := found.get("downstream"):
+        head, *rows = table_rows(records)
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
+    return "\n".join(lines) + "\n"
 
 
 def open_tasks(options: DownstreamConfig) -> list[Task]:

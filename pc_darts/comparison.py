@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Comparison:
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
         self.folder = Path(config.run_dir)
+        self.started, self.earlier = time.perf_counter(), _earlier_seconds(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data)
         self.halves: tuple[Pictures, Pictures] = search_halves(self.data.train, config.data.halves, 0)
         self.augment = Augmentation.of(config.data)
@@ -237,6 +239,7 @@ class Comparison:
                 "test": len(self.data.test),
             },
             "arms": [_figures(arm) for arm in arms],
+            "seconds": self.earlier + time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),
@@ -247,6 +250,11 @@ class Comparison:
             text = table(arms, self.data) + "\n"
             write_atomically(self.folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
         return content
+
+
+def _earlier_seconds(path: Path) -> float:
+    """Wall seconds of the starts before this one, as far as they finished an arm."""
+    return float(json.loads(path.read_text()).get("seconds", 0.0)) if path.is_file() else 0.0
 
 
 def _figures(arm: Arm) -> dict[str, Any]:

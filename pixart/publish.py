@@ -99,7 +99,7 @@ def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str]) -> 
 
 
 def read_stages(run_dir: Path) -> list[dict[str, Any]]:
-    """Config and metrics of every stage that the run's metrics.json lists.
+    """Config and metrics of every stage that the run's metrics.json lists, and the whole recipe's wall seconds.
 
     Raises:
         UserError: a file of a finished recipe is missing.
@@ -110,13 +110,15 @@ def read_stages(run_dir: Path) -> list[dict[str, Any]]:
     if not top.is_file():
         raise UserError(f"--run_dir {run_dir}: metrics.json is missing; expected a finished recipe of train.py")
     stages = []
-    for name in json.loads(top.read_text())["stages"]:
+    recipe = json.loads(top.read_text())
+    for name in recipe["stages"]:
         folder = run_dir / name
         for needed in ("config.yaml", "metrics.json", "model/model.safetensors"):
             if not (folder / needed).is_file():
                 raise UserError(f"{folder / needed} is missing; expected a finished stage of train.py")
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        stages.append({"name": name, "config": config, "metrics": json.loads((folder / "metrics.json").read_text())})
+        metrics = json.loads((folder / "metrics.json").read_text())
+        stages.append({"name": name, "config": config, "metrics": metrics, "total_seconds": recipe["seconds"]["total"]})
     return stages
 
 
@@ -141,12 +143,14 @@ def publish(run_dir: Path, name: str) -> Path:
         "data": f"procedural scenes, {last['config']['data']['size']} px (common/README.md)",
         "command": "`make pixart-train` (pixart/configs/small.yaml)",
         "parameters": f"{last['metrics']['parameters']:,}, float16",
-        "hardware": f"{hardware()}; other programs were running beside it",
+        "hardware": hardware(),
+        "time": f"{last['total_seconds'] / 60:.1f} minutes, features and evaluation included",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("torch", "transformers")),
         "commit": commit(),
     }
     (target / "README.md").write_text(card(name, last, table, facts))
-    (RESULTS / "run_pixart.md").write_text(table)
+    total = f"\n{last['total_seconds'] / 60:.1f} minutes in all on {hardware()}.\n"
+    (RESULTS / "run_pixart.md").write_text(table + total)
     kept = ("task", "summary", "shapes_score", "own_captions", "held_out", "curve", "seconds")
     runs = {stage["name"]: {key: stage["metrics"][key] for key in kept if key in stage["metrics"]} for stage in stages}
     (RESULTS / "runs" / "pixart-small.json").write_text(json.dumps({"stages": runs, "facts": facts}, indent=1) + "\n")

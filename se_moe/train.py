@@ -9,7 +9,7 @@
 
 Started again after an interruption (kill -9 too), a run continues where it stopped, with the same losses; with another
 number of ranks as well. The run folder holds a folder per arm (checkpoints, log.jsonl, metrics.json), model/ for
-serve.py, and table.md.
+serve.py, table.md, and metrics.json: the arms' metrics and the wall seconds of all starts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import UserError, run_main
+from common.files import write_atomically, write_json
 from se_moe.config import Switches, TrainConfig, read_config
 
 _HEAD = ["arm", "tokens/s", "CPU-s per 1,000 tokens", "peak tensor bytes a rank", "loss", "held-out loss"]
@@ -104,6 +105,12 @@ def start_ranks(config: TrainConfig, arm: str) -> None:
         )
 
 
+def measured(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The metrics of every arm that has ended, by its name."""
+    files = {arm: Path(config.run_dir) / arm / "metrics.json" for arm in config.arms}
+    return {arm: json.loads(file.read_text(encoding="utf-8")) for arm, file in files.items() if file.is_file()}
+
+
 def table(config: TrainConfig) -> str:
     """The arms side by side, from their metrics files."""
     from se_moe.deepspeed_arm import INSTALL, available
@@ -115,10 +122,9 @@ def table(config: TrainConfig) -> str:
         "deepspeed": f"DeepSpeed, ZeRO-{config.parallel.zero_stage}",
         "naive": "naive, every switch off",
     }
+    found = measured(config)
     for arm in config.arms:
-        file = Path(config.run_dir) / arm / "metrics.json"
-        if file.is_file():
-            m = json.loads(file.read_text(encoding="utf-8"))
+        if m := found.get(arm):
             numbers = [f"{m['tokens_per_second']:,.0f}", f"{m['cpu_seconds_per_1000_tokens']:.3f}"]
             numbers += [f"{m['peak_bytes']:,}", f"{m['loss']:.4f}", f"{m['held_out_loss']:.4f}"]
             rows.append([names[arm], *numbers])
@@ -139,12 +145,15 @@ def main(argv: Sequence[str] | None = None) -> str:
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
+    record, started = folder / "metrics.json", time.perf_counter()
+    earlier = json.loads(record.read_text(encoding="utf-8"))["seconds"] if record.is_file() else 0.0
     for arm in config.arms:
         if arm == "deepspeed" and not available():
             continue
         start_ranks(config, arm)
+        write_json(record, {"seconds": earlier + time.perf_counter() - started, "arms": measured(config)})
     result = table(config)
-    (folder / "table.md").write_text(result + "\n", encoding="utf-8")
+    write_atomically(folder / "table.md", lambda path: path.write_text(result + "\n", encoding="utf-8"))
     print(result)
     return result
 

@@ -1,16 +1,10 @@
 """Fused adaLN and gated residual: the Triton kernels against float64 torch, interpreted on CPU and native on a GPU.
 
-TRITON_INTERPRET must be set before Triton is imported and must not be set where kernels are compiled, so this file is
-also a program, `python -m tests.common.test_adaln_modulate interpret|compile`, that the tests start once for each in a
-process of its own; it prints its findings as JSON.
+Also a program, see kernel_process.py: `python -m tests.common.test_adaln_modulate interpret|compile`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,9 +14,7 @@ from torch import Tensor
 
 from common.kernels import adaln_modulate as kernel
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
-from common.paths import REPOSITORY
-
-SHARED_MEMORY_HOPPER = 227 * 1024
+from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
 
 
 class Case(NamedTuple):
@@ -149,12 +141,8 @@ def _interpret() -> dict[str, Any]:
 
 def _compile_for_hopper() -> dict[str, dict[str, int]]:
     """Ahead-of-time compilation of every kernel for sm_90 at the width of PixArt-XL; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     blocks = kernel._blocks(1152)
-    findings = {}
+    compiled = {}
     for function in (
         kernel._modulate_kernel,
         kernel._modulate_backward_kernel,
@@ -162,14 +150,9 @@ def _compile_for_hopper() -> dict[str, dict[str, int]]:
         kernel._gate_backward_kernel,
     ):
         constants = {"BLOCK": blocks["BLOCK"]}
-        signature = {a: "constexpr" if a in constants else _aot_type(a) for a in function.arg_names}
-        built = triton.compile(
-            ASTSource(function, signature, constants),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": blocks["num_warps"]},
-        )
-        findings[function.fn.__name__] = {"shared": built.metadata.shared, "cubin_bytes": len(built.asm["cubin"])}
-    return findings
+        built = compile_for_hopper(function, _aot_type, constants, {"num_warps": blocks["num_warps"]})
+        compiled[function.fn.__name__] = {"shared": built.metadata.shared, "cubin_bytes": len(built.asm["cubin"])}
+    return compiled
 
 
 def _aot_type(argument: str) -> str:
@@ -180,25 +163,9 @@ def _aot_type(argument: str) -> str:
     return "fp32" if argument == "eps" else "i32"
 
 
-def _run(mode: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if mode == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.common.test_adaln_modulate", mode],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    return _run("interpret")
+    return findings(__name__, "interpret")
 
 
 def _assert_matches(found: dict[str, Any], case: Case) -> None:
@@ -237,10 +204,9 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    findings = _run("compile")
-    assert len(findings) == 4
-    for name, found in findings.items():
+    compiled = findings(__name__, "compile")
+    assert len(compiled) == 4
+    for name, found in compiled.items():
         assert found["cubin_bytes"] > 0, name
         assert found["shared"] < SHARED_MEMORY_HOPPER, name
 
@@ -294,4 +260,4 @@ def test_native_ops_obey_the_rules_of_torch_library() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": _interpret, "compile": _compile_for_hopper}[sys.argv[1]]()))
+    answer({"interpret": _interpret, "compile": _compile_for_hopper})

@@ -1,16 +1,10 @@
 """Fused GroupNorm+SiLU: the Triton kernels against float64 torch, interpreted on CPU and native on a GPU.
 
-TRITON_INTERPRET must be set before Triton is imported and must not be set where kernels are compiled, so this file is
-also a program, `python -m tests.common.test_kernel_group_norm_silu interpret|compile`, that the tests start once for
-each in a process of its own; it prints its findings as JSON.
+Also a program, see kernel_process.py: `python -m tests.common.test_kernel_group_norm_silu interpret|compile`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,9 +14,7 @@ from torch import Tensor
 
 from common.kernels import group_norm_silu as kernel
 from common.kernels.group_norm_silu import group_norm_silu
-from common.paths import REPOSITORY
-
-SHARED_MEMORY_HOPPER = 227 * 1024
+from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
 
 
 class Case(NamedTuple):
@@ -133,8 +125,6 @@ def _interpret() -> dict[str, Any]:
 def _compile_for_hopper() -> dict[str, dict[str, Any]]:
     """Ahead-of-time compilation of every kernel for sm_90, as the launches specialise it; needs no GPU."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     whole = kernel.geometry(128, 128, False)  # the largest group that is one tile
     vae = kernel.geometry(4, 512 * 512, False)
@@ -148,7 +138,7 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
         "_backward_sums": (kernel._backward_sums, last, True),
         "_backward_split": (kernel._backward_split, last, True),
     }
-    findings = {}
+    compiled = {}
     for name, (function, geo, channels_last) in builds.items():
         parts = triton.next_power_of_2(geo.c_tiles * geo.splits)
         constants = {
@@ -160,28 +150,18 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
             "stride_c" if channels_last else "stride_hw": 1,
         }
         constants = {key: value for key, value in constants.items() if key in function.arg_names}
-        signature = {
-            argument: "constexpr" if argument in constants else _aot_type(argument) for argument in function.arg_names
-        }
         # What a launch at such a shape promises: pointers and strides that are multiples of 16.
         aligned = [
             key for key in function.arg_names if key.endswith("_ptr") or key in ("positions", "stride_c", "stride_hw")
         ]
-        divisible = {
-            (function.arg_names.index(key),): [["tt.divisibility", 16]] for key in aligned if key not in constants
-        }
-        built = triton.compile(
-            ASTSource(function, signature, constants, divisible),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": geo.warps},
-        )
-        findings[name] = {
+        built = compile_for_hopper(function, _aot_type, constants, {"num_warps": geo.warps}, aligned)
+        compiled[name] = {
             "channels_last": channels_last,
             "shared": built.metadata.shared,
             "cubin_bytes": len(built.asm["cubin"]),
             "wide_loads": "ld.global.v4.b32" in built.asm["ptx"],
         }
-    return findings
+    return compiled
 
 
 def _aot_type(argument: str) -> str:
@@ -192,25 +172,9 @@ def _aot_type(argument: str) -> str:
     return "fp32" if argument == "eps" else "i32"
 
 
-def _run(mode: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if mode == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.common.test_kernel_group_norm_silu", mode],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    return _run("interpret")
+    return findings(__name__, "interpret")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -242,10 +206,9 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    findings = _run("compile")
-    assert len(findings) == 6
-    for name, found in findings.items():
+    compiled = findings(__name__, "compile")
+    assert len(compiled) == 6
+    for name, found in compiled.items():
         assert found["cubin_bytes"] > 0, name
         assert found["shared"] < SHARED_MEMORY_HOPPER, name
         assert found["wide_loads"] or found["channels_last"], f"{name} does not read 16 bytes a thread from NCHW"
@@ -318,4 +281,4 @@ def test_native_op_obeys_the_rules_of_torch_library() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": _interpret, "compile": _compile_for_hopper}[sys.argv[1]]()))
+    answer({"interpret": _interpret, "compile": _compile_for_hopper})

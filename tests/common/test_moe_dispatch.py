@@ -1,16 +1,10 @@
 """MoE dispatch, combine and grouped products: the Triton kernels against float64 torch, interpreted and native.
 
-TRITON_INTERPRET must be set before Triton is imported and must not be set where kernels are compiled, so this file is
-also a program, `python -m tests.common.test_moe_dispatch interpret|compile`, that the tests start once for each in a
-process of its own; it prints its findings as JSON.
+Also a program, see kernel_process.py: `python -m tests.common.test_moe_dispatch interpret|compile`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,9 +13,7 @@ from torch import Tensor
 
 from common.kernels import moe_dispatch as kernel
 from common.kernels.moe_dispatch import combine_rows, grouped_linear, permute_rows
-from common.paths import REPOSITORY
-
-SHARED_MEMORY_HOPPER = 227 * 1024
+from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
 
 
 class Case(NamedTuple):
@@ -171,11 +163,7 @@ def _interpret() -> dict[str, Any]:
 
 def _compile_for_hopper() -> dict[str, dict[str, Any]]:
     """Ahead-of-time compilation of every kernel for sm_90 in bfloat16 and float32; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    findings: dict[str, dict[str, Any]] = {}
+    compiled: dict[str, dict[str, Any]] = {}
     functions = (
         kernel._permute_kernel,
         kernel._gather_sum_kernel,
@@ -206,45 +194,26 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
             types |= {"dbias_ptr": "*fp32"}
             if function in (kernel._gather_sum_kernel, kernel._combine_backward_kernel):
                 types["weight_ptr"] = "*fp32"
-            signature = {
-                name: "constexpr" if name in constants else types.get(name, pointer if name.endswith("_ptr") else "i32")
-                for name in function.arg_names
-            }
             aligned = [n for n in function.arg_names if n.endswith("_ptr") or n in ("width", "columns", "inner")]
             aligned += [n for n in ("stride_wg", "stride_wf") if n in function.arg_names]
-            divisible = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-            built = triton.compile(
-                ASTSource(function, signature, constants, divisible),
-                target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": cut.warps, "num_stages": cut.stages},
+            built = compile_for_hopper(
+                function,
+                lambda name, types=types, pointer=pointer: types.get(name, pointer if name.endswith("_ptr") else "i32"),
+                constants,
+                {"num_warps": cut.warps, "num_stages": cut.stages},
+                aligned,
             )
-            findings[f"{function.__name__}.{pointer[1:]}"] = {
+            compiled[f"{function.__name__}.{pointer[1:]}"] = {
                 "shared": built.metadata.shared,
                 "cubin_bytes": len(built.asm["cubin"]),
                 "tensor_cores": "wgmma" in built.asm["ptx"],
             }
-    return findings
-
-
-def _run(mode: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if mode == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.common.test_moe_dispatch", mode],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return compiled
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    return _run("interpret")
+    return findings(__name__, "interpret")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -271,10 +240,9 @@ def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    findings = _run("compile")
-    assert len(findings) == 10
-    for name, found in findings.items():
+    compiled = findings(__name__, "compile")
+    assert len(compiled) == 10
+    for name, found in compiled.items():
         assert found["cubin_bytes"] > 0, name
         assert found["shared"] < SHARED_MEMORY_HOPPER, name
     for name in ("_grouped_linear_kernel.bf16", "_weight_gradient_kernel.bf16"):
@@ -317,4 +285,4 @@ def test_native_kernels_match_float64_with_whole_tiles(dtype: torch.dtype) -> No
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": _interpret, "compile": _compile_for_hopper}[sys.argv[1]]()))
+    answer({"interpret": _interpret, "compile": _compile_for_hopper})

@@ -1,16 +1,11 @@
 """Fused vocabulary head: the op in plain torch and its Triton kernels against float64 torch, interpreted and native.
 
-TRITON_INTERPRET must be set before Triton is imported and must not be set where kernels are compiled, so this file is
-also a program, `python -m tests.common.test_vocab_head interpret|compile`, that the tests start once for each in a
-process of its own; it prints its findings as JSON.
+Also a program, see kernel_process.py: `python -m tests.common.test_vocab_head interpret|compile`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,9 +15,7 @@ from torch import Tensor
 
 from common.kernels import vocab_head as kernel
 from common.kernels.vocab_head import hashed_uniform, vocab_head
-from common.paths import REPOSITORY
-
-SHARED_MEMORY_HOPPER = 227 * 1024
+from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
 
 
 class Case(NamedTuple):
@@ -144,11 +137,7 @@ def _interpret() -> dict[str, Any]:
 
 def _compile_for_hopper() -> dict[str, dict[str, Any]]:
     """Ahead-of-time compilation of both kernels for sm_90, as the launches specialise them; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    findings = {}
+    compiled = {}
     for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         for width in (128, 768):
             for function in (kernel._forward_kernel, kernel._gradient_kernel):
@@ -156,26 +145,18 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
                 options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
                 if function is kernel._forward_kernel:
                     constants |= {"SAMPLE": 1, "DISALLOW": False}
-                signature = {
-                    name: "constexpr" if name in constants else _aot_type(name, pointer) for name in function.arg_names
-                }
                 aligned = [name for name in function.arg_names if name.endswith("_ptr")]
-                divisible = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-                built = triton.compile(
-                    ASTSource(function, signature, constants, divisible),
-                    target=GPUTarget("cuda", 90, 32),
-                    options=options,
-                )
-                findings[f"{function.__name__} {pointer} {width}"] = {
+                built = compile_for_hopper(function, partial(_aot_type, pointer), constants, options, aligned)
+                compiled[f"{function.__name__} {pointer} {width}"] = {
                     "shared": built.metadata.shared,
                     "cubin_bytes": len(built.asm["cubin"]),
                     "tensor_cores": "wgmma" in built.asm["ptx"],
                     "half_precision": dtype is torch.bfloat16,
                 }
-    return findings
+    return compiled
 
 
-def _aot_type(argument: str, pointer: str) -> str:
+def _aot_type(pointer: str, argument: str) -> str:
     if argument in ("hidden_ptr", "table_ptr", "dlogits_ptr"):
         return pointer
     if argument in ("target_ptr", "seed_ptr"):
@@ -187,25 +168,9 @@ def _aot_type(argument: str, pointer: str) -> str:
     return "fp32" if argument == "inverse_temperature" else "i32"
 
 
-def _run(mode: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if mode == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.common.test_vocab_head", mode],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    return _run("interpret")
+    return findings(__name__, "interpret")
 
 
 def _assert_matches(found: dict[str, Any], case: Case, kernels: bool) -> None:
@@ -237,10 +202,9 @@ def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
 
 
 def test_both_kernels_compile_for_hopper_within_a_blocks_shared_memory() -> None:
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    findings = _run("compile")
-    assert len(findings) == 8
-    for name, found in findings.items():
+    compiled = findings(__name__, "compile")
+    assert len(compiled) == 8
+    for name, found in compiled.items():
         assert found["cubin_bytes"] > 0, name
         assert found["shared"] < SHARED_MEMORY_HOPPER, name
         assert found["tensor_cores"] is found["half_precision"], f"{name}: tensor cores are for half precision"
@@ -334,4 +298,4 @@ def test_native_op_obeys_the_rules_of_torch_library() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": _interpret, "compile": _compile_for_hopper}[sys.argv[1]]()))
+    answer({"interpret": _interpret, "compile": _compile_for_hopper})

@@ -1,0 +1,77 @@
+"""Bring a finished default run's table, numbers and pictures into results/, where READMEs show them.
+
+    python -m report.record_run pc_darts runs/pc_darts-small
+    python -m report.record_run electra runs/electra-small --figure curves.png
+    python -m report.readme_tables        # then: the READMEs
+
+Writes results/run_<paper>.md (the run's table.md and a line on time and machine), results/runs/<folder's name>.json
+(the run's metrics.json with the machine, versions and commit) and, for every --figure FILE,
+results/figures/<paper>/default_run_<name>. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, run_main
+from common.files import write_atomically, write_json
+from common.ledger import commit, hardware, versions
+from common.paths import RESULTS
+from report.papers import PAPERS
+
+
+def _seconds(metrics: dict[str, Any], path: Path) -> float:
+    taken = metrics.get("seconds")
+    total = taken.get("total") if isinstance(taken, dict) else taken
+    if not isinstance(total, int | float):
+        raise UserError(f"{path}: expected the run's wall time as 'seconds' or 'seconds.total'")
+    return float(total)
+
+
+def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path = RESULTS) -> Path:
+    """Write the run's table and numbers below `results`; returns the Markdown file.
+
+    Args:
+        figures: pictures to copy, relative to `run_dir`.
+    Raises:
+        UserError: an unknown paper, a file of a finished run is missing, or the wall time is not in metrics.json.
+    """
+    known = [entry.key for entry in PAPERS]
+    if paper not in known:
+        raise UserError(f"unknown paper {paper!r}; expected one of {', '.join(known)}")
+    for needed in ("table.md", "metrics.json", *figures):
+        if not (run_dir / needed).is_file():
+            raise UserError(f"{run_dir / needed} is missing; expected the folder of a finished run of {paper}/train.py")
+    metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    minutes = _seconds(metrics, run_dir / "metrics.json") / 60
+    kept = {"hardware": hardware(), "versions": versions(), "commit": commit()} | metrics
+    text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
+    text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
+    target = results / f"run_{paper}.md"
+    (results / "runs").mkdir(parents=True, exist_ok=True)
+    write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(results / "runs" / f"{run_dir.name}.json", kept)
+    for figure in figures:
+        folder = results / "figures" / paper
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run_dir / figure, folder / f"default_run_{Path(figure).name}")
+    return target
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--figure", action="append", default=[], help="picture of the run folder; may be repeated")
+    options = parser.parse_args(argv)
+    print(record(options.paper, options.run_dir, options.figure))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,49 @@
+"""The search network's speed benchmark compares like with like and says what it compared. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import pc_darts as bench
+from benchmarks.pc_darts import Arm
+
+
+@pytest.mark.parametrize("partial", [1, 4])
+def test_both_forms_have_the_same_gradients(partial: int) -> None:
+    assert bench.gradient_difference("tiny", partial, "cpu") < bench.GRADIENT_TOLERANCE
+
+
+def test_gradients_that_differ_stop_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "gradient_difference", lambda *_: 2e-5)
+    with pytest.raises(RuntimeError, match=r"tiny, K = 4: gradients differ by 2e-05"):
+        next(bench.rows_of("tiny", "cpu", 1, 1, tmp_path, 1))
+
+
+def test_both_forms_take_the_same_steps() -> None:
+    losses = {}
+    for side in ("plain", "fused"):
+        step = bench.search_step(Arm(side, "tiny", "cpu"))
+        losses[side] = torch.stack([step(i) for i in range(3)])
+    torch.testing.assert_close(losses["fused"], losses["plain"], rtol=1e-4, atol=1e-4)
+    assert len(set(losses["plain"].tolist())) == 3
+
+
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_the_larger_batch_fills_about_the_memory_of_darts(size: str) -> None:
+    spec = bench.SIZES[size]
+    darts, filled = bench.kept_bytes(size, 1, spec.batch), bench.kept_bytes(size, 4, spec.filling)
+    assert 0.75 < filled / darts <= 1.05
+
+
+def test_rows_name_size_target_and_both_sides(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    rows = bench.run(["tiny"], "cpu", 1, 1, 1, output)
+    assert json.loads(output.read_text())["rows"] == rows
+    targets = {row["name"].split(" (tiny")[0]: row["target"] for row in rows}
+    assert targets["search step, K=4, batched against op by op"] == 1.5
+    assert targets["memory kept for the backward pass, K=4 against DARTS (K=1), same batch"] == 2.5
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)

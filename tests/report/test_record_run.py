@@ -1,0 +1,42 @@
+"""A finished run's table and numbers as they come into results/."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from report.record_run import record
+
+
+def finished_run(folder: Path, seconds: object) -> Path:
+    folder.mkdir()
+    (folder / "table.md").write_text("| arm |\n|---|\n| ours |\n")
+    (folder / "metrics.json").write_text(json.dumps({"seconds": seconds, "hardware": "a laptop"}))
+    (folder / "curves.png").write_bytes(b"picture")
+    return folder
+
+
+@pytest.mark.parametrize("seconds", [90.0, {"total": 90.0}])
+def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds):
+    run = finished_run(tmp_path / "electra-small", seconds)
+    text = record("electra", run, ["curves.png"], tmp_path / "results").read_text()
+    assert text == "| arm |\n|---|\n| ours |\n\n1.5 minutes in all on a laptop.\n"
+    kept = json.loads((tmp_path / "results/runs/electra-small.json").read_text())
+    assert kept["seconds"] == seconds and kept["versions"]["torch"] and kept["commit"]
+    assert (tmp_path / "results/figures/electra/default_run_curves.png").read_bytes() == b"picture"
+
+
+def test_what_is_missing_is_named(tmp_path):
+    run = finished_run(tmp_path / "run", 1.0)
+    with pytest.raises(UserError, match="unknown paper 'bert'"):
+        record("bert", run, results=tmp_path)
+    with pytest.raises(UserError, match=r"grid\.png is missing"):
+        record("electra", run, ["grid.png"], tmp_path)
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="wall time"):
+        record("electra", run, results=tmp_path)
+    (run / "table.md").unlink()
+    with pytest.raises(UserError, match=r"table\.md is missing"):
+        record("electra", run, results=tmp_path)
+    assert not (tmp_path / "run_electra.md").exists()

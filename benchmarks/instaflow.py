@@ -100,7 +100,7 @@ def student_pipeline(teacher: Teacher, folder: Path | None, dtype: torch.dtype) 
         return InstaFlowPipeline.load(folder / "pipeline", teacher.device, dtype)
     init = "raw" if teacher.schedule.prediction_type == "sample" else "negate"
     flow = make_student(teacher, init).to(teacher.device, dtype).eval().requires_grad_(False)
-    return InstaFlowPipeline.of(flow, teacher, Card(one_step=True))
+    return InstaFlowPipeline.of(flow, teacher, Card(one_step=True)).channels_last()
 
 
 def take_turns(arms: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:

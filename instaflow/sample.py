@@ -66,7 +66,7 @@ def open_pipeline(options: argparse.Namespace) -> InstaFlowPipeline:
     pipeline = InstaFlowPipeline.load(options.model, device, dtype, options.layout)
     if options.lora:
         merge_delta(pipeline.flow, read_tensors(options.lora), options.lora_scale, pipeline.card.init)
-    return pipeline
+    return pipeline.channels_last()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -82,6 +82,16 @@ def test_saving_and_loading_changes_nothing(layout: str, tmp_path: Path) -> None
     assert (loaded.card.guidance, loaded.card.teacher, loaded.card.layout) == (1.5, "abc", layout)
 
 
+def test_channels_last_draws_the_same_and_saves_the_same(saved: Path, tmp_path: Path) -> None:
+    ours = pipeline()
+    wanted = ours(PROMPTS, output="latent")
+    got = ours.channels_last()(PROMPTS, output="latent")
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    got.requires_grad_().add(1).sum().backward()  # an ordinary tensor, not one of inference mode
+    again = InstaFlowPipeline.load(ours.save(tmp_path / "x"))
+    assert torch.equal(again(PROMPTS, output="latent"), wanted)
+
+
 def test_a_wrapped_flow_is_a_one_step_ddim_model_for_stock_diffusers(tmp_path: Path) -> None:
     ours = pipeline("wrapped")
     folder, z = ours.save(tmp_path / "wrapped"), ours.noise(2)

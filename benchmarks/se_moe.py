@@ -239,8 +239,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_se_moe.json")
     options = parser.parse_args(argv)
-    if options.steps < 1 or options.rounds < 1:
-        raise UserError("--steps and --rounds must be at least 1")
+    if options.steps < 3 or options.rounds < 1:
+        raise UserError("--steps must be at least 3 (memory is looked at in the third) and --rounds at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     where = "one GPU" if options.device == "cuda" else "2 ranks"

@@ -188,6 +188,9 @@ class SizeEmbedder(TimestepEmbedder):
         return super().forward(size_Bn.flatten()).reshape(len(size_Bn), -1)
 
 
+MLP_ROWS = 512  # tokens whose hidden layer exists at a time where no gradient is needed
+
+
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear."""
 
@@ -197,6 +200,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.shape[:-1].numel() <= MLP_ROWS:
+            return self._rows(x)
+        # Nothing is kept for a backward pass: of the wide hidden layer a part at a time is enough.
+        return torch.cat([self._rows(part) for part in x.flatten(0, -2).split(MLP_ROWS)]).view(*x.shape[:-1], -1)
+
+    def _rows(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 

@@ -285,3 +285,14 @@ def test_misuse_is_explained() -> None:
     net.has_null_caption = False
     with pytest.raises(ValueError, match="empty prompt"):
         net(x, t, caption, drop_B=torch.tensor([True, False, False]))
+
+
+def test_the_mlp_in_parts_is_the_mlp() -> None:
+    from pixart.model import MLP_ROWS, Mlp
+
+    mlp, x = Mlp(8, 32, 6), torch.randn(3, MLP_ROWS // 2, 8)
+    whole = mlp(x)
+    with torch.no_grad():
+        parts = mlp(x)
+    assert parts.shape == whole.shape and not parts.requires_grad
+    torch.testing.assert_close(parts, whole.detach(), rtol=1e-6, atol=1e-6)

@@ -7,7 +7,8 @@
 Every arm is a run of `se_moe/train.py` with the same model, initial weights and batches; the arms take turns, round
 after round, and a row holds medians over rounds. CPU seconds are summed over the ranks; peak bytes are tensors at the
 highest point of one step, host memory of the expert cache left out. Without DeepSpeed its rows are left out.
-About 25 minutes on 2 idle cores.
+32 experts are the trainer's default model; with 8 DeepSpeed's dispatch, whose cost grows with experts times the fullest
+one's tokens, weighs least. About 25 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -235,7 +236,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=50, help="of every run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[32, 8], help="beside DeepSpeed, a model each; the first is ablated"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_se_moe.json")
     options = parser.parse_args(argv)
@@ -244,16 +247,18 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     where = "one GPU" if options.device == "cuda" else "2 ranks"
-    size = f"{options.experts} experts, {options.steps} steps, {where}"
+    sizes = {count: f"{count} experts, {options.steps} steps, {where}" for count in options.experts}
     rows: list[dict[str, Any]] = []
     if "deepspeed" in options.parts:
         if not available():
             print(f"without DeepSpeed: {INSTALL}", flush=True)
-        measured = measure(deepspeed_arms(), options.steps, options.rounds, options.device, options.experts)
-        rows += deepspeed_rows(measured, size)
-        write_rows(options.output, rows)
+        for count, size in sizes.items():
+            measured = measure(deepspeed_arms(), options.steps, options.rounds, options.device, count)
+            rows += deepspeed_rows(measured, size)
+            write_rows(options.output, rows)
     if "ablation" in options.parts:
-        measured = measure(ablation_arms(), options.steps, options.rounds, options.device, options.experts)
+        count, size = next(iter(sizes.items()))
+        measured = measure(ablation_arms(), options.steps, options.rounds, options.device, count)
         text = ablation_table(measured, size)
         path = options.output.parent / "ablation_se_moe.txt"
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -686,7 +686,6 @@ def beside_deepspeed(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
                 log_every=10**6,
                 checkpoint_every=10**6,
                 data=DataConfig(tasks=[plan.corpus]),
-                model=ModelOptions(experts=8),
                 # With a small vocabulary and many tokens a split table costs more than it saves; slices of the dense
                 # parameters stand against ZeRO's.
                 switches=Switches(partition=False, shard_dense=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,22 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, length, hidden)), KeyValues(key, value)
 
 
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone: GELU is computed again in the backward pass, as cheap as reading it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TF: Tensor, weight_DF: Tensor, bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TF, weight_DF)
+        return F.linear(F.gelu(x_TF), weight_DF, bias_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_TF, weight_DF = ctx.saved_tensors
+        dy_TD = grads[0]
+        dx_TF = torch.ops.aten.gelu_backward(dy_TD @ weight_DF, x_TF)
+        return dx_TF, dy_TD.t() @ F.gelu(x_TF), dy_TD.sum(0)
+
+
 class FeedForward(nn.Module):
     """fc2(gelu(fc1(x)))."""
 
@@ -99,7 +115,11 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(dense_hidden, hidden)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLD)))
+        hidden_BLF = self.fc1(x_BLD)
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x_BLD.device.type):
+            return self.fc2(F.gelu(hidden_BLF))
+        y_TD = _GeluLinear.apply(hidden_BLF.flatten(0, -2), self.fc2.weight, self.fc2.bias)
+        return y_TD.view(x_BLD.shape)
 
 
 class BlockOutput(NamedTuple):

@@ -162,18 +162,18 @@ class _ExpertMLP(torch.autograd.Function):
         active_NF = F.gelu(hidden_NF)
         out_ND = multiply(active_NF, [w[2] for w in used], [w[3] for w in used], starts, rows_ND.shape[1])
         layer._release(busy, False)
-        ctx.save_for_backward(rows_ND, hidden_NF, active_NF, *weights)
+        ctx.save_for_backward(rows_ND, hidden_NF, *weights)  # GELU is computed again
         ctx.rest = busy, starts, layer
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, hidden_NF, active_NF, *weights = ctx.saved_tensors
+        rows_ND, hidden_NF, *weights = ctx.saved_tensors
         busy, starts, layer = ctx.rest
         layer._acquire(busy, True)
         backward = _backward_grouped if _grouped(rows_ND) else _backward_each
         second = [weights[4 * g + 2] for g in busy]
-        dactive_NF, dw2, db2 = backward(grads[0].contiguous(), active_NF, second, starts)
+        dactive_NF, dw2, db2 = backward(grads[0].contiguous(), F.gelu(hidden_NF), second, starts)
         dhidden_NF = torch.ops.aten.gelu_backward(dactive_NF, hidden_NF)
         drows_ND, dw1, db1 = backward(dhidden_NF, rows_ND, [weights[4 * g] for g in busy], starts)
         layer._release(busy, True)

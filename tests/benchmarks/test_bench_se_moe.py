@@ -67,7 +67,9 @@ def test_the_ablation_table_shows_every_arm() -> None:
 def test_two_arms_run_and_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "deepspeed_arms", lambda: {n: bench.Arm(n) for n in ("resident", "naive")})
     output = tmp_path / "bench.json"
-    rows = bench.main(["--parts", "deepspeed", "--steps", "4", "--rounds", "1", "--output", str(output)])
+    rows = bench.main(
+        ["--parts", "deepspeed", "--steps", "4", "--rounds", "1", "--experts", "4", "--output", str(output)]
+    )
     assert json.loads(output.read_text())["rows"] == rows and len(rows) == 4
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)
     with pytest.raises(UserError, match="at least 3"):

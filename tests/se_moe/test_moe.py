@@ -302,3 +302,22 @@ def test_loss_is_cross_entropy_plus_weighted_gate_losses() -> None:
 def test_too_long_a_text_is_an_error_that_says_so() -> None:
     with pytest.raises(UserError, match="13 tokens are more than the model's sequence of 12"):
         MoELanguageModel(SMALL).embed(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_the_lean_feed_forward_has_the_gradients_of_the_plain_one() -> None:
+    from se_moe.model import FeedForward
+
+    torch.manual_seed(0)
+    layer = FeedForward(6, 10).double()
+    x_BLD = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def plain(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return layer.fc2(torch.nn.functional.gelu(layer.fc1(x)))
+
+    given = (x_BLD, *layer.parameters())
+    weight = torch.randn(2, 3, 6, dtype=torch.float64)
+    wanted = torch.autograd.grad((plain(x_BLD) * weight).sum(), given)
+    found = torch.autograd.grad((layer(x_BLD) * weight).sum(), given)
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x_BLD), plain(x_BLD))

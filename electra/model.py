@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cpu import few_sizes
 from common.errors import UserError
 
 Tying = Literal["none", "embeddings", "all"]
@@ -317,8 +318,17 @@ class SelfAttention(nn.Module):
         return attend(qkv_N3AH, batch, bias_ALL, self.dropout if self.training else 0.0).flatten(1)
 
 
+def filled(x: Tensor) -> Tensor:
+    """`x` with zero rows added up to one of few sizes where oneDNN multiplies in bfloat16, else `x` itself."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    spare = few_sizes(len(x), 16) - len(x) if half or x.dtype is torch.bfloat16 else 0
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, spare)) if spare else x
+
+
 def attend(qkv_N3AH: Tensor, batch: Batch, bias_ALL: Tensor | None, dropout: float) -> Tensor:
-    """Attention of each row to itself: [N, A, H].
+    """Attention of each row to itself: [N, A, H]. Rows behind the batch's tokens (see `filled`) give zeros.
 
     Half precision on CUDA runs FlashAttention on the packed tokens; elsewhere rows of equal length that stand side by
     side share a call, and batches with many different lengths are padded for this one operation.
@@ -329,9 +339,16 @@ def attend(qkv_N3AH: Tensor, batch: Batch, bias_ALL: Tensor | None, dropout: flo
         return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, dropout, False, False)[0]
     if not qkv_N3AH.is_cuda and len(batch._runs) <= MOST_CALLS:
         sizes = [rows * length for rows, length in batch._runs]
-        parts = zip(qkv_N3AH.split(sizes), batch._runs)
-        outs = [_attend_rows(part.unflatten(0, run), bias_ALL, None, dropout).flatten(0, 1) for part, run in parts]
+        sizes.append(len(qkv_N3AH) - sum(sizes))
+        *parts, spare = qkv_N3AH.split(sizes)
+        runs = zip(parts, batch._runs)
+        outs = [_attend_rows(part.unflatten(0, run), bias_ALL, None, dropout).flatten(0, 1) for part, run in runs]
+        if len(spare):
+            outs.append(outs[0].new_zeros(len(spare), *outs[0].shape[1:]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+    if spare_rows := len(qkv_N3AH) - len(batch.ids_N):
+        out_NAH = attend(qkv_N3AH[: len(batch.ids_N)], batch, bias_ALL, dropout)
+        return F.pad(out_NAH, (0, 0, 0, 0, 0, spare_rows))
     rows, width = len(batch.lengths), batch.max_length
     padded = qkv_N3AH.new_zeros(rows * width, *qkv_N3AH.shape[1:])
     padded = padded.index_copy(0, batch._attention_places_N, qkv_N3AH).unflatten(0, (rows, width))
@@ -349,7 +366,13 @@ def _attend_rows(qkv_BL3AH: Tensor, bias_ALL: Tensor | None, keys_B11L: Tensor |
         if keys_B11L is not None:
             mask = mask.masked_fill(~keys_B11L, float("-inf"))
     if q.device.type == "cpu" and q.dtype is torch.bfloat16:
-        return _attention_by_products(q, k, v, mask, dropout).transpose(1, 2)
+        if q.shape[0] > 1:
+            return _attention_by_products(q, k, v, mask, dropout).transpose(1, 2)
+        # A single row seldom has the length of another one: see `filled` for what that costs in bfloat16.
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        with torch.autocast("cpu", enabled=False):
+            out_BALH = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
+        return out_BALH.transpose(1, 2).to(torch.bfloat16)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
 
 
@@ -358,7 +381,7 @@ def _attention_by_products(
 ) -> Tensor:
     """Attention written out. In bfloat16 a CPU makes these products two to four times faster than torch's fused
     attention, forward and backward (measured for 96 to 512 tokens); in float32 the two take as long."""
-    scores_BALL = torch.matmul(q_BALH, k_BALH.transpose(2, 3)) * q_BALH.shape[3] ** -0.5
+    scores_BALL = torch.matmul(q_BALH * q_BALH.shape[3] ** -0.5, k_BALH.transpose(2, 3))
     if mask is not None:
         scores_BALL = scores_BALL.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores_BALL + mask
     return torch.matmul(F.dropout(torch.softmax(scores_BALL, dim=-1), dropout), v_BALH)
@@ -453,20 +476,21 @@ class Encoder(nn.Module):
             )
         source = embeddings or self.embeddings
         assert source is not None, "an encoder without embeddings needs them from another"
-        x_ND = source(batch, ids_N)
+        x_ND = filled(source(batch, ids_N))
+        tokens, chosen = len(batch.ids_N), None if select_M is None else filled(select_M)
         if self.embeddings_project is not None:
             x_ND = self.embeddings_project(x_ND)
         bias_ALL = None
         if self.relative_positions is not None:
             bias_ALL = self.relative_positions(torch.arange(batch.max_length, device=x_ND.device))
         if states is not None:
-            states.append(x_ND)
+            states.append(x_ND[:tokens])
         last = len(self.encoder.layer) - 1
         for i, layer in enumerate(self.encoder.layer):
-            x_ND = layer(x_ND, batch, bias_ALL, select_M if i == last else None)
+            x_ND = layer(x_ND, batch, bias_ALL, chosen if i == last else None)
             if states is not None:
-                states.append(x_ND)
-        return x_ND
+                states.append(x_ND[: tokens if i < last or select_M is None else len(select_M)])
+        return x_ND[: tokens if select_M is None else len(select_M)]
 
 
 class MlmHead(nn.Module):
@@ -480,7 +504,7 @@ class MlmHead(nn.Module):
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
         """[M, E]; logits are its products with the token table plus `OutputBias`."""
-        return self.LayerNorm(F.gelu(self.dense(hidden_MD)))
+        return self.LayerNorm(F.gelu(self.dense(filled(hidden_MD))))[: len(hidden_MD)]
 
 
 class OutputBias(nn.Module):
@@ -504,7 +528,7 @@ class RtdHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N], float32."""
-        return self.dense_prediction(F.gelu(self.dense(hidden_ND)))[:, 0].float()
+        return self.dense_prediction(F.gelu(self.dense(filled(hidden_ND))))[: len(hidden_ND), 0].float()
 
 
 @torch.no_grad()

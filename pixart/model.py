@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.cpu import few_sizes
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 
 FREQUENCIES = 256  # width of the sinusoidal features of times and sizes
@@ -262,15 +263,6 @@ class CaptionContext:
     bias_B11L: Tensor | None  # -inf where rows_BL is filled up, else 0
     pooled_BD: Tensor | None  # mean over the kept tokens, for adaLN a block
     keys_values: list[tuple[Tensor, Tensor]] | None = None  # a block: [B, L, A, K] each
-
-
-def _few_sizes(count: int) -> int:
-    """The next of eight sizes an octave: at most an eighth more work, and few sizes for libraries to keep kernels of.
-
-    oneDNN caches a compiled product for every size that it meets, megabytes each time a batch has another one.
-    """
-    step = max(8, 1 << max(0, (count - 1).bit_length() - 4))
-    return -(-count // step) * step
 
 
 def padded_rows(lengths: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -519,7 +511,7 @@ class PixArt(nn.Module):
             if min(lengths) < max(lengths):
                 rows_BL, bias_B11L = padded_rows(lengths, caption_BLC.device)
                 kept = sum(lengths)
-                caption_PC = F.pad(caption_PC, (0, 0, 0, _few_sizes(kept) - kept))
+                caption_PC = F.pad(caption_PC, (0, 0, 0, few_sizes(kept) - kept))
         tokens_PD = self.y_embedder(caption_PC)
         pooled_BD = None
         if self.config.adaln == "block":

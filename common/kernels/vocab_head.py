@@ -143,7 +143,7 @@ def reference_forward(
         logits = torch.addmm(bias, hidden[part], table.t())
         lse[part] = torch.logsumexp(logits, dim=1)
         target_logit[part] = logits.gather(1, targets[part, None])[:, 0]
-        top[part] = logits.argmax(dim=1)
+        top[part] = _first_largest(logits)
         if seeds is None and uniform is None:
             continue
         if seeds is not None:
@@ -155,7 +155,7 @@ def reference_forward(
         scores = logits.div_(temperature) if temperature != 1 else logits
         if disallow_target:
             scores.scatter_add_(1, targets[part, None], scores.new_full((part.stop - part.start, 1), -DISALLOWED))
-        sampled[part] = scores.sub_(noise).argmax(dim=1)
+        sampled[part] = _first_largest(scores.sub_(noise))
     return (lse - target_logit), sampled, top, lse
 
 
@@ -174,6 +174,14 @@ def reference_backward(
         dtable.addmm_(dlogits.t(), hidden[part])
         dbias.add_(dlogits.sum(0))
     return dhidden, dtable, dbias
+
+
+def _first_largest(x: Tensor) -> Tensor:
+    """Index of each row's first largest value; on CPUs `argmax` takes several times as long, it is not vectorised."""
+    count = x.shape[1]
+    from_the_end = torch.arange(count, 0, -1, dtype=torch.int32, device=x.device)
+    found = torch.where(x == x.amax(1, keepdim=True), from_the_end, 0).amax(1)
+    return (count - found).clamp_(max=count - 1).long()  # a row of NaN equals nothing
 
 
 def _chunks(rows: int, vocabulary: int, elements: int) -> list[slice]:

@@ -210,6 +210,14 @@ def test_both_kernels_compile_for_hopper_within_a_blocks_shared_memory() -> None
         assert found["tensor_cores"] is found["half_precision"], f"{name}: tensor cores are for half precision"
 
 
+def test_the_first_largest_is_found_like_by_argmax() -> None:
+    x = torch.randint(0, 5, (200, 7)).float()
+    x[3], x[4] = float("-inf"), float("nan")
+    found = kernel._first_largest(x)
+    assert torch.equal(found[[i for i in range(200) if i != 4]], x.argmax(1)[[i for i in range(200) if i != 4]])
+    assert 0 <= found[4] < 7
+
+
 def test_gradient_passes_gradcheck_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "CHUNK", 20)  # two rows a chunk
     inputs = _inputs(Case(5, 9, 4, "none"), "cpu")

@@ -226,3 +226,31 @@ def test_bfloat16_autocast_stays_close_to_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         half = encoder(batch)
     torch.testing.assert_close(half.float(), encoder(batch), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("lengths", [(16, 16, 16, 9), (16, 12, 9, 7, 5, 16, 3, 8, 10)])
+def test_rows_filled_up_to_few_sizes_change_nothing(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ElectraConfig(vocab_size=60, embedding_size=8, hidden_size=16, layers=2, heads=2, intermediate_size=32,
+                           max_position=16, relative_positions=True, dropout=0.0, attention_dropout=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    encoder, head = Encoder(config), model_file.RtdHead(config)
+    batch = Batch.from_rows([torch.randint(60, (n,)) for n in lengths])
+    chosen_M = torch.tensor([1, 4, 20])
+    parameters = [*encoder.parameters(), *head.parameters()]
+    sizes: list[int] = []
+
+    def run() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            states: list[torch.Tensor] = []
+            logits_N = head(encoder(batch, states=states))
+            few_MD = encoder(batch, select_M=chosen_M)
+        assert [len(state) for state in states] == [len(batch.ids_N)] * 3
+        loss = logits_N.square().sum() + few_MD.float().square().sum()
+        return [logits_N, few_MD.float(), *torch.autograd.grad(loss, parameters)]
+
+    encoder.encoder.layer[0].intermediate.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    found = run()
+    assert sizes[0] > len(batch.ids_N) and sizes[0] % 8 == 0
+    monkeypatch.setattr(model_file, "filled", lambda x: x)
+    for ours, plain in zip(found, run()):
+        torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.02 * float(plain.detach().abs().max()))

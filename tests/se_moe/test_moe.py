@@ -311,8 +311,8 @@ def test_the_lean_feed_forward_has_the_gradients_of_the_plain_one() -> None:
     layer = FeedForward(6, 10).double()
     x_BLD = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
 
-    def plain(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return layer.fc2(torch.nn.functional.gelu(layer.fc1(x)))
+    def plain(x: Tensor) -> Tensor:
+        return layer.fc2(F.gelu(layer.fc1(x)))
 
     given = (x_BLD, *layer.parameters())
     weight = torch.randn(2, 3, 6, dtype=torch.float64)

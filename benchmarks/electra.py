@@ -11,8 +11,8 @@ ours is `electra/train.py`'s (Lightning), the peer what a transformers user asse
 ElectraForPreTraining with shared embeddings in one module, padded batches, AdamW, transformers.Trainer. Before
 anything is timed, one step's losses in float32 must agree to 1e-4 of their value.
 
-Sizes: `small` is the network of configs/small.yaml without relative positions, which transformers lacks; `paper_small`
-and `paper_base` are the paper's. Rows are as the official builder makes them from long documents ("full": nineteen in
+Sizes: `small` has three layers of 128, without relative positions, which transformers lacks; `paper_small` and
+`paper_base` are the paper's. Rows are as the official builder makes them from long documents ("full": nineteen in
 twenty of the longest length) or from short ones ("mixed": an eighth of the longest length and up).
 """
 

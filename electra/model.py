@@ -251,13 +251,14 @@ class Batch:
 class RelativeBias(nn.Module):
     """A learned number per head and signed distance, added to every layer's attention scores.
 
-    It starts at ALiBi's -|i - j| * 2^-(a+1) (Press et al. 2022, eight heads) and can then tell left from right.
+    It starts at ALiBi's -|i - j| * slope (Press et al. 2022) and can then tell left from right. Slopes run from 2^-1 to
+    2^-8 as for eight heads however many there are, so that one head looks near and one, as [CLS] must, sees the row.
     """
 
     def __init__(self, heads: int, max_position: int) -> None:
         super().__init__()
         self.max_position = max_position
-        self.slopes = [2.0 ** -(a % 8 + 1) for a in range(heads)]
+        self.slopes = [2.0 ** -(1 + 7 * a / max(1, heads - 1)) for a in range(heads)]
         self.bias = nn.Parameter(torch.empty(heads, 2 * max_position - 1))
 
     @torch.no_grad()

@@ -111,7 +111,8 @@ def test_relative_bias_starts_as_alibi_and_is_added_to_the_scores() -> None:
     bias.reset_parameters()
     bias_ALL = bias(torch.arange(4))
     distance = (torch.arange(4)[:, None] - torch.arange(4)).abs()
-    assert torch.equal(bias_ALL, -torch.tensor([0.5, 0.25])[:, None, None] * distance)
+    assert torch.equal(bias_ALL, -torch.tensor([2**-1, 2**-8])[:, None, None] * distance)
+    assert RelativeBias(8, 6).slopes == [2**-1, 2**-2, 2**-3, 2**-4, 2**-5, 2**-6, 2**-7, 2**-8]
     qkv = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
     q, k, v = qkv.permute(1, 2, 0, 3)
     expected = F.softmax(q @ k.mT / math.sqrt(5) + bias_ALL, -1) @ v

@@ -152,7 +152,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Give every process its turn, `rounds` times, and summarise each; all of them are ended."""
     try:
-        first = {name: process.turn(warm_up[name]) for name, process in processes.items()}
+        none: dict[str, Any] = {"losses": []}
+        first = {n: process.turn(warm_up[n]) if warm_up[n] else none for n, process in processes.items()}
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in processes}
         for _ in range(rounds):
             for name, process in processes.items():

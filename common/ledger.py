@@ -17,6 +17,7 @@ A measured number that is not finite (a run that diverged) is kept as null and t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -229,8 +230,21 @@ def peak_memory() -> int:
         used = sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
         if used > 0:
             return used
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Largest resident memory of this process in bytes.
+
+    On Linux from /proc: `ru_maxrss` starts at what the parent held when it started this process.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def hardware() -> str:

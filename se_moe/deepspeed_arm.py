@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json
+from common.ledger import peak_resident
 from se_moe.config import TrainConfig
-from se_moe.measuring import peak_resident_bytes, peak_tensor_bytes
+from se_moe.measuring import peak_tensor_bytes
 from se_moe.model import MoELanguageModel, initialise
 from se_moe.moe import Expert, MoELayer, MoEOutput
 from se_moe.training import (
@@ -232,7 +233,7 @@ def run_deepspeed(config: TrainConfig) -> dict[str, Any]:
         "arm": "deepspeed",
         "held_out_loss": held_out,
         "peak_bytes": highest(peak, groups),
-        "peak_resident_bytes": highest(peak_resident_bytes(), groups),
+        "peak_resident_bytes": highest(peak_resident(), groups),
         "zero_stage": config.parallel.zero_stage,
         "ranks": groups.world_size,
     }

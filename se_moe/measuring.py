@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -73,9 +72,3 @@ def peak_tensor_bytes(work: Callable[[], object], device: torch.device, exclude:
         work()
         return torch.cuda.max_memory_allocated(device)
     return live_tensor_bytes(exclude) + peak_growth(work)
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident memory of this process since it started."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -34,6 +34,7 @@ from torch.optim.adamw import adamw
 
 from common.errors import UserError
 from common.files import write_json
+from common.ledger import peak_resident
 from se_moe.cache import SparseCache
 from se_moe.clipping import Parts, clip_global_norm, global_norm
 from se_moe.communication import (
@@ -646,7 +647,7 @@ def run_arm(config: TrainConfig, arm: str = "ours") -> dict[str, Any]:
         UserError: bad options, or a checkpoint in run_dir that belongs to other ones.
     """
     from se_moe import checkpoint
-    from se_moe.measuring import peak_resident_bytes, peak_tensor_bytes
+    from se_moe.measuring import peak_tensor_bytes
 
     torch.set_num_threads(config.threads)
     device = choose_device(config.parallel.device)
@@ -692,7 +693,7 @@ def run_arm(config: TrainConfig, arm: str = "ours") -> dict[str, Any]:
         "arm": arm,
         "held_out_loss": held_out,
         "peak_bytes": highest(peak, groups),
-        "peak_resident_bytes": highest(peak_resident_bytes(), groups),
+        "peak_resident_bytes": highest(peak_resident(), groups),
         "device_budget_bytes": trainer.arena.budget_bytes,
         "device_peak_bytes": highest(trainer.arena.peak_bytes, groups),
         "parameters": trainer.dense_count + trainer.split_count * groups.world_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from common.ledger import (
     bench_row,
     check_targets,
     peak_memory,
+    peak_resident,
     record,
     write_claims,
     write_rows,
 )
+from common.paths import REPOSITORY
 
 CLAIM = Claim(
     id="L1",
@@ -176,3 +179,11 @@ def test_peak_memory_counts_bytes() -> None:
 def test_hardware_names_the_machine_in_one_line() -> None:
     line = ledger.hardware()
     assert "core" in line and "\n" not in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_child_leaves_out_what_its_parent_held() -> None:
+    held = torch.ones(1 << 30, dtype=torch.uint8)
+    code = "from common.ledger import peak_resident; print(peak_resident())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert peak_resident() > held.nbytes > int(run.stdout) > 10 << 20

@@ -104,7 +104,7 @@ def search_step(arm: Arm) -> Step:
 def nni_step(arm: Arm) -> Step:
     """The same with nni's supernet: DARTS on its own space of the same width, depth and operations."""
     from nni.nas.hub.pytorch import DARTS
-    from nni.nas.oneshot.pytorch import DARTS as Strategy
+    from nni.nas.strategy import DARTS as Strategy
 
     spec = SIZES[arm.size]
     torch.manual_seed(0)

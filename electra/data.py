@@ -168,7 +168,7 @@ class StepBatches(Dataset):
         size = self.batch_size // self.accumulate
         mine = np.arange(part * size + self.rank, (part + 1) * size, self.world)
         mine = mine[np.argsort(-drawn.lengths_B[mine], kind="stable")]
-        batch = pack(self.store, [rows[i] for i in mine])
+        batch = pack(self.store, [rows[i] for i in mine], self.max_length)
         used_BS = np.arange(drawn.columns_BS.shape[1]) < drawn.slots_B[mine, None]
         starts_B = np.concatenate([[0], np.cumsum(drawn.lengths_B[mine])[:-1]])
         positions_M = (starts_B[:, None] + drawn.columns_BS[mine])[used_BS]
@@ -220,14 +220,14 @@ def draw_columns(uniform_BS: np.ndarray, lengths_B: np.ndarray, first_B: np.ndar
     return pick_BS + 1 + (pick_BS + 1 >= first_B[:, None] - 1)
 
 
-def pack(store: ExampleStore, rows: Sequence[int]) -> Batch:
-    """Rows of the store one after the other, types included."""
+def pack(store: ExampleStore, rows: Sequence[int], max_length: int = 0) -> Batch:
+    """Rows of the store one after the other, types included; `max_length` as in `Batch`."""
     parts = [store[row] for row in rows]
     ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in parts]).astype(np.int64))
     lengths = [len(ids) for ids, _ in parts]
     counts = np.array([[first, length - first] for (_, first), length in zip(parts, lengths)]).ravel()
     types_N = torch.from_numpy(np.repeat(np.tile(np.array([0, 1]), len(parts)), counts))
-    return Batch.from_flat(ids_N, types_N, lengths)
+    return Batch.from_flat(ids_N, types_N, lengths, max_length)
 
 
 class _FromStep(Sampler[int]):

@@ -324,7 +324,7 @@ def filled(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    spare = few_sizes(len(x), 16) - len(x) if half or x.dtype is torch.bfloat16 else 0
+    spare = few_sizes(len(x)) - len(x) if half or x.dtype is torch.bfloat16 else 0
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, spare)) if spare else x
 
 

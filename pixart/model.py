@@ -105,7 +105,6 @@ def position_embedding(dim: int, height: int, width: int, base: float, scale: fl
 
 # Scores that one product may write out on CPUs: 512 queries and 512 keys a head.
 _EXPLICIT_SCORES = 1 << 18
-_PART_SCORES = 1 << 17  # of a part where no gradient is needed and there are more
 
 
 def attention(q_BNAK: Tensor, k_BLAK: Tensor, v_BLAK: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
@@ -153,7 +152,7 @@ def _explicit_attention(q_BANK: Tensor, k_BALK: Tensor, v_BALK: Tensor, bias_B11
 
     if queries * keys <= _EXPLICIT_SCORES:
         return attend(q_BANK)
-    return torch.cat([attend(part) for part in q_BANK.split(max(1, _PART_SCORES // keys), dim=2)], dim=2)
+    return torch.cat([attend(part) for part in q_BANK.split(max(1, _EXPLICIT_SCORES // keys), dim=2)], dim=2)
 
 
 class PatchEmbed(nn.Module):

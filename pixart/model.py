@@ -152,6 +152,7 @@ def _explicit_attention(q_BANK: Tensor, k_BALK: Tensor, v_BALK: Tensor, bias_B11
 
     if queries * keys <= _EXPLICIT_SCORES:
         return attend(q_BANK)
+    k_BALK, v_BALK = k_BALK.contiguous(), v_BALK.contiguous()  # lest every part's product makes a copy of its own
     return torch.cat([attend(part) for part in q_BANK.split(max(1, _EXPLICIT_SCORES // keys), dim=2)], dim=2)
 
 

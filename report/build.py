@@ -78,7 +78,7 @@ def load(results: Path) -> dict[str, Findings]:
                 if claim["tier"] not in TIERS:
                     raise UserError(f"{path.name}: claim {claim['id']} has tier {claim['tier']!r}, not one of {TIERS}")
             found.setdefault(path.stem, Findings()).claims = claims
-        else:
+        elif not path.with_name(f"bench_{path.name}").is_file():  # else: the measurements behind those rows
             print(f"left out {path.name}: it holds neither claims nor bench rows")
     for folder in sorted(path for path in results.glob("figures/*") if path.is_dir()):
         pictures = _figures(folder)

@@ -698,12 +698,17 @@ def beside_deepspeed(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
     cpu = {name: _median(m["cpu_seconds_per_1000_tokens"] for m in rows) for name, rows in found.items()}
     speed = {name: _median(m["tokens_per_second"] for m in rows) for name, rows in found.items()}
     peak = {name: _median(m["peak_bytes"] for m in rows) for name, rows in found.items()}
-    ours = found["resident"][0]["losses"]
-    apart = max(abs(a - b) for name in ("zero0", "zero2") for a, b in zip(ours, found[name][0]["losses"]))
+    losses = {name: rows[0]["losses"] for name, rows in found.items()}
+
+    def apart(a: str, b: str, steps: int | None = None) -> float:
+        return max(abs(x - y) for x, y in zip(losses[a][:steps], losses[b][:steps], strict=True))
+
     return {
         "cpu_ratio": cpu["resident"] / min(cpu["zero0"], cpu["zero2"]),
         "memory_ratio": peak["resident"] / min(peak["zero0"], peak["zero2"]),
-        "loss_difference": apart,
+        "loss_difference": max(apart("resident", "zero0"), apart("resident", "zero2")),
+        "loss_difference_first_10_steps": max(apart("resident", "zero0", 10), apart("resident", "zero2", 10)),
+        "loss_difference_zero0_zero2": apart("zero0", "zero2"),
         "throughput_gain": speed["resident"] / max(speed["zero0"], speed["zero2"]) - 1,
         **{f"cpu_{name}": value for name, value in cpu.items()},
         **{f"tokens_per_second_{name}": value for name, value in speed.items()},

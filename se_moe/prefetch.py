@@ -12,6 +12,10 @@ never refilled before what was asked of it earlier has happened.
 `OffloadedExperts` puts the store behind the MoE layers of a model: parameters are on the device only while a layer
 computes, gradients go to host memory, and `step` updates the record (parameters and moments) of each expert that had
 tokens. Experts without tokens are not touched at all, as by torch.optim.AdamW when a gradient is None.
+
+With the background thread an update waits for the next time that its record comes to host memory, which the next
+forward pass asks for anyway: the record is read once for both, and reading, update and write-back hide behind that
+pass. Nobody sees a record before its update: every way to a record leads through `ExpertStore._ask`.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -95,6 +99,10 @@ class PrefetchStatistics:
     def hidden_fraction(self) -> float:
         """Share of the fetch time during which the calling thread computed."""
         return max(0.0, 1 - self.wait_seconds / self.fetch_seconds) if self.fetch_seconds else 0.0
+
+
+# What happens to an expert's record: `change(key, fields)`, in place.
+Change = Callable[[ExpertKey, dict[str, Tensor]], None]
 
 
 class RoutePredictor:
@@ -195,7 +203,7 @@ class ExpertStore:
         background: fetch on a thread of its own (and, on CUDA, copy on a stream of its own).
     """
 
-    STAGING = 3  # slots beside the cache: one to pass experts through, two to update those that the cache does not take
+    STAGING = 3  # slots beside the cache, used in turns: for experts that the cache does not take
 
     def __init__(
         self,
@@ -217,10 +225,10 @@ class ExpertStore:
         self.background = background
         self.statistics = PrefetchStatistics()
         self._slots: dict[ExpertKey, tuple[HostSlot, Future[None]]] = {}
-        self._passing, *self._updating = (host.take() for _ in range(self.STAGING))
-        self._pinned: set[ExpertKey] = set()
+        self._staging = [host.take() for _ in range(self.STAGING)]
+        self._owed: dict[ExpertKey, Change] = {}
         self._ahead: dict[int, DeviceExperts] = {}
-        self._writes: list[Future[None]] = []
+        self._unchecked: list[Future[None]] = []  # changes and write-backs under way
         self._worker = _Worker(background)
         self._stream = torch.cuda.Stream(arena.device) if arena.device.type == "cuda" else None
         if cache is not None:
@@ -229,7 +237,7 @@ class ExpertStore:
     def create(self, key: ExpertKey, parameters: Mapping[str, Tensor]) -> None:
         """Put a new expert into the file tier, moments and step count zero."""
         self._worker.submit(lambda: None).result()  # the slot may still be on its way to a file
-        slot = self._updating[0]
+        slot = self._staging[0]
         with torch.no_grad():
             for name, tensor in slot.fields.items():
                 if name in parameters:
@@ -249,25 +257,55 @@ class ExpertStore:
 
         return run
 
-    def _ask(self, key: ExpertKey, staging: HostSlot) -> tuple[HostSlot, Future[None], bool]:
-        """Ask for an expert in host memory: (slot, arrival, whether the cache keeps it)."""
-        slot, kept = staging, False
+    def _ask(self, key: ExpertKey) -> tuple[HostSlot, Future[None]]:
+        """Ask for an expert in host memory, with the change that it is owed: (slot, arrival)."""
+        change, kept = self._owed.pop(key, None), False
+        slot: HostSlot | None = None
         if self.cache is not None:
-            decision = self.cache.request(key, self._pinned)
+            decision = self.cache.request(key)
             if decision.hit:
-                return *self._slots[key], True
+                slot, arrival = self._slots[key]
+                if change is not None:
+                    arrival = self._change(key, slot, change, arrival)
+                    self._slots[key] = slot, arrival
+                    self.cache.mark_dirty(key)
+                return slot, arrival
             kept = not decision.bypass
             if decision.victim is not None:
-                slot, _ = self._slots.pop(decision.victim)
+                slot, arrival = self._slots.pop(decision.victim)
                 if decision.victim_dirty:
-                    self._write(decision.victim, slot)
+                    self._write(decision.victim, slot, arrival)
             elif kept:
                 slot = self.host.take()
+        if slot is None:
+            self._staging.append(slot := self._staging.pop(0))
         target = slot
         arrival = self._worker.submit(self._timed(lambda: self._read(key, target)))
-        if kept:
-            self._slots[key] = (slot, arrival)
-        return slot, arrival, kept
+        if change is not None:
+            arrival = self._change(key, slot, change, arrival)
+        if kept and self.cache is not None:
+            self._slots[key] = slot, arrival
+            if change is not None:
+                self.cache.mark_dirty(key)
+        elif change is not None:
+            self._write(key, slot, arrival)
+            if self.cache is not None:
+                self.cache.statistics.writes += 1
+        return slot, arrival
+
+    def _change(self, key: ExpertKey, slot: HostSlot, change: Change, arrival: Future[None]) -> Future[None]:
+        """Submit a change of the record that arrives in a slot."""
+
+        def run() -> None:
+            arrival.result()  # done, because jobs keep their order; raises what reading raised
+            if slot.copied_out is not None:
+                slot.copied_out.synchronize()  # an asynchronous copy to the GPU may still read the slot
+                slot.copied_out = None
+            change(key, slot.fields)
+
+        changed = self._worker.submit(run)
+        self._unchecked.append(changed)
+        return changed
 
     def _read(self, key: ExpertKey, slot: HostSlot) -> None:
         if slot.copied_out is not None:
@@ -275,15 +313,17 @@ class ExpertStore:
             slot.copied_out = None
         self.files.read(key, slot)
 
-    def _write(self, key: ExpertKey, slot: HostSlot) -> Future[None]:
-        written = self._worker.submit(self._timed(lambda: self.files.write(key, slot)))
-        self._writes.append(written)
-        return written
+    def _write(self, key: ExpertKey, slot: HostSlot, arrival: Future[None]) -> None:
+        def run() -> None:
+            if arrival.exception() is None:  # whoever waits for the expert meets the error there
+                self.files.write(key, slot)
 
-    def _check_writes(self) -> None:
-        """Report a write-back that failed."""
-        done = [future for future in self._writes if future.done()]
-        self._writes = [future for future in self._writes if not future.done()]
+        self._unchecked.append(self._worker.submit(self._timed(run)))
+
+    def _check(self) -> None:
+        """Report a change or a write-back that failed."""
+        done = [future for future in self._unchecked if future.done()]
+        self._unchecked = [future for future in self._unchecked if not future.done()]
         for future in done:
             future.result()
 
@@ -291,70 +331,49 @@ class ExpertStore:
         """Write changed cache entries back (end of a period of Algorithm 2); they stay in the cache."""
         assert self.cache is not None
         for key in self.cache.dirty_keys():
-            if key not in self._pinned:
-                slot, _ = self._slots[key]
-                # Whoever asks for the entry next waits for this write, so that it does not change meanwhile.
-                self._slots[key] = (slot, self._write(key, slot))
-                self.cache.mark_written(key)
+            self._write(key, *self._slots[key])
+            self.cache.mark_written(key)
 
-    def update_each(self, keys: Sequence[ExpertKey]) -> Iterator[tuple[ExpertKey, dict[str, Tensor]]]:
-        """The records of experts one after the other, each to be changed in place before the next is asked for.
+    def update(self, keys: Sequence[ExpertKey], change: Change) -> None:
+        """Change the records of experts in place, `change(key, fields)` for each, at once or when they next come up.
 
-        The next record is on its way meanwhile. A change is in the cache, or on its way to the file, when the loop goes
-        on.
+        At the latest `settle` does it. `change` runs on the background thread, if there is one.
         """
         self.drop_prefetched()  # copies on the device that are about to be out of date
-        asked: dict[ExpertKey, tuple[HostSlot, Future[None], bool]] = {}
-        try:
-            for index, key in enumerate(keys):
-                for number in range(index, min(index + (2 if self.background else 1), len(keys))):
-                    if keys[number] not in asked:
-                        asked[keys[number]] = self._ask(keys[number], self._updating[number % 2])
-                        self._pinned.add(keys[number])
-                slot, arrival, kept = asked.pop(key)
-                self._wait(arrival)
-                if slot.copied_out is not None:
-                    slot.copied_out.synchronize()
-                    slot.copied_out = None
-                yield key, slot.fields
-                self._pinned.discard(key)
-                if kept and self.cache is not None:
-                    self.cache.mark_dirty(key)
-                else:
-                    self._write(key, slot)
-                    if self.cache is not None:
-                        self.cache.statistics.writes += 1
-        finally:
-            self._pinned.clear()
-        self._check_writes()
+        self.settle()
+        self._owed = dict.fromkeys(keys, change)
+        if not self.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Start every change that is still owed."""
+        for key in list(self._owed):
+            self._ask(key)
+        self._check()
 
     def read_record(self, key: ExpertKey) -> dict[str, Tensor]:
         """A copy of an expert's record, wherever it is."""
-        slot, arrival, _ = self._ask(key, self._passing)
+        slot, arrival = self._ask(key)
         arrival.result()
         return {name: tensor.clone() for name, tensor in slot.fields.items()}
 
     def host_buffers(self) -> list[Tensor]:
         """Memory of every slot in use, for measurements."""
-        slots = [self._passing, *self._updating, *(slot for slot, _ in self._slots.values())]
+        slots = [*self._staging, *(slot for slot, _ in self._slots.values())]
         return [slot.buffer for slot in slots]
 
     def flush(self) -> None:
-        """Write every changed expert back and wait until all writes are done."""
+        """Make every change that is owed, write every changed expert back and wait until all writes are done."""
+        self.settle()
         if self.cache is not None:
             self._write_changed()
         self._worker.submit(lambda: None).result()
-        self._check_writes()
+        self._check()
 
     def commit(self, tag: str, extra: Mapping[str, Any] | None = None) -> None:
         """Flush, then make the state of all experts restorable under `tag` (`FileTier.commit`)."""
         self.flush()
         self.files.commit(tag, extra)
-
-    def _wait(self, arrival: Future[None]) -> None:
-        start = time.monotonic()
-        arrival.result()
-        self.statistics.wait_seconds += time.monotonic() - start
 
     @property
     def _device_stride(self) -> int:
@@ -382,7 +401,7 @@ class ExpertStore:
                 views[name] = block.tensor(shape, dtype, offset).data
                 offset += self.layout.field_bytes(name)
             target.parameters[expert] = views
-            slot, arrival, _ = self._ask(ExpertKey(target.layer, expert), self._passing)
+            slot, arrival = self._ask(ExpertKey(target.layer, expert))
             target.arrivals += [arrival, self._worker.submit(self._copy_job(slot, arrival, views, target, released))]
 
     def _copy_job(
@@ -426,7 +445,7 @@ class ExpertStore:
             self.statistics.host_only += len(wanted)
             if self.cache is not None:
                 for expert in wanted[: self.cache.capacity]:
-                    self._ask(ExpertKey(layer, expert), self._passing)
+                    self._ask(ExpertKey(layer, expert))
             return
         self.statistics.predicted += len(wanted)
         self._ahead[layer] = DeviceExperts(layer)
@@ -568,6 +587,7 @@ class OffloadedExperts:
         """Point the parameters of `experts` at device memory that holds their values."""
         index = self._index[id(layer)]
         if backward:
+            self.store.settle()  # of experts that this step's forward pass did not use: makes room for new gradients
             size = len(experts) * self.store.layout.parameter_bytes
             awaited = {(local, name) for local in experts for name, _ in self._parameters(index, local)}
             if size > self.store.arena.free_bytes:
@@ -640,14 +660,20 @@ class OffloadedExperts:
             self._copying = False
         return self._gradients
 
+    def update(self, change: Callable[[dict[str, Tensor], dict[str, Tensor]], None]) -> list[ExpertKey]:
+        """`change(record, gradients)` for all experts that have gradients, which are forgotten; returns those experts.
+
+        It runs now or when the record is next needed, on another thread (`ExpertStore.update`).
+        """
+        gradients = dict(self.gradients)
+        self._gradients.clear()
+        touched = sorted(gradients)
+        self.store.update(touched, lambda key, fields: change(fields, gradients.pop(key)))
+        return touched
+
     def step(self, lr: float, **adam: Any) -> list[ExpertKey]:
         """AdamW on the records of all experts that have gradients, then forget the gradients. Returns those experts."""
-        gradients = self.gradients
-        touched = sorted(gradients)
-        for key, fields in self.store.update_each(touched):
-            update_record(fields, gradients[key], lr=lr, **adam)
-        gradients.clear()
-        return touched
+        return self.update(lambda fields, gradients: update_record(fields, gradients, lr=lr, **adam))
 
     def detach(self) -> None:
         """Bring every parameter back into the model (for export or a check) and leave the layers."""

@@ -346,20 +346,19 @@ class TieredHome:
         return self.offloaded.gradients
 
     def step(self, lr: float) -> None:
-        gradients = self.offloaded.gradients
-        for key, fields in self.store.update_each(sorted(gradients)):
-            named = gradients[key]
+        def change(fields: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
             fields["step"] += 1
             adamw_step(
-                [fields[name] for name in named],
-                list(named.values()),
-                [fields[f"exp_avg.{name}"] for name in named],
-                [fields[f"exp_avg_sq.{name}"] for name in named],
+                [fields[name] for name in gradients],
+                list(gradients.values()),
+                [fields[f"exp_avg.{name}"] for name in gradients],
+                [fields[f"exp_avg_sq.{name}"] for name in gradients],
                 int(fields["step"]),
                 lr,
                 self.options,
             )
-        gradients.clear()
+
+        self.offloaded.update(change)
 
     def record(self, key: ExpertKey) -> dict[str, Tensor]:
         return self.store.read_record(key)
@@ -717,9 +716,8 @@ def host_pointers(trainer: Trainer) -> list[int]:
     """Storages of the expert cache: host memory, which on a CPU only looks like device memory."""
     if isinstance(trainer.home, ResidentHome):
         return []
-    slots = [slot for slot, _ in trainer.home.store._slots.values()] + trainer.home.host._free
-    slots += [trainer.home.store._passing, *trainer.home.store._updating]
-    return [slot.buffer.untyped_storage().data_ptr() for slot in slots]
+    buffers = trainer.home.store.host_buffers() + [slot.buffer for slot in trainer.home.host._free]
+    return [buffer.untyped_storage().data_ptr() for buffer in buffers]
 
 
 def tier_metrics(trainer: Trainer) -> dict[str, Any]:

@@ -542,19 +542,20 @@ class OffloadedExperts:
         self._last_use: dict[int, list[int]] = {}
         self._charges: dict[int, tuple[Charge, set[tuple[int, str]]]] = {}
         self._gradients: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._gradient_bytes = 0
         self._copying = False
+        self._parameters = [
+            [dict(expert.named_parameters()) for expert in layer.local_experts[: layer.num_local]] for layer in layers
+        ]
+        self._empty: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         for index, layer in enumerate(self.layers):
-            for local in range(layer.num_local):
-                named = dict(self._parameters(index, local))
+            for local, named in enumerate(self._parameters[index]):
                 if create:
                     store.create(self.key(index, local), {name: p.detach() for name, p in named.items()})
                 for name, parameter in named.items():
-                    self._empty(parameter)
+                    self._give_up(parameter)
                     parameter.register_post_accumulate_grad_hook(self._gradient_hook(index, local, name))
             layer.hooks = self
-
-    def _parameters(self, layer: int, local: int) -> list[tuple[str, nn.Parameter]]:
-        return list(self.layers[layer].local_experts[local].named_parameters())
 
     def key(self, layer: int, local: int) -> ExpertKey:
         """The store's key of a local expert: experts are counted over all ranks there."""
@@ -568,10 +569,12 @@ class OffloadedExperts:
     def _local(self, key: ExpertKey) -> int:
         return key.expert - self.key(key.layer, 0).expert
 
-    @staticmethod
-    def _empty(parameter: nn.Parameter) -> None:
-        """The shape without the memory."""
-        parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
+    def _give_up(self, parameter: nn.Parameter) -> None:
+        """Leave the shape without the memory."""
+        kind = parameter.shape, parameter.dtype
+        if kind not in self._empty:
+            self._empty[kind] = parameter.data.new_zeros(1).expand(parameter.shape)
+        parameter.data = self._empty[kind]
 
     def _keys_of(self, layer: int, experts: Iterable[int]) -> list[int]:
         return [self.key(layer, local).expert for local in experts]
@@ -589,7 +592,7 @@ class OffloadedExperts:
         if backward:
             self.store.settle()  # of experts that this step's forward pass did not use: makes room for new gradients
             size = len(experts) * self.store.layout.parameter_bytes
-            awaited = {(local, name) for local in experts for name, _ in self._parameters(index, local)}
+            awaited = {(local, name) for local in experts for name in self._parameters[index][local]}
             if size > self.store.arena.free_bytes:
                 self.store.drop_prefetched(keep=index)
             if awaited:
@@ -599,7 +602,7 @@ class OffloadedExperts:
         self._device[index, backward] = device
         for local in experts:
             values = device.parameters[self.key(index, local).expert]
-            for name, parameter in self._parameters(index, local):
+            for name, parameter in self._parameters[index][local].items():
                 parameter.data = values[name]
         self._last_use[index] = list(experts)
         if self.predictor is not None:
@@ -613,8 +616,8 @@ class OffloadedExperts:
         """Take the device memory away again."""
         index = self._index[id(layer)]
         for local in experts:
-            for _, parameter in self._parameters(index, local):
-                self._empty(parameter)
+            for parameter in self._parameters[index][local].values():
+                self._give_up(parameter)
         self._device.pop((index, backward)).free()
         if not backward and layer.training and self.predictor is not None and index == len(self.layers) - 1:
             self.store.prefetch(index, self._keys_of(index, experts))  # backward starts here
@@ -641,8 +644,9 @@ class OffloadedExperts:
                 held[name] = self.gradients[key][name] + gradient
             else:
                 held[name] = gradient
-            size = sum(t.nbytes for tensors in self._gradients.values() for t in tensors.values())
-            self.store.statistics.gradient_peak_bytes = max(self.store.statistics.gradient_peak_bytes, size)
+                self._gradient_bytes += gradient.nbytes
+            statistics = self.store.statistics
+            statistics.gradient_peak_bytes = max(statistics.gradient_peak_bytes, self._gradient_bytes)
             if layer in self._charges:
                 charge, awaited = self._charges[layer]
                 awaited.discard((local, name))
@@ -667,6 +671,7 @@ class OffloadedExperts:
         """
         gradients = dict(self.gradients)
         self._gradients.clear()
+        self._gradient_bytes = 0
         touched = sorted(gradients)
         self.store.update(touched, lambda key, fields: change(fields, gradients.pop(key)))
         return touched
@@ -679,7 +684,7 @@ class OffloadedExperts:
         """Bring every parameter back into the model (for export or a check) and leave the layers."""
         for key in self.keys():
             record = self.store.read_record(key)
-            for name, parameter in self._parameters(key.layer, self._local(key)):
+            for name, parameter in self._parameters[key.layer][self._local(key)].items():
                 parameter.data = record[name].to(self.store.arena.device)
         for layer in self.layers:
             layer.hooks = None

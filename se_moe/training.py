@@ -359,6 +359,7 @@ class TieredHome:
             )
 
         self.offloaded.update(change)
+        self.offloaded.begin_pass()  # of the next step: the drive need not wait for the rest of this one
 
     def record(self, key: ExpertKey) -> dict[str, Tensor]:
         return self.store.read_record(key)
@@ -530,8 +531,8 @@ class Trainer:
         found.loss.backward()
         norm = self._reduce()
         lr = learning_rate(config.optimiser, number, config.steps)
-        self.optimiser.step(lr)
         self.home.step(lr)
+        self.optimiser.step(lr)
         self._forget_gradients()
         losses = torch.stack([found.loss.detach(), found.lm_loss.detach(), found.aux_loss.detach()]).float()
         if self.groups.world_size > 1:

@@ -362,7 +362,9 @@ class Study:
             seed=seed,
             data=self.data,
             optimiser=OptimiserConfig(lr=self.plan.lr, warmup=self.plan.warmup),
-            trainer=TrainerConfig(batch_size=self.plan.batch, accelerator="cpu", threads=1, progress=False),
+            trainer=TrainerConfig(
+                batch_size=self.plan.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+            ),
         )
 
     def looks(self, name: str) -> set[int]:

@@ -31,7 +31,15 @@ from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from se_moe.config import Switches, TrainConfig, read_config
 
-_HEAD = ["arm", "tokens/s", "CPU-s per 1,000 tokens", "peak tensor bytes a rank", "loss", "held-out loss"]
+_HEAD = [
+    "arm",
+    "tokens/s",
+    "CPU-s per 1,000 tokens",
+    "states on the device, MB a rank",
+    "all tensors at the peak, MB a rank",
+    "loss",
+    "held-out loss",
+]
 
 
 def arm_config(config: TrainConfig, arm: str) -> TrainConfig:
@@ -126,10 +134,12 @@ def table(config: TrainConfig) -> str:
     for arm in config.arms:
         if m := found.get(arm):
             numbers = [f"{m['tokens_per_second']:,.0f}", f"{m['cpu_seconds_per_1000_tokens']:.3f}"]
-            numbers += [f"{m['peak_bytes']:,}", f"{m['loss']:.4f}", f"{m['held_out_loss']:.4f}"]
+            states = m.get("device_peak_bytes")
+            numbers.append(f"{states / 1e6:.1f}" if states else "-")
+            numbers += [f"{m['peak_bytes'] / 1e6:.1f}", f"{m['loss']:.4f}", f"{m['held_out_loss']:.4f}"]
             rows.append([names[arm], *numbers])
         elif arm == "deepspeed" and not available():
-            rows.append([names[arm], INSTALL, "", "", "", ""])
+            rows.append([names[arm], INSTALL, *[""] * (len(_HEAD) - 2)])
     lines = [_HEAD, ["---"] * len(_HEAD), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

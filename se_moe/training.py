@@ -671,6 +671,10 @@ def run_arm(config: TrainConfig, arm: str = "ours") -> dict[str, Any]:
         while trainer.done < config.steps:
             log: list[StepLog] = []
             if peak == 0 and trainer.done % config.checkpoint_every == 2:
+                if isinstance(trainer.home, TieredHome):
+                    # Gradients that wait for their update are gone before this step's exist, but on another thread,
+                    # whose memory is not seen.
+                    trainer.home.store.flush()
                 exclude = host_pointers(trainer)
                 peak = peak_tensor_bytes(lambda: log.append(trainer.step()), device, exclude)  # noqa: B023
                 write(asdict(log[0]) | {"profiled": True})

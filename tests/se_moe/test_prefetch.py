@@ -236,6 +236,40 @@ def test_untouched_experts_keep_their_bits_and_their_step_count(tmp_path: Path) 
     store.close()
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_with_prefetch_an_update_waits_for_the_next_fetch_of_its_expert(background: bool, tmp_path: Path) -> None:
+    store = make_store(tmp_path, capacity=None, background=background)
+    model = Stack()
+    offloaded = OffloadedExperts(store, model.moe_layers())
+    loss_of(model, 0).backward()
+    before = store.files.statistics.reads
+    touched = offloaded.step(**ADAM)
+    assert store.files.statistics.reads - before == (0 if background else len(touched))
+    assert not offloaded.gradients
+    for key in touched:
+        assert int(store.read_record(key)["step"]) == 1, "whoever asks for a record sees it updated"
+    assert store.files.statistics.reads - before == len(touched) * (1 if background else 2)
+    store.flush()
+    assert store.files.statistics.reads - before == len(touched) * (1 if background else 2), "nothing is owed any more"
+    store.close()
+
+
+def test_an_update_that_fails_is_reported_and_writes_nothing(tmp_path: Path) -> None:
+    store = make_store(tmp_path, capacity=None)
+    model = Stack()
+    offloaded = OffloadedExperts(store, model.moe_layers())
+    loss_of(model, 0).backward()
+    written = store.files.statistics.bytes_written
+
+    def fail(*_: object) -> None:
+        raise UserError("no such optimiser")
+
+    offloaded.update(fail)
+    with pytest.raises(UserError, match="no such optimiser"):
+        store.flush()
+    assert store.files.statistics.bytes_written == written
+
+
 def test_a_restored_store_continues_with_the_same_losses(tmp_path: Path, resident: tuple[list[float], dict]) -> None:
     """Write-backs after the commit, as left behind by a killed process, are ignored."""
     model = Stack()

@@ -1,9 +1,9 @@
 """Generate text under a memory budget: `python se_moe/serve.py --prompt "The people of this nation"`.
 
     python se_moe/serve.py --prompt "..." --model runs/se_moe-small/model      # what train.py left there
-    python se_moe/serve.py --prompt "..." --device_mb 8                        # experts behind a ring that fits
+    python se_moe/serve.py --prompt "..." --device_mb 12                       # experts behind a ring that fits
     python se_moe/serve.py --prompt "..." --sections 2 --mode export           # K = 2, torch.export graphs
-    python se_moe/serve.py --prompt "..." --devices 2 --device_mb 4            # two sub-graphs, 4 MB each
+    python se_moe/serve.py --prompt "..." --devices 2 --device_mb 11           # two sub-graphs, 11 MB each
     python se_moe/serve.py --prompt "..." --prune_text my.txt --save served/   # drop experts that my.txt never visits
 
 All expert weights wait in host memory; the device holds the dense part and K layers' experts (section 3.3.2). Without
@@ -113,10 +113,13 @@ def start(
         choices: list[int | None] = [sections]
     else:
         choices = [None, *range(moe_layers - 1, 0, -1)]
+    # Without a limit a ring must not take all of it: twice the largest layer for every layer is more than any ring needs.
+    largest = max((sum(t.nbytes for t in layer.values()) for layer in served.experts), default=0)
+    room = None if device_mb else 2 * max(1, moe_layers * largest)
     failure: UserError | None = None
     for choice in choices:
         try:
-            arenas = [DeviceArena(budget, device) for _ in range(devices)]
+            arenas = [DeviceArena(budget, device, room) for _ in range(devices)]
             return Server(served, arenas, choice, mode), choice
         except UserError as error:
             failure = error

@@ -336,6 +336,9 @@ def test_the_program_writes_text_within_the_budget(tmp_path: Path, capsys: pytes
     assert everything["sections"] is None and ring["sections"] in {1, 2, 3}
     assert ring["text"] == everything["text"] and ring["text"].startswith("the union")
     assert ring["device_peak_bytes"][0] <= budget
+    serve.main([*base, "--sections", "1"])
+    unlimited = json.loads(capsys.readouterr().out)
+    assert unlimited["sections"] == 1 and unlimited["text"] == everything["text"], "a ring needs no --device_mb"
     with pytest.raises(UserError, match="does not fit"):
         serve.main([*base, "--device_mb", "0.01"])
     with pytest.raises(UserError, match="graph mode 'magic' is unknown; expected one of eager, export, compile"):

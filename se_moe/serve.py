@@ -113,7 +113,7 @@ def start(
         choices: list[int | None] = [sections]
     else:
         choices = [None, *range(moe_layers - 1, 0, -1)]
-    # Without a limit a ring must not take all of it: twice the largest layer for every layer is more than any ring needs.
+    # Without a limit a ring must not take all of it: twice the largest layer, for every layer, is more than it needs.
     largest = max((sum(t.nbytes for t in layer.values()) for layer in served.experts), default=0)
     room = None if device_mb else 2 * max(1, moe_layers * largest)
     failure: UserError | None = None

@@ -47,18 +47,25 @@ class FirstStageConfig:
     Args:
         kind: kl, vq, or pixels (f = 1, no autoencoder: the paper's LDM-1).
         weights: a .safetensors/.ckpt file or a diffusers `vae/` directory to use instead of training one.
+        init_from: the same kinds of path, but training goes on from there.
+        train: all, or decoder alone (kl): the latents stay what they are, so a denoiser trained on them stays valid.
+        ema_decay: the moving average of the weights that is saved (0: the last weights, as in the paper).
         ch: width of the first level; ch_mult multiplies it per level, and f = 2 ** (levels - 1).
         norm_groups: groups of every GroupNorm (32 in the paper's networks; narrow ones need fewer).
         n_embed: codebook entries (vq). legacy_beta: put beta on the codebook term as the published models do.
         attention: False removes every attention, also the middle one (`attn_type: none`).
         perceptual: weight of the LPIPS-form distance; perceptual_trunk: trained (the repository's own small VGG),
             random (same, untrained), or the path of official LPIPS weights.
+        optimiser: adam, as in the paper, or muon (ldm/optimisers.py); the discriminator always has Adam.
         decay: last fraction of the steps over which lr falls linearly to a tenth (0: constant, as in the paper).
         disc_start: generator step at which the patch discriminator joins; disc_weight 0 leaves it out.
     """
 
     kind: Literal["kl", "vq", "pixels"] = "kl"
     weights: str | None = None
+    init_from: str | None = None
+    train: Literal["all", "decoder"] = "all"
+    ema_decay: float = 0.0
     ch: int = 32
     ch_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
     num_res_blocks: int = 1
@@ -78,6 +85,7 @@ class FirstStageConfig:
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     steps: int = 1500
     batch_size: int = 32
+    optimiser: Literal["adam", "muon"] = "adam"
     lr: float = 1e-3
     decay: float = 0.3
 
@@ -149,13 +157,15 @@ class DiffusionConfig:
 
 @dataclass
 class OptimiserConfig:
-    """AdamW on the denoiser and its conditioner.
+    """AdamW, as in the paper, on the denoiser and its conditioner.
 
     Args:
+        name: muon takes orthogonalised steps for weight matrices instead (ldm/optimisers.py).
         scale_lr: multiply lr by batch x accumulation (the official rule; the configs' lr is then the base value).
         schedule: constant, or cosine to zero at max_steps, both after `warmup` linear steps.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     scale_lr: bool = False
     weight_decay: float = 0.01

@@ -112,6 +112,19 @@ def card(name: str, config: dict[str, Any], metrics: dict[str, Any], facts: dict
     return "\n".join(lines) + "\n"
 
 
+def logged_seconds(stage: Path) -> float:
+    """Wall seconds between the first and the last logged step of a stage, summed over its starts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seconds = 0.0
+    for folder in sorted((stage / "tensorboard").glob("version_*")):
+        events = EventAccumulator(str(folder)).Reload()
+        for tag in events.Tags()["scalars"][:1]:
+            times = [event.wall_time for event in events.Scalars(tag)]
+            seconds += times[-1] - times[0]
+    return seconds
+
+
 def publish(run_dir: Path, name: str) -> None:
     import yaml
 
@@ -137,9 +150,9 @@ def publish(run_dir: Path, name: str) -> None:
     for path in (target / "samples.png", RESULTS / "figures" / "ldm" / f"{name}.png"):
         save_grid(images, path, columns=2 * PER_PROMPT, captions=repeated, tile=max(64, size))
     weights = [path for path in target.rglob("*.safetensors")]
-    seconds = {k: v for k, v in metrics["seconds"].items() if k != "total"}
-    if config["first_stage"]["weights"]:
-        seconds.pop("first_stage", None)  # loaded, not trained, in this run
+    # From the logs, which also know the starts before the last one; a stage that was loaded, not trained, has none.
+    seconds = {stage: logged_seconds(run_dir / stage) for stage in ("first_stage", "diffusion")}
+    seconds = {stage: value for stage, value in seconds.items() if value > 0}
     unet = sum(p.numel() for p in pipeline.unet.parameters())
     vae = sum(p.numel() for p in pipeline.vae.parameters())
     text = sum(p.numel() for p in pipeline.text_encoder.parameters())
@@ -150,11 +163,12 @@ def publish(run_dir: Path, name: str) -> None:
         "data": f"{config['data']['name']}, {size}x{size}, training split (common/README.md: source, licence)",
         "command": f"`python ldm/train.py --config ldm/configs/teachers/{name}.yaml`",
         "first stage": f"KL, f = {2 ** (len(stage['ch_mult']) - 1)}, {stage['z_channels']} channels, "
-        f"{stage['steps']} steps of {stage['batch_size']} images",
-        "denoiser": f"{trainer['max_steps']} steps of {trainer['batch_size']} images, {trainer['precision']}"
+        f"{stage['steps']} steps of {stage['batch_size']} images, {stage.get('optimiser', 'adam')}",
+        "denoiser": f"{trainer['max_steps']} steps of {trainer['batch_size']} images, {trainer['precision']}, "
+        f"{config['optimiser'].get('name', 'adamw')}"
         + (f", started from `{config['init_from']}`" if config.get("init_from") else ""),
-        "seconds (wall, machine shared with other work)": ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()),
-        "hardware": f"{hardware()}, one thread",
+        "seconds (wall; the machine did other work too)": ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()),
+        "hardware": f"{hardware()}, {trainer['threads'] or 'all'} thread{'' if trainer['threads'] == 1 else 's'}",
         "parameters": f"U-Net {unet:,}, autoencoder {vae:,}, text encoder {text:,}",
         "size on disk": f"{sum(p.stat().st_size for p in weights) / 1e6:.1f} MB (float16)",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("torch", "diffusers", "transformers")),
@@ -172,9 +186,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.add_argument("--name", required=True)
-    parser.add_argument(
-        "--first_stage_run", type=Path, help="folder of the run that trained the first stage, if another"
-    )
     options = parser.parse_args(argv)
     publish(options.run_dir, options.name)
 

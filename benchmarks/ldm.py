@@ -41,10 +41,14 @@ if TYPE_CHECKING:
 TEACHER = REPOSITORY / "ldm" / "configs" / "teachers" / "emoji64.yaml"
 # Options on top of the emoji64 teacher's configuration.
 SIZES: dict[str, list[str]] = {
-    "emoji64": [],
-    "wide": ["--unet.model_channels", "128", "--data.size", "128", "--trainer.batch_size", "16"],
+    "emoji64": ["--optimiser.name", "adamw"],  # as the peer; the published teacher is trained with Muon
+    "wide": [
+        *("--optimiser.name", "adamw", "--unet.model_channels", "128", "--data.size", "128"),
+        *("--trainer.batch_size", "16"),
+    ],
     "tiny": [
-        *("--unet.model_channels", "32", "--unet.channel_mult", "[1]", "--data.size", "16", "--first_stage.ch", "8"),
+        *("--optimiser.name", "adamw", "--unet.model_channels", "32", "--unet.channel_mult", "[1]"),
+        *("--data.size", "16", "--first_stage.ch", "8"),
         *("--first_stage.ch_mult", "[1,2]", "--first_stage.z_channels", "4", "--unet.norm_groups", "8"),
         *("--first_stage.norm_groups", "4", "--conditioner.width", "32", "--conditioner.layers", "1"),
         *("--conditioner.vocabulary", "300", "--trainer.batch_size", "2"),

@@ -28,8 +28,10 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
 
     Returns KID (the headline) and FID with their floor, precision and recall, for text the alignment and for Shapes the
     verifier's score, for super-resolution and inpainting PSNR, SSIM and LPIPS form; reconstruction PSNR and r-FID of
-    the first stage; sampling speed. The pictures go to `folder/samples.png`.
+    the first stage; sampling speed. The pictures go to `folder/samples.png`, `real.png` and `reconstruction.png`.
     """
+    import torch
+
     from common.images import save_grid
     from common.metrics.evaluate import compare_features, flatten
     from common.metrics.features import extract, load_extractor
@@ -62,6 +64,9 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
             "ssim": float(ssim(restored, real).mean()),
             **{f"r_{k}": v for k, v in flatten(rfid).items() if k.startswith(("fid", "kid"))},
         }
+        spread = torch.linspace(0, count - 1, min(16, count)).long()
+        pairs = torch.cat([real[spread], restored[spread]])
+        save_grid(pairs, folder / "reconstruction.png", columns=len(spread), tile=64 if size < 64 else None)
     if task.name in ("superres", "inpaint"):
         from ldm.first_stage import to_unit
         from ldm.perceptual import perceptual_distance

@@ -17,7 +17,7 @@ CAPTIONS = {
     "shapes32-v.png": "Teacher shapes32-v: six seeds a prompt, guidance 3.",
     "shapes32-eps.png": "Teacher shapes32-eps: six seeds a prompt, guidance 3.",
     "default_run.png": "What `make ldm-train` ends with: unseen pairs of emoji and style.",
-    "reconstruction.png": "First stage of emoji64: pictures (above) and their reconstructions (below).",
+    "emoji64-reconstruction.png": "First stage of emoji64: pictures (above) and their reconstructions (below).",
     "f_sweep.png": "L1, L2: FID, reconstruction FID and speed against the down-sampling factor f, at equal training "
     "time (mean and standard deviation over seeds; logarithmic axes).",
     "first_stage_arms.png": "L3: PSNR and rFID of five first stages that differ in one option each.",

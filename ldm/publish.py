@@ -132,7 +132,7 @@ def publish(run_dir: Path, name: str) -> None:
     from common.ledger import commit, hardware, versions
     from ldm.sample import open_pipeline, pipeline_images
 
-    for needed in ("pipeline/model_index.json", "metrics.json", "config.yaml"):
+    for needed in ("pipeline/model_index.json", "metrics.json", "config.yaml", "reconstruction.png"):
         if not (run_dir / needed).is_file():
             raise UserError(f"--run_dir {run_dir}: {needed} is missing; expected a finished text run of train.py")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -149,6 +149,7 @@ def publish(run_dir: Path, name: str) -> None:
     size = config["data"]["size"]
     for path in (target / "samples.png", RESULTS / "figures" / "ldm" / f"{name}.png"):
         save_grid(images, path, columns=2 * PER_PROMPT, captions=repeated, tile=max(64, size))
+    shutil.copyfile(run_dir / "reconstruction.png", RESULTS / "figures" / "ldm" / f"{name}-reconstruction.png")
     weights = [path for path in target.rglob("*.safetensors")]
     # From the logs, which also know the starts before the last one; a stage that was loaded, not trained, has none.
     seconds = {stage: logged_seconds(run_dir / stage) for stage in ("first_stage", "diffusion")}

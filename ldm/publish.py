@@ -39,6 +39,11 @@ PROMPTS = {
         "tree, shaded style",
         "fish, flat style",
         "blue circle, rounded style",
+        # Without a style: the seeds choose it.
+        "cat face",
+        "house",
+        "tree",
+        "grinning face",
     ],
 }
 PER_PROMPT = 6
@@ -137,6 +142,7 @@ def publish(run_dir: Path, name: str) -> None:
             raise UserError(f"--run_dir {run_dir}: {needed} is missing; expected a finished text run of train.py")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     metrics = json.loads((run_dir / "metrics.json").read_text())
+    revision = commit()  # before the published files change the working tree
     target = PRETRAINED / name
     if target.exists():
         shutil.rmtree(target)
@@ -173,7 +179,7 @@ def publish(run_dir: Path, name: str) -> None:
         "parameters": f"U-Net {unet:,}, autoencoder {vae:,}, text encoder {text:,}",
         "size on disk": f"{sum(p.stat().st_size for p in weights) / 1e6:.1f} MB (float16)",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("torch", "diffusers", "transformers")),
-        "commit": commit(),
+        "commit": revision,
     }
     (target / "README.md").write_text(card(name, config, metrics, facts))
     kept = {

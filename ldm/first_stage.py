@@ -283,7 +283,10 @@ def train_first_stage(
         write_atomically(weights, lambda temporary: save_file(state, str(temporary)))
     if module.ema is not None:
         module.ema.copy_to(model)
-    return freeze(model.cpu())
+    # With the strides it would have if read from its file: a resumed run, which reads it, encodes to the same bits.
+    for parameter in model.cpu().parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return freeze(model)
 
 
 def _with_unused(strategy: str) -> str:

@@ -80,7 +80,7 @@ def test_embeddings_take_adam_frozen_weights_stay_and_the_loss_falls() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        found.append(float(loss))
+        found.append(loss.item())
     assert found[-1] < 0.7 * found[0]
     assert torch.equal(network.frozen.weight, frozen) and not torch.equal(network.embedding.weight, before)
 

@@ -23,7 +23,7 @@ from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQMod
 from ldm.config import FirstStageConfig, TrainerConfig
 from ldm.diffusion import Ema
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
-from ldm.optimisers import MuonAdamW
+from ldm.optimisers import MuonAdam
 from ldm.perceptual import perceptual_distance
 from ldm.streaming import ShardStream, data_module
 
@@ -113,7 +113,7 @@ class FirstStageTrainer(pl.LightningModule):
         lr = self.config.lr
         generator = [p for p in self.autoencoder.parameters() if p.requires_grad]
         optimisers: list[torch.optim.Optimizer] = [
-            MuonAdamW(self.autoencoder, lr)
+            MuonAdam(self.autoencoder, lr)
             if self.config.optimiser == "muon"
             else torch.optim.Adam(generator, lr=lr, betas=(0.5, 0.9))
         ]

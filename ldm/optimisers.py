@@ -1,4 +1,4 @@
-"""Muon for networks with convolutions: orthogonalised momentum for weight matrices, AdamW for everything else.
+"""Muon for networks with convolutions: orthogonalised momentum for weight matrices, Adam for everything else.
 
 Not of the paper, which uses Adam: the small teachers are trained with it because a CPU sees few images.
 `torch.optim.Muon` takes 2-D parameters only, and would be a second optimiser; this one takes a whole network.
@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_STEPS = 5
@@ -35,14 +36,14 @@ def orthogonalise(matrices_KMN: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices_KMN.dtype)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Weights with two or more dimensions, as [out, rest], take Muon's step; vectors and embeddings take AdamW's.
+class MuonAdam(torch.optim.Optimizer):
+    """Weights with two or more dimensions, as [out, rest], take Muon's step; vectors and embeddings take Adam's.
 
     Args:
         module: its trainable parameters are optimised.
-        lr: learning rate of both rules (Muon's step is scaled to the root mean square of AdamW's, 0.2).
+        lr: learning rate of both rules (Muon's step is scaled to the root mean square of Adam's, 0.2).
         weight_decay: decoupled, on matrices only.
-        momentum: of Muon (Nesterov); betas: of AdamW.
+        momentum: of Muon (Nesterov); betas: of Adam.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                (self._muon if group["muon"] else self._adamw)(parameters, group)
+                (self._muon if group["muon"] else self._adam)(parameters, group)
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -89,27 +90,31 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update_MN = p.grad.lerp(state["momentum"], group["momentum"]).reshape(len(p), -1)
             by_shape.setdefault((update_MN.shape[0], update_MN.shape[1]), []).append((p, update_MN))
-        for shape, pairs in by_shape.items():  # equal shapes in one product: several times faster on small networks
+        for shape, pairs in by_shape.items():  # equal shapes in one product: fewer, larger ones
             steps_KMN = orthogonalise(torch.stack([update for _, update in pairs]))
             scale = 0.2 * max(shape) ** 0.5
             for (p, _), step_MN in zip(pairs, steps_KMN, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(step_MN.reshape(p.shape), alpha=-group["lr"] * scale)
 
-    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        first, second = group["betas"]
-        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
-            state = self.state[p]
-            if not state:
-                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            state["step"] += 1
+            if not self.state[p]:
+                self.state[p].update(step=torch.tensor(0.0), mean=torch.zeros_like(p), square=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
-        means, squares = [s["mean"] for s in states], [s["square"] for s in states]
-        torch._foreach_lerp_(means, gradients, 1 - first)
-        torch._foreach_mul_(squares, second)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
-        for p, state in zip(parameters, states, strict=True):
-            step = state["step"]
-            denominator = (state["square"] / (1 - second**step)).sqrt_().add_(ADAM_EPSILON)
-            p.addcdiv_(state["mean"], denominator, value=-group["lr"] / (1 - first**step))
+        adam(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [s["mean"] for s in states],
+            [s["square"] for s in states],
+            [],
+            [s["step"] for s in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=ADAM_EPSILON,
+            maximize=False,
+        )

@@ -40,7 +40,7 @@ from ldm.diffusion import Ema, LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage, to_unit, train_first_stage
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import ConditionedUNet, UNet
-from ldm.optimisers import MuonAdamW
+from ldm.optimisers import MuonAdam
 from ldm.streaming import ShardStream, data_module
 from ldm.tasks import BertConditioner, StateTable, Task, mask_bank, prepare
 
@@ -233,7 +233,7 @@ class DiffusionTrainer(pl.LightningModule):
         lr = scaled_lr(options.lr, trainer.batch_size) if options.scale_lr else options.lr
         optimiser: torch.optim.Optimizer
         if options.name == "muon":
-            optimiser = MuonAdamW(self.ldm, lr, options.weight_decay)
+            optimiser = MuonAdam(self.ldm, lr, options.weight_decay)
         else:
             optimiser = torch.optim.AdamW(
                 self.ldm.trainable_parameters(), lr=lr, weight_decay=options.weight_decay, foreach=True

@@ -1,4 +1,4 @@
-"""Muon with AdamW, and what the first stage can be told about its training."""
+"""Muon with Adam, and what the first stage can be told about its training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from common.errors import UserError
 from ldm.first_stage import load_first_stage
-from ldm.optimisers import MuonAdamW, orthogonalise
+from ldm.optimisers import MuonAdam, orthogonalise
+from ldm.publish import logged_seconds
 from tests.ldm.test_train import KILLED_AT, first_stage_of, python
 from tests.ldm.tiny_run import arguments, config_of, logged, losses, train
 
@@ -52,7 +53,7 @@ def test_matrices_take_the_steps_of_torch_muon_and_the_rest_those_of_adam() -> N
         torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.Adam(vectors, lr=0.01, betas=(0.9, 0.99)),
     ]
-    optimiser = MuonAdamW(ours, 0.01, weight_decay=0.1)
+    optimiser = MuonAdam(ours, 0.01, weight_decay=0.1)
     x, y = torch.randn(64, 12), torch.randn(64, 5)
     for _ in range(10):
         for network, steppers in ((ours, [optimiser]), (peer, optimisers)):
@@ -69,7 +70,7 @@ def test_embeddings_take_adam_frozen_weights_stay_and_the_loss_falls() -> None:
     torch.manual_seed(0)
     network = Mixed()
     frozen, before = network.frozen.weight.clone(), network.embedding.weight.clone()
-    optimiser = MuonAdamW(network, 0.01)
+    optimiser = MuonAdam(network, 0.01)
     kinds = {group["muon"]: {id(p) for p in group["params"]} for group in optimiser.param_groups}
     assert kinds[True] == {id(network.conv.weight), id(network.out.weight)}
     assert id(network.embedding.weight) in kinds[False] and id(network.frozen.weight) not in kinds[True] | kinds[False]
@@ -89,21 +90,21 @@ def test_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     indices, target = torch.randint(7, (8, 4, 4)), torch.randn(8, 3)
 
-    def steps(network: Mixed, optimiser: MuonAdamW, count: int) -> None:
+    def steps(network: Mixed, optimiser: MuonAdam, count: int) -> None:
         for _ in range(count):
             network.zero_grad()
             (network(indices) - target).square().mean().backward()
             optimiser.step()
 
     whole = Mixed()
-    first = MuonAdamW(whole, 0.01, weight_decay=0.1)
+    first = MuonAdam(whole, 0.01, weight_decay=0.1)
     steps(whole, first, 3)
     torch.save({"network": whole.state_dict(), "optimiser": first.state_dict()}, tmp_path / "x.pt")
     steps(whole, first, 3)
     stored = torch.load(tmp_path / "x.pt", weights_only=True)
     again = Mixed()
     again.load_state_dict(stored["network"])
-    second = MuonAdamW(again, 0.01, weight_decay=0.1)
+    second = MuonAdam(again, 0.01, weight_decay=0.1)
     second.load_state_dict(stored["optimiser"])
     steps(again, second, 3)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
@@ -160,3 +161,14 @@ def test_decoder_alone_needs_something_to_start_from(tmp_path: Path, monkeypatch
         train(tmp_path / "run", first_stage__train="decoder")
     with pytest.raises(UserError, match=r"first_stage\.init_from .*absent: no such file"):
         train(tmp_path / "other", first_stage__init_from=tmp_path / "absent")
+
+
+def test_seconds_on_the_card_are_those_of_all_starts(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    for version, times in enumerate(([100.0, 107.0, 130.0], [500.0, 504.0])):
+        with SummaryWriter(str(tmp_path / "tensorboard" / f"version_{version}")) as writer:
+            for step, at in enumerate(times):
+                writer.add_scalar("loss", 1.0, step, walltime=at)
+    assert logged_seconds(tmp_path) == pytest.approx(34.0)
+    assert logged_seconds(tmp_path / "none") == 0.0

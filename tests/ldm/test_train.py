@@ -298,4 +298,4 @@ def test_evaluation_of_a_finished_run_writes_metrics_and_pictures(reference: Pat
 
     metrics = main([*arguments(reference), "--stages", "[evaluate]"])
     assert metrics["summary"]["fid_lite0"] > 0 and metrics["judge"]
-    assert {"metrics.json", "samples.png", "real.png"} <= {p.name for p in reference.iterdir()}
+    assert {"metrics.json", "samples.png", "real.png", "reconstruction.png"} <= {p.name for p in reference.iterdir()}

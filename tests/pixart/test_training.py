@@ -242,7 +242,7 @@ def test_official_file_and_diffusers_folder_are_starting_points(reference: Path,
     ("options", "sentence"),
     [
         ({"trainer__batch_size": 7, "trainer__accumulate": 2}, "cannot be divided into --trainer.accumulate"),
-        ({"optimiser__ema_decay": 1.5}, "ema_decay 1.5: expected a number between 0 and 1"),
+        ({"optimiser__ema_decay": 1.5}, "ema_decay 1.5: expected a number from 0 to 1"),
         ({"network__heads": 5}, "network: width must be a multiple of heads"),
         ({"network__width": 28, "network__multi_scale": "true"}, "network: multi_scale"),
         ({"init_from": "nowhere"}, "init_from nowhere: no such stage, folder or file"),

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
-from pc_darts.config import DataConfig, existing_path
+from common.paths import existing_path
+from pc_darts.config import DataConfig
 
 # Pictures that would take more than this are decoded when a batch needs them, not kept in memory.
 MEMORY_LIMIT = 2 * 2**30

@@ -33,8 +33,9 @@ from common.data.sampling import step_generator
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.images import save_grid
+from common.paths import existing_path
 from common.training import EveryNSteps, build_trainer, fit, is_main_process, latest_checkpoint, open_run_folder
-from pixart.config import Recipe, StageConfig, existing_path
+from pixart.config import Recipe, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
 from pixart.convert import (
     CONFIG,

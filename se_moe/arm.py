@@ -17,9 +17,10 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.files import write_json
 from common.ledger import peak_resident
+from common.paths import existing_path
 from se_moe import checkpoint
 from se_moe.communication import ParallelGroups, barrier, initialized
-from se_moe.config import TrainConfig, existing_path
+from se_moe.config import TrainConfig
 from se_moe.data import TextData
 from se_moe.homes import ResidentHome, TieredHome
 from se_moe.measuring import peak_tensor_bytes

@@ -9,6 +9,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "results"
 
 
+def papers(root: Path = REPOSITORY) -> tuple[str, ...]:
+    """The papers' folders, by name: a folder with train.py and config.py is a paper."""
+    return tuple(sorted(p.parent.name for p in root.glob("*/train.py") if (p.parent / "config.py").is_file()))
+
+
 def existing_path(path: str | Path) -> Path:
     """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
     given = Path(path)

@@ -111,7 +111,8 @@ def attention(
     """
     device = q_BANK.device.type
     dtype = q_BANK.dtype
-    if autocast := torch.is_autocast_enabled(device) and dtype is not torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
     q, k, v = q_BANK.to(dtype), k_BALK.to(dtype), v_BALK.to(dtype)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -265,17 +266,17 @@ def _timed(
         made = torch.randn(batch, rows, heads, x.shape[3], dtype=x.dtype, device="cpu").transpose(1, 2)
         return made.requires_grad_(gradients)
 
-    tensors = [like(q, queries), like(k, keys), like(v, keys)]
+    q, k, v = like(q, queries), like(k, keys), like(v, keys)
     if mask is not None:
         learned = _needs_gradients(mask)
         shape = [min(size, most) for size, most in zip(mask.shape, (batch, heads, queries, keys)[-mask.dim() :])]
         mask = torch.ones(shape, dtype=mask.dtype, device="cpu").requires_grad_(learned)
-    leaves = [x for x in (*tensors, mask) if x is not None and x.requires_grad]
+    leaves = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
 
     def run(form: Form) -> float:
         since = time.perf_counter()
         with torch.set_grad_enabled(gradients):
-            out = _compute(form, *tensors, mask, q.shape[3] ** -0.5, dropout)
+            out = _compute(form, q, k, v, mask, q.shape[3] ** -0.5, dropout)
             if gradients:
                 torch.autograd.grad(out, leaves, out.detach())
         return time.perf_counter() - since
@@ -288,7 +289,7 @@ def _timed(
         for form in candidates:
             if seconds[form] < 2 * least:
                 seconds[form] = min(seconds[form], run(form))
-    return dict(seconds)
+    return {str(form): least for form, least in seconds.items()}
 
 
 fix_form("auto")

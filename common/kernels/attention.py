@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -44,14 +45,15 @@ FORMS: tuple[Form, ...] = get_args(Form)
 ENVIRONMENT = "REPRO_ATTENTION"
 UNMEASURED = "unmeasured"
 
-MARGIN = 0.1  # a form must win by so much over the default, so that equal machines choose alike
+MARGIN = 0.15  # a form must win by so much over the default, so that equal machines choose alike
 # Scores a head and sample that may be kept for a backward pass, 512 x 512 and 128 x 128: with more, weights take most
 # of a block's memory, which is what the fused kernel is there to avoid.
 _KEPT_SCORES = {torch.bfloat16: 1 << 18, torch.float32: 1 << 14}
 _SMALL_SCORES = 1 << 18  # scores of all heads and samples up to which nothing is measured
 _PART_SCORES = 1 << 21  # of a part: 4 MiB in bfloat16
-_MEASURED_SCORES = 1 << 22  # more are measured by fewer samples, heads and queries
-_ROUNDS = 3  # more turns for the forms that are not far behind
+_MEASURED_SCORES = 1 << 20  # more are measured by fewer samples, heads and queries
+_LAGS = (4.0, 2.0, 1.5, 1.5)  # a form has another turn while it is not this many times slower than the fastest,
+_SHORT = 0.002  # or took less than these seconds
 _HALF = (torch.bfloat16, torch.float16)
 
 _choices = Choices()
@@ -118,19 +120,28 @@ def attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     form = form or _form(q, k, v, mask, dropout)
     if not autocast:
-        return _compute(form, q, k, v, mask, scale, dropout)
+        return _compute(form, q, k, v, mask, scale, dropout, _PART_SCORES)
     with torch.autocast(device, enabled=False):  # it would undo float32
-        return _compute(form, q, k, v, mask, scale, dropout)
+        return _compute(form, q, k, v, mask, scale, dropout, _PART_SCORES)
 
 
-def _compute(form: Form, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _compute(
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    part_scores: int,
+) -> Tensor:
     wide = torch.float32 if form == "fused_float32" and q.dtype in _HALF else q.dtype
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(wide)
     if form == "written_out":
         return _written_out(q, k, v, mask, scale, dropout)
     if form == "parts":
-        return _in_parts(q, k, v, mask, scale, dropout)
+        return _in_parts(q, k, v, mask, scale, dropout, part_scores)
     out_BANK = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), mask, dropout, scale=scale)
     return out_BANK.to(q.dtype)
 
@@ -151,33 +162,29 @@ def _widens(k_BALK: Tensor) -> bool:
     return k_BALK.dtype in _HALF and k_BALK.shape[2] % 32 != 0
 
 
-def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _in_parts(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, part_scores: int
+) -> Tensor:
     batch, heads, queries, _ = q.shape
-    samples = max(1, min(batch, _PART_SCORES // (heads * queries * k.shape[2])))
-    rows = queries if samples > 1 else max(1, min(queries, _PART_SCORES // (heads * k.shape[2])))
+    samples = max(1, min(batch, part_scores // (heads * queries * k.shape[2])))
+    rows = queries if samples > 1 else max(1, min(queries, part_scores // (heads * k.shape[2])))
     k, v = k.contiguous(), v.contiguous()  # lest every part's product makes a copy of its own
-    if mask is not None:
-        mask = mask.expand(batch, -1 if mask.dim() == 4 else heads, queries, -1)
-    gradients = _needs_gradients(q, k, v, mask)
     attend: Any = _written_out
-    if gradients:
+    if _needs_gradients(q, k, v, mask):
         attend = partial(checkpoint, _written_out, use_reentrant=False, preserve_rng_state=dropout > 0)
-    out_BANK = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)  # heads are joined without a copy
-    outs = []
-    for b in range(0, batch, samples):
-        some = slice(b, b + samples)
-        out_bANK = []
-        for n in range(0, queries, rows):
-            few = slice(n, n + rows)
-            part = attend(
-                q[some, :, few], k[some], v[some], None if mask is None else mask[some, :, few], scale, dropout
-            )
-            if gradients:
-                out_bANK.append(part)
-            else:
-                out_BANK[some, :, few] = part
-        outs.append(out_bANK)
-    return torch.cat([torch.cat(parts, dim=2) for parts in outs]) if gradients else out_BANK
+    if mask is not None:
+        mask = mask.expand(batch, mask.shape[1] if mask.dim() == 4 else heads, queries, -1)
+
+    def split(x: Tensor | None, size: int, dim: int) -> Iterable[Tensor | None]:
+        return repeat(None) if x is None else x.split(size, dim)
+
+    outs_bANK = []
+    for q_bANK, k_bALK, v_bALK, mask_b in zip(*(split(x, samples, 0) for x in (q, k, v, mask))):
+        parts = zip(split(q_bANK, rows, 2), split(mask_b, rows, 2))
+        outs_bANK.append(
+            torch.cat([attend(q_bAnK, k_bALK, v_bALK, mask_n, scale, dropout) for q_bAnK, mask_n in parts], dim=2)
+        )
+    return torch.cat(outs_bANK)
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
@@ -256,11 +263,13 @@ def _timed(
     gradients: bool,
 ) -> dict[str, float]:
     torch.set_num_threads(threads)
+    clock = time.thread_time if threads == 1 else time.perf_counter  # without the time that other processes take
     # Fewer samples, heads and queries take proportionally less time in all forms; the keys are what matters.
     keys, spare = k.shape[2], _MEASURED_SCORES // k.shape[2]
     queries = max(1, min(q.shape[2], spare // threads))
     heads = max(1, min(q.shape[1], spare // queries))
     batch = max(1, min(q.shape[0], spare // (queries * heads)))
+    part_scores = max(1, _PART_SCORES * heads // q.shape[1])  # so that a part has as many queries as in use
 
     def like(x: Tensor, rows: int) -> Tensor:  # laid out as projections of tokens are
         made = torch.randn(batch, rows, heads, x.shape[3], dtype=x.dtype, device="cpu").transpose(1, 2)
@@ -274,22 +283,20 @@ def _timed(
     leaves = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
 
     def run(form: Form) -> float:
-        since = time.perf_counter()
+        since = clock()
         with torch.set_grad_enabled(gradients):
-            out = _compute(form, q, k, v, mask, q.shape[3] ** -0.5, dropout)
+            out = _compute(form, q, k, v, mask, q.shape[3] ** -0.5, dropout, part_scores)
             if gradients:
                 torch.autograd.grad(out, leaves, out.detach())
-        return time.perf_counter() - since
+        return clock() - since
 
-    for form in candidates:
-        run(form)  # compiles kernels
-    seconds = {form: run(form) for form in candidates}
-    for _ in range(_ROUNDS):
+    seconds = {str(form): run(form) for form in candidates}  # kernels may be compiled meanwhile
+    for lag in _LAGS:
         least = min(seconds.values())
         for form in candidates:
-            if seconds[form] < 2 * least:
+            if seconds[form] < max(lag * least, _SHORT):
                 seconds[form] = min(seconds[form], run(form))
-    return {str(form): least for form, least in seconds.items()}
+    return seconds
 
 
 fix_form("auto")

@@ -20,19 +20,19 @@ from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentError, ArgumentParser
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import write_json
 from common.images import save_grid
 from common.ledger import Tier, peak_memory, read_sizes
 from common.metrics.distribution import fid, kid, precision_recall
 from common.metrics.features import extract, load_extractor
+from common.options import TrainerOptions
 from common.paths import cache_dir
 from common.training import SaveEvery, build_trainer, fit, latest_checkpoint
+from common.weights import load_weights, read_weights, save_weights
 
 ENDLESS = 10**6  # steps: a budget of CPU seconds ends training
 
@@ -70,12 +70,11 @@ def kept_tensors(path: Path, make: Callable[[], Mapping[str, Tensor]], settings:
     """Tensors in a safetensors file: read if it was written with these settings, else made and written."""
     note = {"settings": json.dumps(_plain(settings))}
     if path.is_file():
-        with safe_open(path, "pt") as file:
-            if file.metadata() == note:
-                return load_file(path)
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in make().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, note))
-    return tensors
+        tensors, found = read_weights(path)
+        if found == note:
+            return tensors
+    save_weights(path, make(), note)
+    return read_weights(path)[0]
 
 
 def _plain(settings: Any) -> Any:
@@ -148,27 +147,21 @@ def fit_arm(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     watch: Watch,
+    options: TrainerOptions,
     *,
     batch_size: int,
-    precision: str,
-    grad_clip: float | None,
+    grad_clip: float,
     steps: int = ENDLESS,
     folder: Path | None = None,
     checkpoint_every: int = 0,
 ) -> None:
-    """Train an arm on the CPU without logs; with `checkpoint_every` it goes on from its last checkpoint in `folder`."""
+    """Train an arm without logs; with `checkpoint_every` it goes on from its last checkpoint in `folder`."""
     folder = folder or cache_dir("experiments")
-    saving = [SaveEvery(folder / "checkpoints", checkpoint_every, last=steps)] if checkpoint_every else []
+    callbacks: list[pl.Callback] = [watch]
+    if checkpoint_every:
+        callbacks.append(SaveEvery(folder / "checkpoints", checkpoint_every, last=steps))
     trainer = build_trainer(
-        folder,
-        steps=steps,
-        batch_size=batch_size,
-        precision=precision,
-        accelerator="cpu",
-        grad_clip=grad_clip,
-        progress=False,
-        logs=False,
-        callbacks=[watch, *saving],
+        folder, options, steps=steps, batch_size=batch_size, grad_clip=grad_clip, logs=False, callbacks=callbacks
     )
     fit(trainer, module, data, latest_checkpoint(folder) if checkpoint_every else None)
 
@@ -261,13 +254,12 @@ class Study:
                 shutil.rmtree(working)
             write_json(begun, settings)
             made, record = train(network, working)
-            tensors = {key: tensor.detach().clone().contiguous() for key, tensor in made.state_dict().items()}
-            write_atomically(weights, lambda path: save_file(tensors, path))
+            save_weights(weights, made.state_dict())
             return record
 
         record = kept(working.with_name(f"{working.name}.json"), trained, settings)
         shutil.rmtree(working, ignore_errors=True)
-        network.load_state_dict(load_file(weights))
+        load_weights(network, weights, against="the study's network")
         self._arms[name, seed] = Arm(name, network.eval(), record)
         return self._arms[name, seed]
 

@@ -182,7 +182,9 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         conditioner=ConditionerConfig(width=64, layers=2, tokens=20, caption_variants=1),
         diffusion=DiffusionConfig(),
         optimiser=OptimiserConfig(lr=1e-3, schedule="constant", warmup=50, ema_decay=0.999),
-        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", threads=1, progress=False),
+        trainer=TrainerConfig(
+            max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+        ),
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
     return dataclasses.replace(config, **changes)
@@ -264,8 +266,8 @@ def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage | None, seco
         module,
         StepDataModule(table, batch_size, ENDLESS, config.seed),
         watch,
+        config.trainer,
         batch_size=batch_size,
-        precision=config.trainer.precision,
         grad_clip=config.optimiser.grad_clip,
     )
     assert module.ema is not None

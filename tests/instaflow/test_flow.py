@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.ema import Ema
 from common.errors import UserError
 from instaflow.flow import (
     PREDICTION_TYPES,
-    Ema,
     NoiseSchedule,
     UNetFlow,
     conditioned,

@@ -72,7 +72,7 @@ def main(
     torch.set_num_threads(1)  # CPU seconds are then seconds of work
     study = open_study(given)
     if given.tier == "small":
-        study.figures = ledger.parent / "figures" / paper
+        study.results, study.figures = ledger.parent, ledger.parent / "figures" / paper
     if instead is not None and instead(study, given):
         return []
     records = []

@@ -211,7 +211,8 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.figures = folder  # where pictures go; `common.reproduction` moves them beside the ledger in tier small
+        # Where tables and pictures go; `common.reproduction` has them beside the ledger in tier small.
+        self.results = self.figures = folder
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
 
     @property

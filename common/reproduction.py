@@ -3,7 +3,7 @@
     def l1(study: Study, seed: int) -> dict[str, float]: ...
 
     def main(argv=None):
-        return reproduction.main("ldm", __doc__, (l1, l2), lambda options: Study(options.folder), argv=argv)
+        return reproduction.main("ldm", __doc__, (l1, l2), open_study, argv=argv)
 
 Claims, targets, seeds and budgets come from the paper's claims.yaml; the function that measures a claim bears its id in
 small letters. A finished measurement is kept in a file of its own, so an interrupted program continues where it
@@ -26,7 +26,7 @@ from common.paths import REPOSITORY, RESULTS
 from common.study import Study, kept
 
 RUNS = REPOSITORY / "runs" / "reproduce"
-S = TypeVar("S", bound=Study)
+S = TypeVar("S", bound=Study[Any])
 Measure = Callable[[S, int], Mapping[str, float]]
 
 

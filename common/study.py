@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -202,23 +202,23 @@ class Arm(Generic[Network]):
         return {f"{key}_{name}": float(value) for key, value in self.record.items() if key not in left_out}
 
 
-class Study:
+class Study(Generic[S]):
     """What the claims of a tier share, in one folder; everything is made when first asked for.
 
     Args:
-        folder: where arms, values and tensors are kept.
+        sizes: the tier's own (`open_sizes`); folder: where arms, values and tensors are kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, sizes: S, folder: Path) -> None:
+        self.sizes, self.folder = sizes, folder
         # Where tables and pictures go; `common.reproduction` has them beside the ledger in tier small.
         self.results = self.figures = folder
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> dict[str, Any]:
         """What all measurements depend on beside the sizes and budget of their claim."""
-        return None
+        return asdict(self.sizes) if is_dataclass(self.sizes) else {}  # type: ignore[arg-type]
 
     def values(self, name: str, make: Callable[[], Mapping[str, Any]], settings: Any = None) -> dict[str, Any]:
         """Numbers made once (`kept`)."""

@@ -92,21 +92,17 @@ class Denoiser(Arm[LatentDiffusion]):
         return right, wrong
 
 
-class Study(CommonStudy):
+class Study(CommonStudy[dict[str, Sizes]]):
     """The arms of a tier; they differ in what a claim compares and in nothing else."""
 
     def __init__(self, tier: Tier, folder: Path) -> None:
-        super().__init__(folder)
-        self.claims = read_claims("ldm", tier)
+        claims = read_claims("ldm", tier)
+        super().__init__({name: Sizes(**claim.sizes, **claim.budget) for name, claim in claims.items()}, folder)
         self.judge = Judge()
-
-    def sizes(self, claim: str) -> Sizes:
-        """What an arm of this claim gets."""
-        return Sizes(**self.claims[claim].sizes, **self.claims[claim].budget)
 
     def f_arm(self, f: int, seed: int, claim: str) -> dict[str, float]:
         """One arm of L1 and L2, which both read it: scenes without captions, all in one time budget."""
-        size = self.sizes(claim)
+        size = self.sizes[claim]
 
         def measured() -> dict[str, float]:
             config = base_config("unconditional", SCENES, f, FACTORS[f], seed)
@@ -134,7 +130,7 @@ class Study(CommonStudy):
         The paper's economy: one first stage serves many denoisers, so its cost is not counted in theirs (L1 and L2 do
         count it). Weights and cost stay in the study's folder.
         """
-        seconds = self.sizes("L4").stage_seconds
+        seconds = self.sizes["L4"].stage_seconds
         config = base_config("unconditional", EMOJI)
         config.first_stage = dataclasses.replace(config.first_stage, **options)
         name = "stage-" + ("-".join(f"{key}_{value}" for key, value in sorted(options.items())) or "kl")

@@ -80,7 +80,7 @@ def l2(study: Study, seed: int) -> dict[str, float]:
 
 def l3(study: Study, seed: int) -> dict[str, float]:
     """Five first stages of f = 4 that differ in one option each."""
-    size = study.sizes("L3")
+    size = study.sizes["L3"]
     arms: dict[str, dict[str, Any]] = {
         "mild": {},
         "strong": {"kl_weight": 0.1},
@@ -108,7 +108,7 @@ def l3(study: Study, seed: int) -> dict[str, float]:
 
 def l4(study: Study, seed: int) -> dict[str, float]:
     """Class-conditional EmojiGroups at three guidance scales; the classifier is a probe on the judge's features."""
-    size = study.sizes("L4")
+    size = study.sizes["L4"]
     stage, first = study.emoji_first_stage()
     data = DataConfig(name="emoji_groups", size=32, eval_images=1000)
     config = base_config("class", data, seed=seed, first_stage=first)
@@ -142,7 +142,7 @@ def l4(study: Study, seed: int) -> dict[str, float]:
 
 def l5(study: Study, seed: int) -> dict[str, float]:
     """Layout tokens on 3x3 grids, and captions; both on the committed Shapes autoencoder."""
-    size = study.sizes("L5")
+    size = study.sizes["L5"]
     stage, first = shapes_first_stage()
     grids = base_config("layout", dataclasses.replace(SHAPES, tasks=["grid3"]), z=8, seed=seed, first_stage=first)
     layouts = open_task(grids)
@@ -168,7 +168,7 @@ def l5(study: Study, seed: int) -> dict[str, float]:
 
 def l6(study: Study, seed: int) -> dict[str, float]:
     """x4 super-resolution: latent diffusion, regression, pixel diffusion."""
-    size = study.sizes("L6")
+    size = study.sizes["L6"]
     stage, first = study.emoji_first_stage()
     config = base_config("superres", EMOJI, seed=seed, first_stage=first)
     task = open_task(config)
@@ -196,7 +196,7 @@ def l6(study: Study, seed: int) -> dict[str, float]:
 
 def l7(study: Study, seed: int) -> dict[str, float]:
     """Inpainting on pixels and in three latent spaces: KL, VQ, attention-free VQ."""
-    size = study.sizes("L7")
+    size = study.sizes["L7"]
     spaces: dict[str, dict[str, Any] | None] = {
         "pixel": None,
         "kl": {},
@@ -228,7 +228,7 @@ def l7(study: Study, seed: int) -> dict[str, float]:
 
 def l8(study: Study, seed: int) -> dict[str, float]:
     """Semantic synthesis at 1x and 2x the training size, with rescaled and with raw latents."""
-    size = study.sizes("L8")
+    size = study.sizes["L8"]
     stage, first = shapes_first_stage()
     result: dict[str, float] = {}
     for name, rescaled in (("rescaled", True), ("raw", False)):

@@ -255,12 +255,12 @@ def full_size_parameters(adaln: Literal["single", "block"]) -> int:
         return sum(p.numel() for p in PixArt(shape).parameters())
 
 
-class Study(CommonStudy):
+class Study(CommonStudy[Sizes]):
     """Data, networks and arms of a tier; everything is made when first asked for."""
 
     def __init__(self, sizes: Sizes, folder: Path) -> None:
-        super().__init__(folder)
-        self.sizes, self.judge = sizes, Judge()
+        super().__init__(sizes, folder)
+        self.judge = Judge()
         self._tables: dict[str, FeatureTable] = {}
         self._held_out: dict[str, HeldOut] = {}
 
@@ -372,7 +372,7 @@ class Study(CommonStudy):
             keep: of these, steps whose averaged weights are kept too (`snapshot`).
         """
         settings = {
-            "sizes": dataclasses.asdict(self.sizes),
+            **self.settings,
             "training": [lr or RATES[rate], steps, seconds, sorted(checkpoints), sorted(keep)],
         }
 

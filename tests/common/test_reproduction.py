@@ -45,7 +45,7 @@ class Toy:
         self.calls: list[tuple[str, int]] = []
         self.gain = 2.0
         self.stop_at: int | None = None
-        self.settings: Any = None
+        self.settings: dict[str, Any] = {}
         monkeypatch.setattr("common.ledger.REPOSITORY", folder)
         monkeypatch.setattr("common.ledger.commit", lambda: "none")
 
@@ -56,22 +56,22 @@ class Toy:
                 raise KeyboardInterrupt
             return {"gain": self.gain, "seed_again": seed}
 
-        def x1(study: Study, seed: int) -> Mapping[str, float]:
+        def x1(study: Study[Any], seed: int) -> Mapping[str, float]:
             return measured("X1", seed)
 
-        def x2(study: Study, seed: int) -> Mapping[str, float]:
+        def x2(study: Study[Any], seed: int) -> Mapping[str, float]:
             return measured("X2", seed)
 
         settings = self.settings
 
-        class ToyStudy(Study):
+        class ToyStudy(Study[None]):
             @property
-            def settings(self) -> Any:
+            def settings(self) -> dict[str, Any]:
                 return settings
 
         own = ["--folder", str(self.folder), "--output", str(self.ledger)]
         return reproduction.main(
-            "toy", "about", (x1, x2), lambda options: ToyStudy(options.folder), argv=[*own, *arguments], **hooks
+            "toy", "about", (x1, x2), lambda options: ToyStudy(None, options.folder), argv=[*own, *arguments], **hooks
         )
 
 
@@ -95,7 +95,7 @@ def test_an_interrupted_measurement_continues_after_its_last_finished_seed(toy: 
 def test_the_ledger_is_written_and_figures_are_drawn_after_each_claim(toy: Toy) -> None:
     drawn: list[tuple[Path, list[str]]] = []
 
-    def figures(study: Study, ledger: Path) -> None:
+    def figures(study: Study[Any], ledger: Path) -> None:
         drawn.append((study.figures, [claim["id"] for claim in json.loads(ledger.read_text())["claims"]]))
 
     toy(figures=figures)
@@ -163,7 +163,7 @@ def test_an_option_of_the_paper_is_done_in_place_of_the_claims(toy: Toy) -> None
     def options(parser: ArgumentParser) -> None:
         parser.add_argument("--calibrate", action="store_true")
 
-    def instead(study: Study, given: Any) -> bool:
+    def instead(study: Study[Any], given: Any) -> bool:
         seen.append(given.calibrate)
         return bool(given.calibrate)
 

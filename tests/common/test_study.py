@@ -98,7 +98,7 @@ def test_the_end_is_measured_once_whether_looked_for_or_not() -> None:
         assert [point["step"] for point in watch.curve] == steps
 
 
-def slope_arm(study: Study, settings: Any, stop_at: int = 0) -> Arm[nn.Linear]:
+def slope_arm(study: Study[Any], settings: Any, stop_at: int = 0) -> Arm[nn.Linear]:
     def train(network: nn.Linear, folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
         def measure(step: int) -> Mapping[str, float]:
             if step == stop_at:
@@ -113,10 +113,10 @@ def slope_arm(study: Study, settings: Any, stop_at: int = 0) -> Arm[nn.Linear]:
 
 
 def test_an_arm_is_trained_once_and_read_afterwards(tmp_path: Path) -> None:
-    study = Study(tmp_path)
+    study = Study(None, tmp_path)
     first = slope_arm(study, {"steps": 4})
     assert slope_arm(study, {"steps": 4}) is first
-    again = slope_arm(Study(tmp_path), {"steps": 4})
+    again = slope_arm(Study(None, tmp_path), {"steps": 4})
     assert again.record == first.record and again.network.weight.equal(first.network.weight)
     assert (
         again.steps == 4 and again.at(2)["step"] == 2 and again.last["weight"] == float(first.network.weight.detach())
@@ -133,11 +133,11 @@ def test_an_arm_is_trained_once_and_read_afterwards(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin_anew(tmp_path: Path) -> None:
-    whole = slope_arm(Study(tmp_path / "whole"), {"lr": 1})
+    whole = slope_arm(Study(None, tmp_path / "whole"), {"lr": 1})
     for settings, first in ({"lr": 1}, 3), ({"lr": 2}, 1):
         folder = tmp_path / f"cut{first}"
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            slope_arm(Study(folder), {"lr": 1}, stop_at=3)
+            slope_arm(Study(None, folder), {"lr": 1}, stop_at=3)
         assert (folder / "arms" / "main-arm-seed3" / "checkpoints" / "last.ckpt").is_file()
         seen: list[int] = []
         resumed = Watch.on_train_batch_end
@@ -148,7 +148,7 @@ def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Watch, "on_train_batch_end", count)
-            arm = slope_arm(Study(folder), settings)
+            arm = slope_arm(Study(None, folder), settings)
         assert seen == list(range(first, 5))
         assert arm.network.weight.equal(whole.network.weight)
         assert [point["weight"] for point in arm.curve] == [point["weight"] for point in whole.curve]
@@ -165,7 +165,7 @@ def test_judge_tells_equal_pictures_from_others_and_compares_equal_counts() -> N
 
 
 def test_samples_of_the_first_seed_alone_are_shown(tmp_path: Path) -> None:
-    study, images = Study(tmp_path), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    study, images = Study(None, tmp_path), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     study.show(1, "second", images)
     study.show(0, "first", images)
     assert [path.name for path in tmp_path.glob("*.png")] == ["first.png"]

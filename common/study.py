@@ -246,23 +246,28 @@ class Study(Generic[S]):
         if (name, seed) in self._arms:
             return self._arms[name, seed]
         network = build()
-        working = self.folder / "arms" / f"{name}-seed{seed}"
-        begun = working / "settings.json"
-        weights = working.with_name(f"{working.name}.safetensors")
+        place = self.folder / "arms" / f"{name}-seed{seed}"
+        weights = place.with_name(f"{place.name}.safetensors")
 
         def trained() -> Mapping[str, Any]:
-            if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != _plain(settings):
-                shutil.rmtree(working)
-            write_json(begun, settings)
-            made, record = train(network, working)
+            made, record = train(network, self.workplace(f"arms/{place.name}", settings))
             save_weights(weights, made.state_dict())
             return record
 
-        record = kept(working.with_name(f"{working.name}.json"), trained, settings)
-        shutil.rmtree(working, ignore_errors=True)
+        record = kept(place.with_name(f"{place.name}.json"), trained, settings)
+        shutil.rmtree(place, ignore_errors=True)
         load_weights(network, weights, against="the study's network")
         self._arms[name, seed] = Arm(name, network.eval(), record)
         return self._arms[name, seed]
+
+    def workplace(self, name: str, settings: Any = None) -> Path:
+        """A folder for work that goes on by itself after an interruption; work begun with other settings goes."""
+        folder = self.folder / name
+        begun, wanted = folder / "settings.json", _plain(settings)
+        if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != wanted):
+            shutil.rmtree(folder)
+        write_json(begun, wanted)
+        return folder
 
     def forget(self) -> None:
         """Drop the networks from memory (they stay on disk)."""

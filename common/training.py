@@ -24,10 +24,12 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError
 from common.files import write_atomically, write_json
+from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions
 from common.precision import choose_precision
 from common.processes import is_main_process
@@ -295,6 +297,8 @@ def build_trainer(
     """
     quiet_lightning()
     tune_allocator()
+    fix_form(options.attention)
+    use_choices(Choices(folder if logs else None))
     checkpoints = folder / "checkpoints"
     chosen_precision = precision or options.precision
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]

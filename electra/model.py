@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.cpu import few_sizes
 from common.errors import UserError
+from common.kernels.attention import Form, attention
 from electra.config import ElectraConfig
 
 # More runs of equal row length than this are attended in one padded call instead of one call each (CPU).
@@ -275,26 +276,9 @@ def _attend_rows(qkv_BL3AH: Tensor, bias_ALL: Tensor | None, keys_B11L: Tensor |
         mask = bias_ALL[None, :, :length, :length].to(q.dtype)
         if keys_B11L is not None:
             mask = mask.masked_fill(~keys_B11L, float("-inf"))
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
-        if q.shape[0] > 1:
-            return _attention_by_products(q, k, v, mask, dropout).transpose(1, 2)
-        # A single row seldom has the length of another one: see `filled` for what that costs in bfloat16.
-        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        with torch.autocast("cpu", enabled=False):
-            out_BALH = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-        return out_BALH.transpose(1, 2).to(torch.bfloat16)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
-
-
-def _attention_by_products(
-    q_BALH: Tensor, k_BALH: Tensor, v_BALH: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """Attention written out. In bfloat16 a CPU makes these products two to four times faster than torch's fused
-    attention, forward and backward (measured for 96 to 512 tokens); in float32 the two take as long."""
-    scores_BALL = torch.matmul(q_BALH * q_BALH.shape[3] ** -0.5, k_BALH.transpose(2, 3))
-    if mask is not None:
-        scores_BALL = scores_BALL.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores_BALL + mask
-    return torch.matmul(F.dropout(torch.softmax(scores_BALL, dim=-1), dropout), v_BALH)
+    # A single row seldom has the length of another one: see `filled` for what that costs in bfloat16.
+    form: Form | None = "fused_float32" if q.device.type == "cpu" and q.shape[0] == 1 else None
+    return attention(q, k, v, mask, dropout=dropout, form=form).transpose(1, 2)
 
 
 class Attention(nn.Module):

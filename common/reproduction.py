@@ -70,6 +70,7 @@ def main(
     ledger = ledger_path(given, paper)
     given.folder = given.folder or RUNS / f"{paper}-{given.tier}"
     torch.set_num_threads(1)  # CPU seconds are then seconds of work
+    given.folder.mkdir(parents=True, exist_ok=True)
     study = open_study(given)
     if given.tier == "small":
         study.results, study.figures = ledger.parent, ledger.parent / "figures" / paper

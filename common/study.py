@@ -61,8 +61,8 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]], settings: Any = None
     settings = _plain(settings)
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if found is None or found.get("settings") != settings:
-        found = {"settings": settings, **make()}
-        write_json(path, found)
+        write_json(path, ({} if settings is None else {"settings": settings}) | dict(make()))
+        found = json.loads(path.read_text(encoding="utf-8"))  # what is made is what will be read
     return {key: float("nan") if value is None else value for key, value in found.items() if key != "settings"}
 
 

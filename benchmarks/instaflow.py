@@ -23,13 +23,14 @@ from typing import Any
 import torch
 
 from common.cpu import tune_allocator
+from common.data.pairs import generate_pairs
 from common.errors import UserError, run_main
 from common.ledger import bench_row, write_rows
 from common.paths import REPOSITORY, RESULTS
-from instaflow.pairs import DiffusionSource, generate_pairs
+from common.solvers import DiffusionSource
+from common.teacher import Teacher
 from instaflow.pipeline import Card, InstaFlowPipeline
 from instaflow.student import make_student, stable_diffusion_unet
-from instaflow.teacher import Teacher
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 SOLVER, STEPS = "DPMSolverMultistepScheduler", 25
@@ -78,7 +79,7 @@ def peer_pipeline(teacher: Teacher) -> Any:
     """Stock diffusers around the teacher's own networks."""
     from diffusers import StableDiffusionPipeline
 
-    from instaflow.pairs import make_scheduler
+    from common.solvers import make_scheduler
 
     pipeline = StableDiffusionPipeline(
         vae=teacher.vae,

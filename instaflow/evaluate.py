@@ -27,7 +27,7 @@ from common.errors import UserError, run_main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from instaflow.measures import PromptSet
+    from common.metrics.measures import PromptSet
     from instaflow.training import Run
 
 
@@ -35,8 +35,8 @@ def evaluation_prompts(run: Run) -> PromptSet:
     """Held-out prompts of a run, with noises and, where there are some, real images of the same prompts."""
     import torch
 
-    from instaflow.measures import PromptSet, fixed_noise, shapes_prompts
-    from instaflow.training import prompt_list
+    from common.data.pairs import prompt_list
+    from common.metrics.measures import PromptSet, fixed_noise, shapes_prompts
 
     count, shape = run.config.evaluation.images, run.teacher.latent_shape
     side = shape[1] * 2 ** (len(run.teacher.vae.config.block_out_channels) - 1)
@@ -58,11 +58,11 @@ def evaluate_run(run: Run) -> dict[str, Any]:
 
     Returns {"arms": {name: measures}, "cost": U-Net forwards per image, ...}; pictures go to `comparison.png`.
     """
+    from common.metrics.judge import ShapesJudge
+    from common.metrics.measures import Yardstick
+    from common.metrics.perceptual import perceptual_distance
+    from common.solvers import DiffusionSource
     from instaflow.figures import comparison_grid
-    from instaflow.judge import ShapesJudge
-    from instaflow.measures import Yardstick
-    from instaflow.pairs import DiffusionSource
-    from instaflow.perceptual import perceptual_distance
     from instaflow.training import draw
 
     config, teacher = run.config, run.teacher
@@ -184,8 +184,8 @@ def sampler_of(model: Path, solver: str | None, steps: int, guidance: float, dev
             lambda prompts, noise: pipeline(list(prompts), steps=steps, guidance=guidance, latents=noise),
             pipeline.latent_shape,
         )
-    from instaflow.pairs import DiffusionSource
-    from instaflow.teacher import Teacher
+    from common.solvers import DiffusionSource
+    from common.teacher import Teacher
 
     teacher = Teacher.load(model, device)
     source = DiffusionSource(teacher, solver, steps, guidance)
@@ -229,7 +229,7 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
 
     from common.images import image_files, open_rgb, resize_uint8
     from common.metrics.evaluate import evaluate_generator, folder_captions, format_report
-    from instaflow.measures import fixed_noise
+    from common.metrics.measures import fixed_noise
 
     files = image_files(options.images)
     names = {file.name for file in files}

@@ -22,25 +22,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
 from common.files import write_atomically, write_json
 from common.metrics.distribution import fid
 from common.metrics.features import extract
+from common.metrics.judge import ShapesJudge
+from common.metrics.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
+from common.metrics.perceptual import perceptual_distance
+from common.solvers import DiffusionSource
+from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
-from instaflow.judge import ShapesJudge
-from instaflow.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
-from instaflow.pairs import DiffusionSource, FlowSource, PairDataset, PairSource, StateTable
-from instaflow.perceptual import perceptual_distance
+from instaflow.flow import FlowSource, TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
 from instaflow.student import make_student, stack
-from instaflow.teacher import Teacher
 from instaflow.training import (
     Loss,
     distillation_loss,
-    make_pairs,
     optimise,
     perceptual_loss,
-    prompt_list,
     reflow_loss,
     unique_state,
 )

@@ -38,9 +38,9 @@ from torch import Tensor
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_json
+from common.teacher import Teacher, decode_latents, encode_text, load_parts, read_schedule, to_uint8
 from instaflow.flow import TIME_SCALE, UNetFlow, conditioned, euler_path
 from instaflow.student import StackedUNet, negate_output
-from instaflow.teacher import Teacher, decode_latents, encode_text, load_parts, read_schedule, to_uint8
 
 CARD = "instaflow.json"
 LAYOUTS = ("diffusers", "official")

@@ -261,8 +261,8 @@ def open_lab(tier: Tier, teacher: Path, root: Path) -> Lab:
     import torch
 
     from common.cpu import tune_allocator
+    from common.teacher import Teacher
     from instaflow.experiments import Budget, Lab
-    from instaflow.teacher import Teacher
 
     torch.set_num_threads(1)
     tune_allocator()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.teacher import Teacher
 from instaflow.flow import UNetFlow
-from instaflow.teacher import Teacher
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")

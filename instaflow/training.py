@@ -25,26 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, process_place, prompt_list
 from common.data.sampling import StepDataModule, TensorTable, derive_seed, step_generator
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.images import save_grid
+from common.metrics.measures import fixed_noise
+from common.solvers import DiffusionSource
+from common.teacher import Teacher
 from common.training import EveryNSteps, build_trainer, fit, is_main_process, latest_checkpoint, open_run_folder
 from instaflow.config import InstaFlowConfig, OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import Ema, UNetFlow, conditioned, euler, interpolate, rectified_flow_loss, sample_times
-from instaflow.measures import fixed_noise
-from instaflow.pairs import (
-    DiffusionSource,
-    FlowSource,
-    PairDataset,
-    PairSource,
-    StateTable,
-    default_folder,
-    generate_pairs,
-    read_prompts,
-)
+from instaflow.flow import Ema, FlowSource, UNetFlow, conditioned, euler, interpolate, rectified_flow_loss, sample_times
 from instaflow.student import make_student, stack
-from instaflow.teacher import Teacher
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = (
@@ -268,67 +260,6 @@ def optimise(
     return module
 
 
-def prompt_list(name: str, count: int) -> list[str]:
-    """The prompts that pairs are made for: captions of a training set, or the lines of a file.
-
-    Raises:
-        UserError: no such file, or one that holds no prompts.
-    """
-    if name == "shapes":
-        from common.data.shapes import Shapes
-
-        return Shapes("train", count, 32).captions
-    if name == "emoji":
-        from common.data.emoji import EmojiCap
-
-        data = EmojiCap("train", size=32)
-        return [data[i % len(data)]["caption"] for i in range(count)]
-    path = Path(name)
-    if path.suffix != ".jsonl":
-        return read_prompts(path)
-    if not path.is_file():
-        raise UserError(f'prompt file {path}: no such file; expected one JSON object a line with the field "text"')
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{path} line {number}: "text" is missing or empty; expected {{"text": PROMPT}}')
-        prompts.append(" ".join(text.split()))
-    return prompts
-
-
-def process_place() -> tuple[int, int]:
-    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def make_pairs(
-    source: PairSource,
-    prompts: Sequence[str],
-    count: int,
-    seed: int,
-    batch_size: int,
-    shard_size: int,
-    folder: Path | None = None,
-    progress: bool = True,
-) -> PairDataset:
-    """The first `count` pairs of `source`, made where they are missing; several processes share the shards out."""
-    place = folder or default_folder(source, prompts, seed, shard_size)
-    rank, world = process_place()
-    report = (lambda text: print(f"pairs: {text}", flush=True)) if progress else None
-    while True:
-        pairs = generate_pairs(source, prompts, place, count, seed, batch_size, shard_size, rank, world, report)
-        if pairs is not None:
-            pairs.check_coupling()
-            return pairs
-        time.sleep(2)  # other processes are still at their shards
-
-
 @dataclass
 class Run:
     """A run folder and what is in it."""
@@ -486,7 +417,7 @@ class Run:
 
     def perceptual(self, callbacks: Sequence[pl.Callback] = ()) -> UNetFlow:
         """Continue the distillation with the perceptual loss on decoded images."""
-        from instaflow.perceptual import perceptual_distance
+        from common.metrics.perceptual import perceptual_distance
 
         config = self.config
         flow = self.reflowed or self.load_flow(config.reflow.rounds)

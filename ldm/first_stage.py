@@ -18,13 +18,13 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.images import save_grid
 from common.metrics.image import psnr
+from common.metrics.perceptual import perceptual_distance
 from common.training import EveryNSteps, build_trainer, fit, latest_checkpoint, load_checkpoint
 from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
 from ldm.config import FirstStageConfig, TrainerConfig
 from ldm.diffusion import Ema
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.optimisers import MuonAdam
-from ldm.perceptual import perceptual_distance
 from ldm.streaming import ShardStream, data_module
 
 

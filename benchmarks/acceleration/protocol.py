@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.paths import cache_dir
+from common.solvers import DiffusionSource
+from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import UNetFlow
-from instaflow.pairs import DiffusionSource, FlowSource, PairDataset, PairSource, StateTable
-from instaflow.teacher import Teacher
-from instaflow.training import Loss, StudentTrainer, make_pairs, optimise, prompt_list
+from instaflow.flow import FlowSource, UNetFlow
+from instaflow.training import Loss, StudentTrainer, optimise
 
 BUDGETS = {"B1": 20_000, "B2": 200_000, "B3": 2_000_000}  # U-Net forward-equivalent samples
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)

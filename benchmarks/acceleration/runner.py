@@ -21,11 +21,11 @@ from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, Sam
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
+from common.metrics.judge import ShapesJudge
+from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
+from common.metrics.perceptual import perceptual_distance
 from common.paths import REPOSITORY
-from instaflow.judge import ShapesJudge
-from instaflow.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
-from instaflow.pairs import DiffusionSource
-from instaflow.perceptual import perceptual_distance
+from common.solvers import DiffusionSource
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of training while tuning: none of the seeds that are reported

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,52 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from instaflow.flow import NoiseSchedule
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class NoiseSchedule:
+    """Noise levels of a discrete variance-preserving diffusion, x_tau = alpha x1 + sigma eps, read from a scheduler.
+
+    Args:
+        alphas_cumprod_T: alpha^2 at the training steps 0 .. T-1 (0 is the data end).
+        prediction_type: what the network outputs: epsilon, v_prediction (alpha eps - sigma x1) or sample (x1).
+        config: the scheduler options that describe the levels, for saving.
+    """
+
+    alphas_cumprod_T: Tensor
+    prediction_type: str = "epsilon"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        # A schedule rescaled to zero terminal SNR has alpha = 0 at the last step, where the ratio has no logarithm.
+        self.alphas_cumprod_T = self.alphas_cumprod_T.detach().double().cpu().clamp(1e-8, 1 - 1e-8)
+
+    @property
+    def steps(self) -> int:
+        """Training steps T."""
+        return len(self.alphas_cumprod_T)
+
+    def levels(self, tau_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) [B, 1, 1, 1] at training steps tau."""
+        alpha2_B111 = self.alphas_cumprod_T.to(tau_B.device)[tau_B].view(-1, 1, 1, 1)
+        return alpha2_B111.sqrt().float(), (1 - alpha2_B111).sqrt().float()
+
+    def read(
+        self, output: Tensor, x_BCHW: Tensor, alpha: Tensor | float, sigma: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """(x1_hat, eps_hat) from the network's output at x = alpha x1 + sigma eps with alpha^2 + sigma^2 = 1."""
+        if self.prediction_type == "epsilon":
+            return (x_BCHW - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * x_BCHW - sigma * output, sigma * x_BCHW + alpha * output
+        return output, (x_BCHW - alpha * output) / sigma
 
 
 class Teacher:

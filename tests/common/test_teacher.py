@@ -11,8 +11,8 @@ import torch
 
 from common.errors import UserError
 from common.paths import REPOSITORY
-from instaflow.teacher import Teacher, folder_checksum, read_schedule
-from tests.instaflow.tiny_teacher import SCHEDULER, save_teacher, tiny_teacher
+from common.teacher import Teacher, folder_checksum, read_schedule
+from tests.common.tiny_teacher import SCHEDULER, save_teacher, tiny_teacher
 
 PRETRAINED = REPOSITORY / "ldm" / "pretrained"
 

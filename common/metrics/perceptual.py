@@ -1,7 +1,8 @@
-"""The distance D of perceptual distillation (section 2, item 4): LPIPS on decoded images, with a trunk of choice.
+"""LPIPS on images, with a trunk of choice: a loss on decoded images and a measure between two samplers' pictures.
 
-The paper's LPIPS has an AlexNet trunk with ImageNet weights, which no package ships; it loads by path. The default is
-the narrow VGG16 that this repository trains on emoji groups; it shares nothing with the networks that judge samples.
+The papers use LPIPS with ImageNet's AlexNet or VGG16, which no package ships: those load by path. The default trunk has
+VGG16's layers at a tenth of its widths and was trained here to tell the 9 emoji groups apart
+(`python -m common.metrics.perceptual`, about two CPU minutes); it shares nothing with the networks that judge samples.
 
 Shape suffixes: B batch, C channels, H height, W width.
 """
@@ -14,15 +15,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.metrics.lpips import INPUT_SCALE, INPUT_SHIFT, LPIPS, VGG16Trunk, load_official_lpips
-from common.paths import REPOSITORY
 from common.training import load_checkpoint
 
-TRAINED_TRUNK = REPOSITORY / "ldm" / "pretrained" / "perceptual_trunk.safetensors"
+WEIGHTS = Path(__file__).with_name("perceptual_trunk.safetensors")
+WIDTHS = (16, 24, 32, 48, 48)  # a tenth of VGG16's
 # Index in torchvision's `features`, output channels, kernel, stride, padding; a max-pooling stands before the 2nd, 3rd.
 ALEXNET = ((0, 64, 11, 4, 2), (3, 192, 5, 1, 2), (6, 384, 3, 1, 1), (8, 256, 3, 1, 1), (10, 256, 3, 1, 1))
 
@@ -72,19 +73,16 @@ def perceptual_distance(trunk: str = "trained") -> LPIPS:
         UserError: a missing, unreadable or incomplete weights file.
     """
     if trunk == "trained":
-        if not TRAINED_TRUNK.is_file():
-            raise UserError(
-                f"the perceptual trunk {TRAINED_TRUNK} is missing: restore it, or name a file of LPIPS weights instead"
-            )
-        state = load_file(TRAINED_TRUNK)
-        firsts = [state[f"features.{i}.weight"].shape[0] for i in (0, 5, 10, 17, 24)]
-        network = VGG16Trunk(firsts, name="vgg16-emoji-groups")
+        if not WEIGHTS.is_file():
+            raise UserError(f"{WEIGHTS} is missing: restore it, or name a file of LPIPS weights instead")
+        state = load_file(WEIGHTS)
+        network = VGG16Trunk(WIDTHS, name="vgg16-emoji-groups")
         network.load_state_dict({key: value.float() for key, value in state.items()})
         return LPIPS(network)
     if trunk == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return LPIPS(VGG16Trunk((16, 24, 32, 48, 48)))
+            return LPIPS(VGG16Trunk(WIDTHS))
     paths = [Path(part.strip()) for part in trunk.split(",")]
     state = {key: value for path in paths for key, value in _read_weights(path).items()}
     if _is_alexnet(state):
@@ -135,3 +133,50 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable weights file ({error}); download it again") from None
+
+
+def train_trunk(steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[VGG16Trunk, float]:
+    """Train the trunk as a classifier of EmojiGroups-32; returns it and its accuracy on unseen concepts."""
+    from common.data.emoji import EmojiGroups
+    from common.data.sampling import step_generator
+
+    torch.manual_seed(seed)
+    data, held_out = EmojiGroups("train", size=32), EmojiGroups("test", size=32)
+    images = torch.from_numpy(data.images).permute(0, 3, 1, 2)
+    labels = torch.as_tensor([data[i]["label"] for i in range(len(data))])
+    trunk = VGG16Trunk(WIDTHS)
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    heads = nn.ModuleList(nn.Linear(width, 9) for width in WIDTHS)
+    parameters = [*trunk.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+
+    def logits(x: Tensor) -> Tensor:
+        # Deep supervision: every tap has to carry information, because LPIPS reads all five.
+        return torch.stack([head(tap.mean((2, 3))) for head, tap in zip(heads, trunk(x))]).mean(0)
+
+    for step in range(steps):
+        generator = step_generator(seed, step)
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        x = images[rows].float() / 127.5 - 1
+        shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+        x = torch.roll(x, shift, dims=(2, 3))
+        loss = F.cross_entropy(logits(x), labels[rows], label_smoothing=0.05)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        x = torch.from_numpy(held_out.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        truth = torch.as_tensor([held_out[i]["label"] for i in range(len(held_out))])
+        accuracy = float((torch.cat([logits(part) for part in x.split(256)]).argmax(1) == truth).float().mean())
+    return trunk, accuracy
+
+
+if __name__ == "__main__":
+    network, score = train_trunk()
+    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, WEIGHTS)
+    print(f"{WEIGHTS.name}: {sum(p.numel() for p in network.parameters())} parameters, {score:.1%} on unseen concepts")

@@ -249,18 +249,23 @@ def train_ours(arm: Arm, turns: Turns) -> None:
     precision: Any = "bf16-mixed" if arm.bf16 else "32-true"
     config = ElectraRun(
         optimiser=OptimiserConfig(lr=LEARNING_RATE, warmup=WARMUP),
-        trainer=TrainerConfig(batch_size=batch, log_every=1000, compile=arm.compiled),
+        trainer=TrainerConfig(
+            batch_size=batch,
+            precision=precision,
+            accelerator="gpu" if arm.device == "cuda" else "cpu",
+            log_every=1000,
+            compile=arm.compiled,
+            progress=False,
+        ),
     )
     module = PretrainingModule(build(arm.size), config, STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             Path(folder),
+            config.trainer,
             steps=STEPS,
             batch_size=batch,
-            precision=precision,
-            accelerator="gpu" if arm.device == "cuda" else "cpu",
             grad_clip=1.0,
-            progress=False,
             callbacks=[Wait()],
             logs=False,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.options import TrainerOptions
+
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm", "two_stage", "adversarial"]
 
 
@@ -98,32 +100,18 @@ class OptimiserConfig:
 
 
 @dataclass
-class TrainerConfig:
-    """How to run: passed to Lightning's Trainer.
+class TrainerConfig(TrainerOptions):
+    """How to run.
 
     Args:
         max_steps: optimiser steps of the first arm; the others get as many FLOPs.
         batch_size: rows of the global batch (all processes and accumulated micro-batches together).
-        strategy: auto, ddp, fsdp, ... (Lightning's names; multi-node through torchrun).
-        checkpoint_every: steps between checkpoints; evaluate_every: steps between losses on held-out text (0: only at
-            the end).
-        threads: CPU threads (0 leaves torch's default).
+        evaluate_every: steps between losses on held-out text (0: only at the end).
     """
 
     max_steps: int = 1000
     batch_size: int = 128
-    accumulate: int = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    compile: bool = False
-    checkpoint_every: int = 500
     evaluate_every: int = 0
-    log_every: int = 20
-    threads: int = 0
-    progress: bool = True
 
 
 @dataclass

@@ -398,12 +398,10 @@ class Study:
         watch = Watch(self.looks(name), measure)
         trainer = build_trainer(
             folder,
+            config.trainer,
             steps=spec.steps,
             batch_size=plan.batch,
-            precision=config.trainer.precision,
-            accelerator="cpu",
             grad_clip=config.optimiser.grad_clip,
-            progress=False,
             logs=False,
             callbacks=[watch, SaveEvery(folder / "checkpoints", CHECKPOINT_EVERY, last=spec.steps)],
         )

@@ -36,14 +36,9 @@ from torch import Tensor
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from common.training import (
-    EveryNSteps,
-    build_trainer,
-    fit,
-    is_main_process,
-    latest_checkpoint,
-    open_run_folder,
-)
+from common.options import check_trainer, free_options
+from common.processes import is_main_process
+from common.training import EveryNSteps, open_run_folder, train
 from electra.adversarial import AdversarialPretrainer
 from electra.config import DownstreamConfig, ElectraRun
 from electra.convert import load_pretrained, pretraining_state, save_transformers
@@ -62,27 +57,7 @@ from electra.wordpiece import Tokenizer
 
 HELD_OUT_ROWS = 1024
 # What two starts of one run may disagree on: none of it changes the trained weights.
-FREE_OPTIONS = (
-    "run_dir",
-    "resume",
-    "arms",
-    "downstream",
-    "data.workers",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "checkpoint_every",
-            "evaluate_every",
-            "log_every",
-            "threads",
-            "progress",
-        )
-    ),
-)
+FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
 
 
 class PretrainingModule(pl.LightningModule):
@@ -340,27 +315,10 @@ class Run:
 
         def measure(step: int) -> None:
             found = held_out_metrics(network, self.held_out, options.batch_size, config.seed)
-            for logger in trainer.loggers:
+            for logger in module.trainer.loggers:
                 logger.log_metrics({f"held_out/{key}": value for key, value in found.items()}, step)
 
         every = options.evaluate_every or steps + 1
-        trainer = build_trainer(
-            folder,
-            steps=steps,
-            batch_size=options.batch_size,
-            precision=options.precision,
-            accumulate=options.accumulate,
-            accelerator=options.accelerator,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            strategy=options.strategy,
-            grad_clip=config.optimiser.grad_clip or None,
-            checkpoint_every=options.checkpoint_every,
-            unit=("tokens", self.tokens_per_row),
-            log_every=options.log_every,
-            progress=options.progress,
-            callbacks=[EveryNSteps(every, measure), *callbacks],
-        )
         data = PretrainingData(
             self.train,
             steps,
@@ -371,7 +329,18 @@ class Run:
             max_length=config.data.length,
             accumulate=options.accumulate,
         )
-        fit(trainer, module, data, checkpoint_to_resume(config.resume, folder))
+        trainer = train(
+            folder,
+            module,
+            data,
+            options,
+            steps=steps,
+            batch_size=options.batch_size,
+            resume=config.resume,
+            grad_clip=config.optimiser.grad_clip,
+            callbacks=[EveryNSteps(every, measure), *callbacks],
+            unit=("tokens", self.tokens_per_row),
+        )
         trainer.strategy.barrier()
 
     def _finish(self, arm: Arm, network: ElectraPretrainer) -> None:
@@ -517,15 +486,9 @@ def check_options(config: ElectraRun) -> None:
     trainer = config.trainer
     if not config.arms or len(set(config.arms)) < len(config.arms):
         raise UserError(f"--arms {config.arms}: expected at least one objective, each once")
-    if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
-        raise UserError(
-            f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
-            f"{trainer.accumulate} micro-batches"
-        )
+    check_trainer(trainer, {"trainer.batch_size": trainer.batch_size}, resume=config.resume)
     if trainer.max_steps < 1:
         raise UserError(f"--trainer.max_steps {trainer.max_steps}: expected at least 1")
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
-        raise UserError(f"--resume {config.resume}: no such file; expected auto, never or a checkpoint of a run")
     if config.data.length > config.model.max_position:
         raise UserError(
             f"--data.length {config.data.length} is more than --model.max_position {config.model.max_position}"
@@ -534,13 +497,6 @@ def check_options(config: ElectraRun) -> None:
         raise UserError(f"--objective.first_stage {config.objective.first_stage}: expected a share between 0 and 1")
     if "adversarial" in config.arms and config.model.generator != "network":
         raise UserError("--arms adversarial needs --model.generator network")
-
-
-def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
-    """The checkpoint from which the arm in `folder` goes on, if any."""
-    if resume == "auto":
-        return latest_checkpoint(folder)
-    return None if resume == "never" else Path(resume)
 
 
 def replace_folder(new: Path, place: Path) -> None:

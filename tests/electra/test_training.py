@@ -30,7 +30,7 @@ CLOSE: dict[str, Any] = {"rel": 3e-5}
 KILLED_AT = """
 import os, signal, sys
 import pytorch_lightning as pl
-import electra.training
+import common.training
 from common.training import build_trainer
 from electra.train import main
 
@@ -41,11 +41,11 @@ class Kill(pl.Callback):
         if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-def with_kill(folder, **options):
+def with_kill(folder, *rest, **options):
     options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, **options)
+    return build_trainer(folder, *rest, **options)
 
-electra.training.build_trainer = with_kill
+common.training.build_trainer = with_kill
 main()
 """
 

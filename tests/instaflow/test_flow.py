@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from common.data.pairs import generate_pairs
+from common.ema import Ema
 from common.errors import UserError
 from common.teacher import PREDICTION_TYPES, NoiseSchedule, read_schedule
 from instaflow.flow import (
-    Ema,
     FlowSource,
     TimeMatching,
     UNetFlow,

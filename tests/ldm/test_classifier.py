@@ -33,7 +33,7 @@ trainer:
 
 KILLED = """
 import os, signal
-import ldm.training
+import common.training
 from common.training import build_trainer
 from ldm.train_classifier import main
 import pytorch_lightning as pl
@@ -43,7 +43,10 @@ class Kill(pl.Callback):
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-ldm.training.build_trainer = lambda folder, **options: build_trainer(folder, **{**options, "callbacks": [Kill()]})
+def with_kill(folder, *rest, **options):
+    return build_trainer(folder, *rest, **{**options, "callbacks": [Kill()]})
+
+common.training.build_trainer = with_kill
 main()
 """
 

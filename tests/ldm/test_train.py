@@ -26,7 +26,7 @@ CLOSE = {"rel": 2e-5}
 KILLED_AT = """
 import os, signal, sys
 import pytorch_lightning as pl
-import ldm.first_stage, ldm.training
+import common.training
 from common.data.sampling import generator_step
 from common.training import build_trainer
 from ldm.train import main
@@ -38,12 +38,12 @@ class Kill(pl.Callback):
         if generator_step(trainer) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-def with_kill(folder, **options):
+def with_kill(folder, *rest, **options):
     if folder.name == stage:
         options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, **options)
+    return build_trainer(folder, *rest, **options)
 
-ldm.first_stage.build_trainer = ldm.training.build_trainer = with_kill
+common.training.build_trainer = with_kill
 main()
 """
 

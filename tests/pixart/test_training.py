@@ -29,7 +29,7 @@ CLOSE: dict[str, Any] = {"rel": 2e-5}
 KILLED_AT = """
 import os, signal, sys
 import pytorch_lightning as pl
-import pixart.training
+import common.training
 from common.training import build_trainer
 from pixart.train import main
 
@@ -40,12 +40,12 @@ class Kill(pl.Callback):
         if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-def with_kill(folder, **options):
+def with_kill(folder, *rest, **options):
     if folder.name == stage:
         options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, **options)
+    return build_trainer(folder, *rest, **options)
 
-pixart.training.build_trainer = with_kill
+common.training.build_trainer = with_kill
 main()
 """
 

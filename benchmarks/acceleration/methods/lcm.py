@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.acceleration.protocol import OPTIMISER, Bench, Budget, Method, Sampler, trained_parameters
 from common.data.sampling import derive_seed, step_generator
+from common.ema import Ema
 from common.errors import UserError
 from common.solvers import ddim_step
 from common.teacher import NoiseSchedule, Teacher
-from instaflow.flow import Ema
 from instaflow.training import Draws, Loss
 
 SOLVER_STEPS = 50

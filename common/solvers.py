@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.teacher import NoiseSchedule, Teacher
+from common.teacher import NoiseSchedule, Teacher, quiet_libraries
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (z_BCHW, tau_B) -> output of the schedule's prediction type
 
@@ -97,6 +97,25 @@ def make_scheduler(name: str, config: dict[str, Any], options: dict[str, Any] | 
             f"solver {name} has noise levels of its own, not this teacher's; expected one for diffusion models"
         )
     return scheduler
+
+
+@quiet_libraries()
+def stock_pipeline(teacher: Teacher, solver: str) -> Any:
+    """Stock diffusers around the teacher's own networks, with a scheduler of diffusers by name."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        unet=teacher.unet,
+        scheduler=make_scheduler(solver, teacher.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def refuse_stochastic(scheduler: Any, steps: int) -> None:

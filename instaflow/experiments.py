@@ -34,15 +34,10 @@ from common.solvers import DiffusionSource
 from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
 from instaflow.flow import FlowSource, TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
+from instaflow.losses import Loss, distillation_loss, perceptual_loss, reflow_loss
+from instaflow.run import unique_state
 from instaflow.student import make_student, stack
-from instaflow.training import (
-    Loss,
-    distillation_loss,
-    optimise,
-    perceptual_loss,
-    reflow_loss,
-    unique_state,
-)
+from instaflow.trainer import optimise
 
 INIT = "negate"
 SOLVER = "DPMSolverMultistepScheduler"

@@ -164,50 +164,6 @@ def conditioned(
     return velocity
 
 
-def sample_times(
-    count: int,
-    schedule: str = "uniform",
-    eps: float = 0.0,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Training times [count] in the paper's direction.
-
-    Args:
-        schedule: `uniform` (reflow), `t0` (one-step distillation: always the noise end), or a number k as text
-            (k-step distillation: {0, 1/k, .., (k-1)/k}).
-        eps: times are squeezed into [eps, 1]. 0 here, so that training and sampling see the same time; the CIFAR-10
-            code of Rectified Flow has 1e-3.
-    """
-    if schedule == "uniform":
-        t_B = torch.rand(count, generator=generator, device=device)
-    elif schedule == "t0":
-        t_B = torch.zeros(count, device=device)
-    elif schedule.isdigit() and int(schedule) > 0:
-        k = int(schedule)
-        t_B = torch.randint(0, k, (count,), generator=generator, device=device).float() / k
-    else:
-        raise UserError(f"time schedule {schedule!r}: expected uniform, t0 or a number of steps such as 4")
-    return t_B * (1 - eps) + eps
-
-
-def rectified_flow_loss(
-    velocity: Velocity, x0_BCHW: Tensor, x1_BCHW: Tensor, t_B: Tensor, reduction: str = "mean"
-) -> Tensor:
-    """|| (X1 - X0) - v(X_t, t) ||^2 (section 2): the 1-flow with independent pairs, reflow with coupled ones.
-
-    Args:
-        reduction: `mean` over everything, or `halfsum`: half the sum over dimensions, averaged over the batch.
-    """
-    v_BCHW = velocity(interpolate(x0_BCHW, x1_BCHW, t_B), t_B)
-    square_BCHW = (v_BCHW.float() - (x1_BCHW - x0_BCHW).float()).square()
-    if reduction == "mean":
-        return square_BCHW.mean()
-    if reduction == "halfsum":
-        return 0.5 * square_BCHW.flatten(1).sum(1).mean()
-    raise UserError(f"reduction {reduction!r}: expected mean or halfsum")
-
-
 def one_step(velocity: Velocity, z0_BCHW: Tensor) -> Tensor:
     """Z1 = Z0 + v(Z0, 0): the distilled model (section 2, item 4)."""
     return z0_BCHW + velocity(z0_BCHW, z0_BCHW.new_zeros(len(z0_BCHW), dtype=torch.float32))

@@ -38,7 +38,7 @@ from torch import Tensor
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_json
-from common.teacher import Teacher, decode_latents, encode_text, load_parts, read_schedule, to_uint8
+from common.teacher import Teacher, decode_latents, encode_text, latent_shape, load_parts, read_schedule, to_uint8
 from instaflow.flow import TIME_SCALE, UNetFlow, conditioned, euler_path
 from instaflow.student import StackedUNet, negate_output
 
@@ -127,10 +127,7 @@ class InstaFlowPipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the training size."""
-        config: Any = self.flow.unet.config
-        side = config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return int(config.in_channels), int(height), int(width)
+        return latent_shape(self.flow.unet)
 
     def noise(self, count: int, seed: int = 0) -> Tensor:
         """Starting latents [count, C, H, W] on the CPU; number i depends on (seed, i) alone."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.data import pairs as module
 from common.data.pairs import PairDataset, StateTable, default_folder, generate_pairs, noise, read_prompts
 from common.errors import UserError
-from common.solvers import DiffusionSource, make_scheduler
+from common.solvers import DiffusionSource, stock_pipeline
 from tests.common.tiny_teacher import tiny_teacher
 
 PROMPTS = ["a red star", "a blue ring", "two red ring"]
@@ -40,21 +40,8 @@ def same(a: PairDataset, b: PairDataset) -> bool:
 
 
 def test_a_pair_is_the_stock_pipelines_image_of_its_noise_and_prompt(tmp_path: Path) -> None:
-    import diffusers
-
     data = make(tmp_path, source=DiffusionSource(tiny_teacher(), steps=4, guidance=3.0))
-    teacher = tiny_teacher()
-    stock = diffusers.StableDiffusionPipeline(
-        unet=teacher.unet,
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
-        tokenizer=teacher.tokenizer,
-        scheduler=make_scheduler("DPMSolverMultistepScheduler", teacher.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(tiny_teacher(), "DPMSolverMultistepScheduler")
     item = data[7]
     prompt = data.prompts[int(item["prompt"])]
     wanted = stock(prompt, num_inference_steps=4, guidance_scale=3.0, latents=item["x0"][None], output_type="latent")

@@ -16,11 +16,10 @@ from instaflow.flow import (
     UNetFlow,
     euler,
     interpolate,
-    rectified_flow_loss,
     rk45,
-    sample_times,
     straightness,
 )
+from instaflow.losses import rectified_flow_loss, sample_times
 from instaflow.pipeline import sample_latents
 from tests.golden_case import Case, Check, assert_close
 

@@ -10,7 +10,8 @@ import torch
 
 from common.data.shapes import prompts
 from common.data.shapes_verifier import score
-from ldm.sample import PRETRAINED, open_pipeline, pipeline_images
+from common.teacher import open_pipeline
+from ldm.sample import PRETRAINED, pipeline_images
 
 LIMITS_MB = {"shapes32-eps": 6.0, "shapes32-v": 6.0, "emoji64": 15.0}
 PREDICTION = {"shapes32-eps": "epsilon", "shapes32-v": "v_prediction", "emoji64": "v_prediction"}

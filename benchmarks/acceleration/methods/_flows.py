@@ -11,8 +11,8 @@ from common.data.pairs import PairDataset
 from common.data.sampling import derive_seed
 from common.metrics.perceptual import perceptual_distance
 from instaflow.flow import UNetFlow, conditioned, euler
+from instaflow.losses import distillation_loss, perceptual_loss, reflow_loss
 from instaflow.student import make_student
-from instaflow.training import distillation_loss, perceptual_loss, reflow_loss
 
 INIT = "negate"
 FLOW_STEPS = 10  # Euler steps of the rectified flow in its own pairs; it is nearly straight

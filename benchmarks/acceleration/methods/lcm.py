@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.acceleration.protocol import OPTIMISER, Bench, Budget, Method, Sampler, trained_parameters
+from benchmarks.acceleration.fitting import EMA_DECAY, Loss
+from benchmarks.acceleration.protocol import Bench, Budget, Method, Sampler, trained_parameters
 from common.data.sampling import derive_seed, step_generator
 from common.ema import Ema
 from common.errors import UserError
 from common.solvers import ddim_step
+from common.steps import StepDraws
 from common.teacher import NoiseSchedule, Teacher
-from instaflow.training import Draws, Loss
 
 SOLVER_STEPS = 50
 SAMPLING_SEED = 4310  # of the noise that multi-step sampling adds
@@ -158,7 +159,7 @@ class AveragedTarget:
 
     def __init__(self, student: ConsistencyModel) -> None:
         self.model = copy.deepcopy(student).requires_grad_(False)
-        self.ema = Ema(student, OPTIMISER.ema_decay)
+        self.ema = Ema(student, EMA_DECAY)
 
     def __call__(self, student: nn.Module, device: torch.device) -> ConsistencyModel:
         self.model.to(device)
@@ -170,11 +171,11 @@ class AveragedTarget:
 def loss_of(bench: Bench, student: ConsistencyModel) -> Loss:
     target = AveragedTarget(student)
 
-    def loss(model: nn.Module, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    def loss(model: nn.Module, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
         assert isinstance(model, ConsistencyModel)
         x1_BCHW = batch["x1"]
         index_B = (draws.uniform() * SOLVER_STEPS).long().clamp(max=SOLVER_STEPS - 1)
-        noise = draws.normal(x1_BCHW.shape[1:])
+        noise = draws.normal(*x1_BCHW.shape[1:])
         w_B = torch.full_like(x1_BCHW[:, 0, 0, 0], bench.guidance - 1)
         return consistency_loss(
             model,

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.acceleration.fitting import Loss
 from benchmarks.acceleration.protocol import Bench, Budget, Method, Sampler, trained_parameters
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.solvers import Network, ddim_step, guided_network
+from common.steps import StepDraws
 from common.teacher import NoiseSchedule
-from instaflow.training import Draws, Loss
 
 ROUNDS = (8, 4, 2, 1)
 
@@ -101,11 +102,11 @@ def round_loss(bench: Bench, teacher: Any, steps: int, guidance: float) -> Loss:
     """Weighted error of the student's x1 against where two DDIM steps of `teacher` end (algorithm 2)."""
     schedule, null = bench.teacher.schedule, bench.null
 
-    def loss(student: nn.Module, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    def loss(student: nn.Module, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
         x1_BCHW, states = batch["x1"], batch["states"]
         index_B = 1 + (draws.uniform() * steps).long().clamp(max=steps - 1)
         alpha, sigma = schedule.levels(progressive_grid(schedule, steps, index_B))
-        z_BCHW = alpha * x1_BCHW + sigma * draws.normal(x1_BCHW.shape[1:])
+        z_BCHW = alpha * x1_BCHW + sigma * draws.normal(*x1_BCHW.shape[1:])
         target = progressive_target(guided_network(teacher, states, null, guidance), schedule, z_BCHW, index_B, steps)
         return progressive_loss(guided_network(student, states), target, schedule, z_BCHW)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -435,20 +436,30 @@ def encode_text(
     text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device, batch_size: int = 256
 ) -> Tensor:
     """Text states [B, L, D] as `StableDiffusionPipeline.encode_prompt` computes them."""
-    parts = []
+    parts: list[Tensor] = []
     masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
+    cut: list[str] = []
     for first in range(0, len(prompts), batch_size):
+        chunk = list(prompts[first : first + batch_size])
         tokens = tokenizer(
-            list(prompts[first : first + batch_size]),
+            chunk,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
+        cut += [prompt for prompt, encoding in zip(chunk, tokens.encodings or ()) if encoding.overflowing]
         mask = tokens.attention_mask.to(device) if masked else None
         parts.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
     if not parts:
         raise UserError("no prompts given; expected at least one")
+    if cut and not getattr(tokenizer, "said_that_it_cuts", False):
+        tokenizer.said_that_it_cuts = True
+        warnings.warn(
+            f"{len(cut)} of {len(prompts)} prompts are cut to {tokenizer.model_max_length} tokens, the first is "
+            f"{cut[0]!r} (said once)",
+            stacklevel=3,
+        )
     return torch.cat(parts)
 
 

@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         from instaflow.run import Run
 
         run = Run.existing(options.run_dir)
-        return write_metrics(run.metrics, evaluate_run(run), {}, 0.0)
+        return write_metrics(run.metrics, evaluate_run(run), {}, 0.0, trained=False)
     if not options.model or not options.images:
         raise UserError("give --run_dir, or --model and --images")
     result = evaluate_directory(options)

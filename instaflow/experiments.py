@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
-from common.files import write_atomically, write_json
+from common.files import write_json
 from common.metrics.distribution import fid
 from common.metrics.features import extract
 from common.metrics.judge import ShapesJudge
@@ -32,11 +31,11 @@ from common.metrics.measures import PromptSet, Yardstick, fixed_noise, shapes_pr
 from common.metrics.perceptual import perceptual_distance
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
+from common.weights import load_weights, read_weights, save_weights
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
 from instaflow.flow import FlowSource, TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
 from instaflow.losses import Loss, distillation_loss, perceptual_loss, reflow_loss
-from instaflow.run import unique_state
-from instaflow.student import make_student, stack
+from instaflow.student import make_student, stack, unique_state
 from instaflow.trainer import optimise
 
 INIT = "negate"
@@ -142,9 +141,8 @@ class Lab:
         """A tensor made once."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
-            latents = make().contiguous()
-            write_atomically(path, lambda temporary: save_file({"latents": latents}, str(temporary)))
-        return load_file(path)["latents"]
+            save_weights(path, {"latents": make()})
+        return read_weights(path)[0]["latents"]
 
     def note(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Numbers made once."""
@@ -159,11 +157,10 @@ class Lab:
             path = self.folder / f"{name}-seed{seed}.safetensors"
             flow = self._start(name, seed)
             if path.is_file():
-                flow.load_state_dict(load_file(path), strict=False)
+                load_weights(flow, path, against="this arm", wanted=unique_state(flow))
             else:
                 self._train(name, flow, seed)
-                weights = {key: value.detach().contiguous().clone() for key, value in unique_state(flow).items()}
-                write_atomically(path, lambda temporary: save_file(weights, str(temporary)))
+                save_weights(path, unique_state(flow))
             self._flows[name, seed] = flow.eval().requires_grad_(False)
         return self._flows[name, seed]
 

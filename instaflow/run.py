@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import parse_config
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
@@ -33,7 +33,7 @@ from common.weights import load_weights, save_weights
 from instaflow.config import InstaFlowConfig, TrainerConfig
 from instaflow.flow import FlowSource, UNetFlow
 from instaflow.pipeline import Card, InstaFlowPipeline
-from instaflow.student import make_student, stack
+from instaflow.student import make_student, stack, unique_state
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("stages", "evaluation", "pairs.folder", "pairs.batch_size", "trainer.cache_text_gb")
@@ -243,14 +243,3 @@ def refuse_other_teacher(folder: Path, name: str, teacher: Teacher) -> None:
             f"{folder} was begun with another teacher than {name} is now (its weights changed): "
             "choose another --run_dir, or delete that folder"
         )
-
-
-def unique_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every shared tensor under its first name only."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            result[name] = tensor
-    return result

@@ -135,6 +135,17 @@ def stack(flow: UNetFlow, pruning: str = "drop_out_in", shared: bool = False) ->
     return UNetFlow(StackedUNet(first, second, pruning, shared), None, flow.time_scale)
 
 
+def unique_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every shared tensor under its first name only."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            result[name] = tensor
+    return result
+
+
 def parameter_count(module: nn.Module) -> int:
     """Parameters, those shared between modules counted once."""
     return sum(parameter.numel() for parameter in module.parameters())

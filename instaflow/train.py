@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from instaflow.evaluate import evaluate_run
 
     metrics = evaluate_run(run, flow, student)
-    trained = run.seconds.keys() - {"pairs"}  # where nothing was, the times of the start that did it stand
-    return write_metrics(run.metrics, metrics, run.seconds if trained else {}, time.perf_counter() - started)
+    trained = bool(run.seconds.keys() - {"pairs"})
+    return write_metrics(run.metrics, metrics, run.seconds, time.perf_counter() - started, trained)
 
 
 def reflow(run: Run) -> UNetFlow:

@@ -152,6 +152,7 @@ def identity(source: PairSource, prompts: Sequence[str], seed: int, shard_size: 
 def default_folder(source: PairSource, prompts: Sequence[str], seed: int = 0, shard_size: int = 1024) -> Path:
     """The cache folder of these pairs: named after their identity, shared by every run that wants the same ones."""
     key = json.dumps(identity(source, prompts, seed, shard_size), sort_keys=True)
+    # Named after the first method that made pairs, so that those of existing caches are found.
     return cache_dir("instaflow", "pairs", hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
@@ -183,15 +184,16 @@ def generate_pairs(
         raise UserError(f"pairs: count {count}, batch size {batch_size} and shard size {shard_size} must be at least 1")
     if any("\n" in prompt for prompt in prompts):
         raise UserError("a prompt contains a line break; prompts are kept one per line")
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = identity(source, prompts, seed, shard_size)
-    with _locked(folder):
-        manifest = _read_manifest(folder)
-        if manifest is None:
-            text = "".join(f"{prompt}\n" for prompt in prompts)
-            write_atomically(folder / PROMPTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            manifest = {"identity": wanted, "shards": {}}
-            write_json(folder / MANIFEST, manifest)
+    manifest = _read_manifest(folder)
+    if manifest is None:  # what is whole is read from a folder that cannot be written, too
+        with _locked(folder):
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                text = "".join(f"{prompt}\n" for prompt in prompts)
+                write_atomically(folder / PROMPTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                manifest = {"identity": wanted, "shards": {}}
+                write_json(folder / MANIFEST, manifest)
     _refuse_other(folder, manifest["identity"], wanted)
     states = StateTable(source.teacher)
     for number in range(rank, -(-count // shard_size), world):
@@ -285,7 +287,7 @@ class PairDataset(Dataset):
     def __init__(self, folder: Path, source: PairSource | None = None, count: int | None = None) -> None:
         manifest = _read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder}: no pairs there ({MANIFEST} is missing); make them with instaflow/train.py")
+            raise UserError(f"{folder}: no pairs there ({MANIFEST} is missing); expected what generate_pairs writes")
         self.folder, self.identity = folder, manifest["identity"]
         if source is not None:
             _refuse_other(folder, {"source": self.identity["source"]}, {"source": source.describe()})
@@ -402,7 +404,19 @@ def _sound(folder: Path, record: dict[str, Any]) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time reads and rewrites the manifest."""
-    with (folder / ".lock").open("w") as lock:
+    """One process at a time reads and rewrites the manifest.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: pairs cannot be kept there ({error.strerror}); expected a folder that can be written "
+            "(REPRO_CACHE moves the cache)"
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

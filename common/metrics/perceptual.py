@@ -14,13 +14,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.metrics.lpips import INPUT_SCALE, INPUT_SHIFT, LPIPS, VGG16Trunk, load_official_lpips
-from common.training import load_checkpoint
+from common.metrics.lpips import (
+    INPUT_SCALE,
+    INPUT_SHIFT,
+    LPIPS,
+    VGG16Trunk,
+    lpips_from_state_dict,
+    official_parts,
+    read_tensors,
+)
 
 WEIGHTS = Path(__file__).with_name("perceptual_trunk.safetensors")
 WIDTHS = (16, 24, 32, 48, 48)  # a tenth of VGG16's
@@ -83,11 +89,17 @@ def perceptual_distance(trunk: str = "trained") -> LPIPS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return LPIPS(VGG16Trunk(WIDTHS))
-    paths = [Path(part.strip()) for part in trunk.split(",")]
-    state = {key: value for path in paths for key, value in _read_weights(path).items()}
-    if _is_alexnet(state):
-        return alexnet_lpips(state, trunk)
-    return load_official_lpips(*paths)
+    return official_lpips(*(part.strip() for part in trunk.split(",")))
+
+
+def official_lpips(*paths: str | Path) -> LPIPS:
+    """The official LPIPS from the user's files (.pth or .safetensors), together: trunk and LPIPS heads."""
+    state = {key: value for path in paths for key, value in read_tensors(Path(path)).items()}
+    source = " + ".join(str(path) for path in paths)
+    first = state.get("features.0.weight", state.get("net.slice1.0.weight"))
+    if first is not None and tuple(first.shape[-2:]) == (11, 11):
+        return alexnet_lpips(state, source)
+    return lpips_from_state_dict(state, source)
 
 
 def alexnet_lpips(state: Mapping[str, Tensor], source: str = "state dict") -> LPIPS:
@@ -97,16 +109,7 @@ def alexnet_lpips(state: Mapping[str, Tensor], source: str = "state dict") -> LP
     Raises:
         UserError: a weight is missing, or the heads do not fit the taps.
     """
-    weights: dict[str, Tensor] = {}
-    heads: dict[int, Tensor] = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "features" and len(parts) == 3:
-            weights[key] = value
-        elif parts[0] == "net" and len(parts) == 4:
-            weights[f"features.{parts[2]}.{parts[3]}"] = value
-        elif parts[0].startswith("lin") and parts[-1] == "weight" and parts[0][3:].isdigit():
-            heads[int(parts[0][3:])] = value
+    weights, heads = official_parts(state)
     trunk = AlexNetTrunk()
     missing = [key for key in trunk.state_dict() if key not in weights]
     if missing:
@@ -117,22 +120,6 @@ def alexnet_lpips(state: Mapping[str, Tensor], source: str = "state dict") -> LP
         raise UserError(f"{source}: LPIPS heads {sorted(heads)} do not fit AlexNet's taps of {widths} channels")
     lins: Sequence[Tensor] | None = [heads[i] for i in range(len(widths))] if heads else None
     return LPIPS(trunk, lins)
-
-
-def _is_alexnet(state: Mapping[str, Tensor]) -> bool:
-    first = state.get("features.0.weight", state.get("net.slice1.0.weight"))
-    return first is not None and tuple(first.shape[-2:]) == (11, 11)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return load_checkpoint(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected AlexNet, VGG16 or LPIPS weights (.pth or .safetensors)")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable weights file ({error}); download it again") from None
 
 
 def train_trunk(steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[VGG16Trunk, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,3 +199,25 @@ def test_the_default_folder_is_named_after_what_the_pairs_are(tmp_path: Path, mo
     assert one == default_folder(source(), PROMPTS)
     assert one != default_folder(source(guidance=2.5), PROMPTS)
     assert tmp_path in one.parents
+
+
+def test_folders_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/pairs: pairs cannot be kept there .*REPRO_CACHE"):
+        make(tmp_path / "file" / "pairs")
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set REPRO_CACHE to a folder"):
+        default_folder(source(), PROMPTS)
+
+
+def test_pairs_of_earlier_caches_are_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Recorded before the pairs moved to common/: the folder's name is a checksum of what the pairs are.
+    class Fixed:
+        teacher = SimpleNamespace(latent_shape=(4, 8, 8))
+
+        def describe(self) -> dict[str, Any]:
+            return {"kind": "fixed", "steps": 3}
+
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
+    found = default_folder(Fixed(), PROMPTS, 5, 64)  # type: ignore[arg-type]
+    assert found.relative_to(tmp_path).as_posix() == "instaflow/pairs/82915bf1a92b279a"

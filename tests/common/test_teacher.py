@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_prompts_and_latents_are_treated_as_stock_diffusers_does(saved: Path) ->
     assert images.dtype == torch.uint8
     assert images.shape == (2, 3, 16, 16)
     torch.testing.assert_close(images.float() / 127.5 - 1, wanted.clamp(-1, 1), atol=0.51 / 127.5, rtol=0)
+
+
+def test_prompts_that_are_cut_are_counted_and_said_once(saved: Path) -> None:
+    teacher = Teacher.load(saved)
+    prompts = ["a red star", "two blue ring of the left star and ring"]
+    with pytest.warns(UserWarning, match="1 of 2 prompts are cut to 6 tokens, the first is 'two blue"):
+        teacher.encode(prompts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.encode(prompts)
 
 
 @pytest.mark.skipif(not (PRETRAINED / "shapes32-v").is_dir(), reason="no committed teacher in this checkout")

@@ -169,6 +169,8 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         max_steps: optimiser steps of the stage.
+        max_minutes: of the stage's training: a machine that would take longer does as many eighths of max_steps as fit
+            (measured at the start, kept in the stage's folder); 0 sets no limit.
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
@@ -177,6 +179,7 @@ class TrainerConfig(TrainerOptions):
     """
 
     max_steps: int = 1000
+    max_minutes: float = 0.0
     batch_size: int = 64
     gradient_checkpointing: bool = False
     attention: Attention = "auto"

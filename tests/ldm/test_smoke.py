@@ -11,13 +11,13 @@ from ldm import reproduce
 from ldm.first_stage import to_unit
 from ldm.sample import condition_columns
 from ldm.training import Run, raw_condition
+from tests.claims import smoke_records
 from tests.ldm.tiny_run import train
 
 
 @pytest.mark.smoke
 def test_latent_diffusion_samples_faster_and_better_than_pixels_at_equal_time(tmp_path: Path) -> None:
-    records = reproduce.main(["--tier", "smoke", "--claims", "L1", "--output", str(tmp_path / "ldm.json")])
-    (latent_beats_pixels,) = records
+    latent_beats_pixels = smoke_records(reproduce, tmp_path, "L1")["L1"]
     assert latent_beats_pixels["tier"] == "smoke"
     measured = latent_beats_pixels["measured"][0]
     assert measured["sampling_speedup"] >= 4.0

@@ -8,10 +8,8 @@ from common.options import TrainerOptions
 
 @dataclass
 class NetworkConfig:
-    """width: channels of the hidden layers. depth: how many there are."""
-
-    width: int = 32
-    depth: int = 4
+    width: int = 32  # channels of the hidden layers
+    depth: int = 4  # how many there are
 
 
 @dataclass

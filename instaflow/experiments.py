@@ -20,28 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
 from common.metrics.distribution import fid
 from common.metrics.features import extract
+from common.metrics.judge import ShapesJudge
+from common.metrics.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
+from common.metrics.perceptual import perceptual_distance
+from common.solvers import DiffusionSource
 from common.study import Study as CommonStudy
+from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
-from instaflow.judge import ShapesJudge
-from instaflow.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
-from instaflow.pairs import DiffusionSource, FlowSource, PairDataset, PairSource, StateTable
-from instaflow.perceptual import perceptual_distance
-from instaflow.student import make_student, stack
-from instaflow.teacher import Teacher
-from instaflow.training import (
-    Loss,
-    distillation_loss,
-    make_pairs,
-    optimise,
-    perceptual_loss,
-    prompt_list,
-    reflow_loss,
-    unique_state,
-)
+from instaflow.flow import FlowSource, TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
+from instaflow.losses import Loss, distillation_loss, perceptual_loss, reflow_loss
+from instaflow.student import make_student, stack, unique_state
+from instaflow.trainer import optimise
 
 INIT = "negate"
 SOLVER = "DPMSolverMultistepScheduler"

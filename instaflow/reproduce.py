@@ -24,9 +24,9 @@ from common.cpu import tune_allocator
 from common.errors import run_main
 from common.paths import REPOSITORY
 from common.study import open_sizes
+from common.teacher import Teacher
 from instaflow.experiments import Sizes, Study
 from instaflow.flow import transport_cost
-from instaflow.teacher import Teacher
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 FEW = (1, 2, 4)

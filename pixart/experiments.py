@@ -28,15 +28,15 @@ from common.data.shapes_verifier import read
 from common.study import ENDLESS, Arm, Judge, Watch, fit_arm, labelled
 from common.study import Study as CommonStudy
 from common.weights import read_weights, save_weights
-from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, StageConfig, TrainerConfig
+from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, PixArtConfig, StageConfig, TrainerConfig
 from pixart.convert import load_weights, reparameterise
 from pixart.data import BucketDataModule, Pictures, open_pictures, pad_to_square
 from pixart.diffusion import Diffusion
 from pixart.features import Codec, FeatureTable, open_features
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.model import DiT, PixArt
 from pixart.samplers import Noise, dpm_solver, guided, iddpm, sa_solver, seeded_noise
 from pixart.text import TextEncoder
-from pixart.training import StageModule
+from pixart.trainer import StageModule
 
 SHAPES_VAE, EMOJI_VAE = "ldm/pretrained/shapes32-v/vae", "ldm/pretrained/emoji64/vae"
 TOKENS = 56
@@ -386,7 +386,8 @@ class Study(CommonStudy[Sizes]):
 
             def look(step: int) -> dict[str, float]:
                 if step in keep:
-                    save_weights(self._snapshot(name, seed, step), module.averaged.state_dict())
+                    with module.sampling():
+                        save_weights(self._snapshot(name, seed, step), network.state_dict())
                 network.eval()
                 found = measure(network)
                 network.train()
@@ -397,7 +398,7 @@ class Study(CommonStudy[Sizes]):
             data = BucketDataModule(table(), batch, steps, seed)
             clip = config.optimiser.grad_clip
             fit_arm(module, data, watch, config.trainer, steps=steps, batch_size=batch, grad_clip=clip)
-            return module.averaged, watch.record()  # type: ignore[return-value]
+            return module.averaged(), watch.record()  # type: ignore[return-value]
 
         return self.arm(name, seed, start, trained, settings)
 

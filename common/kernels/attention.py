@@ -47,8 +47,8 @@ ENVIRONMENT = "REPRO_ATTENTION"
 UNMEASURED = "unmeasured"
 
 MARGIN = 0.15  # a form must win by so much over the default, so that equal machines choose alike
-# Scores a head and sample, 512 x 512, that may be written out for a backward pass, which keeps their weights: with more,
-# these take most of a block's memory, which is what the fused kernel is there to avoid.
+# Scores a head and sample, 512 x 512, that may be written out for a backward pass, which keeps their weights: more of
+# them would take most of a block's memory, which is what the fused kernel is there to avoid.
 _KEPT_SCORES = 1 << 18
 _SMALL_SCORES = 1 << 18  # scores of all heads and samples up to which nothing is measured
 _PART_SCORES = 1 << 21  # of a part: 4 MiB in bfloat16
@@ -166,8 +166,8 @@ def _in_parts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, part_scores: int
 ) -> Tensor:
     batch, heads, queries, _ = q.shape
-    samples = max(1, min(batch, part_scores // (heads * queries * k.shape[2])))
-    rows = queries if samples > 1 else max(1, min(queries, part_scores // (heads * k.shape[2])))
+    samples = max(1, part_scores // max(1, heads * queries * k.shape[2]))
+    rows = queries if samples > 1 else max(1, min(queries, part_scores // max(1, heads * k.shape[2])))
     k, v = k.contiguous(), v.contiguous()  # lest every part's product makes a copy of its own
     attend: Any = _written_out
     if _needs_gradients(q, k, v, mask):

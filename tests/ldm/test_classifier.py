@@ -154,7 +154,7 @@ def test_program_draws_with_a_classifier(model: Path, classifier: Path, tmp_path
 def test_trained_classifier_is_not_trained_again(
     model: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ldm.training.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
     assert main(arguments(model, classifier)) == json.loads((classifier / "metrics.json").read_text())
     assert "trained already" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"another configuration \(lr was 0.003, is 0.5\)"):

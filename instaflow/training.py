@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.data.lines import read_json_lines
 from common.data.sampling import StepDataModule, TensorTable, derive_seed, step_generator
 from common.errors import UserError
 from common.files import write_atomically, write_json
@@ -289,13 +290,10 @@ def prompt_list(name: str, count: int) -> list[str]:
     if not path.is_file():
         raise UserError(f'prompt file {path}: no such file; expected one JSON object a line with the field "text"')
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
+    for where, row in read_json_lines(path):
+        text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{path} line {number}: "text" is missing or empty; expected {{"text": PROMPT}}')
+            raise UserError(f'{where}: "text" is missing or empty; expected {{"text": PROMPT}}')
         prompts.append(" ".join(text.split()))
     return prompts
 

@@ -62,6 +62,11 @@ def test_captions_are_read_from_three_kinds_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n1,a cat\n2,"a dog"\n3,\n')
     for name in ("a.txt", "metadata.jsonl", "a.csv"):
         assert list(read_captions(tmp_path / name)) == ["a cat", "a dog"]
+    (tmp_path / "a.txt").write_text("\ufeffa cat\u2028on a mat\n", encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text('\ufeff{"text": "a cat\u2028on a mat"}\n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text("\ufefftext,id\na cat\u2028on a mat,1\n", encoding="utf-8")
+    for name in ("a.txt", "metadata.jsonl", "a.csv"):
+        assert list(read_captions(tmp_path / name)) == ["a cat\u2028on a mat"]
 
 
 @pytest.mark.parametrize(

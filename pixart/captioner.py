@@ -140,16 +140,12 @@ def caption_folder(
     """
     from tqdm import tqdm
 
-    from common.data.folders import IMAGE_SUFFIXES, CorruptImage, decode
+    from common.images import CorruptImage, decode, image_files
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not names:
-        raise UserError(f"{folder}: no images in it")
+    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []

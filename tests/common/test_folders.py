@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common import images
 from common.data import folders
-from common.data.folders import CorruptImage, Framing, ShardedImages, decode, open_images
+from common.data.folders import Framing, open_images
+from common.data.shards import ShardedImages
 from common.errors import UserError
+from common.images import CorruptImage, decode
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +104,7 @@ def test_policies_cut_the_middle_a_seeded_place_or_nothing() -> None:
 
 
 def test_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "MAX_PIXELS", 63)
+    monkeypatch.setattr(images, "MAX_PIXELS", 63)
     with pytest.raises(CorruptImage, match="8 x 8 pixels, the limit is 63"):
         decode(png(1))
 
@@ -224,8 +227,8 @@ def test_scan_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: py
     root = captioned(tmp_path / "d", 20)
     open_images(root, size=4)
     calls = []
-    real = folders.decode
-    monkeypatch.setattr(folders, "decode", lambda source, background: calls.append(source) or real(source, background))
+    real = folders.decoded
+    monkeypatch.setattr(folders, "decoded", lambda source: calls.append(source) or real(source))
     open_images(root, size=4)
     assert calls == []
     (root / "007.png").write_bytes(png(99, (9, 9)))
@@ -277,7 +280,8 @@ def test_dataset_saved_to_disk_and_parquet_open_by_path(tmp_path: Path) -> None:
         ]
         assert data.classes == ["dark", "very_dark"]
         with pytest.raises(UserError, match="no image column 'image'; its columns are picture, text, label"):
-            open_images(tmp_path / name, size=4)
+            open_images(tmp_path / name, size=4, image_column="image")
+        assert level(open_images(tmp_path / name, size=4)[3]) == 3, "the one column that may hold pictures"
         with pytest.raises(UserError, match="no caption column 'prompt'"):
             open_images(tmp_path / name, size=4, image_column="picture", caption_column="prompt")
 
@@ -383,7 +387,7 @@ def test_missing_truncated_and_wrong_shards_are_named(shards: Path) -> None:
         stream(shards / "nowhere")
     with pytest.raises(UserError, match="there is no such shard"):
         ShardedImages(shards / "x.parquet", size=4, batch_size=1)
-    with pytest.raises(UserError, match="no column 'caption'; its columns are image, text"):
+    with pytest.raises(UserError, match="no caption column 'caption'; its columns are image, text"):
         stream(shards, caption_column="caption")
     path = shards / "part-3.parquet"
     path.write_bytes(path.read_bytes()[:-10])

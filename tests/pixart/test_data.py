@@ -174,7 +174,7 @@ def test_bad_data_options_are_refused(options: dict[str, Any], sentence: str) ->
 def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 4)
     (root / "2.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"skipped .*2.png"), pytest.raises(UserError, match="1 of 4 pictures cannot"):
+    with pytest.warns(UserWarning, match=r"skipped .*2.png"), pytest.raises(UserError, match="1 of 4 images cannot"):
         open_pictures(DataConfig(name="folder", path=str(root), size=16), "train", 0, 8)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.data.folders import read_metadata
+from common.data.folders import read_folder
 from common.errors import UserError
 from pixart import noun_density
 from pixart.captioner import PROMPT, Captioner, caption_folder
@@ -198,7 +198,7 @@ def photos(tmp_path: Path) -> Path:
 def test_every_image_gets_a_line_that_the_data_loader_reads(vision_encoder_decoder: Path, photos: Path) -> None:
     captioner = Captioner(vision_encoder_decoder, max_new_tokens=4)
     assert caption_folder(captioner, photos, batch_size=2, progress=False) == 3
-    records, _ = read_metadata(photos)
+    records = read_folder(photos).records
     assert [record.path.name for record in records] == ["a.png", "b.png", "c.png"]
     assert records[0].caption == captioner([Image.open(photos / "a.png")])[0]
 

@@ -123,9 +123,10 @@ def hold_out(source: Source) -> tuple[list[int], list[int]]:
         rows = by_split["train"]
     if len(rows) < FEWEST_IMAGES:
         return rows, []
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(source.key(row).encode("utf-8", "surrogatepass")).digest())
-    chosen = set(by_hash[: -(-len(rows) // HELD_OUT_SHARE)])
-    return [row for row in rows if row not in chosen], sorted(chosen)
+    keys = {row: source.key(row) for row in rows}
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(keys[row].encode("utf-8", "surrogatepass")).digest())
+    chosen = {keys[row] for row in by_hash[: -(-len(rows) // HELD_OUT_SHARE)]}  # all rows of one picture go together
+    return [row for row in rows if keys[row] not in chosen], [row for row in rows if keys[row] in chosen]
 
 
 @dataclass(frozen=True)
@@ -385,12 +386,12 @@ def load_tables(name: str) -> dict[str, Any]:
             files = parquet_files(path) if path.is_dir() else [path]
             splits = splits_of([file.relative_to(path) for file in files], strict=False) if path.is_dir() else []
             by_split: dict[str, list[str]] = {}
-            for file, split in zip(files, splits or ["all"] * len(files)):
+            for file, split in zip(files, splits or ["train"] * len(files)):
                 by_split.setdefault(split, []).append(str(file))
             by_split.pop("", None)
             loaded = datasets.load_dataset("parquet", data_files=by_split)
             if not splits:
-                loaded = loaded["all"]
+                loaded = loaded["train"]
         else:
             loaded = datasets.load_dataset(name)
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError, OSError) as error:

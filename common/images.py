@@ -109,7 +109,7 @@ def decode(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> Im
 def picture_size(source: Path | bytes) -> tuple[int, int]:
     """(height, width) of a picture as `decode` will give it, from its header alone; raises CorruptImage."""
     with _as_corrupt(), _opened(source) as file:
-        turned = _orientation(file) >= 5  # lying on its side
+        turned = file.format != "TIFF" and _orientation(file) >= 5  # lying on its side; Pillow turns TIFF by itself
         return (file.width, file.height) if turned else (file.height, file.width)
 
 

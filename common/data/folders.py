@@ -13,6 +13,7 @@ one; more than 1 % of them stop the run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -359,7 +360,13 @@ def open_source(
 
 def need_words(source: Source, rows: Sequence[int]) -> None:
     """Raise UserError, saying what would give them, where no row has a caption or a class."""
-    if not any(source.label(row) != ("", -1) for row in rows):
+
+    def words(row: int) -> bool:
+        with contextlib.suppress(CorruptImage):
+            return source.label(row) != ("", -1)
+        return False
+
+    if not any(map(words, rows)):
         raise UserError(
             f"{source.name}: {len(source)} images but no metadata.jsonl; write one line "
             '{"file_name": "a.png", "text": "a cat"} per image, give each a .txt of its name, or sort them into one '

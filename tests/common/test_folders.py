@@ -13,12 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from common import images
 from common.data import folders
 from common.data.folders import Framing, open_images
 from common.data.shards import ShardedImages
 from common.errors import UserError
-from common.images import CorruptImage, decode
 
 
 @pytest.fixture(autouse=True)
@@ -47,45 +45,6 @@ def level(item: dict) -> int:
     return int(item["image"][0, 0, 0])
 
 
-def test_alpha_is_laid_on_the_background() -> None:
-    out = io.BytesIO()
-    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(out, "PNG")
-    assert decode(out.getvalue(), (255, 255, 255)).getpixel((1, 1)) == (255, 204, 204)
-    assert decode(out.getvalue(), (0, 0, 0)).getpixel((1, 1)) == (51, 0, 0)
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30] + [0] * 765)
-    out = io.BytesIO()
-    palette.save(out, "PNG", transparency=0)
-    assert decode(out.getvalue(), (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
-
-
-def test_grey_16_bit_cmyk_and_float_become_8_bit_rgb() -> None:
-    def through(picture: Image.Image, form: str) -> tuple[int, ...]:
-        out = io.BytesIO()
-        picture.save(out, form)
-        result = decode(out.getvalue())
-        assert result.mode == "RGB"
-        return result.getpixel((2, 2))  # type: ignore[return-value]
-
-    assert through(Image.new("L", (4, 4), 77), "PNG") == (77,) * 3
-    assert through(Image.fromarray(np.full((4, 4), 257 * 77, np.uint16)), "PNG") == (77,) * 3
-    assert through(Image.new("1", (4, 4), 1), "PNG") == (255,) * 3
-    assert through(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "TIFF") == (51,) * 3
-    red, green, blue = through(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
-    assert red > 240 and green < 15 and blue < 15
-
-
-def test_exif_orientation_turns_the_picture() -> None:
-    picture = Image.new("RGB", (8, 4))
-    picture.paste((255, 255, 255), (0, 0, 4, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side: turn it 90 degrees clockwise
-    out = io.BytesIO()
-    picture.save(out, "PNG", exif=exif)
-    upright = decode(out.getvalue())
-    assert upright.size == (4, 8) and upright.getpixel((1, 1)) == (255,) * 3 and upright.getpixel((1, 6)) == (0,) * 3
-
-
 def test_policies_cut_the_middle_a_seeded_place_or_nothing() -> None:
     stripes = np.zeros((10, 30, 3), np.uint8)
     stripes[:, :10], stripes[:, 10:20], stripes[:, 20:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -101,18 +60,6 @@ def test_policies_cut_the_middle_a_seeded_place_or_nothing() -> None:
     padded = frame("pad")
     assert (padded[:, 0] == 7).all() and (padded[:, -1] == 7).all()
     assert padded[0, 5, 1] > 200 and padded[1, 5, 5] > 200 and padded[2, 5, 9] > 200
-
-
-def test_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 63)
-    with pytest.raises(CorruptImage, match="8 x 8 pixels, the limit is 63"):
-        decode(png(1))
-
-
-@pytest.mark.parametrize("data", [b"", b"not an image", png(1, (64, 64))[:-30], b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_broken_bytes_are_corrupt_images(data: bytes) -> None:
-    with pytest.raises(CorruptImage):
-        decode(data)
 
 
 def test_image_folder_yields_image_caption_and_label(tmp_path: Path) -> None:

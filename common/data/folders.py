@@ -112,17 +112,23 @@ class Record:
     label: int = -1
 
 
+@dataclass
 class Folder:
     """An image folder as a `Source`; made by `read_folder`.
 
     captions_from: the file or files that captions were read from, "" where they are classes' names or missing.
     """
 
-    def __init__(
-        self, root: Path, records: list[Record], splits: list[str], classes: list[str], captions_from: str, about: str
-    ) -> None:
-        self.name, self.root, self.records, self.splits, self.classes = str(root), root, records, splits, classes
-        self.captions_from, self.about = captions_from, about
+    root: Path
+    records: list[Record]
+    splits: Sequence[str]
+    classes: list[str]
+    captions_from: str
+    about: str
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,12 +155,7 @@ class Folder:
         return self.records[index].path.relative_to(self.root).as_posix()
 
 
-def read_folder(
-    where: str | Path,
-    text: str | None = None,
-    label: str | None = None,
-    drop_labels: bool = False,
-) -> Folder:
+def read_folder(where: str | Path, text: str | None = None, label: str | None = None) -> Folder:
     """The pictures of an image folder by the convention of `datasets` ("imagefolder"), without decoding any.
 
     - Folders train, validation (val, valid, dev) and test (eval, ...) at any level are splits; files called so too
@@ -169,7 +170,6 @@ def read_folder(
 
     Args:
         text, label: columns of the metadata; None finds them, LEFT_OUT reads none.
-        drop_labels: folders are no classes.
 
     Raises:
         UserError: no picture, or naming the line of the metadata: not JSON, a key is missing or of the wrong type,
@@ -194,7 +194,7 @@ def read_folder(
     splits = splits_of([row.picture.relative_to(root) for row in rows])
     rows = [row for row, split in zip(rows, splits or "-" * len(rows)) if split]
     splits = [split for split in splits if split]
-    if not metadata and not drop_labels:
+    if not metadata:
         names = _class_folders([row.picture.relative_to(root) for row in rows], bool(splits))
         rows = [replace(row, label=name) for row, name in zip(rows, names)]
     beside = {file for file in files if file.suffix == ".txt"} & {row.picture.with_suffix(".txt") for row in rows}
@@ -211,12 +211,10 @@ def read_folder(
     records = []
     for row in rows:
         words = class_words(row.label) if isinstance(row.label, str) else ""
-        records.append(
-            Record(row.picture, words if row.caption is None else row.caption, label_of(row.label, number_of))
-        )
-    used = (
-        {record.path for record in records} | {*metadata} | (beside if captions_from.startswith("the .txt") else set())
-    )
+        caption = words if row.caption is None else row.caption
+        records.append(Record(row.picture, caption, label_of(row.label, number_of)))
+    used = {record.path for record in records} | {*metadata}
+    used |= beside if captions_from.startswith("the .txt") else set()
     passed_over = [file.relative_to(root).as_posix() for file in files if file not in used]
     about = _about(root, splits, len(records), len(classes), captions_from, passed_over)
     return Folder(root, records, splits, classes, captions_from, about)
@@ -280,9 +278,11 @@ def _read_metadata(root: Path, files: list[Path], text: str | None, label: str |
         strings = [name for name in strings if name not in (picture_column, label_column)]
         text_column = choose_column(str(file), "caption", text, names, text_candidates(strings, names))
         captions_from = file.name if text_column else captions_from
-        labels = [row.get(label_column) for _, row in table]
-        if file.suffix == ".csv" and all(not cell or cell.removeprefix("-").isdecimal() for cell in labels):
-            labels = [int(cell) if cell else None for cell in labels]
+        labels = [row.get(label_column or "") for _, row in table]
+        if file.suffix == ".csv":  # which knows strings only
+            labels = [cell or None for cell in labels]
+            if all(cell is None or cell.removeprefix("-").isdecimal() for cell in labels):
+                labels = [cell and int(cell) for cell in labels]
         found[file] = []
         for (where, row), cell in zip(table, labels):
             picture = _named_picture(where, row, picture_column, file.parent)

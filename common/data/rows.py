@@ -47,11 +47,12 @@ class Source(Protocol):
     splits: of every row, or empty where the data have none. about: one line on what was taken for what.
     """
 
-    name: str
     classes: list[str]
     splits: Sequence[str]
     about: str
 
+    @property
+    def name(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
@@ -316,7 +317,6 @@ class Table:
             raise UserError(f"{name}: it has no row")
         first = next(iter(tables.values()))
         self.columns = find_columns(name, first.features, image, text, label)
-        self.column_names = list(first.features)
         self._ends = list(accumulate(len(table) for table in tables.values()))
         wanted = [column for column in (self.columns.text, self.columns.label) if column]
         self._pictures, self._words = [], []
@@ -329,13 +329,13 @@ class Table:
                 bare = bare.cast_column(self.columns.image, datasets.Image(decode=False))
             self._pictures.append(bare)
             self._words.append(table.select_columns(wanted) if wanted else None)
-        self.splits = [] if "" in tables else [s for split, table in tables.items() for s in [split] * len(table)]
+        self.splits: Sequence[str] = []
+        if "" not in tables:
+            self.splits = [split for split, table in tables.items() for _ in range(len(table))]
         feature = first.features[self.columns.label] if self.columns.label else None
-        if isinstance(feature, datasets.ClassLabel):
-            self.classes: list[str] = list(feature.names)
-        else:
-            everything = (table.unique(self.columns.label) for table in tables.values()) if feature else ()
-            self.classes = class_names(label for labels in everything for label in labels)
+        self.classes: list[str] = list(getattr(feature, "names", []))  # of a ClassLabel
+        if not self.classes and "string" in str(getattr(feature, "dtype", "")):
+            self.classes = class_names(label for t in tables.values() for label in t.unique(self.columns.label))
         self._number_of = {name: number for number, name in enumerate(self.classes)}
         counts = ", ".join(f"{split} {len(table)}" for split, table in tables.items()) if self.splits else len(self)
         self.about = f"{name}: a table of {counts} rows, {self.columns.about}"

@@ -41,7 +41,7 @@ class _ParquetShard:
         with self._open() as file:
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
             self.columns = find_columns(path, features, image, caption, label, need)
-            self.named = self.columns.label is not None and "string" in str(features[self.columns.label].dtype)
+            self.named = "string" in str(getattr(features.get(self.columns.label), "dtype", ""))
             self.groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
     @contextlib.contextmanager

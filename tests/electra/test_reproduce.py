@@ -59,18 +59,14 @@ def tiny_study(folder: Path, plan: Plan = TINY) -> Study:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    torch.set_num_threads(1)
     return tiny_study(tmp_path_factory.mktemp("electra-tiny"))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("electra-smoke")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     study = Study(PLANS["smoke"], folder)
     records = reproduce.reproduce(study, "smoke", reproduce.NAMES["smoke"], folder / "electra.json")
-    torch.set_num_threads(threads)
     return {**{finished["id"]: finished for finished in records}, "curve": study.arm("electra", 0).curve}
 
 

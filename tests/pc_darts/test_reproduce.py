@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.ledger import check_targets, record, write_claims
@@ -22,7 +21,6 @@ from pc_darts.plan import RUNS, paper_utilisation, plan, search_flop
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("pc_darts-smoke")
-    torch.set_num_threads(1)
     names = list(reproduce.NAMES["smoke"])
     records = reproduce.reproduce(Study(PLANS["smoke"], folder), "smoke", names, folder / "pc_darts.json")
     found = {finished["id"]: finished for finished in records}

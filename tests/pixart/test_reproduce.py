@@ -19,11 +19,8 @@ from pixart.experiments import PLANS, Study, alignment, poor_captions
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("pixart-smoke")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     names = list(reproduce.NAMES["smoke"])
     records = reproduce.reproduce(Study(PLANS["smoke"], folder), "smoke", names, folder / "pixart.json")
-    torch.set_num_threads(threads)
     return {finished["id"]: finished for finished in records}
 
 

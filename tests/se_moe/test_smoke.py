@@ -24,12 +24,9 @@ from tests.se_moe.test_checkpoint import write_config
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("se_moe-smoke")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     names = list(reproduce.NAMES["smoke"])
     study = reproduce.Study(PLANS["smoke"], folder)
     records = reproduce.reproduce(study, "smoke", names, folder / "se_moe.json")
-    torch.set_num_threads(threads)
     return {record["id"]: record for record in records}
 
 

@@ -4,7 +4,7 @@
     python tests/machines.py --settings aten-default,busy
     python tests/machines.py tests/pixart -k golden       # what follows goes to pytest
 
-Which tests are numerical, tests/conftest.py says: goldens, resume, kernels, metrics, of every paper by their file's name.
+Goldens, resume, kernels, metrics: tests/conftest.py says by their files' names which tests these are, in every paper.
 """
 
 from __future__ import annotations

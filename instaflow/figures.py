@@ -15,7 +15,7 @@ from common.images import make_grid, save_png
 from instaflow.flow import TeacherFlow, Velocity, conditioned, euler_path
 
 if TYPE_CHECKING:
-    from instaflow.experiments import Lab
+    from instaflow.experiments import Study
 
 SHOWN = 8  # prompts of a grid
 PATHS = 12  # noises whose paths are drawn
@@ -138,33 +138,33 @@ def draw_claims(claims: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         _save(figure, folder / "losses.png")
 
 
-def draw_figures(results: Path, lab: Lab, folder: Path, seed: int = 0) -> None:
-    """Plots of the claims in `results`, and pictures of the lab's first seed; captions.json for the report."""
+def draw_figures(results: Path, study: Study, folder: Path, seed: int = 0) -> None:
+    """Plots of the claims in `results`, and pictures of the study's first seed; captions.json for the report."""
     claims = {c["id"]: c for c in json.loads(results.read_text())["claims"] if c["tier"] == "small"}
     folder.mkdir(parents=True, exist_ok=True)
     draw_claims(claims, folder)
     if "I3" in claims:
-        prompts = lab.evaluation
+        prompts = study.evaluation
         first = [prompts.prompts.index(prompt) for prompt in dict.fromkeys(prompts.prompts)][:SHOWN]
         rows = torch.tensor(first)
-        source = lab.source(1)
+        source = study.source(1)
         with torch.no_grad():
-            one = source(prompts.noise[rows], lab.evaluation_states[rows])
+            one = source(prompts.noise[rows], study.evaluation_states[rows])
         arms = {
-            f"teacher {lab.budget.solver_steps} steps": lab.teacher_latents(lab.budget.solver_steps)[rows],
+            f"teacher {study.sizes.solver_steps} steps": study.teacher_latents(study.sizes.solver_steps)[rows],
             "teacher 1 step": one,
-            "2-RF 1 step": lab.latents("reflow", seed, 1)[rows],
-            "InstaFlow 1 step": lab.latents("instaflow", seed, 1)[rows],
+            "2-RF 1 step": study.latents("reflow", seed, 1)[rows],
+            "InstaFlow 1 step": study.latents("instaflow", seed, 1)[rows],
         }
-        images = {name: lab.teacher.decode(latents.clone()) for name, latents in arms.items()}
+        images = {name: study.teacher.decode(latents.clone()) for name, latents in arms.items()}
         comparison_grid(images, [prompts.prompts[i] for i in first], SHOWN, folder / "comparison.png")
     if "I1" in claims:
-        noise, states = lab.evaluation.noise[:PATHS], lab.evaluation_states[:PATHS]
+        noise, states = study.evaluation.noise[:PATHS], study.evaluation_states[:PATHS]
         flows = {
             "teacher (1-flow)": conditioned(
-                TeacherFlow(lab.teacher), states, lab.teacher.null(PATHS), lab.budget.guidance
+                TeacherFlow(study.teacher), states, study.teacher.null(PATHS), study.sizes.guidance
             ),
-            "2-rectified flow": conditioned(lab.flow("reflow", seed), states),
+            "2-rectified flow": conditioned(study.flow("reflow", seed), states),
         }
         draw_trajectories(flows, noise, folder / "trajectories.png")
     listing = folder / "captions.json"

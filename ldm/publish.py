@@ -135,7 +135,8 @@ def publish(run_dir: Path, name: str) -> None:
 
     from common.images import save_grid
     from common.ledger import commit, hardware, versions
-    from ldm.sample import open_pipeline, pipeline_images
+    from common.teacher import open_pipeline
+    from ldm.sample import pipeline_images
 
     for needed in ("pipeline/model_index.json", "metrics.json", "config.yaml", "reconstruction.png"):
         if not (run_dir / needed).is_file():

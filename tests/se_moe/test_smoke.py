@@ -15,7 +15,7 @@ import torch.distributed as dist
 from se_moe import communication, experiments, reproduce, train
 from se_moe.checkpoint import load_model
 from se_moe.data import load_tokenizer
-from se_moe.experiments import PLANS
+from tests.claims import smoke_records
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
 from tests.se_moe.test_checkpoint import write_config
@@ -23,11 +23,7 @@ from tests.se_moe.test_checkpoint import write_config
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("se_moe-smoke")
-    names = list(reproduce.NAMES["smoke"])
-    study = reproduce.Study(PLANS["smoke"], folder)
-    records = reproduce.reproduce(study, "smoke", names, folder / "se_moe.json")
-    return {record["id"]: record for record in records}
+    return smoke_records(reproduce, tmp_path_factory.mktemp("se_moe-smoke"))
 
 
 @pytest.mark.smoke

@@ -15,7 +15,8 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup lint format test smoke report clean new-paper data-emoji-extra data-photos data-fashion-mnist data-text browser
+.PHONY: help setup lint format test test-machines smoke report clean new-paper data-emoji-extra data-photos \
+	data-fashion-mnist data-text browser
 
 help: ## list the commands
 	@grep -hE '^[a-z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{gsub(/%/, "<paper>", $$1); printf "  make %-22s %s\n", $$1, $$2}'
@@ -70,6 +71,9 @@ browser:
 
 test: lint browser ## lint, types and all tests (also what CI runs)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+test-machines: $(STAMP) ## the numerical tests as other machines run them (ARGS="--settings aten-default,busy")
+	$(PY) -m tests.machines $(ARGS)
 
 report: $(STAMP) ## build the web page report/site/index.html and the README tables from results/
 	@$(PY) -m report.build

@@ -31,7 +31,6 @@ TINY = 6000  # forward-equivalents
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(BUDGETS, "B1", TINY)

@@ -58,7 +58,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cache: None, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages, never interrupted."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run", teacher)
 
 

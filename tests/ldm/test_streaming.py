@@ -42,7 +42,6 @@ def write_shard(path: Path, rows: int, generator: torch.Generator, first: int, *
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Five shards of 9 rows and one of 24, which is the last by name."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("shards")
     generator = torch.Generator().manual_seed(0)
     for number in range(5):

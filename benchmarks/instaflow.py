@@ -28,7 +28,7 @@ from common.ledger import bench_row, write_rows
 from common.paths import REPOSITORY, RESULTS
 from instaflow.pairs import DiffusionSource, generate_pairs
 from instaflow.pipeline import Card, InstaFlowPipeline
-from instaflow.student import make_student, stable_diffusion_unet
+from instaflow.student import make_student, stable_diffusion_unet, stable_diffusion_vae
 from instaflow.teacher import Teacher
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
@@ -42,7 +42,6 @@ BARE = 0.9  # of bare U-Net throughput, for pairs
 
 def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
     """A teacher of Stable Diffusion 1.5's sizes with random weights; its tokenizer knows the prompts' words."""
-    from diffusers import AutoencoderKL
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -54,15 +53,6 @@ def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=1
     )
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    )
     schedule = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -70,7 +60,7 @@ def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
         "beta_schedule": "scaled_linear",
         "prediction_type": "epsilon",
     }
-    parts = [part.to(device, dtype) for part in (stable_diffusion_unet(), vae, CLIPTextModel(text))]
+    parts = [part.to(device, dtype) for part in (stable_diffusion_unet(), stable_diffusion_vae(), CLIPTextModel(text))]
     return Teacher(parts[0], parts[1], parts[2], tokenizer, schedule)
 
 

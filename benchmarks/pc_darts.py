@@ -159,11 +159,11 @@ def gradient_difference(size: str, partial: int, device: str) -> float:
 
 def kept_bytes(size: str, partial: int, batch: int) -> int:
     """Bytes that one forward pass of the batched form keeps for its backward pass."""
-    from pc_darts.counting import saved_bytes
+    from common.costs import kept_bytes
 
     network = build(size, partial, True)
     x, y, _, _ = images(size, batch, "cpu")
-    return saved_bytes(lambda: F.cross_entropy(network(x), y), list(network.parameters()))
+    return kept_bytes(lambda: F.cross_entropy(network(x), y), network.parameters())
 
 
 def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threads: int) -> Iterator[dict[str, Any]]:

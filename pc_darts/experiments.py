@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from common.costs import kept_bytes
 from common.data.sampling import derive_seed
 from common.files import write_json
 from pc_darts.baselines import darts_options, random_genotype
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
-from pc_darts.counting import saved_bytes
 from pc_darts.data import Augmentation, ImageSet, Pictures, open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
@@ -168,7 +168,7 @@ def search_network_bytes(plan: Plan, partial: int, seed: int) -> int:
     )
     side = plan.memory_side
     x_BCHW, y_B = torch.randn(2, 3, side, side), torch.tensor([0, 1])
-    kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
+    kept = kept_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), network.parameters())
     return kept // len(x_BCHW)
 
 

@@ -482,12 +482,9 @@ CURVES = (
 
 def draw_curves(folder: Path, arms: Sequence[Path]) -> None:
     """curves.png: what each arm logged in training (lines) and on held-out text (points)."""
-    import matplotlib
+    from common.figures import panels, save_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.2 * len(CURVES), 3.4))
+    figure, axes = panels(len(CURVES), 4.2, 3.4)
     for number, arm in enumerate(arms):
         logs = read_logs(arm)
         for axis, (key, label) in zip(axes, CURVES):
@@ -500,12 +497,7 @@ def draw_curves(folder: Path, arms: Sequence[Path]) -> None:
     for axis in axes:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False)
-    figure.tight_layout()
-    write_atomically(
-        folder / "curves.png",
-        lambda path: figure.savefig(path, dpi=110, format="png", metadata={"Software": None}),
-    )
-    plt.close(figure)
+    save_figure(figure, folder / "curves.png")
 
 
 def check_options(config: ElectraRun) -> None:

@@ -37,8 +37,8 @@ from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
 
 if TYPE_CHECKING:
+    from electra.config import ElectraConfig
     from electra.data import StepBatch
-    from electra.model import ElectraConfig
     from electra.objectives import ElectraPretrainer
 
 
@@ -97,7 +97,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 def configuration(size: str) -> ElectraConfig:
-    from electra.model import ElectraConfig
+    from electra.config import ElectraConfig
 
     return ElectraConfig(**SIZES[size].options)
 
@@ -234,7 +234,7 @@ def train_ours(arm: Arm, turns: Turns) -> None:
 
     from common.training import build_trainer
     from electra.config import ElectraRun, OptimiserConfig, TrainerConfig
-    from electra.training import PretrainingModule
+    from electra.trainer import PretrainingModule
 
     class Wait(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -249,18 +249,23 @@ def train_ours(arm: Arm, turns: Turns) -> None:
     precision: Any = "bf16-mixed" if arm.bf16 else "32-true"
     config = ElectraRun(
         optimiser=OptimiserConfig(lr=LEARNING_RATE, warmup=WARMUP),
-        trainer=TrainerConfig(batch_size=batch, log_every=1000, compile=arm.compiled),
+        trainer=TrainerConfig(
+            batch_size=batch,
+            precision=precision,
+            accelerator="gpu" if arm.device == "cuda" else "cpu",
+            log_every=1000,
+            compile=arm.compiled,
+            progress=False,
+        ),
     )
     module = PretrainingModule(build(arm.size), config, STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             Path(folder),
+            config.trainer,
             steps=STEPS,
             batch_size=batch,
-            precision=precision,
-            accelerator="gpu" if arm.device == "cuda" else "cpu",
             grad_clip=1.0,
-            progress=False,
             callbacks=[Wait()],
             logs=False,
         )

@@ -21,7 +21,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,15 +316,13 @@ def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Pat
     columns = training_columns(config)
     side, channels = latent_side(config), config.first_stage.z_channels
     moments = torch.randn(len(columns["image"]), 2 * channels, side, side)
-    trainer_config = config.trainer
+    trainer_config = replace(config.trainer, accelerator="gpu" if device == "cuda" else "cpu", progress=False)
     trainer = build_trainer(
         folder / "run",
+        trainer_config,
         steps=1_000_000,
         batch_size=trainer_config.batch_size,
-        precision=trainer_config.precision,
-        accelerator="gpu" if device == "cuda" else "cpu",
-        grad_clip=config.optimiser.grad_clip or None,
-        progress=False,
+        grad_clip=config.optimiser.grad_clip,
         callbacks=[TakeTurns()],
         logs=False,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import sys
+from pathlib import Path
 
 # <malloc.h>, the same on every glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -44,3 +47,13 @@ def few_sizes(count: int, per_octave: int = 8) -> int:
     """
     step = max(8, (1 << max(0, (count - 1).bit_length() - 1)) // per_octave)
     return -(-count // step) * step
+
+
+def cpu_name() -> str:
+    """The processor in words, for example "Intel Xeon @ 2.70GHz"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|Processor", "", names[0])) if names else platform.machine()

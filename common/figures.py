@@ -79,7 +79,7 @@ def training_curve(axis: Any, logs: Sequence[Mapping[str, Any]], metric: str, st
     axis.errorbar(places, mean, yerr=spread if len(logs) > 1 else None, marker=".", capsize=2, **style)
 
 
-def read_logs(arms: Path, pattern: str) -> list[dict[str, Any]]:
+def kept_logs(arms: Path, pattern: str) -> list[dict[str, Any]]:
     """Kept logs of one arm over its seeds, without those of other checkpoints (of other settings) than the first."""
     logs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arms.glob(pattern))]
     return [log for log in logs if [p["step"] for p in log["curve"]] == [p["step"] for p in logs[0]["curve"]]]

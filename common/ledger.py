@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import torch
 
+from common.cpu import cpu_name
 from common.errors import UserError
 from common.files import write_json
 from common.paths import REPOSITORY
@@ -254,7 +255,7 @@ def hardware() -> str:
         gpu = torch.cuda.get_device_properties(0)
         return f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB ({cores} cores)"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{_cpu_name()}, {cores} core{'s' if cores != 1 else ''}, {memory:.0f} GiB"
+    return f"{cpu_name()}, {cores} core{'s' if cores != 1 else ''}, {memory:.0f} GiB"
 
 
 def versions() -> dict[str, str]:
@@ -286,15 +287,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|Processor", "", names[0])) if names else platform.machine()
 
 
 def _finite(value: float) -> float | None:

@@ -3,12 +3,14 @@ throughput in the progress bar, logs. The loop itself is Lightning's."""
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,15 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import write_atomically, write_json
+from common.kernels.attention import fix_form, use_choices
+from common.options import TrainerOptions
+from common.precision import choose_precision
+from common.processes import is_main_process
 
 LAST_CHECKPOINT = "last.ckpt"
 
@@ -154,6 +161,36 @@ class ThroughputBar(TQDMProgressBar):
         return metrics
 
 
+class ExpectedTime(Callback):
+    """Says after some steps how long the whole stage will take, in which precision."""
+
+    AFTER = 5
+
+    def __init__(self, label: str, steps: int, precision: str) -> None:
+        self.label, self.steps, self.precision = label, steps, precision
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first = generator_step(trainer)
+        self._since: float | None = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = generator_step(trainer) - self._first
+        if done == 1 and batch_idx < trainer.accumulate_grad_batches:  # the first step warms up
+            self._since = time.perf_counter()
+        if done == self.AFTER + 1 and trainer.is_global_zero and self._since is not None:
+            each = (time.perf_counter() - self._since) / self.AFTER
+            minutes = each * (self.steps - self._first - done) / 60
+            print(
+                f"{self.label}: {self.steps} steps in {self.precision}, {each:.3g} s each: about {minutes:.1f} minutes "
+                "to go",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._since = None
+
+
 class CpuBudget(Callback):
     """Ends training after so many CPU-seconds of this process (budgets of the claims do not depend on other load)."""
 
@@ -190,11 +227,6 @@ class EveryNSteps(Callback):
             self._done = step
             if trainer.is_global_zero:
                 self.action(step)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the shared files: known from the launcher's variables before any Trainer exists."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence[str] = ()) -> None:
@@ -252,21 +284,15 @@ def quiet_lightning() -> None:
 
 def build_trainer(
     folder: Path,
+    options: TrainerOptions,
     *,
     steps: int,
     batch_size: int,
-    precision: str = "32-true",
-    accumulate: int = 1,
-    accelerator: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    grad_clip: float | None = None,
+    precision: str | None = None,
+    accumulate: int | None = None,
+    grad_clip: float = 0.0,
     optimisers: int = 1,
-    checkpoint_every: int = 500,
-    log_every: int = 20,
-    progress: bool = True,
-    callbacks: list[Callback] | None = None,
+    callbacks: Sequence[Callback] = (),
     logs: bool = True,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
@@ -277,47 +303,55 @@ def build_trainer(
 
     Args:
         batch_size: samples of one step over all processes, for the throughput.
-        unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
+        precision: what `options.precision` came to (see `common.precision`); needed where that is auto.
+        accumulate: micro-batches of a step; None for those of `options`.
+        grad_clip: largest norm of the gradient; 0 does not clip.
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
+        unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
 
     Raises:
         UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
     """
     quiet_lightning()
     tune_allocator()
+    fix_form(options.attention)
+    use_choices(Choices(folder if logs else None))
     checkpoints = folder / "checkpoints"
+    chosen_precision = precision or options.precision
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
-        own.append(SaveEvery(checkpoints, checkpoint_every, last=steps))
-    if strategy == "ddp":
+        own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
+        own.append(SaveEvery(checkpoints, options.checkpoint_every, last=steps))
+    strategy: Any = options.strategy
+    if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
-        chosen: Any = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    else:
-        chosen = strategy
-    show = progress and not os.environ.get("CI")
+        strategy = DDPStrategy(
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=strategy != "ddp"
+        )
+    show = options.progress and not os.environ.get("CI")
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
-    options: dict[str, Any] = dict(
+    settings: dict[str, Any] = dict(
         default_root_dir=folder,
         max_steps=steps * optimisers,
         max_epochs=-1,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=chosen,
-        precision=precision,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=grad_clip,
-        callbacks=[*own, *(callbacks or [])],
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision=chosen_precision,
+        accumulate_grad_batches=accumulate or options.accumulate,
+        gradient_clip_val=grad_clip or None,
+        callbacks=[*own, *callbacks],
         logger=[
-            CSVLogger(folder, name="logs", flush_logs_every_n_steps=log_every),
+            CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),
         ]
         if logs
         else False,
         plugins=[AtomicCheckpointIO()],
-        log_every_n_steps=log_every,
+        log_every_n_steps=options.log_every,
         enable_checkpointing=False,
         enable_progress_bar=show,
         enable_model_summary=False,
@@ -326,12 +360,58 @@ def build_trainer(
         limit_val_batches=0,
     )
     try:
-        return pl.Trainer(**options)
+        return pl.Trainer(**settings)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(
-            f"trainer options accelerator {accelerator}, devices {devices}, strategy {strategy}, precision {precision} "
-            f"do not fit this machine: {' '.join(str(error).split())}"
+            f"trainer options accelerator {options.accelerator}, devices {options.devices}, strategy "
+            f"{options.strategy}, precision {chosen_precision} do not fit this machine: {' '.join(str(error).split())}"
         ) from None
+
+
+def train(
+    folder: Path,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    options: TrainerOptions,
+    *,
+    steps: int,
+    batch_size: int,
+    resume: str = "auto",
+    grad_clip: float = 0.0,
+    optimisers: int = 1,
+    callbacks: Sequence[Callback] = (),
+    logs: bool = True,
+    unit: tuple[str, float] = ("img", 1.0),
+) -> pl.Trainer:
+    """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
+
+    Args:
+        resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
+        logs: False keeps nothing below `folder`, and starts anew.
+
+    Returns:
+        the Trainer, after its work.
+
+    Raises:
+        UserError: as `build_trainer` and `fit`.
+    """
+    quiet_lightning()
+    precision = choose_precision(folder if logs else None, options, module, data)
+    trainer = build_trainer(
+        folder,
+        options,
+        steps=steps,
+        batch_size=batch_size,
+        precision=precision,
+        accumulate=None if module.automatic_optimization else 1,  # else it steps its optimisers itself
+        grad_clip=grad_clip,
+        optimisers=optimisers,
+        callbacks=callbacks,
+        logs=logs,
+        unit=unit,
+    )
+    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+    return trainer
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
@@ -361,3 +441,40 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """`folder/checkpoints/last.ckpt` if a run was interrupted there."""
     path = folder / "checkpoints" / LAST_CHECKPOINT
     return path if path.exists() else None  # DeepSpeed's checkpoints are folders
+
+
+def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
+    """The checkpoint from which the stage in `folder` goes on, if any."""
+    if resume == "auto":
+        return latest_checkpoint(folder)
+    return None if resume == "never" else Path(resume)
+
+
+def write_metrics(
+    path: Path, metrics: dict[str, Any], seconds: Mapping[str, float], total: float, trained: bool = True
+) -> dict[str, Any]:
+    """Write a run's final numbers with its wall times and return them.
+
+    Args:
+        seconds: by stage, in this process.
+        total: of this process.
+        trained: False where nothing was trained now: the times of the start that did it stand.
+    """
+    times = {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(total, 1)}
+    if not trained and path.is_file():
+        times = json.loads(path.read_text(encoding="utf-8")).get("seconds", times)
+    content = {**metrics, "seconds": times}
+    write_json(path, content)
+    return content
+
+
+def read_logs(folder: Path) -> dict[str, dict[int, float]]:
+    """The logged quantities of a stage by step, over all its starts (a later start replaces what it did again)."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for key, value in row.items():
+                    if key not in ("step", "epoch") and value:
+                        found.setdefault(key, {})[int(float(row["step"]))] = float(value)
+    return found

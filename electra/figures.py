@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from common.figures import BLUE, bars, curve, panels, read_logs, save_figure, series, small_claims, training_curve
+from common.figures import BLUE, bars, curve, kept_logs, panels, save_figure, series, small_claims, training_curve
+from common.training import read_logs
 
 # Table 5's order and names.
 OBJECTIVES = {
@@ -48,7 +49,7 @@ def draw_figures(results: Path, folder: Path, study: Path) -> None:
         study: folder of the arms' logs and of the example (`experiments.Study`); what is not there is left out.
     """
     claims = small_claims(results)
-    logs = {name: read_logs(study / "arms", f"{name}-seed[0-2].json") for name in OBJECTIVES}
+    logs = {name: kept_logs(study / "arms", f"{name}-seed[0-2].json") for name in OBJECTIVES}
     if any(logs.values()):
         caption = (
             "Pre-training on held-out text against training FLOPs (fixed masks and samples; mean and deviation over "
@@ -180,3 +181,27 @@ def _corrupted_sentence(rows: list[list[dict[str, Any]]]) -> Figure:
 def _width(token: dict[str, Any]) -> float:
     """Characters that a token's box takes, with room for what stood there before."""
     return max(len(token["read"]), 0.8 * len(token["was"]) if token["written"] else 0.0) + 0.6
+
+
+LOGGED = (
+    ("mlm_loss", "masked-token cross-entropy (nats)"),
+    ("main_loss", "main loss (nats a token)"),
+    ("rtd_recall", "replaced tokens found"),
+)
+
+
+def draw_curves(folder: Path, arms: Sequence[Path]) -> None:
+    """curves.png: what each arm logged in training (lines) and on held-out text (points)."""
+    figure, axes = panels(len(LOGGED), 4.2, 3.4)
+    for number, arm in enumerate(arms):
+        logs = read_logs(arm)
+        for axis, (key, label) in zip(axes, LOGGED):
+            axis.set(xlabel="step", ylabel=label)
+            for part, style in (("train", {"linewidth": 1.0}), ("held_out", {"marker": "o", "linestyle": "none"})):
+                points = sorted(logs.get(f"{part}/{key}", {}).items())
+                if points:
+                    axis.plot(*zip(*points), color=f"C{number}", label=arm.name if part == "train" else None, **style)
+    for axis in axes:
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False)
+    save_figure(figure, folder / "curves.png")

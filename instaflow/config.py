@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.options import TrainerOptions
+
 STAGES = ("pairs", "reflow", "distil", "perceptual", "evaluate")
 
 
@@ -121,28 +123,16 @@ class OptimiserConfig:
 
 
 @dataclass
-class TrainerConfig:
-    """How to run: passed to Lightning's Trainer.
+class TrainerConfig(TrainerOptions):
+    """How to run; batch sizes, of the stages, are global (all processes and accumulated micro-batches together).
 
     Args:
-        batch sizes are global (all processes and accumulated micro-batches together).
-        strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names; multi-node through torchrun).
-        checkpoint_every, sample_every: optimiser steps between checkpoints and sample grids (0: no grids on the way).
-        threads: CPU threads (0 leaves torch's default).
+        sample_every: steps between sample grids; 0 draws none on the way.
         cache_text_gb: text states up to this size are computed once and kept; larger sets are encoded step by step.
     """
 
-    accumulate: int = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
     checkpoint_every: int = 100
     sample_every: int = 200
-    log_every: int = 20
-    threads: int = 0
-    progress: bool = True
     cache_text_gb: float = 2.0
 
 

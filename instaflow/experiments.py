@@ -205,7 +205,7 @@ class Lab:
             OptimiserConfig(warmup=min(20, steps // 4), schedule="cosine", ema_decay=0.99),
             seed,
             self.folder,
-            TrainerConfig(accelerator="cpu", progress=False, sample_every=0),
+            TrainerConfig(precision="32-true", accelerator="cpu", progress=False, sample_every=0),
             keep=False,
         )
 

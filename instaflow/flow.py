@@ -9,7 +9,6 @@ Shape suffixes: B batch, C channels, H height, W width (of the latents), L text 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -308,58 +307,3 @@ def transport_cost(x0_BCHW: Tensor, x1_BCHW: Tensor, power: float = 2.0) -> Tens
     if power < 1:
         raise UserError(f"transport cost with power {power}: convex only from 1 on")
     return (x1_BCHW.float() - x0_BCHW.float()).abs().pow(power).mean()
-
-
-class Ema(nn.Module):
-    """Running average of a module's trainable parameters with the warm-up min(decay, (1 + n) / (10 + n)).
-
-    The averages are buffers, so checkpoints carry them. n counts the updates and starts at 1.
-    """
-
-    updates: Tensor
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        super().__init__()
-        if not 0 <= decay < 1:
-            raise UserError(f"EMA decay {decay}: expected 0 <= decay < 1")
-        self.decay = decay
-        self._names = {name: f"p{i}" for i, (name, p) in enumerate(module.named_parameters()) if p.requires_grad}
-        for name, parameter in module.named_parameters():
-            if name in self._names:
-                self.register_buffer(self._names[name], parameter.detach().clone().float())
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self._count = 0
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._count = int(self.updates)
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the averages towards the module's parameters; call after each optimiser step."""
-        self._count += 1
-        self.updates.fill_(self._count)
-        decay = min(self.decay, (1 + self._count) / (10 + self._count))
-        pairs = [(self.get_buffer(self._names[n]), p) for n, p in module.named_parameters() if n in self._names]
-        averages = [average for average, _ in pairs]
-        torch._foreach_lerp_(averages, [p.detach().to(a) for a, p in pairs], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrite the module's parameters by the averages."""
-        for name, parameter in module.named_parameters():
-            if name in self._names:
-                parameter.copy_(self.get_buffer(self._names[name]))
-
-    @contextmanager
-    def swapped_into(self, module: nn.Module) -> Iterator[None]:
-        """The module computes with the averages inside the block and has its own parameters back after it."""
-        own = {name: p.detach().clone() for name, p in module.named_parameters() if name in self._names}
-        self.copy_to(module)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    if name in own:
-                        parameter.copy_(own[name])

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule, TensorTable, derive_seed, step_generator
+from common.ema import Ema
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.images import save_grid
-from common.training import EveryNSteps, build_trainer, fit, is_main_process, latest_checkpoint, open_run_folder
+from common.options import free_options
+from common.processes import is_main_process
+from common.training import EveryNSteps, open_run_folder, train
 from instaflow.config import InstaFlowConfig, OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import Ema, UNetFlow, conditioned, euler, interpolate, rectified_flow_loss, sample_times
+from instaflow.flow import UNetFlow, conditioned, euler, interpolate, rectified_flow_loss, sample_times
 from instaflow.measures import fixed_noise
 from instaflow.pairs import (
     DiffusionSource,
@@ -47,29 +50,7 @@ from instaflow.student import make_student, stack
 from instaflow.teacher import Teacher
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
-FREE_OPTIONS = (
-    "run_dir",
-    "resume",
-    "stages",
-    "evaluation",
-    "pairs.folder",
-    "pairs.batch_size",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "checkpoint_every",
-            "sample_every",
-            "log_every",
-            "threads",
-            "progress",
-            "cache_text_gb",
-        )
-    ),
-)
+FREE_OPTIONS = free_options("stages", "evaluation", "pairs.folder", "pairs.batch_size", "trainer.cache_text_gb")
 WEIGHTS = "student.safetensors"
 STAMP = "teacher.sha256"
 
@@ -244,25 +225,18 @@ def optimise(
             flow.train()
 
     grids = [EveryNSteps(trainer.sample_every, shown)] if show and trainer.sample_every else []
-    lightning = build_trainer(
+    batches = StepDataModule(data, stage.batch_size, stage.steps, seed, accumulate=trainer.accumulate)
+    train(
         folder,
+        module,
+        batches,
+        trainer,
         steps=stage.steps,
         batch_size=stage.batch_size,
-        precision=trainer.precision,
-        accumulate=trainer.accumulate,
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=trainer.strategy,
-        grad_clip=optimiser.grad_clip or None,
-        checkpoint_every=trainer.checkpoint_every,
-        log_every=trainer.log_every,
-        progress=trainer.progress,
+        grad_clip=optimiser.grad_clip,
         callbacks=[*grids, *callbacks],
         logs=keep,
     )
-    batches = StepDataModule(data, stage.batch_size, stage.steps, seed, accumulate=trainer.accumulate)
-    fit(lightning, module, batches, latest_checkpoint(folder) if keep else None)
     module.ema.copy_to(flow)
     flow.eval()
     return module

@@ -24,6 +24,7 @@ from common.data.cache import fingerprint_module, fingerprint_strings
 from common.data.sampling import TensorTable, derive_seed, step_generator
 from common.errors import UserError
 from common.files import write_json
+from common.options import check_trainer
 from common.training import open_run_folder
 from ldm.config import ClassifierConfig, ClassifierNetwork, LdmConfig
 from ldm.diffusion import LatentDiffusion
@@ -33,7 +34,6 @@ from ldm.training import (
     FREE_OPTIONS,
     BatchMeans,
     Run,
-    check_start,
     draw_latents,
     fit_stage,
     load_state,
@@ -173,7 +173,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     options, folder = config.trainer, Path(config.run_dir)
     if options.threads:
         torch.set_num_threads(options.threads)
-    check_start(config.resume, options)
+    check_trainer(options, {"trainer.batch_size": options.batch_size}, resume=config.resume)
     finished = folder / "metrics.json"
     if config.resume == "auto" and finished.is_file():
         open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)  # refuses other options

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.options import Attention, TrainerOptions
+
 TASKS = ("unconditional", "class", "text", "layout", "semantic", "superres", "inpaint")
 
 
@@ -176,32 +178,20 @@ class OptimiserConfig:
 
 
 @dataclass
-class TrainerConfig:
-    """How to run: passed to Lightning's Trainer.
+class TrainerConfig(TrainerOptions):
+    """How to run.
 
     Args:
         max_steps: optimiser steps of the diffusion stage.
         batch_size: global batch (all processes and accumulated micro-batches together).
-        precision: 32-true, bf16-mixed or 16-mixed.
-        strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names; multi-node through torchrun).
-        checkpoint_every: steps between checkpoints; sample_every: steps between sample grids (0: only at the end).
-        threads: CPU threads (0 leaves torch's default).
+        sample_every: steps between sample grids; 0 draws none on the way.
+        attention: which of its equal forms attention takes; auto measures them on this machine, once per shape.
     """
 
     max_steps: int = 3000
     batch_size: int = 64
-    accumulate: int = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    compile: bool = False
-    checkpoint_every: int = 500
+    attention: Attention = "auto"
     sample_every: int = 1000
-    log_every: int = 20
-    threads: int = 0
-    progress: bool = True
 
 
 @dataclass

@@ -66,7 +66,9 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         conditioner=ConditionerConfig(width=64, layers=2, tokens=20, caption_variants=1),
         diffusion=DiffusionConfig(),
         optimiser=OptimiserConfig(lr=1e-3, schedule="constant", warmup=50, ema_decay=0.999),
-        trainer=TrainerConfig(max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", threads=1, progress=False),
+        trainer=TrainerConfig(
+            max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+        ),
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
     return dataclasses.replace(config, **changes)
@@ -150,12 +152,10 @@ def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage, seconds: fl
     budget = CpuBudget(seconds - (time.process_time() - started))
     trainer = build_trainer(
         cache_dir("experiments"),
+        config.trainer,
         steps=ENDLESS,
         batch_size=config.trainer.batch_size,
-        precision=config.trainer.precision,
-        accelerator="cpu",
         grad_clip=config.optimiser.grad_clip,
-        progress=False,
         logs=False,
         callbacks=[budget],
     )

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data.sampling import Table, step_generator
+from common.ema import Ema
 from common.errors import UserError
-from common.files import write_atomically
 from common.images import save_grid
 from common.metrics.image import psnr
-from common.training import EveryNSteps, build_trainer, fit, latest_checkpoint, load_checkpoint
+from common.training import EveryNSteps, load_checkpoint, train
+from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
 from ldm.config import FirstStageConfig, TrainerConfig
-from ldm.diffusion import Ema
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.optimisers import MuonAdam
 from ldm.perceptual import perceptual_distance
@@ -181,23 +180,12 @@ def load_first_stage(
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file or directory")
     if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{option} {path} is truncated or not a safetensors file: {error}") from None
+        state, _ = read_weights(path, option)
     else:
         state = load_checkpoint(path)
     tensors: dict[str, Tensor] = state.get("state_dict", state)  # type: ignore[assignment]
     state = {k: v for k, v in tensors.items() if not k.startswith("loss.")}
-    wanted = model.state_dict()
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    shapes = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{option} {path} does not fit the first_stage options: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unexpected, {len(shapes)} of another shape "
-            f"(for example {min(missing or unexpected or shapes)})"
-        )
+    check_weights(state, model.state_dict(), f"{option} {path}", "the first_stage options")
     model.load_state_dict(state)
     return model
 
@@ -251,19 +239,17 @@ def train_first_stage(
             columns=16,
         )
 
-    trainer = build_trainer(
+    precision = trainer_config.precision if trainer_config.precision != "16-mixed" else "bf16-mixed"
+    strategy = _with_unused(trainer_config.strategy) if config.disc_weight > 0 else trainer_config.strategy
+    trainer = train(
         folder,
+        module,
+        data_module(images, config.batch_size, config.steps, seed),
+        replace(trainer_config, precision=precision, strategy=strategy),
         steps=config.steps,
         optimisers=1 if config.disc_weight <= 0 else 2,
         batch_size=config.batch_size,
-        precision=trainer_config.precision if trainer_config.precision != "16-mixed" else "bf16-mixed",
-        accelerator=trainer_config.accelerator,
-        devices=trainer_config.devices,
-        num_nodes=trainer_config.num_nodes,
-        strategy=_with_unused(trainer_config.strategy) if config.disc_weight > 0 else trainer_config.strategy,
-        checkpoint_every=trainer_config.checkpoint_every,
-        log_every=trainer_config.log_every,
-        progress=trainer_config.progress,
+        resume="auto" if resume else "never",
         logs=save,
         callbacks=[
             StopAtCount(config.steps),
@@ -271,16 +257,10 @@ def train_first_stage(
             *(callbacks or []),
         ],
     )
-    data = data_module(images, config.batch_size, config.steps, seed)
-    checkpoint = latest_checkpoint(folder) if resume and save else None
-    fit(trainer, module, data, checkpoint)
     if save and trainer.is_global_zero:
         draw(config.steps)
         with module.averaged():
-            state = {
-                k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()
-            }
-        write_atomically(weights, lambda temporary: save_file(state, str(temporary)))
+            save_weights(weights, model.state_dict())
     if module.ema is not None:
         module.ema.copy_to(model)
     # With the strides it would have if read from its file: a resumed run, which reads it, encodes to the same bits.

@@ -24,19 +24,15 @@ from common.data.sampling import (
     derive_seed,
     step_generator,
 )
+from common.ema import Ema
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from common.training import (
-    EveryNSteps,
-    build_trainer,
-    fit,
-    is_main_process,
-    latest_checkpoint,
-    open_run_folder,
-)
+from common.options import check_trainer, free_options
+from common.processes import is_main_process
+from common.training import EveryNSteps, open_run_folder, train
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig, TrainerConfig
-from ldm.diffusion import Ema, LatentDiffusion, NoiseSchedule
+from ldm.diffusion import LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage, to_unit, train_first_stage
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import ConditionedUNet, UNet
@@ -46,9 +42,7 @@ from ldm.tasks import BertConditioner, StateTable, Task, mask_bank, prepare
 
 MASKS = 2000  # inpainting masks drawn once and picked from at random
 # What two starts of one run may disagree on: none of it changes the trained weights.
-FREE_OPTIONS = (
-    "run_dir",
-    "resume",
+FREE_OPTIONS = free_options(
     "stages",
     "export_pipeline",
     "sampling",
@@ -56,20 +50,6 @@ FREE_OPTIONS = (
     "data.workers",
     "data.max_memory_gb",
     "data.eval_images",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "checkpoint_every",
-            "sample_every",
-            "log_every",
-            "threads",
-            "progress",
-        )
-    ),
 )
 
 
@@ -303,12 +283,13 @@ class Run:
         trainer = config.trainer
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        if "fsdp" in trainer.strategy and (config.optimiser.ema_decay > 0 or config.optimiser.grad_clip > 0):
-            raise UserError(
-                "--trainer.strategy fsdp shards the weights that the moving average follows and cannot clip by norm: "
-                "set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
-            )
-        check_start(config.resume, trainer)
+        check_trainer(
+            trainer,
+            {"trainer.batch_size": trainer.batch_size},
+            resume=config.resume,
+            ema_decay=config.optimiser.ema_decay,
+            grad_clip=config.optimiser.grad_clip,
+        )
         halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
         if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
             raise UserError(
@@ -478,22 +459,6 @@ def fit_stage(
         grad_clip: largest norm of the gradient; 0 does not clip.
         workers: loader processes for data that are not in memory.
     """
-    trainer = build_trainer(
-        folder,
-        steps=options.max_steps,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        accumulate=options.accumulate,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=options.strategy,
-        grad_clip=grad_clip or None,
-        checkpoint_every=options.checkpoint_every,
-        log_every=options.log_every,
-        progress=options.progress,
-        callbacks=callbacks,
-    )
     data = data_module(
         table,
         options.batch_size,
@@ -502,30 +467,17 @@ def fit_stage(
         workers=0 if isinstance(table, TensorTable) else workers,
         accumulate=options.accumulate,
     )
-    fit(trainer, module, data, checkpoint_to_resume(resume, folder))
-    return trainer
-
-
-def check_start(resume: str, trainer: TrainerConfig) -> None:
-    """Refuse a checkpoint that is not there and batches that cannot be divided.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if resume not in ("auto", "never") and not Path(resume).is_file():
-        raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")
-    if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
-        raise UserError(
-            f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
-            f"{trainer.accumulate} micro-batches"
-        )
-
-
-def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
-    """The checkpoint from which the stage in `folder` goes on, if any."""
-    if resume == "auto":
-        return latest_checkpoint(folder)
-    return None if resume == "never" else Path(resume)
+    return train(
+        folder,
+        module,
+        data,
+        options,
+        steps=options.max_steps,
+        batch_size=options.batch_size,
+        resume=resume,
+        grad_clip=grad_clip,
+        callbacks=callbacks or (),
+    )
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], notes: dict[str, str] | None = None) -> None:

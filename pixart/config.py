@@ -18,7 +18,7 @@ import yaml
 
 from common.cli import parse_config
 from common.errors import UserError
-from common.paths import REPOSITORY
+from common.options import Attention, TrainerOptions
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
@@ -109,34 +109,25 @@ class OptimiserConfig:
 
 
 @dataclass
-class TrainerConfig:
-    """How to run: passed to Lightning's Trainer.
+class TrainerConfig(TrainerOptions):
+    """How to run.
 
     Args:
+        max_steps: optimiser steps of the stage.
         batch_size: global batch (all processes and accumulated micro-batches together).
-        precision: 32-true, bf16-mixed or 16-mixed.
-        strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names; multi-node through torchrun).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
-        checkpoint_every: steps between checkpoints; sample_every: steps between sample grids (0: only at the end).
-        threads: CPU threads (0 leaves torch's default).
+        sample_every: steps between sample grids; 0 draws none on the way.
+        attention: which of its equal forms attention takes; auto measures them on this machine, once per shape.
+        workers: loader processes for features that are not in memory.
     """
 
     max_steps: int = 1000
     batch_size: int = 64
-    accumulate: int = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    compile: bool = False
     gradient_checkpointing: bool = False
+    attention: Attention = "auto"
     checkpoint_every: int = 250
     sample_every: int = 0
-    log_every: int = 20
     workers: int = 0
-    threads: int = 0
-    progress: bool = True
 
 
 @dataclass
@@ -205,12 +196,6 @@ class Recipe:
 
     stages: list[tuple[StageConfig, str]]
     names: list[str]  # of all stages of the recipe, also those left out by --stage
-
-
-def existing_path(path: str) -> Path:
-    """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
-    given = Path(path)
-    return given if given.exists() or given.is_absolute() else REPOSITORY / given
 
 
 def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:

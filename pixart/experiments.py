@@ -511,12 +511,10 @@ class Study:
         watch = Watch([*checkpoints, *keep], look, seconds)
         trainer = build_trainer(
             cache_dir("experiments"),
+            config.trainer,
             steps=data_steps,
             batch_size=self.plan.batch,
-            precision=config.trainer.precision,
-            accelerator="cpu",
             grad_clip=config.optimiser.grad_clip,
-            progress=False,
             logs=False,
             callbacks=[watch],
         )

@@ -10,8 +10,8 @@ from common.figures import (
     bars,
     curve,
     keep_captions,
+    kept_logs,
     panels,
-    read_logs,
     save_figure,
     small_claims,
     training_curve,
@@ -97,7 +97,7 @@ def draw_figures(results: Path, folder: Path, arms: Path) -> None:
 
 
 def _training_curves(arms: Path) -> Any:
-    found = {label: read_logs(arms, f"{name}-seed*.json") for name, label in ARMS.items()}
+    found = {label: kept_logs(arms, f"{name}-seed*.json") for name, label in ARMS.items()}
     if not any(found.values()):
         return None
     figure, axes = panels(2, height=3.4)

@@ -33,8 +33,11 @@ from common.data.sampling import step_generator
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.images import save_grid
-from common.training import EveryNSteps, build_trainer, fit, is_main_process, latest_checkpoint, open_run_folder
-from pixart.config import Recipe, StageConfig, existing_path
+from common.options import check_trainer, free_options
+from common.paths import existing_path
+from common.processes import is_main_process
+from common.training import EveryNSteps, open_run_folder, train
+from pixart.config import Recipe, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
 from pixart.convert import (
     CONFIG,
@@ -56,30 +59,14 @@ Network = DiT | PixArt | ControlPixArt
 
 MIN_HELD_OUT = 20  # pictures without which no metric is measured
 # What two starts of one stage may disagree on: none of it changes the trained weights.
-FREE_OPTIONS = (
-    "run_dir",
-    "resume",
+FREE_OPTIONS = free_options(
     "evaluate",
     "sampling",
     "data.cache",
     "data.cache_dir",
     "data.eval_images",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "gradient_checkpointing",
-            "checkpoint_every",
-            "sample_every",
-            "log_every",
-            "workers",
-            "threads",
-            "progress",
-        )
-    ),
+    "trainer.gradient_checkpointing",
+    "trainer.workers",
 )
 
 
@@ -292,18 +279,13 @@ class Stage:
             UserError: the folder holds another run, an option is wrong, or the stage before is not finished.
         """
         trainer = config.trainer
-        if trainer.batch_size < 1 or trainer.accumulate < 1 or trainer.batch_size % trainer.accumulate:
-            raise UserError(
-                f"--trainer.batch_size {trainer.batch_size} cannot be divided into --trainer.accumulate "
-                f"{trainer.accumulate} micro-batches"
-            )
-        if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
-            raise UserError(f"--resume {config.resume}: no such file; expected auto, never or a checkpoint of a run")
-        if "fsdp" in trainer.strategy and (config.optimiser.ema_decay > 0 or config.optimiser.grad_clip > 0):
-            raise UserError(
-                "--trainer.strategy fsdp shards the weights that the moving average follows and cannot clip by norm: "
-                "set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
-            )
+        check_trainer(
+            trainer,
+            {"trainer.batch_size": trainer.batch_size},
+            resume=config.resume,
+            ema_decay=config.optimiser.ema_decay,
+            grad_clip=config.optimiser.grad_clip,
+        )
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         start = starting_weights(config, names)
@@ -380,22 +362,6 @@ class Stage:
                 self.grid(painter, self.folder / "samples" / f"step_{step:06d}.png")
 
         every = trainer_config.sample_every
-        trainer = build_trainer(
-            self.folder,
-            steps=trainer_config.max_steps,
-            batch_size=trainer_config.batch_size,
-            precision=trainer_config.precision,
-            accumulate=trainer_config.accumulate,
-            accelerator=trainer_config.accelerator,
-            devices=trainer_config.devices,
-            num_nodes=trainer_config.num_nodes,
-            strategy=trainer_config.strategy,
-            grad_clip=config.optimiser.grad_clip or None,
-            checkpoint_every=trainer_config.checkpoint_every,
-            log_every=trainer_config.log_every,
-            progress=trainer_config.progress,
-            callbacks=[*([EveryNSteps(every, grid)] if every else []), *(callbacks or [])],
-        )
         data = BucketDataModule(
             table,
             trainer_config.batch_size,
@@ -404,12 +370,17 @@ class Stage:
             workers=trainer_config.workers if config.data.cache else 0,
             accumulate=trainer_config.accumulate,
         )
-        checkpoint: Path | None = None
-        if config.resume == "auto":
-            checkpoint = latest_checkpoint(self.folder)
-        elif config.resume != "never":
-            checkpoint = Path(config.resume)
-        fit(trainer, module, data, checkpoint)
+        trainer = train(
+            self.folder,
+            module,
+            data,
+            trainer_config,
+            steps=trainer_config.max_steps,
+            batch_size=trainer_config.batch_size,
+            resume=config.resume,
+            grad_clip=config.optimiser.grad_clip,
+            callbacks=[*([EveryNSteps(every, grid)] if every else []), *(callbacks or [])],
+        )
         painter.network = painter.network.eval()
         self.seconds["training"] = time.perf_counter() - started - self.seconds["features"]
         if trainer.is_global_zero:

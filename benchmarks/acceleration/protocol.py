@@ -203,7 +203,7 @@ class Bench:
             OPTIMISER,
             seed,
             cache_dir("acceleration"),
-            TrainerConfig(accelerator=self.device, progress=False, sample_every=0),
+            TrainerConfig(precision="32-true", accelerator=self.device, progress=False, sample_every=0),
             keep=False,
         )
         flow.to(self.teacher.device)  # Lightning leaves it on the CPU

@@ -13,9 +13,9 @@ from common.figures import (
     bars,
     curve,
     keep_captions,
+    kept_logs,
     over_seeds,
     panels,
-    read_logs,
     save_figure,
     series,
     small_claims,
@@ -71,7 +71,7 @@ def test_logs_of_other_checkpoints_do_not_stack(tmp_path: Path) -> None:
     for seed, steps in enumerate([(1, 2), (1, 3), (1, 2)]):
         curve_of = [{"step": step, "loss": step + seed} for step in steps]
         write_json(tmp_path / f"arm-seed{seed}.json", {"curve": curve_of})
-    logs = read_logs(tmp_path, "arm-seed*.json")
+    logs = kept_logs(tmp_path, "arm-seed*.json")
     assert [log["curve"][0]["loss"] for log in logs] == [1, 3]
     axis = panels()[1][0]
     training_curve(axis, logs, "loss", 10.0)

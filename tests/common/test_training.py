@@ -12,6 +12,7 @@ import torch
 
 from common.data.sampling import StepDataModule, TensorTable
 from common.errors import UserError
+from common.options import TrainerOptions
 from common.training import (
     CpuBudget,
     EveryNSteps,
@@ -71,10 +72,15 @@ def data(steps: int = 10) -> StepDataModule:
     return StepDataModule(TensorTable({"x": torch.linspace(0.5, 1.5, 8)}), 4, steps, seed=0)
 
 
-def trainer(folder: Path, **options: Any) -> pl.Trainer:
-    return build_trainer(
-        folder, **{"steps": 10, "batch_size": 4, "accelerator": "cpu", "progress": False, "log_every": 1, **options}
+def options_of(**given: Any) -> TrainerOptions:
+    return TrainerOptions(
+        **{"precision": "32-true", "accelerator": "cpu", "progress": False, "log_every": 1, **given}  # type: ignore[arg-type]
     )
+
+
+def trainer(folder: Path, **given: Any) -> pl.Trainer:
+    own = {name: given.pop(name) for name in list(given) if name in TrainerOptions.__dataclass_fields__}
+    return build_trainer(folder, options_of(**own), **{"steps": 10, "batch_size": 4, **given})
 
 
 def test_training_ends_at_its_steps_and_leaves_one_checkpoint_and_both_logs(tmp_path: Path) -> None:

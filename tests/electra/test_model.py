@@ -14,8 +14,9 @@ from torch import Tensor
 from common.costs import parameter_count
 from common.errors import UserError
 from electra import model as model_file
+from electra.config import ElectraConfig
 from electra.masking import SpecialIds
-from electra.model import Batch, ElectraConfig, Encoder, RelativeBias, attend
+from electra.model import Batch, Encoder, RelativeBias, attend
 from electra.objectives import ElectraPretrainer
 
 TINY = ElectraConfig(

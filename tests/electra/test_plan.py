@@ -9,9 +9,9 @@ import torch
 
 from common.costs import Cluster, parameter_count
 from common.errors import UserError
+from electra.config import ElectraConfig
 from electra.flops import OFFICIAL_OUTPUT_SHARE, inference_flops, steps_for, training_flops
 from electra.masking import SpecialIds
-from electra.model import ElectraConfig
 from electra.objectives import OBJECTIVES, ElectraPretrainer
 from electra.plan import PUBLISHED, count_parameters, main, paper_config, plan
 

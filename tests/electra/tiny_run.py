@@ -13,8 +13,8 @@ model:
    attention_dropout: 0.0, relative_positions: true, init: fan_in, generator_factor: 0.5}}
 optimiser: {{lr: 0.002, warmup: 2}}
 trainer:
-  {{max_steps: 6, batch_size: 8, accelerator: cpu, checkpoint_every: 2, log_every: 1, evaluate_every: 3,
-   progress: false}}
+  {{max_steps: 6, batch_size: 8, precision: 32-true, accelerator: cpu, checkpoint_every: 2, log_every: 1,
+   evaluate_every: 3, progress: false}}
 """
 WORDS = (
     *("we", "the", "people", "of", "this", "great", "nation", "must", "hold", "that", "all", "men", "are", "made"),

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.ema import Ema
 from common.metrics.lpips import LPIPS
 from instaflow.baselines import progressive_target
 from instaflow.flow import (
-    Ema,
     UNetFlow,
     euler,
     interpolate,

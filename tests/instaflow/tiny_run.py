@@ -14,7 +14,7 @@ reflow: {steps: 6, batch_size: 8, lr: 1.0e-3}
 distil: {pairs: 16, teacher_steps: 3, alpha: 1.5, steps: 6, batch_size: 8, lr: 1.0e-3}
 perceptual: {steps: 4, batch_size: 4, lr: 1.0e-3}
 optimiser: {warmup: 2, ema_decay: 0.9}
-trainer: {accelerator: cpu, checkpoint_every: 2, sample_every: 0, log_every: 1, progress: false}
+trainer: {precision: 32-true, accelerator: cpu, checkpoint_every: 2, sample_every: 0, log_every: 1, progress: false}
 evaluation: {images: 12, grid: 4, batch_size: 8}
 stages: [pairs, reflow, distil, perceptual]
 """

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.ema import Ema
 from ldm.diffusion import (
     Conditioning,
-    Ema,
     LatentDiffusion,
     NoiseSchedule,
     from_compvis_config,

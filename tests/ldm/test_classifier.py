@@ -33,7 +33,7 @@ trainer:
 
 KILLED = """
 import os, signal
-import ldm.training
+import common.training
 from common.training import build_trainer
 from ldm.train_classifier import main
 import pytorch_lightning as pl
@@ -43,7 +43,10 @@ class Kill(pl.Callback):
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-ldm.training.build_trainer = lambda folder, **options: build_trainer(folder, **{**options, "callbacks": [Kill()]})
+def with_kill(folder, *rest, **options):
+    return build_trainer(folder, *rest, **{**options, "callbacks": [Kill()]})
+
+common.training.build_trainer = with_kill
 main()
 """
 
@@ -151,7 +154,7 @@ def test_program_draws_with_a_classifier(model: Path, classifier: Path, tmp_path
 def test_trained_classifier_is_not_trained_again(
     model: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ldm.training.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
     assert main(arguments(model, classifier)) == json.loads((classifier / "metrics.json").read_text())
     assert "trained already" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"another configuration \(lr was 0.003, is 0.5\)"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.ema import Ema
 from common.errors import UserError
 from ldm.diffusion import (
-    Ema,
     LatentDiffusion,
     NoiseSchedule,
     diffusion_loss,

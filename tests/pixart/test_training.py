@@ -29,7 +29,7 @@ CLOSE: dict[str, Any] = {"rel": 2e-5}
 KILLED_AT = """
 import os, signal, sys
 import pytorch_lightning as pl
-import pixart.training
+import common.training
 from common.training import build_trainer
 from pixart.train import main
 
@@ -40,12 +40,12 @@ class Kill(pl.Callback):
         if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-def with_kill(folder, **options):
+def with_kill(folder, *rest, **options):
     if folder.name == stage:
         options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, **options)
+    return build_trainer(folder, *rest, **options)
 
-pixart.training.build_trainer = with_kill
+common.training.build_trainer = with_kill
 main()
 """
 
@@ -131,7 +131,7 @@ def test_run_leaves_logs_checkpoints_weights_and_pictures(reference: Path) -> No
 def test_finished_stages_are_not_trained_again(
     reference: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pixart.training.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
     train(reference, trainer__log_every=7)  # how it is logged is no other run
     assert capfd.readouterr().err.count("trained already") == 3
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.acceleration.protocol import OPTIMISER, Bench, Budget, Method, Sampler, trained_parameters
 from common.data.sampling import derive_seed, step_generator
+from common.ema import Ema
 from instaflow.baselines import ConsistencyModel, consistency_loss, consistency_sample, consistency_student
-from instaflow.flow import Ema
 from instaflow.training import Draws, Loss
 
 SOLVER_STEPS = 50

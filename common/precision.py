@@ -1,0 +1,121 @@
+"""`--trainer.precision auto`: bf16 where the machine at hand has it and is faster with it, float32 elsewhere.
+
+CPUs without bf16 instructions (AVX2 only) are many times slower in bf16 than in float32; small networks are no faster
+in it on CPUs that have them. So the run's own network is timed for a few steps in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from common.choices import Choices
+from common.options import TrainerOptions
+
+FLOAT32, BF16 = "32-true", "bf16-mixed"
+MARGIN = 0.1  # bf16 must win by so much, so that equal machines choose alike
+ROUNDS, STEPS = 2, 3  # measured turns of each precision, and steps of a turn, of which the first is not counted
+
+
+def bf16_possible(accelerator: str = "auto") -> bool:
+    """Whether this machine computes in bf16 without emulating it.
+
+    On a CPU oneDNN says so: it knows the instructions (AVX-512 BF16, AMX, ...) and honours ONEDNN_MAX_CPU_ISA.
+    """
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_precision(
+    folder: Path | None,
+    options: TrainerOptions,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    choices: Choices | None = None,
+) -> str:
+    """Lightning's name of the precision that a run takes: the one asked for, or for `auto` the one kept in `folder`,
+    or else measured now on copies of `module`, whose own state and torch's random state stay as they are.
+
+    Args:
+        folder: of the run or its stage, which keeps the choice; None measures for this process only.
+    """
+    if options.precision != "auto":
+        return options.precision
+    choices = choices or Choices(folder)
+    if choices.kept("precision") is None and not bf16_possible(options.accelerator):
+        return choices.choose("precision", lambda: {FLOAT32: 0.0}, default=FLOAT32)
+    return choices.choose(
+        "precision", lambda: measure_precisions(options, module, data), default=FLOAT32, margin=MARGIN
+    )
+
+
+def measure_precisions(
+    options: TrainerOptions, module: pl.LightningModule, data: pl.LightningDataModule
+) -> dict[str, float]:
+    """Seconds of a training step by precision: the fastest of each step over `ROUNDS` turns, averaged over steps."""
+    devices = list(range(torch.cuda.device_count()))
+    turns: dict[str, list[list[float]]] = {FLOAT32: [], BF16: []}
+    with torch.random.fork_rng(devices):
+        for _ in range(ROUNDS):
+            for precision, kept in turns.items():
+                kept.append(_timed_steps(precision, options, copy.deepcopy(module), data))
+    means = {}
+    for precision, kept in turns.items():
+        best = [min(step) for step in zip(*kept)]
+        means[precision] = sum(best) / max(1, len(best))
+    shown = ", ".join(f"{precision} {seconds:.3g} s a step" for precision, seconds in means.items())
+    print(f"precision auto: {shown}", file=sys.stderr)
+    return means
+
+
+class _Stopwatch(Callback):
+    """Times steps after the first and ends the trial."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begun = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._begun += 1
+        if self._begun > 1:
+            self.seconds.append(time.perf_counter() - self._since)
+        if self._begun >= STEPS:
+            trainer.should_stop = True
+
+
+def _timed_steps(
+    precision: str, options: TrainerOptions, module: pl.LightningModule, data: pl.LightningDataModule
+) -> list[float]:
+    watch = _Stopwatch()
+    settings: dict[str, Any] = dict(
+        max_steps=-1,
+        max_epochs=-1,
+        accelerator=options.accelerator,
+        devices=1,
+        plugins=[LightningEnvironment()],  # one process, whatever launcher started this one
+        precision=precision,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    pl.Trainer(**settings).fit(module, data)
+    return watch.seconds

@@ -1,0 +1,10 @@
+"""Which process this is, known from the launcher's variables before any Trainer exists."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the shared files."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))

@@ -1,0 +1,119 @@
+"""Weights in and out: safetensors, whole or in shards, with notes, every mismatch by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import write_atomically
+
+INDEX = ".safetensors.index.json"
+
+
+def save_weights(
+    path: Path, state: Mapping[str, Tensor], notes: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write tensors, and notes about them, as one .safetensors file, atomically.
+
+    Args:
+        dtype: of the floating-point tensors in the file; None leaves them as they are.
+    """
+
+    def plain(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        return tensor.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
+
+    weights = {name: plain(tensor) for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: save_file(weights, str(temporary), dict(notes) if notes else None))
+
+
+def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and notes of a .safetensors file, or of all shards of a `*.safetensors.index.json`.
+
+    Args:
+        option: that named the path, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is truncated or something else.
+    """
+    label = f"{option} {path}".strip()
+    if path.name.endswith(INDEX):
+        state: dict[str, Tensor] = {}
+        for shard in _shards(path, label):
+            state |= read_weights(shard, option)[0]
+        return state, {}
+    if not path.is_file():
+        raise UserError(f"{label}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
+
+
+def _shards(index: Path, label: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f'{label} is damaged: expected {{"weight_map": {{TENSOR: FILE}}}}') from None
+    for name, shard in zip(names, shards):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{label} names the shard {name!r}: expected a file beside it")
+        if not shard.is_file():
+            raise UserError(f"{label}: its shard {name} is missing")
+    return shards
+
+
+def check_weights(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], label: str, against: str, ignore: Collection[str] = ()
+) -> None:
+    """Refuse tensors that are not exactly those wanted.
+
+    Args:
+        label: what is read; against: what decides what is wanted; both as the user knows them.
+        ignore: wanted tensors that may be missing.
+
+    Raises:
+        UserError: naming missing and surplus tensors and those of another shape.
+    """
+    faults = [f"{name} is missing" for name in wanted if name not in given and name not in ignore]
+    faults += [f"{name} is unknown" for name in given if name not in wanted]
+    faults += [
+        f"{name} has the shape {list(given[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{label} does not fit {against}: {'; '.join(faults[:3])}{more}")
+
+
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    *,
+    against: str,
+    wanted: Mapping[str, Tensor] | None = None,
+    option: str = "",
+) -> dict[str, str]:
+    """Fill `module` from a file that must hold exactly its tensors; returns the file's notes.
+
+    Args:
+        against: what decides the network's shape, for messages ("the network of config.yaml").
+        wanted: the tensors to expect; None for all of the module's.
+
+    Raises:
+        UserError: the file is missing or damaged, or of another network.
+    """
+    state, notes = read_weights(path, option)
+    check_weights(state, module.state_dict() if wanted is None else wanted, f"{option} {path}".strip(), against)
+    module.load_state_dict(state, strict=False)
+    return notes

@@ -1,0 +1,88 @@
+"""`precision: auto`: measured on the run's own network, kept in its folder, never where bf16 is emulated."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from common.choices import Choices
+from common.data.sampling import StepDataModule, TensorTable
+from common.options import TrainerOptions
+from common.precision import bf16_possible, choose_precision
+from common.training import train
+
+AUTO = TrainerOptions(precision="auto", accelerator="cpu", progress=False, log_every=1)
+
+
+class Slow(pl.LightningModule):
+    """Regression whose step takes longer in one of the precisions."""
+
+    def __init__(self, slow_in: str) -> None:
+        super().__init__()
+        self.layer, self.slow_in, self.seen = nn.Linear(4, 4), slow_in, set()  # type: ignore[var-annotated]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        out = self.layer(batch["x"])
+        self.seen.add(out.dtype)
+        if out.dtype == (torch.bfloat16 if self.slow_in == "bf16" else torch.float32):
+            time.sleep(0.05)
+        return out.float().square().mean()
+
+
+def data() -> StepDataModule:
+    return StepDataModule(TensorTable({"x": torch.randn(16, 4)}), 4, 6, seed=0)
+
+
+@pytest.fixture
+def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.precision.bf16_possible", lambda *_: True)
+
+
+@pytest.mark.parametrize(("slow_in", "chosen"), [("bf16", "32-true"), ("float32", "bf16-mixed")])
+@pytest.mark.usefixtures("with_bf16")
+def test_the_faster_precision_trains_and_is_kept(tmp_path: Path, slow_in: str, chosen: str) -> None:
+    module = Slow(slow_in)
+    trainer = train(tmp_path, module, data(), AUTO, steps=2, batch_size=4)
+    assert trainer.precision == chosen and trainer.global_step == 2
+    assert module.seen == {torch.float32 if chosen == "32-true" else torch.bfloat16}  # copies were measured, not it
+    record = json.loads((tmp_path / "choices.json").read_text())["precision"]
+    assert record["chosen"] == chosen and set(record["seconds"]) == {"32-true", "bf16-mixed"}
+    # On going on nothing is measured, whatever would win now.
+    again = train(tmp_path, Slow("float32" if slow_in == "bf16" else "bf16"), data(), AUTO, steps=4, batch_size=4)
+    assert again.precision == chosen and again.global_step == 4
+
+
+@pytest.mark.usefixtures("with_bf16")
+def test_measuring_moves_neither_weights_nor_random_numbers(tmp_path: Path) -> None:
+    module, rows = Slow("bf16"), data()
+    before, state = module.layer.weight.clone(), torch.get_rng_state()
+    choose_precision(tmp_path, AUTO, module, rows)
+    assert torch.equal(module.layer.weight, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_machine_without_bf16_takes_float32_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.precision.bf16_possible", lambda *_: False)
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: pytest.fail("measured"))
+    assert choose_precision(tmp_path, AUTO, Slow("bf16"), data()) == "32-true"
+    assert Choices(tmp_path).kept("precision") is not None
+
+
+def test_a_precision_that_was_asked_for_is_taken(tmp_path: Path) -> None:
+    options = TrainerOptions(precision="bf16-mixed", accelerator="cpu")
+    assert choose_precision(tmp_path, options, Slow("bf16"), data()) == "bf16-mixed"
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_possible_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not bf16_possible("cpu")

@@ -1,0 +1,66 @@
+"""Weights in and out: notes, shards, every mismatch by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common.errors import UserError
+from common.weights import load_weights, read_weights, save_weights
+
+
+def test_weights_and_notes_come_back_equal_and_in_plain_strides(tmp_path: Path) -> None:
+    layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_weights(tmp_path / "a.safetensors", layer.state_dict(), {"steps": "7"})
+    state, notes = read_weights(tmp_path / "a.safetensors")
+    assert notes == {"steps": "7"} and torch.equal(state["weight"], layer.weight) and state["weight"].is_contiguous()
+    other = nn.Conv2d(3, 4, 3)
+    assert load_weights(other, tmp_path / "a.safetensors", against="the layer") == {"steps": "7"}
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_half_precision_is_for_floating_point_tensors_only(tmp_path: Path) -> None:
+    shared = torch.ones(3)
+    state = {"w": shared, "tied": shared, "n": torch.tensor(3)}
+    save_weights(tmp_path / "a.safetensors", state, dtype=torch.float16)
+    read, _ = read_weights(tmp_path / "a.safetensors")
+    assert {k: v.dtype for k, v in read.items()} == {"w": torch.float16, "tied": torch.float16, "n": torch.int64}
+
+
+def test_shards_are_read_together(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert set(read_weights(index)[0]) == {"a", "b"}
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"its shard 2\.safetensors is missing"):
+        read_weights(index)
+    for name in ("../1.safetensors", str(tmp_path / "1.safetensors"), ""):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match="expected a file beside it"):
+            read_weights(index)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        read_weights(index)
+
+
+def test_every_mismatch_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(path, {"weight": torch.zeros(2, 5), "extra": torch.zeros(1)})
+    with pytest.raises(UserError) as refused:
+        load_weights(nn.Linear(4, 2), path, against="the options", option="--weights")
+    assert str(refused.value) == (
+        f"--weights {path} does not fit the options: bias is missing; extra is unknown; "
+        "weight has the shape [2, 5], expected [2, 4]"
+    )
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match="truncated or not a safetensors file"):
+        read_weights(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "b.safetensors")

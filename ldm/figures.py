@@ -8,11 +8,7 @@ from common.figures import BLUE, bars, curve, keep_captions, panels, save_figure
 
 # Pictures that the runs and the claims' programs drew.
 GRIDS = {
-    "emoji64.png": "Teacher emoji64: six seeds a prompt, guidance 3.",
-    "shapes32-v.png": "Teacher shapes32-v: six seeds a prompt, guidance 3.",
-    "shapes32-eps.png": "Teacher shapes32-eps: six seeds a prompt, guidance 3.",
     "default_run.png": "What `make ldm-train` ends with: unseen pairs of emoji and style.",
-    "emoji64-reconstruction.png": "First stage of emoji64: pictures (above) and their reconstructions (below).",
     "unconditional_f1.png": "Samples on pixels (f = 1), first seed.",
     "unconditional_f4.png": "Samples in latent space (f = 4), same budget, first seed.",
     "class_guidance_3.png": "Class-conditional samples at guidance 3, first seed.",

@@ -20,10 +20,6 @@ from common.figures import (
 SAMPLES = "held-out captions, guidance 3, 20 DPM-Solver steps, first seed"
 # Grids that the claims' program drew.
 GRIDS = {
-    "default_run_stage1.png": "Default run, stage 1: single objects by class.",
-    "default_run_stage2.png": "Default run, stage 2: held-out dense captions, 32 px, averaged weights.",
-    "default_run_stage3a.png": "Default run, stage 3a: held-out captions of richer scenes, 32 px.",
-    "default_run_stage3b.png": "Default run, stage 3b: the same kind at 64 px (the weights of pretrained/shapes).",
     "captions_dense.png": f"P3, dense captions: {SAMPLES}.",
     "captions_web.png": f"P3, LAION-like captions, the same prompts: {SAMPLES}.",
     "reparam.png": f"P2, from the re-parameterised DiT: {SAMPLES}.",

@@ -177,6 +177,8 @@ def _taken(file: Path) -> str:
     if not file.is_file():
         return NOT_MEASURED
     run = json.loads(file.read_text(encoding="utf-8"))
+    if "seconds" not in run:
+        return NOT_MEASURED
     seconds = run["seconds"]["total"] if isinstance(run["seconds"], dict) else run["seconds"]
     return ", ".join([f"{seconds / 60:.0f} min", *(run[key] for key in ("precision", "hardware") if key in run)])
 

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from common.data.lines import read_lines
 from common.errors import UserError, run_main
 

@@ -19,7 +19,6 @@ Columns
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,8 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import costs
 from common.cli import parse_config

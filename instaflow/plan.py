@@ -19,7 +19,6 @@ Nothing is allocated: the networks are built on the meta device. Text encoding a
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import costs
 from common.cli import parse_config

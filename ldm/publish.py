@@ -7,12 +7,9 @@ and writes the model card from the run's own metrics.json and config.yaml.
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import publishing
 from common.errors import run_main

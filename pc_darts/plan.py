@@ -19,17 +19,13 @@ Every row is one half of a config in pc_darts/configs (cifar.yaml, imagenet.yaml
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import costs
 from common.errors import UserError, run_main

@@ -26,7 +26,6 @@ import argparse
 import functools
 import json
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,8 +35,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.data.lines import read_lines, read_rows
 from common.errors import UserError, run_main

@@ -22,7 +22,6 @@ CO2 at the stated price, power and carbon intensity, beside the paper's 753 A100
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,8 +30,6 @@ from typing import Any
 
 import torch
 import yaml
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import costs
 from common.errors import UserError, run_main

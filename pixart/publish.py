@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import publishing
 from common.errors import UserError, run_main

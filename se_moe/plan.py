@@ -21,13 +21,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import costs
 from common.errors import UserError, run_main

@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("REPRO_ATTENTION", "unmeasured")  # runs that are compared to the bit take the same forms
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads_of_a_module() -> None:
     """For what a module makes once, which comes before its first test."""
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the module's own for what programs prepare: latents, features, tokenizers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,8 @@ from common.ledger import bench_row
 from common.paths import RESULTS
 
 if TYPE_CHECKING:
-    from pixart.model import PixArt, PixArtConfig
+    from pixart.config import PixArtConfig
+    from pixart.model import PixArt
 
 
 class Size(NamedTuple):
@@ -77,7 +78,7 @@ FORWARD_TOLERANCE, LATENT_TOLERANCE = 1e-4, 1e-2
 
 
 def configuration(size: str) -> PixArtConfig:
-    from pixart.model import PixArtConfig
+    from pixart.config import PixArtConfig
 
     return PixArtConfig(input_size=SIZES[size].side, **SIZES[size].options)
 

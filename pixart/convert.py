@@ -34,7 +34,8 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
-from pixart.model import DiT, PixArt, PixArtConfig, position_embedding
+from pixart.config import PixArtConfig
+from pixart.model import DiT, PixArt, position_embedding
 
 StateDict = dict[str, Tensor]
 

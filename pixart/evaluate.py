@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from pixart.config import SamplingConfig
     from pixart.data import Pictures
+    from pixart.run import Stage
     from pixart.sample import Painter
-    from pixart.training import Stage
 
 PROMPT_SEED, SAMPLE_SEED = 7, 1
 
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     from common.files import write_json
     from pixart.config import read_recipe
+    from pixart.run import Stage
     from pixart.sample import ABOUT
-    from pixart.training import Stage
 
     marks = sorted(options.run_dir.glob(f"{options.stage or '*'}/model/{ABOUT}"), key=lambda p: p.stat().st_mtime)
     if not marks:

@@ -34,15 +34,15 @@ from common.metrics.distribution import fid, kid, precision_recall
 from common.metrics.features import extract, load_extractor
 from common.paths import cache_dir
 from common.training import build_trainer
-from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, StageConfig, TrainerConfig
+from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, PixArtConfig, StageConfig, TrainerConfig
 from pixart.convert import load_weights, reparameterise
 from pixart.data import BucketDataModule, Pictures, open_pictures, pad_to_square
 from pixart.diffusion import Diffusion
 from pixart.features import Codec, FeatureTable, open_features
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.model import DiT, PixArt
 from pixart.samplers import Noise, dpm_solver, guided, iddpm, sa_solver, seeded_noise
 from pixart.text import TextEncoder
-from pixart.training import StageModule
+from pixart.trainer import StageModule
 
 SHAPES_VAE, EMOJI_VAE = "ldm/pretrained/shapes32-v/vae", "ldm/pretrained/emoji64/vae"
 TOKENS = 56
@@ -505,7 +505,8 @@ class Study:
                 curve.append({"step": step, "seconds": used, **measure(network)})
                 network.train()
             if step in keep:
-                save_weights(module.averaged, self._snapshot(name, seed, step))
+                with module.sampling():
+                    save_weights(network, self._snapshot(name, seed, step))
 
         data_steps = steps if seconds is None else ENDLESS
         watch = Watch([*checkpoints, *keep], look, seconds)
@@ -520,7 +521,7 @@ class Study:
         )
         trainer.fit(module, BucketDataModule(table(), self.plan.batch, data_steps, seed))
         look(trainer.global_step, watch.used)
-        averaged = module.averaged.eval()
+        averaged = module.averaged()
         save_weights(averaged, store.with_suffix(".safetensors"))
         write_json(store, {"seconds": watch.used, "steps": trainer.global_step, "curve": curve})
         return Arm(averaged, watch.used, trainer.global_step, curve)

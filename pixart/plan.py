@@ -36,7 +36,8 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 
 from common import costs
 from common.errors import UserError, run_main
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.config import PixArtConfig
+from pixart.model import DiT, PixArt
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 STAGES = CONFIGS / "paper"

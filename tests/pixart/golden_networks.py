@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pixart.config import PixArtConfig
 from pixart.controlnet import ControlPixArt
 from pixart.convert import from_diffusers, load_weights, reparameterise, to_diffusers
 from pixart.model import (
@@ -18,7 +19,6 @@ from pixart.model import (
     FinalLayer,
     PixArt,
     PixArtBlock,
-    PixArtConfig,
     SizeEmbedder,
     TimestepEmbedder,
     padded_rows,

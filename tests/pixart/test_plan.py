@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.cli import parse_config
 from common.costs import GPUS, Cluster
 from common.errors import run_main
-from pixart.config import StageConfig
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.config import PixArtConfig, StageConfig
+from pixart.model import DiT, PixArt
 from pixart.plan import (
     CLUSTERS,
     PRICE,

@@ -24,13 +24,14 @@ import torch
 
 from benchmarks.arms import chosen_devices, machine_options, record, where_of
 from common.cpu import tune_allocator
+from common.data.pairs import generate_pairs
 from common.errors import run_main
 from common.ledger import bench_row
 from common.paths import REPOSITORY
-from instaflow.pairs import DiffusionSource, generate_pairs
+from common.solvers import DiffusionSource, stock_pipeline
+from common.teacher import Teacher
 from instaflow.pipeline import Card, InstaFlowPipeline
 from instaflow.student import make_student, stable_diffusion_unet, stable_diffusion_vae
-from instaflow.teacher import Teacher
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 SOLVER, STEPS = "DPMSolverMultistepScheduler", 25
@@ -65,26 +66,6 @@ def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
     return Teacher(parts[0], parts[1], parts[2], tokenizer, schedule)
 
 
-def peer_pipeline(teacher: Teacher) -> Any:
-    """Stock diffusers around the teacher's own networks."""
-    from diffusers import StableDiffusionPipeline
-
-    from instaflow.pairs import make_scheduler
-
-    pipeline = StableDiffusionPipeline(
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
-        tokenizer=teacher.tokenizer,
-        unet=teacher.unet,
-        scheduler=make_scheduler(SOLVER, teacher.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def student_pipeline(teacher: Teacher, folder: Path | None, dtype: torch.dtype) -> InstaFlowPipeline:
     """The one-step pipeline of a finished run, or an untrained student of the same shape."""
     if folder is not None:
@@ -113,7 +94,7 @@ def latency_rows(
     teacher: Teacher, student: InstaFlowPipeline, what: str, rounds: int, device: str
 ) -> list[dict[str, Any]]:
     """One step against 25 guided steps, from caption to image, at batch 1 and 16; and the U-Net evaluations of both."""
-    peer = peer_pipeline(teacher)
+    peer = stock_pipeline(teacher, SOLVER)
     counted = {"student": 0, "teacher": 0}
     hooks = [
         network.register_forward_pre_hook(

@@ -15,7 +15,7 @@ from common.images import make_grid, save_png
 from instaflow.flow import TeacherFlow, Velocity, conditioned, euler_path
 
 if TYPE_CHECKING:
-    from instaflow.experiments import Lab
+    from instaflow.experiments import Study
 
 SHOWN = 8  # prompts of a grid
 PATHS = 12  # noises whose paths are drawn
@@ -99,31 +99,31 @@ def draw_claims(claims: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         save_figure(figure, folder / "losses.png", caption)
 
 
-def draw_figures(results: Path, lab: Lab, folder: Path, seed: int = 0) -> None:
-    """Plots of the claims in `results`, and pictures of the lab's first seed, each with its caption."""
+def draw_figures(results: Path, study: Study, folder: Path, seed: int = 0) -> None:
+    """Plots of the claims in `results`, and pictures of the study's first seed, each with its caption."""
     claims = small_claims(results)
     draw_claims(claims, folder)
     if "I3" in claims:
-        prompts = lab.evaluation
+        prompts = study.evaluation
         first = [prompts.prompts.index(prompt) for prompt in dict.fromkeys(prompts.prompts)][:SHOWN]
         rows = torch.tensor(first)
-        source = lab.source(1)
+        source = study.source(1)
         with torch.no_grad():
-            one = source(prompts.noise[rows], lab.evaluation_states[rows])
+            one = source(prompts.noise[rows], study.evaluation_states[rows])
         arms = {
-            f"teacher {lab.budget.solver_steps} steps": lab.teacher_latents(lab.budget.solver_steps)[rows],
+            f"teacher {study.sizes.solver_steps} steps": study.teacher_latents(study.sizes.solver_steps)[rows],
             "teacher 1 step": one,
-            "2-RF 1 step": lab.latents("reflow", seed, 1)[rows],
-            "InstaFlow 1 step": lab.latents("instaflow", seed, 1)[rows],
+            "2-RF 1 step": study.latents("reflow", seed, 1)[rows],
+            "InstaFlow 1 step": study.latents("instaflow", seed, 1)[rows],
         }
-        images = {name: lab.teacher.decode(latents.clone()) for name, latents in arms.items()}
+        images = {name: study.teacher.decode(latents.clone()) for name, latents in arms.items()}
         comparison_grid(images, [prompts.prompts[i] for i in first], SHOWN, folder / "comparison.png")
         caption = "Same prompts, same noises: teacher with 25 steps and 1, 2-rectified flow and InstaFlow with 1."
         keep_captions(folder, {"comparison.png": caption})
     if "I1" in claims:
-        noise, states = lab.evaluation.noise[:PATHS], lab.evaluation_states[:PATHS]
-        teacher = conditioned(TeacherFlow(lab.teacher), states, lab.teacher.null(PATHS), lab.budget.guidance)
-        flows = {"teacher (1-flow)": teacher, "2-rectified flow": conditioned(lab.flow("reflow", seed), states)}
+        noise, states = study.evaluation.noise[:PATHS], study.evaluation_states[:PATHS]
+        teacher = conditioned(TeacherFlow(study.teacher), states, study.teacher.null(PATHS), study.sizes.guidance)
+        flows = {"teacher (1-flow)": teacher, "2-rectified flow": conditioned(study.flow("reflow", seed), states)}
         caption = (
             "Paths of the same noises: progress along Z1 - Z0 against the main sideways direction (25 Euler steps; a "
             "straight flow runs along the axis)."

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.teacher import Teacher
 from instaflow.flow import UNetFlow
-from instaflow.teacher import Teacher
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")
@@ -133,6 +133,17 @@ def stack(flow: UNetFlow, pruning: str = "drop_out_in", shared: bool = False) ->
     first = copy.deepcopy(flow.unet)
     second = None if shared else copy.deepcopy(flow.unet)
     return UNetFlow(StackedUNet(first, second, pruning, shared), None, flow.time_scale)
+
+
+def unique_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every shared tensor under its first name only."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            result[name] = tensor
+    return result
 
 
 def stable_diffusion_unet() -> Any:

@@ -68,8 +68,8 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
         pairs = torch.cat([real[spread], restored[spread]])
         save_grid(pairs, folder / "reconstruction.png", columns=len(spread), tile=64 if size < 64 else None)
     if task.name in ("superres", "inpaint"):
+        from common.metrics.perceptual import perceptual_distance
         from ldm.first_stage import to_unit
-        from ldm.perceptual import perceptual_distance
 
         distance = perceptual_distance("trained")
         metrics["paired"] = {

@@ -17,13 +17,13 @@ from common.ema import Ema
 from common.errors import UserError
 from common.images import save_grid
 from common.metrics.image import psnr
+from common.metrics.perceptual import perceptual_distance
 from common.training import EveryNSteps, load_checkpoint, train
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
 from ldm.config import FirstStageConfig, TrainerConfig
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.optimisers import MuonAdam
-from ldm.perceptual import perceptual_distance
 from ldm.streaming import ShardStream, data_module
 
 

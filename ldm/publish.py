@@ -115,7 +115,8 @@ def publish(run_dir: Path, name: str) -> Path:
     """Copy a run's pipeline to pretrained/`name`, and its pictures to results/."""
     from common.costs import parameter_count
     from common.images import save_grid
-    from ldm.sample import open_pipeline, pipeline_images
+    from common.teacher import open_pipeline
+    from ldm.sample import pipeline_images
 
     config, metrics = publishing.read_run(run_dir, "pipeline/model_index.json", "reconstruction.png")
     origin = publishing.origin("torch", "diffusers", "transformers")

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from common.cpu import tune_allocator
     from common.files import write_json
     from common.ledger import write_rows
-    from instaflow.teacher import Teacher
+    from common.teacher import Teacher
 
     known = known_methods()
     if options.list:

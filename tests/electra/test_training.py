@@ -61,7 +61,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never interrupted, one process."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run")
 
 

@@ -16,7 +16,7 @@ from instaflow.student import (
     stable_diffusion_unet,
     stack,
 )
-from tests.instaflow.tiny_teacher import tiny_teacher
+from tests.common.tiny_teacher import tiny_teacher
 
 X, T, STATES = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.6]), torch.randn(2, 6, 16)
 

@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.training import load_checkpoint
-from instaflow.training import WEIGHTS, StudentTrainer
+from instaflow.run import WEIGHTS
+from instaflow.trainer import StudentTrainer
 from tests.instaflow.tiny_run import PROMPTS, STAGES, arguments, losses, train, write_teacher
 
 KILLED_AT = """
 import os, signal, sys
-import instaflow.training
-from instaflow.training import StudentTrainer
+import instaflow.trainer
+from instaflow.trainer import StudentTrainer
 from instaflow.train import main
 
 stage, step = sys.argv.pop(1), int(sys.argv.pop(1))
-optimise = instaflow.training.optimise
+optimise = instaflow.trainer.optimise
 step_of = StudentTrainer.training_step
 
 def watched(flow, loss, data, states, stage_config, optimiser, seed, folder, *rest, **options):
@@ -37,7 +38,7 @@ def watched(flow, loss, data, states, stage_config, optimiser, seed, folder, *re
     StudentTrainer.training_step = killing
     return optimise(flow, loss, data, states, stage_config, optimiser, seed, folder, *rest, **options)
 
-instaflow.training.optimise = watched
+instaflow.trainer.optimise = watched
 main()
 """
 
@@ -57,7 +58,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cache: None, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages, never interrupted."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run", teacher)
 
 

@@ -54,7 +54,6 @@ main()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A class-conditional run on three colours of picture, whose denoiser has hardly been trained."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("class")
     generator = torch.Generator().manual_seed(0)
     for channel, name in enumerate(("blue", "green", "red")):

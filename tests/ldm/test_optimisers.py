@@ -120,7 +120,6 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def muon_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         return train(tmp_path_factory.mktemp("muon") / "run", **OPTIONS)

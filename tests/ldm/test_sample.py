@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError, run_main
+from common.teacher import open_pipeline
 from ldm import evaluate, sample
 from ldm.samplers import sample as sample_latents
 from ldm.samplers import seeded_noise
@@ -41,7 +42,7 @@ def test_exported_pipeline_draws_what_our_sampler_draws(text_run: Path, tmp_path
         for parameter in ldm.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     export_pipeline(ldm, run.task, run.config, tmp_path / "pipeline", dtype=torch.float32)
-    pipeline = sample.open_pipeline(tmp_path / "pipeline")
+    pipeline = open_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     captions = run.task.captions[:2]
     start = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -115,6 +116,25 @@ def test_mistake_is_one_sentence(
     assert stopped.value.code == 2 and printed.count("\n") == 1
     with pytest.raises(UserError, match=sentence):
         sample.main(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "run_sentence", "pipeline_sentence"),
+    [
+        (["--size", "17x18"], "--size 17x18: expected both sides to be multiples of 4", "multiples of 8"),
+        (["--size", "0x16"], "--size 0x16: expected both sides to be multiples of 4", "multiples of 8"),
+        (["--steps", "0"], "--steps 0: expected a number from 1 to 1000", "--steps 0: expected"),
+        (["--steps", "1001"], "--steps 1001: expected a number from 1 to 1000", "--steps 1001: expected"),
+    ],
+)
+def test_sizes_and_steps_that_the_model_lacks_are_refused_before_drawing(
+    options: list[str], run_sentence: str, pipeline_sentence: str, text_run: Path, tmp_path: Path
+) -> None:
+    for model, sentence in ((text_run, run_sentence), (text_run / "pipeline", pipeline_sentence)):
+        out = tmp_path / "out.png"
+        with pytest.raises(UserError, match=sentence):
+            sample.main(["--model", str(model), "--prompt", "a red star", "--out", str(out), *options])
+        assert not out.exists()
 
 
 def test_pipeline_without_a_prompt_is_one_sentence(text_run: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.acceleration import methods, protocol, report
 from benchmarks.acceleration import runner as runner_module
 from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, OverBudgetError, Sampler
 from benchmarks.acceleration.runner import Runner, Settings, known_methods, summary, write_results
-from instaflow.teacher import Teacher
+from common.teacher import Teacher
 from tests.instaflow.tiny_run import write_teacher
 
 FIRST = {
@@ -31,7 +31,6 @@ TINY = 6000  # forward-equivalents
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(BUDGETS, "B1", TINY)

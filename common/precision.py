@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from common.choices import Choices
+from common.choices import FILE, Choices
 from common.options import TrainerOptions
 from common.processes import is_main_process
 
@@ -58,6 +58,21 @@ def choose_precision(
     return choices.choose(
         "precision", lambda: measure_precisions(options, module, data), default=FLOAT32, margin=MARGIN
     )
+
+
+def precisions_taken(run_dir: Path, asked: str) -> str:
+    """In words, which precision a run's stages took, for cards and records: what was asked for, or what auto came to.
+
+    Args:
+        asked: `trainer.precision` of the run.
+    """
+    if asked != "auto":
+        return asked
+    records = {file.parent: Choices(file.parent).kept("precision") for file in sorted(run_dir.rglob(FILE))}
+    taken = {folder.name: record["chosen"] for folder, record in records.items() if record is not None}
+    if len(set(taken.values())) == 1:
+        return str(next(iter(taken.values())))
+    return ", ".join(f"{folder} {chosen}" for folder, chosen in taken.items()) or asked
 
 
 def affordable_steps(

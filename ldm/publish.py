@@ -115,6 +115,7 @@ def publish(run_dir: Path, name: str) -> Path:
     """Copy a run's pipeline to pretrained/`name`, and its pictures to results/."""
     from common.costs import parameter_count
     from common.images import save_grid
+    from common.precision import precisions_taken
     from common.teacher import open_pipeline
     from ldm.sample import pipeline_images
 
@@ -138,6 +139,7 @@ def publish(run_dir: Path, name: str) -> Path:
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in logged.items() if value > 0)
     unet, vae, text = (f"{parameter_count(part):,}" for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
     trainer, stage, threads = config["trainer"], config["first_stage"], config["trainer"]["threads"]
+    precision = precisions_taken(run_dir / "diffusion", trainer["precision"])
     facts = {
         "prediction": config["diffusion"]["prediction"],
         "prompt": prompts[0],
@@ -145,7 +147,7 @@ def publish(run_dir: Path, name: str) -> Path:
         "command": f"`python ldm/train.py --config ldm/configs/teachers/{name}.yaml`",
         "first stage": f"KL, f = {2 ** (len(stage['ch_mult']) - 1)}, {stage['z_channels']} channels, "
         f"{stage['steps']} steps of {stage['batch_size']} images, {stage.get('optimiser', 'adam')}",
-        "denoiser": f"{trainer['max_steps']} steps of {trainer['batch_size']} images, {trainer['precision']}, "
+        "denoiser": f"{trainer['max_steps']} steps of {trainer['batch_size']} images, {precision}, "
         f"{config['optimiser'].get('name', 'adamw')}"
         + (f", started from `{config['init_from']}`" if config.get("init_from") else ""),
         "seconds (wall; the machine did other work too)": seconds,

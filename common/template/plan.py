@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import costs
+from common.costs import Cluster, aligned, cluster_of, flop, number, parameter_count, plan_parser, show
 from common.errors import run_main
 from newpaper.config import NewpaperRun
 from newpaper.model import Denoiser
@@ -21,14 +21,14 @@ class Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = costs.plan_parser(__doc__, costs.Cluster("h100", 1, 0.35)).parse_args(argv)
-    cluster = costs.cluster_of(options)
+    options = plan_parser(__doc__, Cluster("h100", 1, 0.35)).parse_args(argv)
+    cluster = cluster_of(options)
     with torch.device("meta"):
         network, y_BCHW = Denoiser(NewpaperRun().network), torch.empty(BATCH, 1, SIDE, SIDE)
-        flop = 3.0 * STEPS * costs.flop(lambda: network(y_BCHW))
-    plan = Plan(costs.parameter_count(network), flop / 1e15, cluster.gpu_days(flop))
-    table = costs.aligned([list(vars(plan)), [costs.number(value, 2) for value in vars(plan).values()]])
-    costs.show([plan], f"{cluster.describe()}\n{table}", options.json)
+        total = 3.0 * STEPS * flop(lambda: network(y_BCHW))
+    plan = Plan(parameter_count(network), total / 1e15, cluster.gpu_days(total))
+    table = aligned([list(vars(plan)), [number(value, 2) for value in vars(plan).values()]])
+    show([plan], f"{cluster.describe()}\n{table}", options.json)
 
 
 if __name__ == "__main__":

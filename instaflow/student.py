@@ -17,10 +17,6 @@ from instaflow.flow import UNetFlow
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")
-STABLE_DIFFUSION_PARAMETERS = 859_520_964
-STACKED_PARAMETERS = (
-    1_719_017_924  # 2 x 859,520,964 - (640 + 11,524) - 11,840: InstaFlow-1.7B (appendix B, our reading)
-)
 
 
 def make_student(teacher: Teacher, init: str = "wrapped") -> UNetFlow:
@@ -103,11 +99,6 @@ class StackedUNet(nn.Module):
         """The stack's output [B, C, H, W] for latents, network times and text states, in diffusers' container."""
         hidden = self.first(sample, timestep, encoder_hidden_states, return_dict=False)[0]
         return self.second(hidden, timestep, encoder_hidden_states, return_dict=return_dict)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, in both halves."""
-        self.first.enable_gradient_checkpointing()
-        self.second.enable_gradient_checkpointing()
 
 
 def _shell(unet: Any) -> Any:

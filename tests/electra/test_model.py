@@ -216,12 +216,6 @@ def test_empty_rows_are_refused() -> None:
         Batch.from_rows([torch.tensor([1, 2]), torch.tensor([], dtype=torch.long)])
 
 
-def test_unknown_options_of_a_configuration_are_named() -> None:
-    with pytest.raises(UserError, match="depth is not an option"):
-        ElectraConfig.from_dict({"depth": 3})
-    assert ElectraConfig.from_dict({"layers": 3}).layers == 3
-
-
 def test_bfloat16_autocast_stays_close_to_float32() -> None:
     torch.manual_seed(0)
     encoder = Encoder(TINY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.costs import parameter_count
 from common.errors import UserError
 from instaflow.flow import TeacherFlow, UNetFlow, network_time
 from instaflow.student import (
@@ -12,7 +13,6 @@ from instaflow.student import (
     STACKED_PARAMETERS,
     StackedUNet,
     make_student,
-    parameter_count,
     stable_diffusion_unet,
     stack,
 )

@@ -247,14 +247,15 @@ class Study(Generic[S]):
             return self._arms[name, seed]
         network = build()
         place = self.folder / "arms" / f"{name}-seed{seed}"
-        weights = place.with_name(f"{place.name}.safetensors")
+        store, weights = (place.with_name(f"{place.name}.{kind}") for kind in ("json", "safetensors"))
 
         def trained() -> Mapping[str, Any]:
             made, record = train(network, self.workplace(f"arms/{place.name}", settings))
+            store.unlink(missing_ok=True)  # no record of other settings beside these weights
             save_weights(weights, made.state_dict())
             return record
 
-        record = kept(place.with_name(f"{place.name}.json"), trained, settings)
+        record = kept(store, trained, settings)
         shutil.rmtree(place, ignore_errors=True)
         load_weights(network, weights, against="the study's network")
         self._arms[name, seed] = Arm(name, network.eval(), record)

@@ -442,9 +442,6 @@ class VQModel(nn.Module):
         """Codebook vectors [B, e, h, w] to image [B, out_ch, h*f, w*f]; does not quantise."""
         return self.decoder(self.post_quant_conv(z_BCHW.to(self.post_quant_conv.weight.dtype)))
 
-    def decode_codes(self, indices_BHW: Tensor) -> Tensor:
-        return self.decode(self.quantize.lookup(indices_BHW))
-
     def latent_from_moments(self, moments_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """The pre-quantisation vector itself; `noise` is for the common interface and unused."""
         return moments_BCHW.float()

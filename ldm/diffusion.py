@@ -417,7 +417,7 @@ class LatentDiffusion(nn.Module):
         return state
 
     def load_official_state_dict(self, state: Mapping[str, Tensor], use_ema: bool = True) -> None:
-        """Load the authors' checkpoint (its `state_dict`), taking the averaged denoiser where there is one.
+        """Library. Load the authors' checkpoint (its `state_dict`), taking the averaged denoiser where there is one.
 
         Raises:
             UserError: missing or unknown parameters, or tables of another schedule than this model's.
@@ -458,7 +458,7 @@ class LatentDiffusion(nn.Module):
 def from_compvis_config(
     config: Mapping[str, Any], *, cond_drop: float = 0.1, logits_head: bool = False
 ) -> LatentDiffusion:
-    """Build the model that one of the authors' YAML configurations describes (random weights).
+    """Library. Build the model that one of the authors' YAML configurations describes (random weights).
 
     Args:
         config: the whole file ({"model": {"params": ...}}), its `model` entry, or its `params`.

@@ -8,12 +8,9 @@ Every number names its judge and counts; the distance of two halves of the real 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import run_main
 

@@ -16,7 +16,6 @@ from common.data.sampling import Table, step_generator
 from common.ema import Ema
 from common.errors import UserError
 from common.images import save_grid
-from common.metrics.image import psnr
 from common.metrics.perceptual import perceptual_distance
 from common.training import EveryNSteps, load_checkpoint, train
 from common.weights import check_weights, read_weights, save_weights
@@ -301,11 +300,3 @@ def reconstruct(model: FirstStage, images_uint8: Tensor, batch_size: int = 100) 
         mean = moments.chunk(2, dim=1)[0] if isinstance(model, AutoencoderKL) else moments
         parts.append(to_uint8(model.decode_latent(mean)))
     return torch.cat(parts)
-
-
-def first_stage_metrics(model: FirstStage, images_uint8: Tensor) -> dict[str, float]:
-    """PSNR of the reconstructions and the standard deviation of the latents."""
-    restored = reconstruct(model, images_uint8)
-    with torch.no_grad():
-        latents = model.encode_latent(to_unit(images_uint8[:200]))
-    return {"psnr": float(psnr(restored, images_uint8).mean()), "latent_std": float(latents.std())}

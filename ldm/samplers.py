@@ -677,7 +677,7 @@ def patchwise(network: Network, grid: PatchGrid, chunk: int = 64) -> Network:
 def decode_patchwise(
     decode: Callable[[Tensor], Tensor], z_BCHW: Tensor, grid: PatchGrid, up: int, chunk: int = 16
 ) -> Tensor:
-    """Decode a large latent crop by crop; `up` is the first stage's down-sampling factor f."""
+    """Library. Decode a large latent crop by crop; `up` is the first stage's down-sampling factor f."""
     crops_NCHW = grid.crop(z_BCHW)
     images_NCHW = _in_chunks(decode, chunk, crops_NCHW.shape[0], crops_NCHW)
     return grid.blend(images_NCHW, z_BCHW.shape[-2], z_BCHW.shape[-1], up)

@@ -10,11 +10,8 @@ stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.cli import parse_config
 from common.errors import run_main

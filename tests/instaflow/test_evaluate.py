@@ -96,6 +96,16 @@ def test_first_caption_of_each_image_is_taken(images: Path) -> None:
     assert evaluate.read_captions(coco(images), files, images)[:3] == PROMPTS[:3]
 
 
+def test_captions_keep_separators_and_lose_the_byte_order_mark(images: Path, tmp_path: Path) -> None:
+    files = sorted(images.iterdir())
+    captions = [f"picture\u2028number {i}" for i in range(24)]
+    (tmp_path / "c.txt").write_text("\ufeff" + "\r\n".join(captions) + "\r\n\r\n", encoding="utf-8", newline="")
+    rows = [json.dumps({"file_name": f.name, "text": c}, ensure_ascii=False) for f, c in zip(files, captions)]
+    (tmp_path / "c.jsonl").write_text("\ufeff" + "\n\n".join(rows) + "\n", encoding="utf-8")
+    for name in ("c.txt", "c.jsonl"):
+        assert evaluate.read_captions(tmp_path / name, files, images) == captions
+
+
 def test_captions_that_do_not_fit_are_refused_by_name(images: Path, tmp_path: Path) -> None:
     files = sorted(images.iterdir())
     short, broken, missing = tmp_path / "short.txt", tmp_path / "broken.json", tmp_path / "some.jsonl"

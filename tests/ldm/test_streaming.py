@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.data.folders import ShardedImages
+from common.data.shards import ShardedImages
 from common.errors import UserError
 from ldm.sample import main as sample_main
 from ldm.streaming import ShardStream
@@ -160,7 +160,7 @@ def test_what_a_stream_cannot_give_is_said(change: dict[str, Any], sentence: str
 def test_missing_label_column_is_named(tmp_path: Path, shards: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / f"{number}.parquet", 9, torch.Generator().manual_seed(number), 0, label=True)
-    with pytest.raises(UserError, match="no column 'label'; its columns are image, text"):
+    with pytest.raises(UserError, match=r"no label column was found; its columns are image, text; name"):
         train(tmp_path / "run", task="class", data__name="shards", data__path=tmp_path / "*.parquet")
 
 

@@ -17,7 +17,7 @@ from pc_darts.baselines import random_genotype
 from pc_darts.config import CONFIGS, read_config
 from pc_darts.experiments import SWEEPS, Sizes, Study, jaccard, mean_overlap, step_seconds, weight_free_share
 from pc_darts.genotypes import PUBLISHED
-from pc_darts.plan import RUNS, paper_utilisation, plan, search_flop
+from pc_darts.plan import RUNS, cluster, paper_utilisation, plan, search_flop
 from tests.claims import smoke_records, write_ledger
 
 
@@ -124,9 +124,9 @@ def test_full_size_configs_are_the_papers() -> None:
 
 
 def test_plan_knows_the_papers_sizes() -> None:
-    final = plan("cifar-final", utilisation=0.5)
+    final = plan("cifar-final", cluster(utilisation=0.5))
     assert final.parameters == 4_111_104 and final.macs == pytest.approx(556.7e6, rel=1e-3)
-    search = plan("cifar-search")
+    search = plan("cifar-search", cluster())
     assert search.parameters == 299_578
     assert search.gpu_days == pytest.approx(0.1)
     assert 0 < paper_utilisation() < 0.2 and set(RUNS) >= {"imagenet-search", "imagenet-final"}

@@ -39,6 +39,22 @@ def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERA
 # Full pre-training steps (tf_step_*)
 
 
+def sizes_of(hparams: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's options as ours are called, without dropout."""
+    sizes = hparams["model_hparam_overrides"]
+    return {
+        "vocab_size": hparams["vocab_size"],
+        "embedding_size": hparams.get("embedding_size") or sizes["hidden_size"],
+        "hidden_size": sizes["hidden_size"],
+        "layers": sizes["num_hidden_layers"],
+        "heads": sizes["num_attention_heads"],
+        "intermediate_size": sizes["intermediate_size"],
+        "max_position": sizes["max_position_embeddings"],
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
 def step_model(case: Case) -> ElectraPretrainer:
     """The recorded model; sizes from the hyper-parameters and, for the generator, the official rules."""
     hparams = {**OFFICIAL_DEFAULTS, **case.config["hparams"]}
@@ -48,15 +64,7 @@ def step_model(case: Case) -> ElectraPretrainer:
         tying, hparams["generator_hidden_size"] = "all", 1.0
     generator_hidden = round(sizes["hidden_size"] * hparams["generator_hidden_size"])
     config = ElectraConfig(
-        vocab_size=hparams["vocab_size"],
-        embedding_size=hparams.get("embedding_size") or sizes["hidden_size"],
-        hidden_size=sizes["hidden_size"],
-        layers=sizes["num_hidden_layers"],
-        heads=sizes["num_attention_heads"],
-        intermediate_size=sizes["intermediate_size"],
-        max_position=sizes["max_position_embeddings"],
-        dropout=0.0,
-        attention_dropout=0.0,
+        **sizes_of(hparams),
         generator_factor=hparams["generator_hidden_size"],
         generator_heads=max(1, generator_hidden // 64),
         generator_intermediate_size=4 * generator_hidden,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -21,20 +20,7 @@ from ldm.convert import (
     unet_to_diffusers,
 )
 from ldm.model import ConditionedUNet, EncoderUNet, SpatialTransformer, UNet
-from tests.golden_case import Case, Check, assert_close, assert_timed_close, fill_by_rule
-
-
-def kind(stem: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(stem) and source in case.source
-
-
-def _load(module: torch.nn.Module, case: Case) -> None:
-    """Recorded weights, or those of the goldens' parameter rule."""
-    weights = case.group("param")
-    if case.config.get("params") == "rule":
-        weights = fill_by_rule(dict(module.named_parameters()))
-    module.load_state_dict(weights)
-    module.eval()
+from tests.golden_case import Case, Check, assert_close, assert_timed_close, kind, load
 
 
 def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -44,7 +30,7 @@ def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 @torch.no_grad()
 def check_unet(case: Case) -> None:
     net = UNet(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     for name in (name for name in given if name.startswith("x")):
         eps = f"eps{name.removeprefix('x')}"
@@ -55,14 +41,14 @@ def check_unet(case: Case) -> None:
 @torch.no_grad()
 def check_spatial_transformer(case: Case) -> None:
     net = SpatialTransformer(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     given = case.group("in")
     assert_close(net(given["x"], given.get("context")), case.group("out")["y"], "y")
 
 
 def check_classifier(case: Case) -> None:
     net = EncoderUNet(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     x_BCHW = given["x"].requires_grad_()
     logits = net(x_BCHW, given["t"])
@@ -103,14 +89,14 @@ def check_wrapper(case: Case) -> None:
 @torch.no_grad()
 def check_text_encoder(case: Case) -> None:
     net = TransformerEmbedder(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     assert_close(net(case.group("in")["tokens"]), case.group("out")["context"], "context")
 
 
 @torch.no_grad()
 def check_spatial_rescaler(case: Case) -> None:
     net = SpatialRescaler(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     assert_close(net(case.group("in")["x"]), case.group("out")["y"], "y")
 
 

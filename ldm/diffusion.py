@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from common.ema import Ema
 from common.errors import UserError
+from common.images import to_unit
+from common.steps import StepDraws
 
 Prediction = Literal["eps", "x0", "v"]
 # What the denoiser is conditioned on: nothing, one tensor (its place follows from the conditioning key), or the
@@ -453,6 +455,20 @@ class LatentDiffusion(nn.Module):
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise UserError(f"the checkpoint does not fit this configuration: {', '.join(problems[:4])}{more}")
+
+
+def draw_latents(
+    ldm: LatentDiffusion, batch: Mapping[str, Tensor], draws: StepDraws
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled posterior samples z [B, C, H, W] of a batch's images (or cached moments), steps t [B], noise like z, and
+    two more uniform numbers a sample [2, B]."""
+    first_stage: Any = ldm.first_stage_model
+    uniform_3B = draws.uniform(3)
+    with torch.no_grad():
+        moments_BCHW = batch["moments"] if "moments" in batch else first_stage.moments(to_unit(batch["image"]))
+    posterior_noise, noise_BCHW = draws.normals(2, first_stage.embed_dim, *moments_BCHW.shape[2:])
+    z_BCHW = ldm.scale_factor * first_stage.latent_from_moments(moments_BCHW, posterior_noise)
+    return z_BCHW, (uniform_3B[0] * ldm.schedule.timesteps).long(), noise_BCHW, uniform_3B[1:]
 
 
 def from_compvis_config(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.images import to_uint8, to_unit
 from common.metrics.distribution import fid, kid, precision_recall
 from common.metrics.features import extract, load_extractor
 from common.metrics.image import psnr, ssim
@@ -34,11 +35,13 @@ from ldm.config import (
     UNetOptions,
 )
 from ldm.diffusion import LatentDiffusion
-from ldm.first_stage import freeze, reconstruct, to_uint8, to_unit, train_first_stage
+from ldm.first_stage import freeze, reconstruct
 from ldm.model import UNet
+from ldm.run import build_latent_diffusion
 from ldm.sample import condition_columns, draw
-from ldm.tasks import Task, prepare
-from ldm.training import MASKS, DiffusionTrainer, build_latent_diffusion, first_batch_scale, mask_bank
+from ldm.tasks import Task, mask_bank, prepare
+from ldm.train import MASKS, first_batch_scale, train_first_stage
+from ldm.trainer import DiffusionTrainer
 
 ENDLESS = 10**6  # steps: the CPU budget ends training
 AUTOENCODER_SHARE = 0.5  # of an arm's budget, in L1 and L2

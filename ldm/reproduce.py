@@ -377,8 +377,8 @@ def measure_l5(seed: int, budget: Budget) -> dict[str, float]:
     import torch
 
     from common.data.shapes_verifier import colour_in_boxes
+    from common.images import to_unit
     from ldm import experiments as x
-    from ldm.first_stage import to_unit
 
     stage, first = x.shapes_first_stage()
     data = DataConfig(name="shapes", size=32, train_images=12000, eval_images=600, tasks=["grid3"])

@@ -9,8 +9,9 @@ import torch
 
 from ldm import reproduce
 from ldm.first_stage import to_unit
+from ldm.run import Run
 from ldm.sample import condition_columns
-from ldm.training import Run, raw_condition
+from ldm.tasks import raw_condition
 from tests.ldm.tiny_run import train
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from common.data.folders import ShardedImages
 from common.errors import UserError
+from ldm.run import Run
 from ldm.sample import main as sample_main
 from ldm.streaming import ShardStream
-from ldm.training import Run
 from tests.ldm.test_train import CLOSE, KILLED_AT, python, same_weights
 from tests.ldm.tiny_run import arguments, config_of, logged, losses, train
 

@@ -15,9 +15,9 @@ from common.data import fashion_mnist, photos
 from common.data.sampling import LazyTable, TensorTable
 from common.errors import UserError
 from ldm.config import DataConfig, LdmConfig
+from ldm.run import Run
 from ldm.sample import condition_columns, draw, task_grid
 from ldm.tasks import open_dataset, prepare, train_tokenizer, user_images
-from ldm.training import Run
 from tests.ldm.tiny_run import arguments, losses, train
 
 

@@ -42,19 +42,7 @@ def build_classifier(network: ClassifierNetwork, config: LdmConfig, ldm: LatentD
             f"--network.num_head_channels: attention of width {width} has no head of {network.num_head_channels} "
             "channels; choose a divisor"
         )
-    return EncoderUNet(
-        image_size=side,
-        in_channels=first_stage.embed_dim,
-        model_channels=network.model_channels,
-        out_channels=classes,
-        num_res_blocks=network.num_res_blocks,
-        attention_resolutions=list(network.attention_resolutions),
-        dropout=network.dropout,
-        channel_mult=list(network.channel_mult),
-        num_head_channels=network.num_head_channels,
-        pool=network.pool,
-        norm_groups=network.norm_groups,
-    )
+    return EncoderUNet(network, side, first_stage.embed_dim, classes)
 
 
 def latent_space(ldm: LatentDiffusion) -> str:

@@ -36,6 +36,7 @@ from common.errors import UserError, run_main
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.model import UNet
 from ldm.norm import group_count
+from ldm.official import autoencoder_of, unet_of
 
 StateDict = dict[str, Tensor]
 Names = list[tuple[str, str]]
@@ -760,12 +761,9 @@ def autoencoder_from_diffusers_dir(path: Path) -> AutoencoderKL | VQModel:
     """Our first stage from a diffusers `vae/` (or `vqvae/`) folder, or from a pipeline folder that has one."""
     path = next((path / name for name in ("vae", "vqvae") if (path / name / "config.json").is_file()), path)
     state, config = first_stage_from_diffusers(*read_component(path))
-    model: AutoencoderKL | VQModel
-    if config["kind"] == "kl":
-        model = AutoencoderKL(config["ddconfig"], config["embed_dim"], config["norm_groups"])
-    else:
-        groups = config["norm_groups"]
-        model = VQModel(config["ddconfig"], config["embed_dim"], config["n_embed"], norm_groups=groups)
+    model = autoencoder_of(
+        config["ddconfig"], config["embed_dim"], config["n_embed"], norm_groups=config["norm_groups"]
+    )
     model.load_state_dict(state)
     return model
 
@@ -774,7 +772,7 @@ def unet_from_diffusers_dir(path: Path) -> UNet:
     """Our U-Net from a diffusers `unet/` folder, or from a pipeline folder that has one."""
     path = path / "unet" if (path / "unet" / "config.json").is_file() else path
     state, config = unet_from_diffusers(*read_component(path))
-    unet = UNet(**config)
+    unet = unet_of(config)
     unet.load_state_dict(state)
     return unet
 
@@ -1057,7 +1055,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def check_fits(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
     """The U-Net described by `config` has exactly these weights, else one sentence that says where they part."""
     with torch.device("meta"):
-        expected = UNet(**config).state_dict()
+        expected = unet_of(config).state_dict()
     for name in sorted(expected.keys() ^ state.keys()):
         has = "lacks" if name in expected else "has an extra"
         raise UserError(f"the checkpoint does not fit {source}: it {has} {name}")

@@ -242,16 +242,7 @@ class Regression(nn.Module):
 
     def __init__(self, config: LdmConfig) -> None:
         super().__init__()
-        options = config.unet
-        self.unet = UNet(
-            in_channels=3,
-            out_channels=3,
-            model_channels=options.model_channels,
-            channel_mult=options.channel_mult,
-            num_res_blocks=options.num_res_blocks,
-            attention_resolutions=options.attention_resolutions,
-            num_head_channels=options.num_head_channels,
-        )
+        self.unet = UNet(dataclasses.replace(config.unet, norm_groups=32), in_channels=3, out_channels=3)
 
     def forward(self, low_BCHW: Tensor, size: int) -> Tensor:
         """Low-resolution image in [-1, 1] to [B, 3, size, size]: the bicubic enlargement plus a learned residual."""

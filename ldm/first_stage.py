@@ -19,24 +19,8 @@ def build_first_stage(config: FirstStageConfig, size: int, channels: int = 3) ->
     """The autoencoder that the config describes (untrained)."""
     if config.kind == "pixels":
         return IdentityFirstStage(channels)
-    ddconfig = {
-        "double_z": config.kind == "kl",
-        "z_channels": config.z_channels,
-        "resolution": size,
-        "in_channels": channels,
-        "out_ch": channels,
-        "ch": config.ch,
-        "ch_mult": list(config.ch_mult),
-        "num_res_blocks": config.num_res_blocks,
-        "attn_resolutions": list(config.attn_resolutions),
-        "dropout": 0.0,
-        "attn_type": "vanilla" if config.attention else "none",
-    }
-    if config.kind == "kl":
-        return AutoencoderKL(ddconfig, config.z_channels, config.norm_groups)
-    return VQModel(
-        ddconfig, config.z_channels, config.n_embed, legacy=config.legacy_beta, norm_groups=config.norm_groups
-    )
+    network = AutoencoderKL if config.kind == "kl" else VQModel
+    return network(config, size, in_channels=channels, out_channels=channels)
 
 
 def load_first_stage(

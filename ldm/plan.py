@@ -36,7 +36,7 @@ from common.errors import UserError, run_main
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.conditioners import ClassEmbedder, SpatialRescaler, TransformerEmbedder
 from ldm.convert import read_config
-from ldm.model import UNet
+from ldm.official import autoencoder_of, unet_of
 
 PAPER_CONFIGS = Path(__file__).resolve().parent / "configs" / "paper"
 FIRST_STAGES = PAPER_CONFIGS / "first_stages.yaml"
@@ -129,9 +129,7 @@ def context_tokens(options: dict[str, Any] | None) -> int:
 def build_first_stage(options: dict[str, Any] | None) -> AutoencoderKL | VQModel | None:
     if options is None:
         return None
-    if options.get("n_embed"):
-        return VQModel(options["ddconfig"], options["embed_dim"], options["n_embed"])
-    return AutoencoderKL(options["ddconfig"], options["embed_dim"])
+    return autoencoder_of(options["ddconfig"], options["embed_dim"], options.get("n_embed"))
 
 
 def forward_flop(module: nn.Module, *inputs: Tensor | None) -> int:
@@ -164,7 +162,7 @@ def _unet_costs(unet_json: str, tokens: int) -> tuple[int, int, int, int]:
     """(parameters, forward FLOP, activation bytes, the same with checkpointing) of one image."""
     options = json.loads(unet_json)
     with torch.device("meta"):
-        unet = UNet(**options)
+        unet = unet_of(options)
         side = options["image_size"]
         x_BCHW = torch.empty(1, options["in_channels"], side, side)
         context = torch.empty(1, tokens, options["context_dim"]) if options.get("context_dim") else None
@@ -172,7 +170,7 @@ def _unet_costs(unet_json: str, tokens: int) -> tuple[int, int, int, int]:
         flop = forward_flop(unet.eval(), x_BCHW, t_B, context)
         unet.train()
         plain = saved_bytes(unet, x_BCHW, t_B, context)
-        checkpointed = UNet(**{**options, "use_checkpoint": True}).train()
+        checkpointed = unet_of({**options, "use_checkpoint": True}).train()
         return parameters(unet), flop, plain, saved_bytes(checkpointed, x_BCHW, t_B, context)
 
 

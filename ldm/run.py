@@ -40,28 +40,17 @@ FREE_OPTIONS = free_options(
 
 def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
     """Denoiser and conditioner for a task, around a frozen first stage."""
-    options = config.unet
     channels = first_stage.embed_dim
     extra = task.concat_channels if task.name != "inpaint" else channels + 1
     crossattn = task.conditioning_key == "crossattn"
     unet = UNet(
-        in_channels=channels + extra,
-        out_channels=channels,
-        model_channels=options.model_channels,
-        channel_mult=list(options.channel_mult),
-        num_res_blocks=options.num_res_blocks,
-        attention_resolutions=list(options.attention_resolutions),
-        num_heads=options.num_heads,
-        num_head_channels=options.num_head_channels,
-        dropout=options.dropout,
-        use_scale_shift_norm=options.use_scale_shift_norm,
-        resblock_updown=options.resblock_updown,
+        config.unet,
+        channels + extra,
+        channels,
         use_spatial_transformer=crossattn,
-        transformer_depth=options.transformer_depth,
         context_dim=task.context_dim if crossattn else None,
         num_classes=task.num_classes if task.conditioning_key == "adm" else None,
         image_size=config.data.size // first_stage.downsampling,
-        norm_groups=options.norm_groups,
     )
     conditioner: Any = task.conditioner
     if task.name == "inpaint":

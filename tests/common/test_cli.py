@@ -57,9 +57,7 @@ def test_saved_text_gives_the_same_config(tmp_path: Path) -> None:
 
 def test_a_run_folder_gives_back_its_config_and_another_folder_is_named(tmp_path: Path) -> None:
     config, text = parse_config(Outer, None, "", ["--steps", "9"])
-    with pytest.raises(
-        UserError, match=f"^--model {tmp_path}: no config.yaml there; expected the folder"
-    ):
+    with pytest.raises(UserError, match=f"^--model {tmp_path}: no config.yaml there; expected the folder"):
         read_run_config(Outer, tmp_path, "--model")
     (tmp_path / "config.yaml").write_text(text)
     assert read_run_config(Outer, tmp_path) == config

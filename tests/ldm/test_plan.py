@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError, run_main
-from ldm.model import UNet
+from ldm.official import unet_of
 from ldm.plan import (
     FIRST_STAGES,
     GPUS,
@@ -31,7 +31,7 @@ WITH_PUBLISHED_SIZE = [n for n in paper_config_names() if load_paper_config(n)["
 def test_published_size_is_met(name: str) -> None:
     config = load_paper_config(name)
     with torch.device("meta"):
-        unet = parameters(UNet(**config["unet"]))
+        unet = parameters(unet_of(config["unet"]))
         head = parameters(build_conditioner(config["conditioner"], logits_head=True))
     counted = {"unet": unet, "conditioner": head, "unused_head": 0, "first_stage": 0}
     if "first_stage" in config["paper"]["parameters_of"]:
@@ -54,9 +54,9 @@ def test_published_unets_are_the_recorded_ones() -> None:
         # Several official files repeat one network (configs/ and models/): one of ours stands for them.
         expected = {k: v for k, v in entry["unet_config"].items() if k != "use_checkpoint"}
         with torch.device("meta"):
-            built = UNet(**expected).config
+            built = unet_of(expected).config
             candidates = [ours[source]] if source in ours else list(ours.values())
-            assert any(UNet(**config["unet"]).config == built for config in candidates), source
+            assert any(unet_of(config["unet"]).config == built for config in candidates), source
 
 
 @pytest.mark.parametrize(("f", "gflop"), [(1, 1188.4), (2, 538.6), (4, 208.4), (8, 114.1), (16, 27.4), (32, 6.8)])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioners import LayoutTokenizer, SpatialRescaler, TransformerEmbedder, layout_tokens, retrieve
-from ldm.convert import (
+from ldm.layouts import (
     first_stage_from_diffusers,
     first_stage_to_diffusers,
     infer_unet_config,

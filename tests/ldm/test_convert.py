@@ -17,10 +17,6 @@ from ldm.conditioners import TransformerEmbedder
 from ldm.convert import (
     Checkpoint,
     autoencoder_from_diffusers_dir,
-    first_stage_from_diffusers,
-    first_stage_to_diffusers,
-    infer_first_stage_config,
-    infer_unet_config,
     load_compvis,
     load_diffusers,
     load_ours,
@@ -28,12 +24,18 @@ from ldm.convert import (
     save_compvis,
     save_diffusers,
     save_ours,
+    unet_from_diffusers_dir,
+    write_pipeline,
+)
+from ldm.layouts import (
+    first_stage_from_diffusers,
+    first_stage_to_diffusers,
+    infer_first_stage_config,
+    infer_unet_config,
     text_encoder_from_diffusers,
     text_encoder_to_diffusers,
     unet_from_diffusers,
-    unet_from_diffusers_dir,
     unet_to_diffusers,
-    write_pipeline,
 )
 from ldm.model import ConditionedUNet
 from ldm.official import autoencoder_of, unet_of
@@ -344,7 +346,7 @@ def test_command_line_converts_and_explains_a_wrong_config(tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: main(command))
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: it ")
+    assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: input_blocks.")
 
 
 def tiny_tokenizer() -> Any:

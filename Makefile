@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PAPERS := ldm pixart instaflow electra pc_darts se_moe
+# A folder with train.py and config.py is a paper.
+PAPERS := $(patsubst %/config.py,%,$(wildcard $(patsubst %/train.py,%/config.py,$(wildcard */train.py))))
 PYTHON3 ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

@@ -37,8 +37,8 @@ from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
 
 if TYPE_CHECKING:
+    from electra.config import ElectraConfig
     from electra.data import StepBatch
-    from electra.model import ElectraConfig
     from electra.objectives import ElectraPretrainer
 
 
@@ -97,7 +97,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 def configuration(size: str) -> ElectraConfig:
-    from electra.model import ElectraConfig
+    from electra.config import ElectraConfig
 
     return ElectraConfig(**SIZES[size].options)
 
@@ -234,7 +234,7 @@ def train_ours(arm: Arm, turns: Turns) -> None:
 
     from common.training import build_trainer
     from electra.config import ElectraRun, OptimiserConfig, TrainerConfig
-    from electra.training import PretrainingModule
+    from electra.trainer import PretrainingModule
 
     class Wait(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:

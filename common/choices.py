@@ -7,7 +7,9 @@ main process measures and writes the choice down, and everybody else, and every 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,26 +42,51 @@ class Choices:
             self._known = self._read(self.file)
         return self._known.get(key)
 
-    def choose(self, key: str, measure: Callable[[], Mapping[str, float]], *, default: str, margin: float = 0.0) -> str:
+    def choose(
+        self,
+        key: str,
+        measure: Callable[[], Mapping[str, float]],
+        *,
+        default: str,
+        margin: float = 0.0,
+        together: bool = True,
+    ) -> str:
         """The form to take: the one on record, else the fastest by measurement.
 
         Args:
             measure: returns seconds by form; called at most once a key, on the main process.
             default: is taken unless another form is faster by more than `margin` (0.1 is 10 %), so that equal machines
                 choose alike.
+            together: all processes ask for this key at the same place of the program. Else whichever asks first
+                measures for all: the main process may be waiting for the asking one in a collective operation.
         """
         record = self.kept(key)
-        if record is None and self.file is not None and not is_main_process():
-            record = self._wait(key)
-        if record is None:
-            seconds = dict(measure())
-            fastest = min(seconds, key=lambda form: seconds[form])
-            wins = seconds[default] > (1 + margin) * seconds[fastest]
-            record = {"chosen": fastest if wins else default, "seconds": seconds, "cpu": cpu_name()}
-            self._known[key] = record
-            if self.file is not None:
-                write_json(self.file, self._known)
-        return str(record["chosen"])
+        if record is not None:
+            return str(record["chosen"])
+        if self.file is None or (together and is_main_process()):
+            return self._measure(key, measure, default, margin)
+        if together:
+            return str(self._wait(key)["chosen"])
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # a process that dies lets go
+            record = self.kept(key)
+            return self._measure(key, measure, default, margin) if record is None else str(record["chosen"])
+        finally:
+            os.close(handle)
+
+    def _measure(self, key: str, measure: Callable[[], Mapping[str, float]], default: str, margin: float) -> str:
+        seconds = dict(measure())
+        fastest = min(seconds, key=lambda form: seconds[form])
+        wins = seconds[default] > (1 + margin) * seconds[fastest]
+        chosen = fastest if wins else default
+        if self.file is not None and self.file.is_file():
+            self._known = self._read(self.file)  # another key may have come meanwhile
+        self._known[key] = {"chosen": chosen, "seconds": seconds, "cpu": cpu_name()}
+        if self.file is not None:
+            write_json(self.file, self._known)
+        return chosen
 
     def _wait(self, key: str) -> dict[str, Any]:
         until = time.monotonic() + self.patience

@@ -36,6 +36,8 @@ class TrainerOptions:
         num_nodes: machines (through torchrun).
         strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names).
         compile: compile the network with torch.compile.
+        attention: the form that attention is computed in (common/kernels/attention.py); auto: on CPUs the one that is
+            measured to be the fastest, shape by shape.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of the logs.
         threads: CPU threads; 0 leaves torch's default.
@@ -49,6 +51,7 @@ class TrainerOptions:
     num_nodes: int = 1
     strategy: str = "auto"
     compile: bool = False
+    attention: Attention = "auto"
     checkpoint_every: int = 500
     log_every: int = 20
     threads: int = 0

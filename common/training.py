@@ -3,6 +3,7 @@ throughput in the progress bar, logs. The loop itself is Lightning's."""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -23,10 +24,12 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError
 from common.files import write_atomically, write_json
+from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions
 from common.precision import choose_precision
 from common.processes import is_main_process
@@ -312,6 +315,8 @@ def build_trainer(
     """
     quiet_lightning()
     tune_allocator()
+    fix_form(options.attention)
+    use_choices(Choices(folder if logs else None))
     checkpoints = folder / "checkpoints"
     chosen_precision = precision or options.precision
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
@@ -445,16 +450,31 @@ def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
     return None if resume == "never" else Path(resume)
 
 
-def write_metrics(path: Path, metrics: dict[str, Any], seconds: Mapping[str, float], total: float) -> dict[str, Any]:
+def write_metrics(
+    path: Path, metrics: dict[str, Any], seconds: Mapping[str, float], total: float, trained: bool = True
+) -> dict[str, Any]:
     """Write a run's final numbers with its wall times and return them.
 
     Args:
-        seconds: of the stages that ran in this process; where none did, the times of the start that did them stand.
+        seconds: by stage, in this process.
         total: of this process.
+        trained: False where nothing was trained now: the times of the start that did it stand.
     """
     times = {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(total, 1)}
-    if not seconds and path.is_file():
+    if not trained and path.is_file():
         times = json.loads(path.read_text(encoding="utf-8")).get("seconds", times)
     content = {**metrics, "seconds": times}
     write_json(path, content)
     return content
+
+
+def read_logs(folder: Path) -> dict[str, dict[int, float]]:
+    """The logged quantities of a stage by step, over all its starts (a later start replaces what it did again)."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for key, value in row.items():
+                    if key not in ("step", "epoch") and value:
+                        found.setdefault(key, {})[int(float(row["step"]))] = float(value)
+    return found

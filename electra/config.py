@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
+from common.errors import UserError
 from common.options import TrainerOptions
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm", "two_stage", "adversarial"]
+Tying = Literal["none", "embeddings", "all"]
+GeneratorKind = Literal["network", "uniform", "unigram"]
+Init = Literal["official", "fan_in"]
 
 
 @dataclass
@@ -34,17 +38,28 @@ class DataConfig:
     workers: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
-    """The discriminator and how the generator follows from it; the vocabulary's size follows from the data.
+    """Sizes of the discriminator and how the generator follows from them; the vocabulary's size follows from the data.
 
     Args:
-        relative_positions: a learned bias per head and distance; tiny budgets need it, published sizes have none.
-        init: official (truncated normal of `init_std`) or fan_in (0.7 / sqrt(fan-in), for tiny budgets).
-        generator_factor: width of the generator beside the discriminator; its depth is the same.
-        generator_heads, generator_intermediate_size: 0 follows from the factor.
-        generator: network, or uniform or unigram samples without a network (section 3.2).
-        tying: what the two networks share: none, embeddings, all.
+        embedding_size: width of the embedding table, which a linear map brings to hidden_size.
+        hidden_size: width of the hidden states.
+        layers: of the encoder.
+        heads: of each attention.
+        intermediate_size: width of each feed-forward layer.
+        max_position: longest row in tokens.
+        dropout: of hidden states.
+        attention_dropout: of attention weights.
+        init_std: standard deviation of the official initialisation.
+        relative_positions: a learned bias per head and distance in every attention, starting as ALiBi's slopes. For
+            tiny budgets only, where absolute positions alone do not start to learn; no published model has it.
+        init: official is a normal of std `init_std` cut at two deviations; fan_in a std of 0.7 / sqrt(fan_in).
+        generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
+        generator_heads: 0 keeps the width of a head, at least one head.
+        generator_intermediate_size: 0 shrinks the main network's by the same factor.
+        generator: uniform and unigram sample without a network (paper section 3.2).
+        tying: what generator and main network share: none, embeddings (the embedding block), all encoder weights.
     """
 
     embedding_size: int = 128
@@ -57,12 +72,77 @@ class ModelConfig:
     attention_dropout: float = 0.1
     init_std: float = 0.02
     relative_positions: bool = False
-    init: Literal["official", "fan_in"] = "official"
+    init: Init = "official"
     generator_factor: float = 0.25
     generator_heads: int = 0
     generator_intermediate_size: int = 0
-    generator: Literal["network", "uniform", "unigram"] = "network"
-    tying: Literal["none", "embeddings", "all"] = "embeddings"
+    generator: GeneratorKind = "network"
+    tying: Tying = "embeddings"
+
+    def with_vocabulary(self, size: int) -> ElectraConfig:
+        """What the networks take, for a vocabulary of so many pieces."""
+        return ElectraConfig(vocab_size=size, **asdict(self))
+
+
+@dataclass(frozen=True)
+class ElectraConfig(ModelConfig):
+    """The same with what the data and the published checkpoints decide; what the networks take."""
+
+    vocab_size: int = 30522
+    type_vocab: int = 2
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "embedding_size", "hidden_size", "layers", "heads", "intermediate_size", "max_position")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.heads {self.heads}; change one"
+            )
+        if not 0 < self.generator_factor <= 1:
+            raise UserError(f"model.generator_factor {self.generator_factor} must be above 0 and at most 1")
+        if self.tying == "all" and (self.generator != "network" or self.generator_factor != 1):
+            raise UserError('model.tying "all" needs model.generator "network" and model.generator_factor 1')
+
+    def generator_config(self) -> ElectraConfig:
+        """Configuration of the generator's encoder; the same object where all weights are shared.
+
+        Embeddings of its own (tying "none") are as wide as its hidden states, as in the official code.
+        """
+        if self.tying == "all":
+            return self
+        hidden = round(self.hidden_size * self.generator_factor)
+        heads = self.generator_heads or max(1, hidden * self.heads // self.hidden_size)
+        intermediate = self.generator_intermediate_size or round(self.intermediate_size * self.generator_factor)
+        embedding = hidden if self.tying == "none" else self.embedding_size
+        return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
+
+    @classmethod
+    def small(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Small of the paper (14M); the released "Small++" has `generator_factor=1`."""
+        return cls(**changes)
+
+    @classmethod
+    def base(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Base (110M)."""
+        sizes = dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3)
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def large(cls, **changes: Any) -> ElectraConfig:
+        """ELECTRA-Large (335M)."""
+        sizes = dict(embedding_size=1024, hidden_size=1024, layers=24, heads=16, intermediate_size=4096)
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ElectraConfig:
+        """From plain values; an unknown key is a UserError."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"model.{unknown[0]} is not an option; there are: {', '.join(sorted(known))}")
+        return cls(**values)
 
 
 @dataclass
@@ -114,26 +194,61 @@ class TrainerConfig(TrainerOptions):
     evaluate_every: int = 0
 
 
-@dataclass
-class DownstreamConfig:
-    """What the pre-trained encoders are fine-tuned on when all arms are done, beside one from scratch.
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The paper's values for ELECTRA-Small; the official code's defaults differ (lr 1e-4, weight decay 0.01).
+
+    Args:
+        lr: rate of the head; deeper layers get lr * layer_decay^(layers + 2 - depth).
+        scratch_lr: rate of an encoder without pre-training, whose layers all learn at one rate; None takes `lr`.
+        layer_decay: see lr; 1 gives all layers the same rate.
+        weight_decay: of AdamW.
+        epochs: passes over the training split (the paper: 3; 10 for small tasks, 2 for SQuAD).
+        batch_size: items of a step.
+        warmup: share of the steps over which the rate rises.
+        max_length: longest row in tokens; also bounded by the encoder's positions.
+        dropout: in the encoder and before the head.
+        clip: largest norm of the gradient.
+        double_unordered: train on every pair in both orders (MRPC and STS in the paper).
+        precision: bf16 runs the encoder under autocast.
+        device: auto takes a GPU where there is one.
+    """
+
+    lr: float = 3e-4
+    scratch_lr: float | None = None
+    layer_decay: float = 0.8
+    weight_decay: float = 0.0
+    epochs: float = 3
+    batch_size: int = 32
+    warmup: float = 0.1
+    max_length: int = 128
+    dropout: float = 0.1
+    clip: float = 1.0
+    double_unordered: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "batch_size", "layer_decay", "clip"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"fine-tuning: {name} is {getattr(self, name)}; it must be above 0")
+        if self.max_length < 8:
+            raise UserError(f"fine-tuning: max_length is {self.max_length}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class DownstreamConfig(FinetuneConfig):
+    """What the pre-trained encoders are fine-tuned on when all arms are done, beside one from scratch, and how.
 
     Args:
         tasks: names of labelled tasks (see electra/tasks.py); empty leaves fine-tuning out.
         seeds: of fine-tuning, one run each; tables show the median.
-        lr: of fine-tuning; epochs: passes over the task's training examples.
-        scratch_lr: of the encoder from scratch; None takes lr.
-        train_examples, test_examples: at most so many; None means all.
+        train_examples: at most so many training examples of a task; None means all.
+        test_examples: at most so many test examples; None means all.
     """
 
     tasks: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
-    lr: float = 3e-4
-    scratch_lr: float | None = None
-    layer_decay: float = 0.8
-    epochs: float = 3
-    batch_size: int = 32
-    dropout: float = 0.1
     train_examples: int | None = None
     test_examples: int | None = None
 

@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
-from electra.model import ElectraConfig, Encoder
+from electra.config import ElectraConfig
+from electra.model import Encoder
 from electra.objectives import ElectraPretrainer
 
 StateDict = dict[str, Tensor]

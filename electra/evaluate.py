@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from electra.finetuning import FinetuneConfig, FinetuneResult
+    from electra.config import DownstreamConfig, FinetuneConfig
+    from electra.finetuning import FinetuneResult
     from electra.tasks import Task
 
 DEFAULT_TASKS = "acceptability,coherence,sentiment"
@@ -104,6 +105,41 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
+def markdown_tables(found: Mapping[str, Any]) -> str:
+    """What a run found, as Markdown: a line an arm, then a line a labelled task if there are any."""
+    lines = ["| arm | steps | TFLOP | pre-training, s |", "|---" * 4 + "|"]
+    for name, arm in found["arms"].items():
+        lines.append(f"| {name} | {arm['steps']:,} | {arm['flops'] / 1e12:.1f} | {arm['seconds']:,.0f} |")
+    if records := found.get("downstream"):
+        head, *rows = table_rows(records)
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
+    return "\n".join(lines) + "\n"
+
+
+def open_tasks(options: DownstreamConfig) -> list[Task]:
+    """The labelled tasks; opened before anything is trained, so that a misspelt name costs no time.
+
+    Raises:
+        UserError: an unknown task, or its data are missing.
+    """
+    from electra.tasks import load_task
+
+    return [
+        load_task(task, train_size=options.train_examples).first(test=options.test_examples) for task in options.tasks
+    ]
+
+
+def fine_tune(tasks: Sequence[Task], options: DownstreamConfig, encoders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Scores of the encoders, and of the first one's network from scratch, on every task (see `evaluate_encoders`).
+
+    Args:
+        encoders: transformers directories by the name that tables show.
+    """
+    names = {str(folder): name for name, folder in encoders.items()}
+    records = evaluate_encoders(list(encoders.values()), tasks, options, options.seeds)
+    return [{**record, "encoder": names.get(record["encoder"], record["encoder"])} for record in records]
+
+
 def predict_lines(
     directory: Path, task: Task, config: FinetuneConfig, sentences: Path, vocabulary: Path | None = None
 ) -> list[str]:
@@ -161,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     from common.files import write_json
-    from electra.finetuning import FinetuneConfig
+    from electra.config import FinetuneConfig
     from electra.tasks import load_task
 
     try:

@@ -32,18 +32,18 @@ from common.files import write_atomically, write_json
 from common.ledger import peak_memory
 from common.training import SaveEvery, build_trainer, fit, latest_checkpoint
 from electra.adversarial import AdversarialPretrainer, sample_entropy
-from electra.config import DataConfig, ElectraRun, OptimiserConfig, TrainerConfig
+from electra.config import DataConfig, ElectraConfig, ElectraRun, FinetuneConfig, OptimiserConfig, TrainerConfig
 from electra.convert import Pretrained
 from electra.data import PretrainingData, StepBatches, corpus_counts, held_out_batches, open_examples, open_tokenizer
 from electra.examples import ExampleStore
 from electra.fetch_text import find_text
-from electra.finetuning import FinetuneConfig, FinetuneResult, finetune
+from electra.finetuning import FinetuneResult, finetune
 from electra.flops import steps_for, training_flops
 from electra.masking import Corrupted, SpecialIds, corrupt
-from electra.model import Batch, ElectraConfig
+from electra.model import Batch
 from electra.objectives import ElectraPretrainer, auc
 from electra.tasks import Task, load_task
-from electra.training import PretrainingModule, held_out_metrics
+from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer
 

@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.files import write_json
+from common.files import write_atomically, write_json
+from common.training import read_logs
 
 CAPTIONS = {
     "learning_curves.png": "Pre-training on held-out text against training FLOPs (fixed masks and samples; mean and "
@@ -212,3 +213,33 @@ def _corrupted_sentence(path: Path) -> Any:
 def _width(token: dict[str, Any]) -> float:
     """Characters that a token's box takes, with room for what stood there before."""
     return max(len(token["read"]), 0.8 * len(token["was"]) if token["written"] else 0.0) + 0.6
+
+
+LOGGED = (
+    ("mlm_loss", "masked-token cross-entropy (nats)"),
+    ("main_loss", "main loss (nats a token)"),
+    ("rtd_recall", "replaced tokens found"),
+)
+
+
+def draw_curves(folder: Path, arms: Sequence[Path]) -> None:
+    """curves.png: what each arm logged in training (lines) and on held-out text (points)."""
+    figure, axes = plt.subplots(1, len(LOGGED), figsize=(4.2 * len(LOGGED), 3.4))
+    for number, arm in enumerate(arms):
+        logs = read_logs(arm)
+        for axis, (key, label) in zip(axes, LOGGED):
+            axis.set(xlabel="step", ylabel=label)
+            for part, style in (("train", {"linewidth": 1.0}), ("held_out", {"marker": "o", "linestyle": "none"})):
+                points = sorted(logs.get(f"{part}/{key}", {}).items())
+                if points:
+                    name = arm.name if part == "train" else None
+                    axis.plot(*zip(*points), color=f"C{number}", label=name, **style)  # type: ignore[arg-type]
+    for axis in axes:
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False)
+    figure.tight_layout()
+    write_atomically(
+        folder / "curves.png",
+        lambda path: figure.savefig(path, dpi=110, format="png", metadata={"Software": None}),
+    )
+    plt.close(figure)

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from electra.config import ElectraConfig, FinetuneConfig
 from electra.convert import Pretrained, load_pretrained
 from electra.heads import (
     ClassificationHead,
@@ -31,51 +32,13 @@ from electra.heads import (
     answer_candidates,
     best_span,
 )
-from electra.model import Batch, ElectraConfig, Encoder
+from electra.model import Batch, Encoder
 from electra.optim import OfficialAdam, clip_global_norm, learning_rate, parameter_groups, set_learning_rate
 from electra.tasks import Item, Task
 from electra.wordpiece import Tokenizer
 
 LONGEST_ANSWER = 30  # tokens (official `max_answer_length`)
 _EVALUATION_BATCH = {"classification": 128, "regression": 128, "tagging": 128, "questions": 16}
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """The paper's values for ELECTRA-Small; the official code's defaults differ (lr 1e-4, weight decay 0.01).
-
-    Args:
-        lr: rate of the head; deeper layers get lr * layer_decay^(layers + 2 - depth).
-        scratch_lr: rate of an encoder without pre-training, whose layers all learn at one rate; None takes `lr`.
-        epochs: passes over the training split (the paper: 3; 10 for small tasks, 2 for SQuAD).
-        warmup: share of the steps over which the rate rises.
-        max_length: longest row in tokens; also bounded by the encoder's positions.
-        dropout: in the encoder and before the head.
-        double_unordered: train on every pair in both orders (MRPC and STS in the paper).
-        precision: "bf16" runs the encoder under autocast.
-        device: "auto" takes a GPU where there is one.
-    """
-
-    lr: float = 3e-4
-    scratch_lr: float | None = None
-    layer_decay: float = 0.8
-    weight_decay: float = 0.0
-    epochs: float = 3
-    batch_size: int = 32
-    warmup: float = 0.1
-    max_length: int = 128
-    dropout: float = 0.1
-    clip: float = 1.0
-    double_unordered: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "layer_decay", "clip"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"fine-tuning: {name} is {getattr(self, name)}; it must be above 0")
-        if self.max_length < 8:
-            raise UserError(f"fine-tuning: max_length is {self.max_length}; it must be at least 8")
 
 
 @dataclass(frozen=True)

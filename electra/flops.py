@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from electra.model import ElectraConfig
+from electra.config import ElectraConfig
 from electra.objectives import RTD, Objective
 
 # Operations per element: compare, draw and twice multiply; mean, variance, bias and scale; the tanh form of gelu;

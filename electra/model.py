@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,101 +24,11 @@ from torch import Tensor, nn
 
 from common.cpu import few_sizes
 from common.errors import UserError
-
-Tying = Literal["none", "embeddings", "all"]
-GeneratorKind = Literal["network", "uniform", "unigram"]
-Init = Literal["official", "fan_in"]
+from common.kernels.attention import Form, attention
+from electra.config import ElectraConfig
 
 # More runs of equal row length than this are attended in one padded call instead of one call each (CPU).
 MOST_CALLS = 8
-
-
-@dataclass(frozen=True)
-class ElectraConfig:
-    """Sizes of the main network and how the generator follows from them.
-
-    Args:
-        relative_positions: a learned bias per head and distance in every attention, starting as ALiBi's slopes. For
-            tiny budgets only, where absolute positions alone do not start to learn; no published model has it.
-        init: "official" is a normal of std `init_std` cut at two deviations; "fan_in" a std of 0.7 / sqrt(fan_in).
-        generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
-        generator_heads: 0 keeps the width of a head, at least one head.
-        generator_intermediate_size: 0 shrinks the main network's by the same factor.
-        generator: "uniform" and "unigram" sample without a network (paper section 3.2).
-        tying: what generator and main network share: nothing, the embedding block, or every encoder weight.
-    """
-
-    vocab_size: int = 30522
-    embedding_size: int = 128
-    hidden_size: int = 256
-    layers: int = 12
-    heads: int = 4
-    intermediate_size: int = 1024
-    max_position: int = 512
-    type_vocab: int = 2
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    layer_norm_eps: float = 1e-12
-    init_std: float = 0.02
-    relative_positions: bool = False
-    init: Init = "official"
-    generator_factor: float = 0.25
-    generator_heads: int = 0
-    generator_intermediate_size: int = 0
-    generator: GeneratorKind = "network"
-    tying: Tying = "embeddings"
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "embedding_size", "hidden_size", "layers", "heads", "intermediate_size", "max_position")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hidden_size % self.heads:
-            raise UserError(
-                f"model.hidden_size {self.hidden_size} is not a multiple of model.heads {self.heads}; change one"
-            )
-        if not 0 < self.generator_factor <= 1:
-            raise UserError(f"model.generator_factor {self.generator_factor} must be above 0 and at most 1")
-        if self.tying == "all" and (self.generator != "network" or self.generator_factor != 1):
-            raise UserError('model.tying "all" needs model.generator "network" and model.generator_factor 1')
-
-    def generator_config(self) -> ElectraConfig:
-        """Configuration of the generator's encoder; the same object where all weights are shared.
-
-        Embeddings of its own (tying "none") are as wide as its hidden states, as in the official code.
-        """
-        if self.tying == "all":
-            return self
-        hidden = round(self.hidden_size * self.generator_factor)
-        heads = self.generator_heads or max(1, hidden * self.heads // self.hidden_size)
-        intermediate = self.generator_intermediate_size or round(self.intermediate_size * self.generator_factor)
-        embedding = hidden if self.tying == "none" else self.embedding_size
-        return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
-
-    @classmethod
-    def small(cls, **changes: Any) -> ElectraConfig:
-        """ELECTRA-Small of the paper (14M); the released "Small++" has `generator_factor=1`."""
-        return cls(**changes)
-
-    @classmethod
-    def base(cls, **changes: Any) -> ElectraConfig:
-        """ELECTRA-Base (110M)."""
-        sizes = dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3)
-        return cls(**{**sizes, **changes})
-
-    @classmethod
-    def large(cls, **changes: Any) -> ElectraConfig:
-        """ELECTRA-Large (335M)."""
-        sizes = dict(embedding_size=1024, hidden_size=1024, layers=24, heads=16, intermediate_size=4096)
-        return cls(**{**sizes, **changes})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ElectraConfig:
-        """From plain values; an unknown key is a UserError."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"model.{unknown[0]} is not an option; there are: {', '.join(sorted(known))}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -366,26 +276,9 @@ def _attend_rows(qkv_BL3AH: Tensor, bias_ALL: Tensor | None, keys_B11L: Tensor |
         mask = bias_ALL[None, :, :length, :length].to(q.dtype)
         if keys_B11L is not None:
             mask = mask.masked_fill(~keys_B11L, float("-inf"))
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
-        if q.shape[0] > 1:
-            return _attention_by_products(q, k, v, mask, dropout).transpose(1, 2)
-        # A single row seldom has the length of another one: see `filled` for what that costs in bfloat16.
-        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        with torch.autocast("cpu", enabled=False):
-            out_BALH = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-        return out_BALH.transpose(1, 2).to(torch.bfloat16)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
-
-
-def _attention_by_products(
-    q_BALH: Tensor, k_BALH: Tensor, v_BALH: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """Attention written out. In bfloat16 a CPU makes these products two to four times faster than torch's fused
-    attention, forward and backward (measured for 96 to 512 tokens); in float32 the two take as long."""
-    scores_BALL = torch.matmul(q_BALH * q_BALH.shape[3] ** -0.5, k_BALH.transpose(2, 3))
-    if mask is not None:
-        scores_BALL = scores_BALL.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores_BALL + mask
-    return torch.matmul(F.dropout(torch.softmax(scores_BALL, dim=-1), dropout), v_BALH)
+    # A single row seldom has the length of another one: see `filled` for what that costs in bfloat16.
+    form: Form | None = "fused_float32" if q.device.type == "cpu" and q.shape[0] == 1 else None
+    return attention(q, k, v, mask, dropout=dropout, form=form).transpose(1, 2)
 
 
 class Attention(nn.Module):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.kernels.vocab_head import VocabHead, vocab_head
+from electra.config import ElectraConfig
 from electra.masking import Corrupted, Draws, Masked, SpecialIds, choose, corrupt, gumbel_sample
-from electra.model import Batch, ElectraConfig, Embeddings, Encoder, MlmHead, OutputBias, RtdHead
+from electra.model import Batch, Embeddings, Encoder, MlmHead, OutputBias, RtdHead
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

@@ -37,10 +37,10 @@ sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])
 
 from common.cli import parse_config
 from common.errors import UserError, run_main
-from electra.config import ElectraRun
+from electra.config import ElectraConfig, ElectraRun
 from electra.flops import OFFICIAL_OUTPUT_SHARE, inference_flops, training_flops
 from electra.masking import SpecialIds, slots_per_row
-from electra.model import Batch, ElectraConfig, parameter_count
+from electra.model import Batch, parameter_count
 from electra.objectives import ElectraPretrainer
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -115,7 +115,7 @@ def paper_config(name: str) -> tuple[ElectraRun, ElectraConfig]:
     if name not in PUBLISHED:
         raise UserError(f"no published model {name!r}; there are: {', '.join(PUBLISHED)}")
     run, _ = parse_config(ElectraRun, CONFIGS / f"paper_{name}.yaml", "", [])
-    return run, ElectraConfig(vocab_size=run.data.vocabulary_size, **asdict(run.model))
+    return run, run.model.with_vocabulary(run.data.vocabulary_size)
 
 
 def count_parameters(config: ElectraConfig, mask_probability: float = 0.15) -> tuple[int, int, int, int]:

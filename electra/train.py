@@ -16,7 +16,9 @@ discriminator/ (for the MLM arms encoder/) and generator/.
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,37 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pre-train the configured arms, fine-tune them, and return the metrics."""
     config, text = parse_config(ElectraRun, CONFIGS / "small.yaml", __doc__.split("\n")[0], argv)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
-    from electra.training import run_arms
+    from common.files import write_atomically
+    from common.processes import is_main_process
+    from common.training import write_metrics
+    from electra.evaluate import fine_tune, format_table, markdown_tables
+    from electra.figures import draw_curves
+    from electra.run import Run
 
-    return run_arms(config, text)
+    started = time.perf_counter()
+    run = Run.open(config, text)
+    arms = run.arms()
+    for arm in arms:
+        if config.resume == "auto" and arm.finished:
+            if is_main_process():
+                print(f"{arm.folder}: trained already", file=sys.stderr)
+        else:
+            run.pretrain(arm)
+    if not is_main_process():
+        return {}
+
+    draw_curves(run.folder, [arm.folder for arm in arms])
+    found: dict[str, Any] = {"arms": {arm.name: json.loads((arm.folder / "arm.json").read_text()) for arm in arms}}
+    if run.tasks:
+        began = time.perf_counter()
+        found["downstream"] = fine_tune(run.tasks, config.downstream, {arm.name: arm.encoder for arm in arms})
+        run.seconds["downstream"] = time.perf_counter() - began
+        print(format_table(found["downstream"]))
+    trained = any(arm.name in run.seconds for arm in arms)
+    found = write_metrics(run.folder / "metrics.json", found, run.seconds, time.perf_counter() - started, trained)
+    tables = markdown_tables(found)
+    write_atomically(run.folder / "table.md", lambda path: path.write_text(tables, encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":

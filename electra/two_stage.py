@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import torch
 
+from electra.config import ElectraConfig
 from electra.flops import training_flops
 from electra.masking import Draws, Masked
-from electra.model import Batch, ElectraConfig
+from electra.model import Batch
 from electra.objectives import ElectraPretrainer, Generated
 
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.attention import attention
 from common.kernels.group_norm_silu import group_norm_silu
 from ldm.config import AutoencoderOptions
-from ldm.model import normalise, softmax_attention
+from ldm.model import normalise
 from ldm.norm import group_count, limit_groups
 
 GROUP_NORM_EPS = 1e-6  # the first stage's; the UNet's is 1e-5
@@ -72,7 +73,7 @@ class AttnBlock(nn.Module):
         q_B1NC, k_B1NC, v_B1NC = (
             project(h_BCHW).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
         )
-        h_B1NC = softmax_attention(q_B1NC, k_B1NC, v_B1NC)  # one head: its scale is C^-0.5
+        h_B1NC = attention(q_B1NC, k_B1NC, v_B1NC)  # one head: its scale is C^-0.5
         return x_BCHW + self.proj_out(h_B1NC.squeeze(1).transpose(1, 2).reshape(x_BCHW.shape))
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.attention import attention
 
 
 class ClassEmbedder(nn.Module):
@@ -51,7 +52,7 @@ class _Attention(nn.Module):
         q, k, v = (
             layer(x_BLD).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):

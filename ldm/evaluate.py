@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run.existing(options.run_dir)
     started = time.perf_counter()
     metrics = evaluate_run(run.load(), run.task, run.config, run.folder)
-    write_metrics(run.folder / "metrics.json", metrics, {}, time.perf_counter() - started)
+    write_metrics(run.folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
 
 
 if __name__ == "__main__":

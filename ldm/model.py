@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.kernels.attention import attention
 from common.kernels.group_norm_silu import group_norm_silu
 from ldm.config import ClassifierNetwork, UNetOptions
 from ldm.context_memory import ContextMemory
@@ -78,32 +79,10 @@ def _grid(x_BLD: Tensor, like_BCHW: Tensor) -> Tensor:
     return x_BLD.transpose(1, 2).reshape(batch, -1, height, width)
 
 
-# Above this many scores a head (256 queries and 128 keys) the matrix of scores costs more memory than time is saved.
-_EXPLICIT_SCORES = 1 << 15
-
-
-def softmax_attention(q_BKLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
-    """Attention per head with scale (head width)^-1/2, [B, K, L, D].
-
-    In bfloat16 on CPUs it avoids PyTorch's fused kernel, whose backward pass is many times slower there than in
-    float32: small score matrices are written out, large ones run in float32.
-    """
-    if q_BKLD.device.type != "cpu" or q_BKLD.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q_BKLD, k_BKLD, v_BKLD)
-    if q_BKLD.shape[2] * k_BKLD.shape[2] <= _EXPLICIT_SCORES:
-        scores_BKLL = (q_BKLD * q_BKLD.shape[3] ** -0.5) @ k_BKLD.transpose(2, 3)
-        # The kernel computes in float32 either way; rows that do not fill whole vectors are slow unless stored so too.
-        dtype = torch.float32 if k_BKLD.shape[2] % 32 else None
-        return scores_BKLL.softmax(dim=3, dtype=dtype).to(v_BKLD.dtype) @ v_BKLD
-    with torch.autocast("cpu", enabled=False):
-        out_BKLD = F.scaled_dot_product_attention(q_BKLD.float(), k_BKLD.float(), v_BKLD.float())
-    return out_BKLD.to(q_BKLD.dtype)
-
-
 def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int) -> Tensor:
     """Multi-head softmax attention with scale (head width)^-1/2; inputs and output [B, L, D]."""
     q_BKLD, k_BKLD, v_BKLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q_BLD, k_BLD, v_BLD))
-    return softmax_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
+    return attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
 
 
 class Downsample(nn.Module):
@@ -204,7 +183,7 @@ class AttentionBlock(nn.Module):
     def _forward(self, x_BCHW: Tensor) -> Tensor:
         qkv_BLD = _pointwise(_tokens(normalise(x_BCHW, self.norm)), self.qkv)
         q_BKLD, k_BKLD, v_BKLD = qkv_BLD.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
-        h_BLD = softmax_attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
+        h_BLD = attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
         return x_BCHW + _grid(_pointwise(h_BLD, self.proj_out), x_BCHW)
 
 

@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if "evaluate" not in config.stages or not is_main_process():
         return {}
     metrics = evaluate_run(ldm or run.load(), run.task, config, run.folder)
-    return write_metrics(run.folder / "metrics.json", metrics, seconds, time.perf_counter() - started)
+    total = time.perf_counter() - started
+    return write_metrics(run.folder / "metrics.json", metrics, seconds, total, trained=bool(seconds))
 
 
 def first_stage_of(run: Run) -> FirstStage:

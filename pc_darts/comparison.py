@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically, write_json
@@ -23,7 +24,7 @@ from common.training import open_run_folder
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
 from pc_darts.config import FREE_OPTIONS, RunConfig, SearchOptions
 from pc_darts.counting import size_cap
-from pc_darts.data import Augmentation, ImageSet, Pictures, open_data, search_halves
+from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.drawing import cell_dot, draw_cell
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.retraining import RetrainResult, retrain
@@ -58,7 +59,7 @@ class Comparison:
         self.started, self.earlier = time.perf_counter(), _earlier_seconds(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data)
         self.halves: tuple[Pictures, Pictures] = search_halves(self.data.train, config.data.halves, 0)
-        self.augment = Augmentation.of(config.data)
+        self.augment = augmentation(config.data)
         self.cap = self._cap()
 
     def _cap(self) -> Cap | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import parse_config
-from common.paths import REPOSITORY
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = CONFIGS / "small.yaml"
@@ -176,9 +175,3 @@ FREE_OPTIONS = ("resume", "device", "threads", "checkpoint_every", "log_every", 
 def read_config(argv: Sequence[str] | None, description: str, default: Path | None = SMALL) -> tuple[RunConfig, str]:
     """The configuration of a command line and its YAML text (`--config FILE`, then `--section.option value`)."""
     return parse_config(RunConfig, default, description, argv)
-
-
-def existing_path(path: str) -> Path:
-    """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
-    given = Path(path)
-    return given if given.exists() or given.is_absolute() else REPOSITORY / given

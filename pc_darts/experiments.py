@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from common.data.augmentation import Augmentation
+from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.files import write_json
 from pc_darts.baselines import darts_options, random_genotype
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
 from pc_darts.counting import saved_bytes
-from pc_darts.data import Augmentation, ImageSet, Pictures, open_data, search_halves
+from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
 from pc_darts.search_space import SearchConfig, SearchNetwork
@@ -119,7 +121,7 @@ class Study:
 
     @cached_property
     def augment(self) -> Augmentation:
-        return Augmentation.of(self.plan.data)
+        return augmentation(self.plan.data)
 
     def searcher(self, options: SearchOptions, folder: Path, seed: int, **more: Any) -> Searcher:
         draw = self.plan.drawn and folder.name == "pc-seed0"

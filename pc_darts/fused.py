@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pc_darts.operations import MOMENTUM, PRIMITIVES, BatchNorm, batch_norm, statistics_are_frozen
+from pc_darts.operations import MOMENTUM, PRIMITIVES, BatchNorm, batch_norm, rearrange, statistics_are_frozen
 
 _MAX, _AVG, _SKIP, _SEP3, _SEP5, _DIL3, _DIL5 = (
     PRIMITIVES.index(name)
@@ -338,8 +338,6 @@ class FusedEdges:
         order_C: Tensor | None,
     ) -> list[Tensor]:
         """The nodes of the cell, [B, C, H, W] each. states: the two preprocessed inputs."""
-        from pc_darts.search_space import rearrange
-
         if not self.groups:
             sources: list[tuple[int, ...]] = [(0, 1), *((state,) for state in range(2, self.nodes + 1))]
             self.groups = [

@@ -35,8 +35,8 @@ except Exception as error:  # nni fails in many ways where its own requirements 
     ) from None
 
 from pc_darts.genotypes import Choice, Genotype, derive, edge_count
-from pc_darts.operations import PRIMITIVES, BatchNorm, FactorizedReduce, ReLUConvBN, make_operation
-from pc_darts.search_space import STEM_MULTIPLIER, is_reduction, make_stem, rearrange
+from pc_darts.operations import PRIMITIVES, BatchNorm, FactorizedReduce, ReLUConvBN, make_operation, rearrange
+from pc_darts.search_space import STEM_MULTIPLIER, is_reduction, make_stem
 
 KINDS = ("normal", "reduce")
 

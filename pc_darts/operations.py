@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ PRIMITIVES = (
 )
 # Only in published cells of other searches (NASNet, AmoebaNet), never searched over here.
 FURTHER_OPERATIONS = ("sep_conv_7x7", "conv_7x1_1x7")
+Sampling = Literal["shuffle", "shift", "random"]  # which channels the next edges process (`search_space.MixedOp`)
 EPSILON, MOMENTUM = 1e-5, 0.1  # of every batch normalisation
 
 _frozen: ContextVar[bool] = ContextVar("frozen", default=False)
@@ -262,6 +263,17 @@ def channel_shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
     """Interleave `groups` equal parts of the channels: channel g * (C / groups) + c moves to c * groups + g."""
     B, C, H, W = x_BCHW.shape
     return x_BCHW.view(B, groups, C // groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+
+
+def rearrange(x_BCHW: Tensor, partial: int, sampling: Sampling, order_C: Tensor | None) -> Tensor:
+    """Channels [processed, bypassing] into the order in which the next edges see them."""
+    if order_C is not None:
+        return x_BCHW[:, order_C.argsort()]
+    if partial == 1:
+        return x_BCHW
+    if sampling == "shift":
+        return x_BCHW.roll(-(x_BCHW.shape[1] // partial), dims=1)
+    return channel_shuffle(x_BCHW, partial)
 
 
 def drop_path(x_BCHW: Tensor, probability: float, kept_B111: Tensor | None = None) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.data.augmentation import Augmentation, Batches
+from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from pc_darts.config import RetrainOptions
 from pc_darts.counting import count
-from pc_darts.data import Augmentation, Batches, ImageSet, Pictures
 from pc_darts.genotypes import Genotype
 from pc_darts.losses import final_loss
 from pc_darts.model import FinalNetwork

@@ -24,15 +24,15 @@ from pc_darts.operations import (
     BatchNorm,
     FactorizedReduce,
     ReLUConvBN,
-    channel_shuffle,
+    Sampling,
     make_operation,
+    rearrange,
 )
 
 ARCHITECTURE = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
 INITIAL_SCALE = 1e-3  # of alphas and betas (section 4.2)
 STEM_MULTIPLIER = 3
 
-Sampling = Literal["shuffle", "shift", "random"]
 Stem = Literal["cifar", "imagenet"]
 
 
@@ -106,17 +106,6 @@ class MixedOp(nn.Module):
         if self.stride == 2:
             bypass = self.mp(bypass)
         return rearrange(torch.cat([mixed, bypass], dim=1), self.partial, self.sampling, order_C)
-
-
-def rearrange(x_BCHW: Tensor, partial: int, sampling: Sampling, order_C: Tensor | None) -> Tensor:
-    """Channels [processed, bypassing] into the order in which the next edges see them."""
-    if order_C is not None:
-        return x_BCHW[:, order_C.argsort()]
-    if partial == 1:
-        return x_BCHW
-    if sampling == "shift":
-        return x_BCHW.roll(-(x_BCHW.shape[1] // partial), dims=1)
-    return channel_shuffle(x_BCHW, partial)
 
 
 class Cell(nn.Module):

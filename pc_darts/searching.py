@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.data.augmentation import Augmentation, Batches
+from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_json
 from pc_darts.architect import Architect
 from pc_darts.config import SearchOptions
 from pc_darts.counting import saved_bytes
-from pc_darts.data import Augmentation, Batches, ImageSet, Pictures
 from pc_darts.drawing import draw_cell, draw_weights
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.schedules import rate

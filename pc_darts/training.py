@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.cpu import tune_allocator
+from common.data.augmentation import evaluation_batches
+from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically
 from common.training import LAST_CHECKPOINT, load_checkpoint
-from pc_darts.data import ImageSet, Pictures, evaluation_batches
 from pc_darts.operations import synchronised_statistics
 
 

@@ -19,7 +19,6 @@ import yaml
 from common.cli import parse_config
 from common.errors import UserError
 from common.options import Attention, TrainerOptions
-from common.paths import REPOSITORY
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
@@ -197,12 +196,6 @@ class Recipe:
 
     stages: list[tuple[StageConfig, str]]
     names: list[str]  # of all stages of the recipe, also those left out by --stage
-
-
-def existing_path(path: str) -> Path:
-    """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
-    given = Path(path)
-    return given if given.exists() or given.is_absolute() else REPOSITORY / given
 
 
 def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:

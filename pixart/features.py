@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
-from common.paths import cache_dir
-from pixart.config import DataConfig, existing_path
+from common.paths import cache_dir, existing_path
+from pixart.config import DataConfig
 from pixart.data import Pictures
 from pixart.text import TextEncoder
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.cpu import few_sizes
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
+from common.kernels.attention import Form, attention
 
 FREQUENCIES = 256  # width of the sinusoidal features of times and sizes
 NORM_EPS = 1e-6
@@ -103,57 +104,14 @@ def position_embedding(dim: int, height: int, width: int, base: float, scale: fl
     return torch.cat([columns, rows], dim=-1).reshape(height * width, dim).float()
 
 
-# Scores that one product may write out on CPUs: 512 queries and 512 keys a head.
-_EXPLICIT_SCORES = 1 << 18
-
-
-def attention(q_BNAK: Tensor, k_BLAK: Tensor, v_BLAK: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
+def attend(q_BNAK: Tensor, k_BLAK: Tensor, v_BLAK: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) v, heads joined: [B, N, D]; bias is 0 for kept keys and -inf for the others.
 
     float16 is computed in float32: products of q and k leave its range (the authors' `fp32_attention`).
     """
-    dtype = q_BNAK.dtype
-    # Stored keys and values may come from outside of autocast.
-    q, k, v = q_BNAK.transpose(1, 2), k_BLAK.transpose(1, 2).to(dtype), v_BLAK.transpose(1, 2).to(dtype)
-    if dtype == torch.bfloat16 and q.device.type == "cpu":
-        return _explicit_attention(q, k, v, bias_B11L).transpose(1, 2).flatten(2)
-    if dtype == torch.float16:
-        bias_B11L = None if bias_B11L is None else bias_B11L.float()
-        with torch.autocast(q.device.type, enabled=False):
-            out_BANK = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias_B11L).to(dtype)
-    else:
-        bias_B11L = None if bias_B11L is None else bias_B11L.to(dtype)
-        out_BANK = F.scaled_dot_product_attention(q, k, v, bias_B11L)
-    return out_BANK.transpose(1, 2).flatten(2)
-
-
-def _explicit_attention(q_BANK: Tensor, k_BALK: Tensor, v_BALK: Tensor, bias_B11L: Tensor | None) -> Tensor:
-    """bfloat16 attention on CPUs [B, A, N, K].
-
-    PyTorch's fused kernel has a backward pass there that is many times slower than in float32, so the scores are
-    written out: all at once where they are few, in parts where no gradient is needed, else the kernel runs in float32.
-    """
-    queries, keys = q_BANK.shape[2], k_BALK.shape[2]
-    if queries * keys > _EXPLICIT_SCORES and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            bias_B11L = None if bias_B11L is None else bias_B11L.float()
-            out_BANK = F.scaled_dot_product_attention(q_BANK.float(), k_BALK.float(), v_BALK.float(), bias_B11L)
-        return out_BANK.to(q_BANK.dtype)
-    bias_B11L = None if bias_B11L is None else bias_B11L.to(q_BANK.dtype)
-    q_BANK = q_BANK * q_BANK.shape[3] ** -0.5
-    # Rows that do not fill whole vectors are slow in bfloat16; the softmax computes in float32 either way.
-    dtype = torch.float32 if keys % 32 else None
-
-    def attend(q_BAnK: Tensor) -> Tensor:
-        scores = q_BAnK @ k_BALK.transpose(2, 3)
-        if bias_B11L is not None:
-            scores = scores.add_(bias_B11L)
-        return scores.softmax(dim=3, dtype=dtype).to(v_BALK.dtype) @ v_BALK
-
-    if queries * keys <= _EXPLICIT_SCORES:
-        return attend(q_BANK)
-    k_BALK, v_BALK = k_BALK.contiguous(), v_BALK.contiguous()  # lest every part's product makes a copy of its own
-    return torch.cat([attend(part) for part in q_BANK.split(max(1, _EXPLICIT_SCORES // keys), dim=2)], dim=2)
+    form: Form | None = "fused_float32" if q_BNAK.dtype is torch.float16 else None
+    q_BANK, k_BALK, v_BALK = (x.transpose(1, 2) for x in (q_BNAK, k_BLAK, v_BLAK))
+    return attention(q_BANK, k_BALK, v_BALK, bias_B11L, form=form).transpose(1, 2).flatten(2)
 
 
 class PatchEmbed(nn.Module):
@@ -247,7 +205,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         q_BNAK, k_BNAK, v_BNAK = self.qkv(x_BND).unflatten(2, (3, self.heads, -1)).unbind(2)
-        return self.proj(attention(q_BNAK, k_BNAK, v_BNAK))
+        return self.proj(attend(q_BNAK, k_BNAK, v_BNAK))
 
 
 @dataclass
@@ -298,7 +256,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BND: Tensor, context: CaptionContext, keys_values: tuple[Tensor, Tensor] | None) -> Tensor:
         q_BNAK = self.q_linear(x_BND).unflatten(2, (self.heads, -1))
         k_BLAK, v_BLAK = keys_values or self.keys_values(context)
-        return self.proj(attention(q_BNAK, k_BLAK, v_BLAK, context.bias_B11L))
+        return self.proj(attend(q_BNAK, k_BLAK, v_BLAK, context.bias_B11L))
 
 
 class PixArtBlock(nn.Module):

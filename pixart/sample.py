@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import UserError, run_main
-from common.paths import REPOSITORY, cache_dir
-from pixart.config import SamplingConfig, existing_path
+from common.paths import REPOSITORY, cache_dir, existing_path
+from pixart.config import SamplingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,9 +34,10 @@ from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.images import save_grid
 from common.options import check_trainer, free_options
+from common.paths import existing_path
 from common.processes import is_main_process
 from common.training import EveryNSteps, open_run_folder, train
-from pixart.config import Recipe, StageConfig, existing_path
+from pixart.config import Recipe, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
 from pixart.convert import (
     CONFIG,

@@ -27,7 +27,7 @@ from typing import Any
 from common.errors import UserError, run_main
 from common.ledger import TIERS
 from common.paths import REPOSITORY, RESULTS
-from report.papers import PAPERS, Paper
+from report.papers import Paper, all_papers
 from report.plots import number, ratio_plot, seed_plot, spread
 
 ASSETS = Path(__file__).parent
@@ -120,10 +120,10 @@ def _figures(folder: Path) -> list[tuple[Path, str]]:
 def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
     """Write the page to `output` (atomically) and return it. `rooms`: where the papers' folders are."""
     found = load(results)
-    known = {paper.key for paper in PAPERS}
-    measured_first = sorted(PAPERS, key=lambda paper: not found.get(paper.key))
+    known = {paper.key for paper in all_papers()}
+    measured_first = sorted(all_papers(), key=lambda paper: not found.get(paper.key))
     shared = {key: findings for key, findings in found.items() if key not in known}
-    sections = [_paper_section(paper, found[paper.key]) for paper in PAPERS if found.get(paper.key)]
+    sections = [_paper_section(paper, found[paper.key]) for paper in all_papers() if found.get(paper.key)]
     if shared:
         sections.append(_shared_section(shared))
     page = Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
@@ -147,13 +147,13 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
 
 
 def _summary(found: Mapping[str, Findings]) -> str:
-    measured = sum(1 for paper in PAPERS if found.get(paper.key))
+    measured = sum(1 for paper in all_papers() if found.get(paper.key))
     best = [records[0] for findings in found.values() for records in findings.by_id().values()]
     holding = sum(1 for claim in best if claim["holds"])
     barred = [row for findings in found.values() for row in findings.rows if row["holds"] is not None]
     won = sum(1 for row in barred if row["holds"])
     tiles = [
-        (f"{measured}<small>/{len(PAPERS)}</small>", "papers measured"),
+        (f"{measured}<small>/{len(all_papers())}</small>", "papers measured"),
         (str(holding), "claims hold here"),
         (str(len(best) - holding), "do not hold"),
         (f"{won}<small>/{len(barred)}</small>", "speed and memory targets met"),

@@ -8,6 +8,7 @@ A table stands between two markers, each alone on its line, in README.md or <fol
     <!-- claims:ldm -->    the claims of results/ldm.json
     <!-- bench:ldm -->     the side-by-side rows of results/bench_ldm.json
     <!-- papers -->        the thirteen papers and what was measured of each
+    <!-- start -->         the commands that train the papers built so far
     <!-- figures:ldm -->   the pictures of results/figures/ldm with their captions
     <!-- text:NAME -->     the file results/NAME.txt (as it is printed) or results/NAME.md, which a program has written
     <!-- end -->           closes any of them
@@ -30,12 +31,12 @@ from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.paths import REPOSITORY, RESULTS
 from report.build import Findings, load
-from report.papers import PAPERS, Paper
+from report.papers import Paper, all_papers
 from report.plots import number, spread
 
 END = "<!-- end -->"
 NOT_MEASURED = "not measured yet"
-_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers|text|figures)(?::(?P<name>\w+))? *-->")
+_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers|start|text|figures)(?::(?P<name>\w+))? *-->")
 
 
 def readme_files(root: Path) -> list[Path]:
@@ -79,14 +80,14 @@ def table(
     kind: str, name: str | None, root: Path, folder: Path, found: Mapping[str, Findings], where: str
 ) -> list[str]:
     """Lines of one table; `folder` is the README's, from which links lead."""
-    if kind == "papers":
+    if kind in ("papers", "start"):
         if name is not None:
-            raise UserError(f"{where}: papers takes no name, found {name!r}")
-        return papers_table(root, folder, found)
+            raise UserError(f"{where}: {kind} takes no name, found {name!r}")
+        return papers_table(root, folder, found) if kind == "papers" else start_commands()
     if name is None:
         raise UserError(f"{where}: {kind} needs a name, for example <!-- {kind}:ldm -->")
-    if kind == "claims" and name not in {paper.key for paper in PAPERS}:
-        raise UserError(f"{where}: no paper is called {name!r}; there are: {', '.join(p.key for p in PAPERS)}")
+    if kind == "claims" and name not in {paper.key for paper in all_papers()}:
+        raise UserError(f"{where}: no paper is called {name!r}; there are: {', '.join(p.key for p in all_papers())}")
     if kind == "text":
         table = root / "results" / f"{name}.md"
         if table.is_file():
@@ -146,7 +147,7 @@ def bench_table(findings: Findings) -> list[str]:
 def papers_table(root: Path, folder: Path, found: Mapping[str, Findings]) -> list[str]:
     """One row a paper: what it claims, and the state of its claims here."""
     rows = []
-    for paper in PAPERS:
+    for paper in all_papers():
         readme = root / paper.key / "README.md"
         link = Path(os.path.relpath(readme, folder)).as_posix()
         key = f"[`{paper.key}`]({link})" if readme.is_file() else f"`{paper.key}`"
@@ -154,6 +155,13 @@ def papers_table(root: Path, folder: Path, found: Mapping[str, Findings]) -> lis
         title = f"{paper.title} ([arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}){venue})"
         rows.append([key, title, paper.idea, _state(paper, root, found.get(paper.key, Findings()))])
     return _markdown(["folder", "paper", "claim", "measured here"], rows)
+
+
+def start_commands() -> list[str]:
+    """One command a paper that has a room, with what it does."""
+    commands = {f"make {paper.key}-train": paper.start for paper in all_papers() if paper.start}
+    width = max(map(len, commands))
+    return ["```", *(f"{command:<{width}}  # {text}" for command, text in commands.items()), "```"]
 
 
 def _state(paper: Paper, root: Path, findings: Findings) -> str:

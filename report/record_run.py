@@ -22,7 +22,7 @@ from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
 from common.paths import RESULTS
-from report.papers import PAPERS
+from report.papers import all_papers
 
 
 def _seconds(metrics: dict[str, Any], path: Path) -> float:
@@ -41,7 +41,7 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
     Raises:
         UserError: an unknown paper, a file of a finished run is missing, or the wall time is not in metrics.json.
     """
-    known = [entry.key for entry in PAPERS]
+    known = [entry.key for entry in all_papers()]
     if paper not in known:
         raise UserError(f"unknown paper {paper!r}; expected one of {', '.join(known)}")
     for needed in ("table.md", "metrics.json", *figures):

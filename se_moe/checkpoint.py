@@ -23,19 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from se_moe.communication import ParallelGroups
+from se_moe.communication import ParallelGroups, barrier
 from se_moe.config import FIXED_OPTIONS, TrainConfig
 from se_moe.data import TextData
 from se_moe.embedding import PartitionedEmbedding
+from se_moe.homes import ResidentHome, link_or_copy
 from se_moe.model import ModelConfig, MoELanguageModel, is_expert
 from se_moe.moe import GateConfig
-from se_moe.storage import ExpertKey, HostSlot, RecordLayout
-from se_moe.training import ResidentHome, Trainer, barrier, link_or_copy
+from se_moe.storage import ExpertKey, HostSlot, RecordLayout, read_record
+from se_moe.training import Trainer
 
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,22 +63,6 @@ def write_record(path: Path, layout: RecordLayout, fields: Mapping[str, Tensor])
         view.copy_(fields[name])
     content = slot.memory()[: layout.file_bytes]
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
-
-
-def read_record(path: Path) -> dict[str, Tensor]:
-    """The tensors of one expert's file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the expert's file is missing; restore the checkpoint or delete its folder") from None
-    except Exception as error:  # safetensors has an error class of its own
-        raise UserError(
-            f"{path}: damaged ({error}); delete the checkpoint's folder, the one before it is used"
-        ) from None
 
 
 def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:

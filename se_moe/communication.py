@@ -30,6 +30,11 @@ def initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def barrier() -> None:
+    if initialized():
+        dist.barrier()
+
+
 def group_size(group: Group) -> int:
     """Ranks of `group`; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)

@@ -9,7 +9,6 @@ from typing import Literal
 
 from common.cli import parse_config
 from common.errors import UserError
-from common.paths import REPOSITORY
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = CONFIGS / "small.yaml"
@@ -216,9 +215,3 @@ FIXED_OPTIONS = ("seed", "steps", "batch", "data", "model", "optimiser")
 def read_config(argv: Sequence[str] | None, description: str) -> tuple[TrainConfig, str]:
     """The configuration of a command line and its YAML text (`--config FILE`, then `--section.option value`)."""
     return parse_config(TrainConfig, SMALL, description, argv)
-
-
-def existing_path(path: str | Path) -> Path:
-    """A path as given, or below the repository if it is not there (so that configs work from any folder)."""
-    given = Path(path)
-    return given if given.is_absolute() or given.exists() else REPOSITORY / given

@@ -22,22 +22,19 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import write_json
 from common.ledger import peak_resident
+from se_moe.arm import highest, log_file, summary, text_data
+from se_moe.communication import barrier
 from se_moe.config import TrainConfig
 from se_moe.measuring import peak_tensor_bytes
 from se_moe.model import MoELanguageModel, initialise
 from se_moe.moe import Expert, MoELayer, MoEOutput
 from se_moe.training import (
     StepLog,
-    barrier,
     choose_device,
-    highest,
     learning_rate,
-    log_file,
     make_run_groups,
     model_config,
     start_process_group,
-    summary,
-    text_data,
 )
 
 VERSION = "0.19.8"

@@ -43,12 +43,13 @@ from se_moe.config import DataConfig, ModelOptions, StorageConfig, Switches, Tra
 from se_moe.data import TextData
 from se_moe.elastic import Layout, TaskGroups, TaskMoE, rank_step, tagged_parameters
 from se_moe.embedding import PartitionedEmbedding
+from se_moe.homes import TieredHome
 from se_moe.inference import distil, expert_usage, student_of
 from se_moe.model import Attention, MoELanguageModel, initialise
 from se_moe.planner import FLOAT32, Machine, storage_plan
 from se_moe.ring import RingOffload
 from se_moe.storage import DeviceArena, Throttle
-from se_moe.training import TieredHome, Trainer, model_config
+from se_moe.training import Trainer, model_config
 
 ERAS = ["sotu:1790-1860", "sotu:1861-1920", "sotu:1921-1970", "sotu:1971-2030"]
 BATCHES = (64, 32, 16, 16)  # the paper's 512/256/128/128 at an eighth

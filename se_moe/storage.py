@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
@@ -121,6 +122,22 @@ class RecordLayout:
             found[name] = buffer[offset : offset + size].view(dtype).view(shape)
             offset += size
         return found
+
+
+def read_record(path: Path) -> dict[str, Tensor]:
+    """The tensors of one expert's file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the expert's file is missing; restore the checkpoint or delete its folder") from None
+    except Exception as error:  # safetensors has an error class of its own
+        raise UserError(
+            f"{path}: damaged ({error}); delete the checkpoint's folder, the one before it is used"
+        ) from None
 
 
 @dataclass

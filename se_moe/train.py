@@ -59,7 +59,7 @@ def work(config: TrainConfig, arm: str) -> dict[str, Any]:
         from se_moe.deepspeed_arm import run_deepspeed
 
         return run_deepspeed(config)
-    from se_moe.training import run_arm
+    from se_moe.arm import run_arm
 
     return run_arm(arm_config(config, arm), arm)
 

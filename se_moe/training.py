@@ -13,49 +13,37 @@ Shapes: B sequences of a rank, L tokens of one, E experts, M MoE layers.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from common.errors import UserError
-from common.files import write_json
-from common.ledger import peak_resident
-from se_moe.cache import SparseCache
 from se_moe.clipping import Parts, clip_global_norm, global_norm
 from se_moe.communication import (
     GradientBuckets,
     ParallelGroups,
     Transport,
     direct_transport,
-    group_size,
     initialized,
     make_groups,
 )
-from se_moe.config import OptimiserConfig, TrainConfig, existing_path
+from se_moe.config import OptimiserConfig, TrainConfig
 from se_moe.data import TextData
+from se_moe.homes import STATE_BYTES, DenseOptimiser, ResidentHome, TieredHome, reduce_expert_gradients
 from se_moe.model import ModelConfig, MoELanguageModel, initialise
 from se_moe.moe import GateConfig
-from se_moe.prefetch import ExpertStore, OffloadedExperts, RoutePredictor
-from se_moe.storage import DeviceArena, ExpertKey, FileTier, HostTier, RecordLayout, Throttle
+from se_moe.storage import DeviceArena, ExpertKey, read_record
 from se_moe.zero import DenseSharding, shard_model
-
-Gradients = dict[ExpertKey, dict[str, Tensor]]
-STATE_BYTES = 16  # of a float32 parameter in training: weight, gradient, two moments
 
 
 def start_process_group(device: torch.device, seconds: float = 600.0) -> None:
@@ -94,11 +82,6 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
-
-
-def barrier() -> None:
-    if initialized():
-        dist.barrier()
 
 
 def make_run_groups(config: TrainConfig) -> ParallelGroups:
@@ -147,281 +130,6 @@ def learning_rate(options: OptimiserConfig, step: int, steps: int) -> float:
         return options.lr * (step + 1) / options.warmup
     done = (step - options.warmup) / max(1, steps - options.warmup)
     return options.final_lr + (options.lr - options.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-@torch.no_grad()
-def adamw_step(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    step: int,
-    lr: float,
-    options: OptimiserConfig,
-) -> None:
-    """One step of torch's fused AdamW in place; `step` counts from 1. A tensor's result does not depend on the list."""
-    counters = [torch.tensor(float(step - 1), device=p.device) for p in parameters]
-    adamw(
-        parameters,
-        gradients,
-        exp_avg,
-        exp_avg_sq,
-        [],
-        counters,
-        fused=True,
-        amsgrad=False,
-        beta1=options.betas[0],
-        beta2=options.betas[1],
-        lr=lr,
-        weight_decay=options.weight_decay,
-        eps=options.eps,
-        maximize=False,
-    )
-
-
-class DenseOptimiser:
-    """AdamW on parameters that are always there; those without a gradient are left alone."""
-
-    def __init__(self, parameters: list[nn.Parameter], options: OptimiserConfig) -> None:
-        self.parameters, self.options, self.step_count = parameters, options, 0
-        self.exp_avg = [torch.zeros_like(p) for p in parameters]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in parameters]
-
-    def step(self, lr: float) -> None:
-        self.step_count += 1
-        chosen = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        adamw_step(
-            [self.parameters[i] for i in chosen],
-            [cast(Tensor, self.parameters[i].grad) for i in chosen],
-            [self.exp_avg[i] for i in chosen],
-            [self.exp_avg_sq[i] for i in chosen],
-            self.step_count,
-            lr,
-            self.options,
-        )
-
-
-class ExpertHome(Protocol):
-    """Where the experts of a rank live, with their optimizer state. Gradients come only from experts with tokens."""
-
-    layout: RecordLayout
-
-    def keys(self) -> list[ExpertKey]: ...
-
-    def begin_pass(self) -> None: ...
-
-    def gradients(self) -> Gradients: ...
-
-    def step(self, lr: float) -> None: ...
-
-    def record(self, key: ExpertKey) -> dict[str, Tensor]: ...
-
-    def close(self) -> None: ...
-
-
-class ResidentHome:
-    """Every expert on the device all the time: parameters, gradients and moments."""
-
-    def __init__(self, model: MoELanguageModel, options: OptimiserConfig, arena: DeviceArena) -> None:
-        self.options = options
-        self.parameters: dict[ExpertKey, dict[str, nn.Parameter]] = {}
-        for index, layer in enumerate(model.moe_layers()):
-            first = layer.groups.expert_rank * layer.num_local
-            for local, expert in enumerate(layer.local_experts):
-                self.parameters[ExpertKey(index, first + local)] = dict(expert.named_parameters())
-        self.layout = RecordLayout.of_expert(next(iter(self.parameters.values())))
-        self._charge = arena.charge(
-            len(self.parameters) * STATE_BYTES // 4 * self.layout.parameter_bytes, "resident experts"
-        )
-        self.state: dict[ExpertKey, dict[str, Tensor]] = {}
-        self.steps = dict.fromkeys(self.parameters, 0)
-        for key, named in self.parameters.items():
-            self.state[key] = {
-                f"{moment}.{name}": torch.zeros_like(p, requires_grad=False)
-                for moment in ("exp_avg", "exp_avg_sq")
-                for name, p in named.items()
-            }
-
-    def keys(self) -> list[ExpertKey]:
-        return sorted(self.parameters)
-
-    def begin_pass(self) -> None:
-        """Nothing to do."""
-
-    def gradients(self) -> Gradients:
-        found: Gradients = {}
-        for key in self.keys():
-            named = {name: p.grad for name, p in self.parameters[key].items() if p.grad is not None}
-            if named:
-                found[key] = named
-        return found
-
-    def step(self, lr: float) -> None:
-        for key, named in self.gradients().items():
-            self.steps[key] += 1
-            state, parameters = self.state[key], self.parameters[key]
-            adamw_step(
-                [parameters[name] for name in named],
-                list(named.values()),
-                [state[f"exp_avg.{name}"] for name in named],
-                [state[f"exp_avg_sq.{name}"] for name in named],
-                self.steps[key],
-                lr,
-                self.options,
-            )
-        for parameters in self.parameters.values():
-            for p in parameters.values():
-                p.grad = None
-
-    def record(self, key: ExpertKey) -> dict[str, Tensor]:
-        """A copy of an expert's record, on the host."""
-        fields = {"step": torch.tensor([self.steps[key]])}
-        fields |= {name: p.detach().cpu().clone() for name, p in self.parameters[key].items()}
-        return fields | {name: t.cpu().clone() for name, t in self.state[key].items()}
-
-    @torch.no_grad()
-    def load(self, key: ExpertKey, fields: Mapping[str, Tensor]) -> None:
-        """Take over a record."""
-        self.steps[key] = int(fields["step"])
-        for name, p in self.parameters[key].items():
-            p.copy_(fields[name])
-        for name, t in self.state[key].items():
-            t.copy_(fields[name])
-
-    def close(self) -> None:
-        self._charge.free()
-
-
-class TieredHome:
-    """Experts in files with host memory as a cache, on the device only while they are used (section 3.2).
-
-    Args:
-        records: files of a checkpoint, by expert; None: the model's present values, moments zero.
-    """
-
-    def __init__(
-        self,
-        model: MoELanguageModel,
-        config: TrainConfig,
-        arena: DeviceArena,
-        folder: Path,
-        records: Mapping[ExpertKey, Path] | None = None,
-    ) -> None:
-        storage, switches = config.storage, config.switches
-        self.options = config.optimiser
-        layers = model.moe_layers()
-        self.layout = RecordLayout.of_expert(dict(layers[0].local_experts[0].named_parameters()))
-        count = sum(layer.num_local for layer in layers)
-        shutil.rmtree(folder, ignore_errors=True)  # experts come from the checkpoint, never from an earlier process
-        folder.mkdir(parents=True)
-        throttle = None
-        if storage.read_mb_s > 0:
-            throttle = Throttle(storage.read_mb_s * 1e6, storage.latency_ms / 1e3)
-        self.files = FileTier(folder, self.layout, throttle)
-        if records is not None:
-            for key, source in records.items():
-                link_or_copy(source, self.files.path(key, 1))
-            self.files = FileTier(folder, self.layout, throttle, versions=dict.fromkeys(records, 1))
-        capacity = max(1, round(storage.cached_share * count)) if switches.cache else 0
-        self.cache = None
-        if switches.cache:
-            period = storage.period
-            self.cache = SparseCache[ExpertKey](capacity, storage.rule, storage.threshold, storage.beta, period)
-        pinned = arena.device.type == "cuda"
-        slots = capacity + ExpertStore.STAGING
-        self.host = HostTier(slots * self.layout.slot_bytes, self.layout, pinned)
-        self.store = ExpertStore(self.files, self.host, arena, self.cache, background=switches.prefetch)
-        predictor = None
-        if switches.prefetch:
-            predictor = RoutePredictor(range(layers[0].num_local), storage.predict)
-        self.offloaded = OffloadedExperts(self.store, layers, predictor, create=records is None)
-
-    def keys(self) -> list[ExpertKey]:
-        return self.offloaded.keys()
-
-    def begin_pass(self) -> None:
-        self.offloaded.begin_pass()
-
-    def gradients(self) -> Gradients:
-        return self.offloaded.gradients
-
-    def step(self, lr: float) -> None:
-        def change(fields: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
-            fields["step"] += 1
-            adamw_step(
-                [fields[name] for name in gradients],
-                list(gradients.values()),
-                [fields[f"exp_avg.{name}"] for name in gradients],
-                [fields[f"exp_avg_sq.{name}"] for name in gradients],
-                int(fields["step"]),
-                lr,
-                self.options,
-            )
-
-        self.offloaded.update(change)
-        self.offloaded.begin_pass()  # of the next step: the drive need not wait for the rest of this one
-
-    def record(self, key: ExpertKey) -> dict[str, Tensor]:
-        return self.store.read_record(key)
-
-    def close(self) -> None:
-        self.store.close()
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that nobody writes to again; a copy where the file system has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        os.replace(part, target)
-
-
-@torch.no_grad()
-def reduce_expert_gradients(home: ExpertHome, groups: ParallelGroups, fusion: bool) -> None:
-    """Sum expert gradients over the ranks with copies of the same experts and divide by all ranks.
-
-    An expert's gradient already sums the tokens of every rank that sent it some, so the divisor is that of the dense
-    gradients: the number of all ranks, once. An expert without tokens in one copy only counts as zero there.
-    """
-    gradients, copies = home.gradients(), groups.expert_data
-    if group_size(copies) > 1:
-        keys, names = home.keys(), home.layout.parameter_names
-        touched = torch.tensor([float(key in gradients) for key in keys])
-        dist.all_reduce(touched, group=copies)
-        chosen = [key for key, flag in zip(keys, touched.tolist()) if flag]
-        parts: list[Tensor] = []
-        for key in chosen:
-            held = gradients.get(key, {})
-            for name in names:
-                dtype, shape = home.layout.fields[name]
-                parts.append(held[name] if name in held else torch.zeros(shape, dtype=dtype))
-        if fusion and parts:
-            flat = torch.cat([part.reshape(-1) for part in parts])
-            dist.all_reduce(flat, group=copies)
-            sizes = [part.numel() for part in parts]
-            parts = [piece.view(part.shape) for piece, part in zip(flat.split(sizes), parts)]
-        else:
-            for part in parts:
-                dist.all_reduce(part, group=copies)
-        summed = iter(parts)
-        for key in chosen:
-            _put_gradients(home, key, {name: next(summed) for name in names})
-        gradients = home.gradients()
-    if groups.world_size > 1:
-        every = [tensor for named in gradients.values() for tensor in named.values()]
-        if every:
-            torch._foreach_div_(every, groups.world_size)
-
-
-def _put_gradients(home: ExpertHome, key: ExpertKey, named: dict[str, Tensor]) -> None:
-    if isinstance(home, ResidentHome):
-        for name, p in home.parameters[key].items():
-            p.grad = named[name]
-    else:
-        home.gradients()[key] = named
 
 
 @dataclass
@@ -500,8 +208,6 @@ class Trainer:
         else:
             self.home = ResidentHome(self.model, config.optimiser, self.arena)
             for key, path in (self.records or {}).items():
-                from se_moe.checkpoint import read_record
-
                 self.home.load(key, read_record(path))
 
     def resident_bytes(self) -> int:
@@ -601,174 +307,3 @@ class Trainer:
         self.home.close()
         if self.buckets is not None:
             self.buckets.remove()
-
-
-def text_data(config: TrainConfig) -> TextData:
-    """The run's text; the first process makes the cached files, the others wait for them."""
-    data = config.data
-    names = [str(existing_path(n)) if existing_path(n).exists() else n for n in data.tasks]
-    if initialized() and dist.get_rank() != 0:
-        barrier()
-    found = TextData(names, data.shares, data.vocabulary, data.sequence)
-    if initialized() and dist.get_rank() == 0:
-        barrier()
-    return found
-
-
-@contextlib.contextmanager
-def log_file(path: Path, first_step: int, write: bool) -> Iterator[Any]:
-    """Append to a log of JSON lines, of which steps from `first_step` on (made before an interruption) are dropped."""
-    if not write:
-        yield lambda entry: None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed process may be cut off
-                if json.loads(line)["step"] < first_step:
-                    kept.append(line)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
-    with path.open("a", encoding="utf-8") as file:
-
-        def add(entry: Mapping[str, Any]) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-
-        yield add
-
-
-def run_arm(config: TrainConfig, arm: str = "ours") -> dict[str, Any]:
-    """Train one arm of the table to its end (or from its last checkpoint on); returns its metrics.
-
-    Raises:
-        UserError: bad options, or a checkpoint in run_dir that belongs to other ones.
-    """
-    from se_moe import checkpoint
-    from se_moe.measuring import peak_tensor_bytes
-
-    torch.set_num_threads(config.threads)
-    device = choose_device(config.parallel.device)
-    start_process_group(device)
-    groups = make_run_groups(config)
-    data = text_data(config)
-    folder = Path(config.run_dir) / arm
-    metrics_file = folder / "metrics.json"
-    tiers = existing_path(config.storage.folder) if config.storage.folder else folder
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is not None and config.resume == "never":
-        raise UserError(f"{folder} holds an earlier run; choose another --run_dir or --resume auto")
-    trainer = checkpoint.open_trainer(config, data, device, groups, tiers / "tiers", found)
-    barrier()
-    if metrics_file.is_file() and trainer.done >= config.steps:
-        trainer.close()
-        return json.loads(metrics_file.read_text(encoding="utf-8"))
-    main, tokens = groups.rank == 0, config.batch * config.data.sequence
-    peak = 0
-    with log_file(folder / "log.jsonl", trainer.done, main) as write:
-        while trainer.done < config.steps:
-            log: list[StepLog] = []
-            if peak == 0 and trainer.done % config.checkpoint_every == 2:
-                if isinstance(trainer.home, TieredHome):
-                    # Gradients that wait for their update are gone before this step's exist, but on another thread,
-                    # whose memory is not seen.
-                    trainer.home.store.flush()
-                exclude = host_pointers(trainer)
-                peak = peak_tensor_bytes(lambda: log.append(trainer.step()), device, exclude)  # noqa: B023
-                write(asdict(log[0]) | {"profiled": True})
-            else:
-                log.append(trainer.step())
-                write(asdict(log[0]))
-            entry = log[0]
-            if main and (entry.step % config.log_every == 0 or trainer.done == config.steps):
-                print(
-                    f"[{arm}] step {entry.step:5d}  loss {entry.loss:.4f}  lm {entry.lm_loss:.4f}  "
-                    f"{tokens / entry.seconds:,.0f} tokens/s  {entry.cpu_seconds:.2f} CPU-s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            if trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps:
-                checkpoint.save(trainer, folder / "checkpoints", config.keep)
-    held_out = trainer.evaluate(config.eval_sequences)
-    metrics = summary(folder / "log.jsonl", tokens, groups.world_size) if main else {}
-    metrics |= {
-        "arm": arm,
-        "held_out_loss": held_out,
-        "peak_bytes": highest(peak, groups),
-        "peak_resident_bytes": highest(peak_resident(), groups),
-        "device_budget_bytes": trainer.arena.budget_bytes,
-        "device_peak_bytes": highest(trainer.arena.peak_bytes, groups),
-        "parameters": trainer.dense_count + trainer.split_count * groups.world_size,
-        "expert_parameters": trainer.sparse_count * groups.expert_size,
-        "ranks": groups.world_size,
-        **tier_metrics(trainer),
-    }
-    trainer.close()
-    if main:
-        checkpoint.export_model(
-            folder / "checkpoints",
-            Path(config.run_dir) / "model" if arm == "ours" else folder / "model",
-            data.tokenizer.to_str(),
-        )
-        write_json(metrics_file, metrics)
-    barrier()
-    return metrics
-
-
-def host_pointers(trainer: Trainer) -> list[int]:
-    """Storages of the expert cache: host memory, which on a CPU only looks like device memory."""
-    if isinstance(trainer.home, ResidentHome):
-        return []
-    buffers = trainer.home.store.host_buffers() + [slot.buffer for slot in trainer.home.host._free]
-    return [buffer.untyped_storage().data_ptr() for buffer in buffers]
-
-
-def tier_metrics(trainer: Trainer) -> dict[str, Any]:
-    """What the tiers did on this rank."""
-    if isinstance(trainer.home, ResidentHome):
-        return {}
-    store, files = trainer.home.store, trainer.home.files
-    found: dict[str, Any] = {
-        "bytes_read": files.statistics.bytes_read,
-        "bytes_written": files.statistics.bytes_written,
-        "fetch_seconds": store.statistics.fetch_seconds,
-        "wait_seconds": store.statistics.wait_seconds,
-        "hidden_fraction": store.statistics.hidden_fraction,
-        "predicted": store.statistics.predicted,
-        "missed": store.statistics.missed,
-        "unused": store.statistics.unused,
-        "host_bytes": trainer.home.host.peak_bytes,
-        "file_bytes": files.live_bytes,
-    }
-    if trainer.home.cache is not None:
-        found["cache_hit_rate"] = trainer.home.cache.statistics.hit_rate
-    return found
-
-
-def highest(value: int, groups: ParallelGroups) -> int:
-    """The largest `value` of all ranks; a collective call."""
-    if groups.world_size == 1:
-        return value
-    found = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=groups.world)
-    return int(found)
-
-
-def summary(log: Path, tokens: int, ranks: int) -> dict[str, Any]:
-    """Speed and loss from a log: medians of the steps after the first ten, mean loss of the last tenth."""
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    timed = [e for e in entries[10:] if "profiled" not in e] or entries
-    seconds = sorted(e["seconds"] for e in timed)[len(timed) // 2]
-    cpu = sorted(e["cpu_seconds"] for e in timed)[len(timed) // 2]
-    last = entries[-max(1, len(entries) // 10) :]
-    return {
-        "steps": len(entries),
-        "tokens_per_second": tokens / seconds,
-        "cpu_seconds_per_1000_tokens": 1000 * cpu * ranks / tokens,
-        "loss": sum(e["lm_loss"] for e in last) / len(last),
-        "first_loss": entries[0]["lm_loss"],
-        "alpha": sum(e["alpha"] for e in entries) / len(entries),
-        "losses": [e["loss"] for e in entries],
-    }

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import re
-import subprocess
 import tarfile
 import tempfile
 import unicodedata
@@ -38,85 +37,66 @@ from common.data.emoji import (
     write_archive,
 )
 from common.errors import UserError, run_main
+from common.packages import Package, download
 from common.paths import cache_dir
 
-# style -> npm package, version, SHA-256 of the tarball, licence it must state
 SOURCES = {
-    "twemoji": (
+    "twemoji": Package(
+        "npm",
         "@iconify-json/twemoji",
         "1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
         "CC-BY-4.0",
     ),
-    "noto": (
+    "noto": Package(
+        "npm",
         "@iconify-json/noto",
         "1.2.9",
         "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
         "Apache-2.0",
     ),
-    "fluent-emoji-flat": (
+    "fluent-emoji-flat": Package(
+        "npm",
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "MIT",
     ),
-    "emojione": (
+    "emojione": Package(
+        "npm",
         "@iconify-json/emojione",
         "1.2.3",
         "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         "CC-BY-4.0",
     ),
-    "noto-v1": (
+    "noto-v1": Package(
+        "npm",
         "@iconify-json/noto-v1",
         "1.2.5",
         "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         "Apache-2.0",
     ),
-    "openmoji": (
+    "openmoji": Package(
+        "npm",
         "@iconify-json/openmoji",
         "1.2.29",
         "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
         "CC-BY-SA-4.0",
     ),
-    "emojione-v1": (
+    "emojione-v1": Package(
+        "npm",
         "@iconify-json/emojione-v1",
         "1.2.3",
         "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
         "CC-BY-SA-4.0",
     ),
 }
-EMOJIBASE = (
-    "emojibase-data",
-    "17.0.0",
-    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    "MIT",
+EMOJIBASE = Package(
+    "npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT"
 )
 TONES = {"1": "light", "2": "medium-light", "3": "medium", "4": "medium-dark", "5": "dark"}
 SYMBOLS_GROUP, ALPHANUMERIC_SUBGROUP = 8, "alphanum"  # emojibase leaves the 26 regional indicators without a group
 CANONICAL_SIZE = 64
-
-
-def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
-    """`npm pack` one package into `folder` and check its bytes."""
-    command = ["npm", "pack", "--silent", "--ignore-scripts", f"{package}@{version}"]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        raise UserError(
-            "npm was not found; install Node.js (it only downloads the drawings) and run this again"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or error.stdout or "").strip().splitlines()
-        raise UserError(
-            f"{package}@{version}: npm could not fetch it ({reason[-1] if reason else 'no reason given'})"
-        ) from None
-    tarball = folder / done.stdout.split()[-1]
-    found = hashlib.sha256(tarball.read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(
-            f"{package}@{version}: SHA-256 is {found}, expected {sha256}; the package is not the pinned one"
-        )
-    return tarball
 
 
 def read_json(tarball: Path, member: str) -> Any:
@@ -240,38 +220,37 @@ def without_duplicates(records: list[EmojiRecord], known: set[bytes]) -> list[Em
     return keep
 
 
+def _credit(package: Package) -> dict[str, str | None]:
+    return {
+        "package": package.name,
+        "version": package.version,
+        "sha256": package.sha256,
+        "licence": package.licence,
+    }
+
+
 def build(styles: tuple[str, ...], output: Path, committed: Path | None = None) -> None:
     """Fetch, join and write `styles`; pictures already in the archive `committed` are left out."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        package, version, sha256, licence = EMOJIBASE
-        tarball = fetch(package, version, sha256, folder)
+        tarball = download(EMOJIBASE, folder)
         table = emoji_table(read_json(tarball, "en/data.json"), read_json(tarball, "meta/groups.json")["subgroups"])
-        sources = [{"package": package, "version": version, "sha256": sha256, "licence": licence}]
+        sources = [_credit(EMOJIBASE)]
         known: set[bytes] = set()
         if committed is not None:
             without_duplicates(read_archive(committed)[1], known)
         kept: list[EmojiRecord] = []
         counts = {}
         for style in styles:
-            package, version, sha256, licence = SOURCES[style]
-            tarball = fetch(package, version, sha256, folder)
+            package = SOURCES[style]
+            tarball = download(package, folder)
             info = read_json(tarball, "info.json")
-            if info["license"]["spdx"] != licence:
-                raise UserError(f"{package}@{version}: licence is {info['license']['spdx']}, expected {licence}")
+            if info["license"]["spdx"] != package.licence:
+                raise UserError(f"{package}: licence is {info['license']['spdx']}, expected {package.licence}")
             records = records_of_style(style, tarball, table)
             distinct = without_duplicates(records, known)
             counts[style] = {"matched": len(records), "distinct": len(distinct)}
-            sources.append(
-                {
-                    "package": package,
-                    "version": version,
-                    "sha256": sha256,
-                    "licence": licence,
-                    "author": info["author"]["name"],
-                    "url": info["author"]["url"],
-                }
-            )
+            sources.append({**_credit(package), "author": info["author"]["name"], "url": info["author"]["url"]})
             kept += distinct
             print(f"{style}: {len(records)} icons joined to captions, {len(distinct)} distinct")
     write_archive(output, {"sources": sources, "styles": counts}, kept)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from common.data.cache import fingerprint_strings
-from common.data.photos import fetch_debian_packages, find_package_root
 from common.errors import UserError, run_main
+from common.packages import Package, fetch, find_root
 from common.paths import cache_dir
 
-PACKAGE = "dataset-fashion-mnist"
+PACKAGE = Package("debian", "dataset-fashion-mnist")
 CLASSES = (
     "a t-shirt",
     "trousers",
@@ -93,19 +93,6 @@ class FashionMNIST(Dataset[dict[str, Any]]):
         return {"image": self.images[index], "caption": CLASSES[label], "label": label}
 
 
-def darts_halves(n: int = 50_000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split the first n training items in two random halves: one for the weights, one for the architecture.
-
-    DARTS (Liu et al. 2019, section 3.1) searches on 25k + 25k of the 50k training pictures of CIFAR-10; the last
-    10k of Fashion-MNIST's 60k stay untouched for choosing among finished architectures.
-
-    Returns:
-        int64 indices [n // 2] and [n - n // 2], disjoint, together 0..n-1.
-    """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[: n // 2], order[n // 2 :]
-
-
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Read an idx file of unsigned bytes (.gz or not): uint8 with so many dimensions.
 
@@ -135,7 +122,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 def _find_folder(root: str | Path | None) -> Path:
     if root is not None and any(Path(root).glob("*-idx?-ubyte*")):
         return Path(root)
-    return find_package_root(root, cache_dir("fashion-mnist"), _INSIDE, "data-fashion-mnist") / _INSIDE
+    return find_root(_INSIDE, root, cache_dir("fashion-mnist"), "data-fashion-mnist") / _INSIDE
 
 
 def _idx_file(folder: Path, name: str) -> Path:
@@ -151,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_subparsers(dest="command", required=True).add_parser("fetch", help="download and unpack the package")
     parser.parse_args()
-    fetch_debian_packages([PACKAGE], cache_dir("fashion-mnist"))
+    fetch([PACKAGE], cache_dir("fashion-mnist"))
     for split in ("train", "test"):
         print(f"{split}: {len(FashionMNIST(split))} pictures in {cache_dir('fashion-mnist')}")  # type: ignore[arg-type]
 

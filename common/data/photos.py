@@ -16,9 +16,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,10 +29,13 @@ from torch.utils.data import Dataset
 
 from common.data.cache import fingerprint_strings
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
+from common.files import write_atomically
+from common.packages import Package, fetch, find_root
 from common.paths import cache_dir
 
-PACKAGES = ("tuxpaint-stamps-default", "mate-backgrounds", "lomiri-wallpapers-16.04")
+PACKAGES = [
+    Package("debian", name) for name in ("tuxpaint-stamps-default", "mate-backgrounds", "lomiri-wallpapers-16.04")
+]
 EXPECTED_CUTOUTS = 245  # of tuxpaint-stamps-default 2022.06.04-1; other versions may differ a little
 
 _STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -151,67 +151,6 @@ class Cutout:
     category: str
 
 
-def fetch_debian_packages(packages: Sequence[str], destination: Path, drop: Sequence[str] = ()) -> None:
-    """Download Debian packages and unpack them below `destination` without installing anything.
-
-    Args:
-        packages: package names.
-        destination: receives `usr/share/...`; an earlier fetch there is replaced when the new one is complete.
-        drop: glob patterns of files that are not kept.
-
-    Raises:
-        UserError: no apt-get or dpkg on this machine, or the download failed.
-    """
-    for program in ("apt-get", "dpkg"):
-        if shutil.which(program) is None:
-            raise UserError(
-                f"{program} is not on this machine: on another Debian or Ubuntu unpack {', '.join(packages)} "
-                "with dpkg -x and give that folder as the data root"
-            )
-    destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=destination) as name:
-        work = Path(name)
-        _run(["apt-get", "download", *packages], work, "try `apt-get update` first, and check the network")
-        archives = sorted(work.glob("*.deb"))
-        unpacked = work / "unpacked"
-        for archive in archives:
-            _run(["dpkg", "-x", str(archive), str(unpacked)], work, "is the disk full?")
-        for pattern in drop:
-            for path in unpacked.rglob(pattern):
-                path.unlink()
-        record = {archive.name: _sha256(archive) for archive in archives}
-        if (destination / "usr").exists():
-            (destination / "usr").rename(work / "replaced")
-        (unpacked / "usr").rename(destination / "usr")
-        write_json(destination / "packages.json", record)
-
-
-def _run(command: list[str], folder: Path, advice: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"`{' '.join(command[:2])}` failed ({reason}); {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def find_package_root(root: str | Path | None, fetched: Path, inside: Path, make_target: str) -> Path:
-    """The folder that holds `inside` (usr/share/...): the one given, the fetched one, or the system's own.
-
-    Raises:
-        UserError: none of them has it; the message names the make target that fetches it.
-    """
-    candidates = [Path(root)] if root is not None else [fetched, Path("/")]
-    for candidate in candidates:
-        if (candidate / inside).is_dir():
-            return candidate
-    where = f"{candidates[0]}: {inside} is not in it" if root is not None else f"{inside} was not found"
-    raise UserError(f"{where}; run `make {make_target}`, or give the folder that holds it as the data root")
-
-
 def list_cutouts(stamps: Path) -> list[Cutout]:
     """The photographic cut-outs of a Tux Paint stamps folder, in the order of their paths."""
     found = []
@@ -310,7 +249,7 @@ class PhotoCollage(Dataset[dict[str, Any]]):
         if n < 1 or size < 16:
             raise UserError(f"PhotoCollage needs n >= 1 and size >= 16, got n={n} and size={size}")
         self.split, self.n, self.size, self.seed = split, n, size, seed
-        base = find_package_root(root, cache_dir("photos"), _STAMPS, "data-photos")
+        base = find_root(_STAMPS, root, cache_dir("photos"), "data-photos")
         self.sprites, self.fingerprint = _load_sprites(base, size)
         self.nouns = sorted({cutout.noun for cutout in self.sprites.cutouts})
         self.held_out_objects = frozenset(
@@ -506,7 +445,8 @@ def _source_fingerprint(base: Path) -> str:
     files = sorted((base / _STAMPS).rglob("*.png")) + [base / _BACKGROUNDS / name for name, _ in SCENES]
     missing = [path for path in files if not path.exists()]
     if missing:
-        raise UserError(f"{missing[0]}: missing; run `make data-photos` (packages {', '.join(PACKAGES)})")
+        names = ", ".join(package.name for package in PACKAGES)
+        raise UserError(f"{missing[0]}: missing; run `make data-photos` (packages {names})")
     rules = [repr((_NOUNS, _NOT_PHOTOS, _MIN_COLOURS_PER_PIXEL, _OPAQUE, _CATEGORY_OF_FOLDER))]
     return fingerprint_strings(rules + [f"{path.relative_to(base)}:{path.stat().st_size}" for path in files])
 
@@ -591,7 +531,7 @@ def main() -> None:
     sheet.add_argument("--size", type=int, default=128)
     arguments = parser.parse_args()
     if arguments.command == "fetch":
-        fetch_debian_packages(PACKAGES, cache_dir("photos"), drop=["*.ogg", "*.wav"])
+        fetch(PACKAGES, cache_dir("photos"), drop=["*.ogg", "*.wav"])
         print(f"{len(list_cutouts(cache_dir('photos') / _STAMPS))} photographic cut-outs in {cache_dir('photos')}")
     else:
         data = PhotoCollage(arguments.split, n=40, size=arguments.size)

@@ -15,7 +15,6 @@ from benchmarks import ldm as bench
 from benchmarks.arms import Timing, Turns
 from benchmarks.ldm import Arm
 from common.cpu import tune_allocator
-from ldm.model import softmax_attention
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +130,3 @@ def test_the_allocator_is_left_alone_where_the_user_or_the_system_decides(monkey
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert not tune_allocator()
-
-
-@pytest.mark.parametrize("queries, keys", [(64, 24), (256, 256)])
-def test_bfloat16_attention_on_cpu_agrees_with_float32(queries: int, keys: int):
-    """Both ways of computing it, small score matrices and large ones, forward and backward."""
-    q, k, v = (torch.randn(2, 2, n, 32).bfloat16().requires_grad_() for n in (queries, keys, keys))
-    exact = softmax_attention(*(x.float() for x in (q, k, v)))
-    close = softmax_attention(q, k, v)
-    assert close.dtype == torch.bfloat16
-    torch.testing.assert_close(close.float(), exact, rtol=0.03, atol=0.01)
-    dy = torch.randn_like(exact)
-    for dx, exact_dx in zip(
-        torch.autograd.grad(close, (q, k, v), dy.bfloat16()), torch.autograd.grad(exact, (q, k, v), dy)
-    ):
-        torch.testing.assert_close(dx.float(), exact_dx.float(), rtol=0.05, atol=0.03)

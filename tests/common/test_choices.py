@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,38 @@ def test_another_process_reads_what_the_main_one_chose(tmp_path: Path, monkeypat
     assert Choices(tmp_path).choose("form", never, default="a") == "b"
     with pytest.raises(UserError, match="has not written its choice of other"):
         Choices(tmp_path, patience=0.1).choose("other", never, default="a")
+
+
+def test_what_processes_meet_at_other_times_is_measured_by_whichever_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process would wait for the other one in a collective operation, and that one for its choice."""
+    monkeypatch.setenv("RANK", "1")
+    given = {"default": "a", "together": False}
+    other = Choices(tmp_path / "run", patience=0.1)
+    assert other.choose("form", lambda: {"a": 2.0, "b": 1.0}, **given) == "b"
+    monkeypatch.setenv("RANK", "0")
+    main = Choices(tmp_path / "run")
+    assert main.choose("form", never, **given) == "b"
+    main.choose("next", lambda: {"a": 1.0}, **given)
+    assert other.choose("next", never, **given) == "a"
+    assert set(json.loads((tmp_path / "run" / "choices.json").read_text())) == {"form", "next"}
+
+
+def test_of_processes_that_ask_at_once_one_measures(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def measure() -> dict[str, float]:
+        calls.append(1)
+        time.sleep(0.05)
+        return {"a": 1.0}
+
+    with ThreadPoolExecutor(4) as asking:  # each with a handle of its own, which is what the lock goes by
+        asked = [
+            asking.submit(Choices(tmp_path).choose, "form", measure, default="a", together=False) for _ in range(4)
+        ]
+        assert [choice.result() for choice in asked] == ["a"] * 4
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"form": 3}', "[" * 100_000, '{"form": {}}'])

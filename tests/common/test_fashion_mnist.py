@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.fashion_mnist import CLASSES, FashionMNIST, darts_halves, read_idx
+from common.data.fashion_mnist import CLASSES, FashionMNIST, read_idx
 from common.errors import UserError
 
 
@@ -46,15 +46,6 @@ def test_padding_puts_the_picture_in_the_middle_of_black(folder: Path) -> None:
     assert plain.fingerprint != padded.fingerprint
     with pytest.raises(UserError, match="pad_to=20"):
         FashionMNIST("train", folder, pad_to=20)
-
-
-def test_darts_halves_are_disjoint_and_complete() -> None:
-    weights, alphas = darts_halves(1000, seed=3)
-    assert len(weights) == len(alphas) == 500
-    assert torch.equal(torch.cat([weights, alphas]).sort().values, torch.arange(1000))
-    assert not torch.equal(weights.sort().values, torch.arange(500))
-    assert torch.equal(darts_halves(1000, seed=3)[0], weights)
-    assert not torch.equal(darts_halves(1000, seed=4)[0], weights)
 
 
 @pytest.mark.parametrize(

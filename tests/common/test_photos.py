@@ -176,12 +176,6 @@ def test_captions_become_noun_phrases_and_plurals() -> None:
     assert plural("two wild boars", 2) is None
 
 
-def test_fetch_without_debian_tools_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"apt-get is not on this machine.*dpkg -x"):
-        photos.fetch_debian_packages(photos.PACKAGES, tmp_path / "x")
-
-
 def test_real_packages_hold_245_photographic_cutouts(monkeypatch: pytest.MonkeyPatch) -> None:
     if USERS_CACHE is None:
         monkeypatch.delenv("REPRO_CACHE")

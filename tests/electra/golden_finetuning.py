@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from electra.config import ElectraConfig
 from electra.convert import from_official
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
-from electra.model import Batch, ElectraConfig, Encoder
+from electra.model import Batch, Encoder
 from tests.golden_case import Case, Check, assert_close
 
 TOLERANCE = 1e-5

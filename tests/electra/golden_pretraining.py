@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from electra.config import ElectraConfig, Tying
 from electra.convert import from_official, from_transformers, to_official
 from electra.flops import (
     Transformer,
@@ -17,7 +18,7 @@ from electra.flops import (
     electra_training_flops,
 )
 from electra.masking import Draws, SpecialIds, corrupt, slots_per_row
-from electra.model import Batch, ElectraConfig, Encoder, MlmHead, OutputBias, RtdHead, Tying
+from electra.model import Batch, Encoder, MlmHead, OutputBias, RtdHead
 from electra.objectives import ElectraPretrainer
 from electra.optim import OfficialAdam, clip_global_norm, learning_rate, parameter_groups, set_learning_rate
 from tests.golden_case import Case, Check, assert_close

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from electra.adversarial import AdversarialPretrainer, sample_entropy
+from electra.config import ElectraConfig
 from electra.flops import training_flops
 from electra.masking import SpecialIds
-from electra.model import Batch, ElectraConfig
+from electra.model import Batch
 from electra.objectives import ElectraPretrainer
 from electra.two_stage import same_size, second_stage, two_stage_flops
 from tests.electra.tiny_run import train

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from common.errors import UserError
+from electra.config import ElectraConfig, FinetuneConfig
 from electra.evaluate import format_table
 from electra.evaluate import main as evaluate_main
 from electra.finetuning import (
-    FinetuneConfig,
     FinetuneModel,
     answer_f1,
     encode_items,
@@ -22,7 +22,7 @@ from electra.finetuning import (
     predict,
 )
 from electra.heads import AnswerBeams, QuestionAnsweringHead, answer_candidates, best_span
-from electra.model import ElectraConfig, Encoder
+from electra.model import Encoder
 from electra.optim import parameter_groups
 from electra.tasks import Item, Task
 from electra.wordpiece import SPECIAL_TOKENS, Tokenizer

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from electra import model as model_file
+from electra.config import ElectraConfig
 from electra.masking import SpecialIds
-from electra.model import Batch, ElectraConfig, Encoder, RelativeBias, attend, parameter_count
+from electra.model import Batch, Encoder, RelativeBias, attend, parameter_count
 from electra.objectives import ElectraPretrainer
 
 TINY = ElectraConfig(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from common.errors import UserError
+from electra.config import ElectraConfig
 from electra.flops import OFFICIAL_OUTPUT_SHARE, inference_flops, steps_for, training_flops
 from electra.masking import SpecialIds
-from electra.model import ElectraConfig, parameter_count
+from electra.model import parameter_count
 from electra.objectives import OBJECTIVES, ElectraPretrainer
 from electra.plan import PUBLISHED, count_parameters, main, paper_config, plan
 

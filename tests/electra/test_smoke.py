@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from common.errors import UserError
 from common.paths import REPOSITORY
 from electra.config import ElectraRun
 from electra.masking import SpecialIds
-from electra.model import ElectraConfig, parameter_count
+from electra.model import parameter_count
 from electra.objectives import ElectraPretrainer
 from electra.train import CONFIGS, main
 
@@ -51,7 +50,7 @@ def test_smoke_config_pretrains_both_arms_and_prints_their_scores_beside_the_unt
 def test_paper_configs_are_the_papers(name: str, parameters: int, steps: int, batch: int, length: int) -> None:
     config = read(name)
     with torch.device("meta"):
-        network = ElectraPretrainer(ElectraConfig(vocab_size=30522, **asdict(config.model)), SpecialIds())
+        network = ElectraPretrainer(config.model.with_vocabulary(30522), SpecialIds())
     assert parameter_count(network) == parameters
     assert (config.trainer.max_steps, config.trainer.batch_size, config.data.length) == (steps, batch, length)
     assert config.data.vocabulary_size == 30522 and config.optimiser.warmup == 10_000

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.training import load_checkpoint
-from electra.config import DataConfig, ElectraRun, ModelConfig, TrainerConfig
+from common.training import load_checkpoint, read_logs
+from electra.config import DataConfig, ElectraConfig, ElectraRun, ModelConfig, TrainerConfig
 from electra.masking import SpecialIds
-from electra.model import Batch, ElectraConfig, attend
+from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer
-from electra.training import check_options, global_weights, read_logs
+from electra.run import check_options
+from electra.trainer import global_weights
 from tests.electra.tiny_run import arguments, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
@@ -159,7 +160,7 @@ def test_training_goes_on_from_saved_encoders(reference: Path, tmp_path: Path) -
     folder = train(tmp_path / "run", init_from=start, trainer__max_steps=1)  # the only step has rate 0
     for part in ("discriminator", "generator"):
         assert same_weights(folder / "electra" / part, start / part)
-    with pytest.raises(UserError, match=r"--init_from .*do not fit --model"):
+    with pytest.raises(UserError, match=r"--init_from .*does not fit --model"):
         train(tmp_path / "other", init_from=start, model__layers=2)
 
 

@@ -202,6 +202,6 @@ def test_ema_restores_the_own_weights_and_its_count_after_loading() -> None:
     copy.load_state_dict(ema.state_dict())
     for average in (ema, copy):
         average.update(layer)
-    assert torch.equal(ema.state_dict()["p0"], copy.state_dict()["p0"])
+    assert torch.equal(ema.state_dict()["weight"], copy.state_dict()["weight"])
     with pytest.raises(UserError, match="decay"):
-        Ema(layer, 1.0)
+        Ema(layer, 1.5)

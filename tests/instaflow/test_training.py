@@ -82,7 +82,7 @@ def test_run_killed_inside_two_stages_continues_with_the_same_losses_and_weights
         killed = python("-c", KILLED_AT, stage, "5", *arguments(folder, teacher))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")
-        assert state["global_step"] == 4 == int(state["state_dict"]["ema.updates"])
+        assert state["global_step"] == 4 == int(state["state_dict"]["ema.num_updates"])
         assert not (folder / stage / WEIGHTS).exists()
     train(folder, teacher)
     for stage in STAGES:

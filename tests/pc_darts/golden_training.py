@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from common.data.augmentation import cutout_mask
 from pc_darts import schedules
-from pc_darts.data import cutout_mask
 from pc_darts.losses import label_smoothing_cross_entropy
 from tests.golden_case import Case, Check, assert_close
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from pc_darts.counting import saved_bytes
-from pc_darts.operations import FactorizedReduce, frozen_statistics, synchronised_statistics
-from pc_darts.search_space import MixedOp, SearchConfig, SearchNetwork, rearrange
+from pc_darts.operations import FactorizedReduce, frozen_statistics, rearrange, synchronised_statistics
+from pc_darts.search_space import MixedOp, SearchConfig, SearchNetwork
 
 
 def batch(side: int, count: int = 4, channels: int = 3, height: int = 0) -> tuple[Tensor, Tensor]:

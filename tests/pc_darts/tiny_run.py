@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.data.augmentation import Augmentation
+from common.data.classes import ImageSet
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
-from pc_darts.data import Augmentation, ImageSet, open_data, search_halves
+from pc_darts.data import open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
 from pc_darts.searching import Searcher

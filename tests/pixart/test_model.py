@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart.model import DiT, PixArt, PixArtConfig, attention, position_embedding
+from pixart.model import DiT, PixArt, PixArtConfig, attend, position_embedding
 
 TINY = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=16, caption_tokens=6)
 
@@ -221,12 +221,12 @@ def test_bfloat16_attention_on_cpu_agrees_with_float32(queries: int, keys: int, 
     if masked:
         bias = torch.zeros(2, 1, 1, keys)
         bias[0, ..., keys // 2 :] = -torch.inf
-    exact = attention(q.float(), k.float(), v.float(), bias)
-    close = attention(q, k, v, bias)
+    exact = attend(q.float(), k.float(), v.float(), bias)
+    close = attend(q, k, v, bias)
     assert close.dtype == torch.bfloat16
     torch.testing.assert_close(close.float(), exact, rtol=0.03, atol=0.02)
     with torch.no_grad():
-        torch.testing.assert_close(attention(q, k, v, bias).float(), exact, rtol=0.03, atol=0.02)
+        torch.testing.assert_close(attend(q, k, v, bias).float(), exact, rtol=0.03, atol=0.02)
     dy = torch.randn_like(exact)
     for dx, exact_dx in zip(
         torch.autograd.grad(close, (q, k, v), dy.bfloat16()), torch.autograd.grad(exact, (q, k, v), dy)
@@ -237,7 +237,7 @@ def test_bfloat16_attention_on_cpu_agrees_with_float32(queries: int, keys: int, 
 def test_float16_attention_survives_products_beyond_its_range() -> None:
     q = k = torch.full((1, 4, 1, 16), 200.0, dtype=torch.float16)  # 640,000 a product; float16 ends at 65,504
     v = torch.randn(1, 4, 1, 16).half()
-    out = attention(q, k, v)
+    out = attend(q, k, v)
     assert out.dtype == torch.float16
     torch.testing.assert_close(out[0, 0].float(), v.float().mean(1).flatten(), rtol=1e-2, atol=1e-3)
 

@@ -131,7 +131,7 @@ def test_run_leaves_logs_checkpoints_weights_and_pictures(reference: Path) -> No
 def test_finished_stages_are_not_trained_again(
     reference: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pixart.training.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
     train(reference, trainer__log_every=7)  # how it is logged is no other run
     assert capfd.readouterr().err.count("trained already") == 3
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from common.errors import UserError
 from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
-from common.paths import REPOSITORY
-from report.papers import PAPERS
+from common.paths import REPOSITORY, papers
+from report.papers import all_papers
 from report.readme_tables import filled, main, readme_files
 
 README = """# Front door
@@ -78,8 +78,8 @@ def test_without_results_the_tables_say_so_and_the_text_around_them_stays(root: 
     front = text_of(root, "README.md")
     assert front.startswith("# Front door\nBefore.\n<!-- papers -->\n|")
     assert front.endswith("|\n<!-- end -->\nAfter.\n")
-    assert front.count("\n| ") == 1 + len(PAPERS)
-    assert front.count("not built yet") == len(PAPERS) - 1
+    assert front.count("\n| ") == 1 + len(all_papers())
+    assert front.count("not built yet") == len(all_papers()) - 1
     assert "[`ldm`](ldm/README.md)" in front
 
 
@@ -195,3 +195,26 @@ def test_the_figures_of_a_paper_are_shown_with_their_captions(root: Path) -> Non
     shown = ["Second.", "", "![b](../results/figures/ldm/b.png)", ""]
     shown += ["First.", "", "![a](../results/figures/ldm/a.png)"]
     assert text_of(root).splitlines() == ["<!-- figures:ldm -->", *shown, "<!-- end -->"]
+
+
+def test_start_commands_are_those_of_the_rooms(root: Path) -> None:
+    (root / "README.md").write_text("<!-- start -->\n<!-- end -->\n", encoding="utf-8")
+    run(root)
+    lines = text_of(root, "README.md").splitlines()[2:-2]
+    assert [line.split()[1] for line in lines] == [f"{name}-train" for name in papers()]
+    assert len({line.index("#") for line in lines}) == 1
+
+
+def test_a_room_says_how_it_is_called_and_takes_the_place_of_its_plan(tmp_path: Path) -> None:
+    room = tmp_path / "hipa"
+    room.mkdir()
+    for name in ("train.py", "config.py"):
+        (room / name).touch()
+    with pytest.raises(UserError, match=r"hipa.paper\.yaml: no such file; expected the paper's title"):
+        all_papers(tmp_path)
+    (room / "paper.yaml").write_text("title: HiPA\nvenue: arXiv\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"expected the texts arxiv, idea, start, title, venue of hipa"):
+        all_papers(tmp_path)
+    (room / "paper.yaml").write_text("title: HiPA\nvenue: arXiv\narxiv: 1\nidea: fast\nstart: go\n", encoding="utf-8")
+    found = all_papers(tmp_path)
+    assert found[0].title == "HiPA" and [paper.key for paper in found].count("hipa") == 1

@@ -1,0 +1,273 @@
+"""A run folder and what is in it: the vocabulary and examples, and an arm's way from a network to encoders on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from common.errors import UserError
+from common.files import write_json
+from common.options import at_least, check_trainer, free_options
+from common.processes import is_main_process
+from common.training import EveryNSteps, open_run_folder, train
+from common.weights import check_weights
+from electra.adversarial import AdversarialPretrainer
+from electra.config import ElectraConfig, ElectraRun
+from electra.convert import load_pretrained, pretraining_state, save_transformers
+from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
+from electra.evaluate import open_tasks
+from electra.examples import ExampleStore
+from electra.flops import training_flops
+from electra.masking import SpecialIds
+from electra.objectives import ElectraPretrainer
+from electra.tasks import Task
+from electra.trainer import PretrainingModule, held_out_metrics
+from electra.two_stage import SecondStage, second_stage, two_stage_flops
+from electra.wordpiece import Tokenizer
+
+# What two starts of one run may disagree on: none of it changes the trained weights.
+FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
+
+
+@dataclass
+class Arm:
+    """One objective's part of a run: its folder and how long it trains."""
+
+    name: str
+    folder: Path
+    steps: int
+    flops: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether its encoders are there already."""
+        return (self.folder / "arm.json").is_file()
+
+    @property
+    def encoder(self) -> Path:
+        """The transformers directory to fine-tune: discriminator/, or encoder/ of an arm that has none."""
+        return self.folder / ("encoder" if "mlm" in self.name else "discriminator")
+
+    @property
+    def generator(self) -> Path:
+        """The generator's transformers directory."""
+        return self.folder / "generator"
+
+
+@dataclass
+class Run:
+    """A run folder: config.yaml, tokenizer/, a folder an arm, curves.png and metrics.json."""
+
+    config: ElectraRun
+    folder: Path
+    tokenizer: Tokenizer
+    train: ExampleStore
+    held_out: ExampleStore
+    tasks: list[Task]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: ElectraRun, text: str) -> Run:
+        """Create or continue `config.run_dir`; opens the vocabulary and the examples.
+
+        Args:
+            text: the config as YAML, saved there.
+
+        Raises:
+            UserError: the folder holds another run or cannot be written, or an option or the data are wrong.
+        """
+        started = time.perf_counter()
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        folder = Path(config.run_dir)
+        open_run_folder(folder, config.resume, text, FREE_OPTIONS)
+        tokenizer = open_tokenizer(config.data)
+        train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        if is_main_process():
+            tokenizer.save(folder / "tokenizer")
+        run = cls(config, folder, tokenizer, train, held_out, open_tasks(config.downstream))
+        run.seconds["data"] = time.perf_counter() - started
+        return run
+
+    @property
+    def model(self) -> ElectraConfig:
+        """The discriminator's configuration."""
+        return self.config.model.with_vocabulary(self.tokenizer.size)
+
+    @property
+    def special(self) -> SpecialIds:
+        return SpecialIds(*self.tokenizer.special_ids)
+
+    @property
+    def tokens_per_row(self) -> float:
+        return float(self.train.lengths.mean())
+
+    def arms(self) -> list[Arm]:
+        """The arms with their steps: as many FLOPs for each as `max_steps` steps of the first take."""
+        budget = self.flops(self.config.arms[0], self.config.trainer.max_steps)
+        made = []
+        for name in self.config.arms:
+            one = self.flops(name, 1)
+            steps = max(1, round(budget / one))
+            made.append(Arm(name, self.folder / name, steps, one * steps))
+        return made
+
+    def flops(self, arm: str, steps: int) -> float:
+        """Training FLOPs by the official counter; an adversarial step counts as one of electra."""
+        sizes = (self.config.trainer.batch_size, round(self.tokens_per_row), self.config.objective.mask_probability)
+        if arm == "two_stage":
+            return two_stage_flops(self.model, self.config.objective.first_stage, steps, *sizes)
+        objective: Any = "electra" if arm == "adversarial" else arm
+        return training_flops(self.model, objective, steps, *sizes)
+
+    def network(self, arm: str) -> ElectraPretrainer:
+        """A new network for an arm, or the one that `init_from` holds."""
+        config, options = self.config, self.config.objective
+        torch.manual_seed(config.seed)
+        kind = AdversarialPretrainer if arm == "adversarial" else ElectraPretrainer
+        network = kind(
+            self.model,
+            self.special,
+            objective="electra" if arm == "adversarial" else arm,  # type: ignore[arg-type]
+            mask_probability=options.mask_probability,
+            max_length=config.data.length,
+            disc_weight=options.disc_weight,
+            temperature=options.temperature,
+            disallow_correct=options.disallow_correct,
+        )
+        if isinstance(network, AdversarialPretrainer):
+            network.baseline_decay, network.gen_weight = options.baseline_decay, options.mlm_weight
+        if config.model.generator == "unigram":
+            network.set_unigram(corpus_counts(self.train, self.tokenizer.size))
+        if config.init_from is not None:
+            start_from(network, Path(config.init_from))
+        return network
+
+    def pretrain(self, arm: Arm, callbacks: Sequence[pl.Callback] = ()) -> None:
+        """Pre-train or resume an arm and write its encoders."""
+        started = time.perf_counter()
+        if arm.name == "two_stage":
+            network = self._pretrain_two_stages(arm, callbacks)
+        else:
+            network = self.network(arm.name)
+            self._fit(network, arm.folder, arm.steps, callbacks)
+        self.seconds[arm.name] = time.perf_counter() - started
+        if is_main_process():
+            self._finish(arm, network)
+
+    def _pretrain_two_stages(self, arm: Arm, callbacks: Sequence[pl.Callback]) -> ElectraPretrainer:
+        """Section 3.2, two-stage: the generator alone, then the discriminator with the generator frozen."""
+        options = self.config.objective
+        first_steps = max(1, round(options.first_stage * arm.steps))
+        generator = self.network("mlm")
+        self._fit(generator, arm.folder / "generator_stage", first_steps, callbacks)
+        network: SecondStage = second_stage(generator, options.copy_weights, self.config.seed)
+        self._fit(network, arm.folder, arm.steps - first_steps, callbacks)
+        return network
+
+    def _fit(self, network: ElectraPretrainer, folder: Path, steps: int, callbacks: Sequence[pl.Callback]) -> None:
+        config, options = self.config, self.config.trainer
+        module = PretrainingModule(network, config, steps)
+
+        def measure(step: int) -> None:
+            found = held_out_metrics(network, self.held_out, options.batch_size, config.seed)
+            for logger in module.trainer.loggers:
+                logger.log_metrics({f"held_out/{key}": value for key, value in found.items()}, step)
+
+        every = options.evaluate_every or steps + 1
+        data = PretrainingData(
+            self.train,
+            steps,
+            config.data.workers,
+            batch_size=options.batch_size,
+            seed=config.seed,
+            mask_probability=config.objective.mask_probability,
+            max_length=config.data.length,
+            accumulate=options.accumulate,
+        )
+        trainer = train(
+            folder,
+            module,
+            data,
+            options,
+            steps=steps,
+            batch_size=options.batch_size,
+            resume=config.resume,
+            grad_clip=config.optimiser.grad_clip,
+            callbacks=[EveryNSteps(every, measure), *callbacks],
+            unit=("tokens", self.tokens_per_row),
+        )
+        trainer.strategy.barrier()
+
+    def _finish(self, arm: Arm, network: ElectraPretrainer) -> None:
+        """Write the transformers directories and the arm's record, which marks the end."""
+        with tempfile.TemporaryDirectory(prefix=".saving.", dir=arm.folder) as name:
+            saved = Path(name) / "network"
+            save_transformers(network, saved)
+            self.tokenizer.save(saved)
+            if (saved / "generator").is_dir():
+                self.tokenizer.save(saved / "generator")
+                replace_folder(saved / "generator", arm.generator)
+            replace_folder(saved, arm.encoder)
+        found = held_out_metrics(network, self.held_out, self.config.trainer.batch_size, self.config.seed)
+        record = {
+            "arm": arm.name,
+            "steps": arm.steps,
+            "flops": arm.flops,
+            "seconds": round(self.seconds[arm.name], 1),
+            "held_out": found,
+        }
+        write_json(arm.folder / "arm.json", record)
+
+
+def check_options(config: ElectraRun) -> None:
+    """Refuse what cannot run, before anything is written.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer = config.trainer
+    if not config.arms or len(set(config.arms)) < len(config.arms):
+        raise UserError(f"--arms {config.arms}: expected at least one objective, each once")
+    check_trainer(trainer, {"trainer.batch_size": trainer.batch_size}, resume=config.resume)
+    at_least("trainer.max_steps", trainer.max_steps, 1)
+    if config.data.length > config.model.max_position:
+        raise UserError(
+            f"--data.length {config.data.length} is more than --model.max_position {config.model.max_position}"
+        )
+    if "two_stage" in config.arms and not 0 < config.objective.first_stage < 1:
+        raise UserError(f"--objective.first_stage {config.objective.first_stage}: expected a share between 0 and 1")
+    if "adversarial" in config.arms and config.model.generator != "network":
+        raise UserError("--arms adversarial needs --model.generator network")
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a finished folder to its place; one that an interrupted start left there goes."""
+    if place.exists():
+        shutil.rmtree(place)
+    new.rename(place)
+
+
+def start_from(network: ElectraPretrainer, path: Path) -> None:
+    """Fill a network from an arm's folder (discriminator/, generator/) or a transformers directory (with generator/).
+
+    Raises:
+        UserError: nothing there, or weights of another network.
+    """
+    main = next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
+    generator = path / "generator"
+    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator.is_dir() else None)
+    own = {key: value for key, value in network.state_dict().items() if "." in key}
+    check_weights(
+        state, own, f"--init_from {path}", "--model and the arm's objective (give those of the run that made it)"
+    )
+    network.load_state_dict(state, strict=False)

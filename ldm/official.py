@@ -106,7 +106,7 @@ def autoencoder_of(
 def from_compvis_config(
     config: Mapping[str, Any], *, cond_drop: float = 0.1, logits_head: bool = False
 ) -> LatentDiffusion:
-    """Build the model that one of the authors' YAML configurations describes (random weights).
+    """Library: the model that one of the authors' YAML configurations describes (random weights).
 
     Args:
         config: the whole file ({"model": {"params": ...}}), its `model` entry, or its `params`.

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, never half written."""
+"""Files that are whole or absent, never half written; configs that name no code to run."""
 
 from __future__ import annotations
 
@@ -54,3 +54,33 @@ def write_json(path: Path, value: Any) -> None:
 
     text = json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_object(path: Path, what: str = "a part is missing") -> dict[str, Any]:
+    """The JSON object in a file, a config of a model for example.
+
+    Args:
+        what: it means that there is no such file, for messages.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{what}: {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def refuse_code(part: Path) -> None:
+    """Raise UserError where the configs of a part name Python code to load it with (`auto_map`), which is never run."""
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (part / name).is_file() and "auto_map" in read_object(part / name):
+            raise UserError(
+                f"{part / name}: auto_map asks to run Python code that comes with the files, which is never done here; "
+                "expected a model whose code is in diffusers or transformers"
+            )

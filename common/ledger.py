@@ -1,13 +1,6 @@
 """The claims ledger: what a paper claims, what was measured here, and whether it holds.
 
-    claim = Claim(
-        id="L1",
-        statement="At equal training time a latent model beats a pixel model.",
-        paper=PaperValue("FID 38 lower after 2M steps", "Fig. 6"),
-        target=Target("FD at least 15 % lower, sampling at least 4x faster", "fd_drop", ">=", 0.15,
-                      (Condition("sampling_speedup", ">=", 4.0),)),
-        tier="small",
-    )
+    claim = read_claims("ldm", "small")["L1"]          # from ldm/claims.yaml
     check_targets(path, [claim])                       # before the run: is the target still the one on record?
     per_seed = [{"fd_drop": 0.21, "sampling_speedup": 18.0}, ...]
     write_claims(path, [record(claim, per_seed, seconds=812.0, peak_memory_bytes=peak_memory())])
@@ -29,12 +22,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from common.cpu import cpu_name
 from common.errors import UserError
@@ -91,13 +85,23 @@ class Target:
 
 @dataclass(frozen=True)
 class Claim:
-    """One falsifiable sentence of a paper, restated for one tier; `id` as in the paper's specification."""
+    """One falsifiable sentence of a paper, restated for one tier; `id` as in the paper's specification.
+
+    Args:
+        seeds: that it is measured with.
+        sizes: of networks, data and measurements; budget: what its arms may spend.
+        rungs: multiples of the budget at which it is to be measured.
+    """
 
     id: str
     statement: str
     paper: PaperValue
     target: Target
     tier: Tier
+    seeds: tuple[int, ...] = ()
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    rungs: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -106,6 +110,147 @@ class Claim:
             if condition.op not in _OPERATORS:
                 allowed = ", ".join(_OPERATORS)
                 raise UserError(f"claim {self.id}: comparison {condition.op!r} is unknown, expected one of {allowed}")
+
+
+def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
+    """The claims of a tier by their ids, from `<paper>/claims.yaml` (or the file given as a path).
+
+    What the file's `tiers` say of seeds, sizes and budget holds for every claim of the tier; what a claim's own `tiers`
+    say (statement, target, seeds, sizes, budget) goes before it.
+
+    Raises:
+        UserError: the file is missing, or something in it is; the sentence names file, claim and key.
+    """
+    name, content = _claims_file(paper)
+    shared = _tier(name, content, tier)
+    claims: dict[str, Claim] = {}
+    ids: set[str] = set()
+    for number, entry in enumerate(content["claims"], start=1):
+        where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
+        _fields(entry, where, _CLAIM, {"rungs": list})
+        if entry["id"] in ids:
+            raise UserError(f"{where} is there twice")
+        ids.add(entry["id"])
+        tiers = entry["tiers"] if isinstance(entry["tiers"], dict) else {key: {} for key in entry["tiers"]}
+        for other, changes in tiers.items():
+            if other not in content["tiers"]:
+                raise UserError(
+                    f"{where}: tier {other!r} is not among those of the file, {', '.join(content['tiers'])}"
+                )
+            _fields(changes, f"{where}, tier {other}", {}, {"statement": str, "target": dict, **_SHARED})
+        _fields(entry["paper"], f"{where}, paper", {"value": _TEXT_OR_NUMBER, "source": str})
+        target = _target(entry["target"], f"{where}, target")
+        if tier not in tiers:
+            continue
+        own = tiers[tier]
+        if "target" in own:
+            target = _target(own["target"], f"{where}, tier {tier}, target")
+        claims[entry["id"]] = Claim(
+            id=entry["id"],
+            statement=own.get("statement", entry["statement"]),
+            paper=PaperValue(**entry["paper"]),
+            target=target,
+            tier=tier,
+            seeds=_whole(own.get("seeds", shared.get("seeds")), f"{where}, seeds", least=0),
+            sizes=_merged(shared.get("sizes", {}), own.get("sizes", {})),
+            budget=_merged(shared.get("budget", {}), own.get("budget", {})),
+            rungs=_whole(entry.get("rungs", [1]), f"{where}, rungs", least=1),
+        )
+        if tier == "small" and len(claims[entry["id"]].seeds) < MIN_SEEDS_SMALL:
+            raise UserError(f"{where}: seeds has fewer than {MIN_SEEDS_SMALL} in tier small")
+    return claims
+
+
+def read_sizes(paper: str | Path, tier: Tier) -> dict[str, Any]:
+    """Sizes and budget that all claims of a tier share, as one mapping.
+
+    Raises:
+        UserError: as `read_claims`.
+    """
+    name, content = _claims_file(paper)
+    shared = _tier(name, content, tier)
+    return _merged(shared.get("sizes", {}), shared.get("budget", {}))
+
+
+_TEXT_OR_NUMBER: tuple[type, ...] = (str, int, float)
+_NUMBER: tuple[type, ...] = (int, float)
+_KINDS: dict[Any, str] = {
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    _NUMBER: "a number",
+    _TEXT_OR_NUMBER: "a text or a number",
+    (list, dict): "a list or a mapping",
+}
+_SHARED: dict[str, Any] = {"seeds": list, "sizes": dict, "budget": dict}
+_CLAIM: dict[str, Any] = {"id": str, "statement": str, "paper": dict, "target": dict, "tiers": (list, dict)}
+
+
+def _claims_file(paper: str | Path) -> tuple[str, dict[str, Any]]:
+    """(what errors call the file, its content with checked top-level keys)."""
+    path = paper if isinstance(paper, Path) else REPOSITORY / paper / "claims.yaml"
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return name, _fields(content, name, {"tiers": dict, "claims": list})
+
+
+def _tier(name: str, content: Mapping[str, Any], tier: str) -> dict[str, Any]:
+    if tier not in content["tiers"]:
+        raise UserError(f"{name} has no tier {tier!r}; it has {', '.join(content['tiers'])}")
+    return _fields(content["tiers"][tier], f"{name}: tier {tier}", {}, _SHARED)
+
+
+def _fields(
+    node: Any, where: str, required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`node` itself, a mapping with these keys and kinds of values and no others."""
+    known = {**required, **(optional or {})}
+    if not isinstance(node, dict):
+        raise UserError(f"{where}: expected a mapping with {', '.join(known)}, got {node!r}")
+    for key, value in node.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            raise UserError(f"{where}: {key} is {value!r}, expected {_KINDS[known[key]]}")
+    for key in required:
+        if key not in node:
+            raise UserError(f"{where}: {key} is missing")
+    return node
+
+
+def _target(node: Any, where: str) -> Target:
+    _fields(node, where, {"text": str, "metric": str, "op": str, "value": _NUMBER}, {"conditions": list})
+    conditions = []
+    for entry in node.get("conditions", []):
+        parts = entry.split() if isinstance(entry, str) else []
+        try:
+            metric, op, value = parts
+            conditions.append(Condition(metric, op, float(value)))  # type: ignore[arg-type]
+        except ValueError:
+            raise UserError(f'{where}: condition {entry!r} is not of the form "recall_drop > 0.0"') from None
+    for op in (node["op"], *(condition.op for condition in conditions)):
+        if op not in _OPERATORS:
+            raise UserError(f"{where}: comparison {op!r} is unknown, expected one of {', '.join(_OPERATORS)}")
+    return Target(node["text"], node["metric"], node["op"], float(node["value"]), tuple(conditions))
+
+
+def _whole(values: Any, where: str, least: int) -> tuple[int, ...]:
+    """A list of different whole numbers."""
+    right = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+    if not values or not right or len(set(values)) < len(values):
+        raise UserError(f"{where}: expected different whole numbers from {least} on, got {values!r}")
+    return tuple(values)
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings; where both have a mapping, both of those; else the second's value."""
+    both = {
+        key: _merged(first[key], second[key]) for key in first.keys() & second.keys() if isinstance(first[key], dict)
+    }
+    return {**first, **second, **both}
 
 
 def record(

@@ -98,6 +98,8 @@ def check_trainer(
         at_least(f"trainer.{name}", getattr(options, name), 1)
     at_least("trainer.threads", options.threads, 0)
     at_least("trainer.sample_every", getattr(options, "sample_every", 0), 0)
+    within("optimiser.ema_decay", ema_decay, 0, 1)
+    at_least("optimiser.grad_clip", grad_clip, 0)
     for name, batch in batches.items():
         if batch < 1 or batch % options.accumulate:
             raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from common.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "results"
 
@@ -21,8 +23,17 @@ def existing_path(path: str | Path) -> Path:
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder for derived data (rasterised images, features), created on demand; `REPRO_CACHE` overrides its root."""
+    """A folder for derived data (rasterised images, features), created on demand; `REPRO_CACHE` overrides its root.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     root = Path(os.environ.get("REPRO_CACHE", REPOSITORY / ".cache"))
     folder = root.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be made ({error.strerror}); set REPRO_CACHE to a folder that can be written"
+        ) from None
     return folder

@@ -191,24 +191,6 @@ class ExpectedTime(Callback):
             self._since = None
 
 
-class CpuBudget(Callback):
-    """Ends training after so many CPU-seconds of this process (budgets of the claims do not depend on other load)."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.used = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.used = time.process_time() - self._start
-        if self.used >= self.seconds:
-            trainer.should_stop = True
-
-
 class EveryNSteps(Callback):
     """Calls `action(step)` on the main process every `every` steps (sample grids)."""
 

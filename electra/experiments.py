@@ -10,27 +10,22 @@ Shapes: N packed tokens of a batch, M chosen slots.
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.data.sampling import derive_seed, generator_step
+from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically, write_json
-from common.ledger import peak_memory
-from common.training import SaveEvery, build_trainer, fit, latest_checkpoint
+from common.study import Arm, Watch, fit_arm
+from common.study import Study as CommonStudy
 from electra.adversarial import AdversarialPretrainer, sample_entropy
 from electra.config import DataConfig, ElectraConfig, ElectraRun, FinetuneConfig, OptimiserConfig, TrainerConfig
 from electra.convert import Pretrained
@@ -47,11 +42,6 @@ from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer
 
-# Budgets. Everything that takes time follows from these.
-MAIN_TFLOP = {"small": 14.0, "smoke": 0.08}  # pre-training of each arm of E1 to E3, and the end of E7's curves
-SWEEP = {"small": "50", "smoke": "100"}  # per cent of MAIN_TFLOP for each arm of E4 to E6: a key of SHARES, or 100
-UNCOPIED_STEPS = {"small": 300, "smoke": 60}  # of E6b: the first steps of the second stage
-FINETUNINGS = {"small": 1, "smoke": 1}  # of one arm on one task; the median counts
 SHARES = {"6": 1 / 16, "12": 1 / 8, "25": 1 / 4, "50": 1 / 2}  # of E7 (Table 1), each with a schedule of its own
 
 OBJECTIVES = ("electra", "all_tokens_mlm", "replace_mlm", "electra15", "mlm")  # Table 5's order
@@ -68,22 +58,25 @@ CHECKPOINT_EVERY = 500
 LOOKS = 8  # measurements of an arm on held-out text while it trains
 JUDGE_SEED = 1  # of the masks and samples on which all discriminators are compared
 EXAMPLE_ROWS = 3
-# Fields of `Plan` on which no trained arm depends.
+# Fields of `Sizes` on which no trained arm depends.
 TUNING = ("train_examples", "test_examples", "epochs", "finetunings")
 AFTER_TRAINING = (*TUNING, "tasks", "judged")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes of a tier.
+class Sizes:
+    """Sizes and budget of a tier; everything that takes time follows from these.
 
     Args:
         width, layers, heads: of the main network; vocabulary, length, batch: of its input.
         generator: width of the generator beside it, unless a claim varies it.
-        main: TFLOP of an arm; sweep: per cent of it for E4 to E6; uncopied: steps of E6b.
         lr, warmup: of every arm.
+        sweep: per cent of `main` for each arm of E4 to E6: a key of SHARES, or 100.
+        uncopied: steps of E6b, the first ones of the second stage.
         held_out: rows of held-out text for the losses; judged: for the AUC against the common generator.
-        train_examples, test_examples, epochs, finetunings: of fine-tuning; tasks: that are scored.
+        train_examples, test_examples, epochs: of fine-tuning; tasks: that are scored; finetunings: of one arm on one
+            task, of which the median counts.
+        main: TFLOP of pre-training of each arm of E1 to E3, and the end of E7's curves.
     """
 
     width: int
@@ -92,7 +85,6 @@ class Plan:
     vocabulary: int
     length: int
     batch: int
-    main: float
     sweep: str
     uncopied: int
     warmup: int
@@ -102,50 +94,10 @@ class Plan:
     test_examples: int | None
     epochs: float
     finetunings: int
-    tasks: tuple[str, ...] = TASKS
-    generator: float = 0.5
-    lr: float = 2e-3
-
-
-PLANS = {
-    "small": Plan(
-        width=64,
-        layers=2,
-        heads=2,
-        vocabulary=500,
-        length=64,
-        batch=32,
-        main=MAIN_TFLOP["small"],
-        sweep=SWEEP["small"],
-        uncopied=UNCOPIED_STEPS["small"],
-        warmup=200,
-        held_out=512,
-        judged=1024,
-        train_examples=8000,
-        test_examples=None,
-        epochs=4,
-        finetunings=FINETUNINGS["small"],
-    ),
-    "smoke": Plan(
-        width=32,
-        layers=2,
-        heads=2,
-        vocabulary=500,
-        length=48,
-        batch=16,
-        main=MAIN_TFLOP["smoke"],
-        sweep=SWEEP["smoke"],
-        uncopied=UNCOPIED_STEPS["smoke"],
-        warmup=20,
-        held_out=128,
-        judged=128,
-        train_examples=200,
-        test_examples=200,
-        epochs=1,
-        finetunings=FINETUNINGS["smoke"],
-        tasks=("acceptability",),
-    ),
-}
+    tasks: tuple[str, ...]
+    generator: float
+    lr: float
+    main: float
 
 
 @dataclass(frozen=True)
@@ -167,98 +119,22 @@ class ArmSpec:
     copy_weights: bool = True
 
 
-@dataclass
-class Arm:
-    """A pre-trained network, what it cost, and its held-out measurements during training."""
+class Study(CommonStudy[Sizes]):
+    """Text, arms and scores of a tier; everything is made when first asked for."""
 
-    name: str
-    network: ElectraPretrainer
-    steps: int
-    tflop: float
-    cpu_seconds: float
-    peak_bytes: int
-    curve: list[dict[str, float]]
-
-    def at(self, step: int) -> dict[str, float]:
-        """The measurements after so many steps."""
-        return next(point for point in self.curve if point["step"] == step)
-
-    @property
-    def last(self) -> dict[str, float]:
-        return self.curve[-1]
-
-    def costs(self) -> dict[str, float]:
-        """Steps, TFLOP and CPU seconds, each key ending in the arm's name."""
-        name = self.name.replace("-", "_")
-        return {
-            f"steps_{name}": float(self.steps),
-            f"tflop_{name}": self.tflop,
-            f"cpu_seconds_{name}": self.cpu_seconds,
-        }
-
-
-class Watch(pl.Callback):
-    """Measures at some steps and counts CPU seconds (measuring is free); both are part of the checkpoint."""
-
-    def __init__(self, steps: Iterable[int], measure: Callable[[], dict[str, float]]) -> None:
-        self.steps, self.measure = set(steps), measure
-        self.seconds = self._last = 0.0
-        self.curve: list[dict[str, float]] = []
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last = time.process_time()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seconds += time.process_time() - self._last
-        step = generator_step(trainer)
-        if step in self.steps:
-            self.curve.append({"step": step, "seconds": self.seconds, **self.measure()})
-        self._last = time.process_time()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "curve": self.curve}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.curve = state_dict["seconds"], list(state_dict["curve"])
-
-
-class Study:
-    """Text, arms and scores of a tier; everything is made when first asked for.
-
-    Args:
-        folder: where trained arms and their scores are kept.
-
-    Raises:
-        UserError: the folder holds arms of another plan.
-    """
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
-        kept, own = (
-            folder / "plan.json",
-            {key: value for key, value in asdict(plan).items() if key not in AFTER_TRAINING},
-        )
-        if not kept.is_file():
-            write_json(kept, own)
-        elif (old := json.loads(kept.read_text())) != own:
-            changed = [key for key in own if old.get(key) != own[key]]
-            raise UserError(
-                f"{folder} holds arms of another plan ({', '.join(changed)} changed in experiments.py): delete that "
-                "folder to train them anew"
-            )
+    def __init__(self, sizes: Sizes, folder: Path) -> None:
+        super().__init__(sizes, folder)
         self._tasks: dict[str, Task] = {}
-        self._loaded: dict[tuple[str, int], Arm] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a claim's numbers depend on, as it is after a round trip through JSON."""
-        return json.loads(json.dumps({**asdict(self.plan), "tasks": self.tasks, "rates": RATES}))
+        return {**super().settings, "tasks": self.tasks, "rates": RATES}
 
     # Text
 
     @cached_property
     def data(self) -> DataConfig:
-        return DataConfig(vocabulary_size=self.plan.vocabulary, length=self.plan.length)
+        return DataConfig(vocabulary_size=self.sizes.vocabulary, length=self.sizes.length)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -285,73 +161,73 @@ class Study:
 
     def model(self, **changes: Any) -> ElectraConfig:
         """The one network shape of the tier."""
-        plan = self.plan
+        sizes = self.sizes
         return ElectraConfig(
             vocab_size=self.tokenizer.size,
-            embedding_size=plan.width,
-            hidden_size=plan.width,
-            layers=plan.layers,
-            heads=plan.heads,
-            intermediate_size=4 * plan.width,
-            max_position=plan.length,
+            embedding_size=sizes.width,
+            hidden_size=sizes.width,
+            layers=sizes.layers,
+            heads=sizes.heads,
+            intermediate_size=4 * sizes.width,
+            max_position=sizes.length,
             dropout=0.0,
             attention_dropout=0.0,
             relative_positions=True,
             init="fan_in",
-            **{"generator_factor": plan.generator, **changes},
+            **{"generator_factor": sizes.generator, **changes},
         )
 
     def flops(self, spec: ArmSpec) -> float:
         """Training FLOPs of an arm; an adversarial step counts as one of electra, a second stage without the first."""
-        sizes = (self.plan.batch, self.mean_length)
+        per_step = (self.sizes.batch, self.mean_length)
         if spec.objective == "two_stage":
-            return two_stage_flops(self.model(), 0.0, spec.steps, *sizes, 0.15)
+            return two_stage_flops(self.model(), 0.0, spec.steps, *per_step, 0.15)
         objective: Any = "electra" if spec.objective == "adversarial" else spec.objective
-        return training_flops(self.model(**spec.changes), objective, spec.steps, *sizes)
+        return training_flops(self.model(**spec.changes), objective, spec.steps, *per_step)
 
     def swept(self, objective: str) -> str:
         """The arm of this objective with the budget of E4 to E6."""
-        return objective if self.plan.sweep == "100" else f"{objective}-{self.plan.sweep}"
+        return objective if self.sizes.sweep == "100" else f"{objective}-{self.sizes.sweep}"
 
     @cached_property
     def specs(self) -> dict[str, ArmSpec]:
         """All arms there are, by name."""
-        model, sizes = self.model(), (self.plan.batch, self.mean_length)
+        model, per_step = self.model(), (self.sizes.batch, self.mean_length)
 
         def equal_flops(objective: Any, share: float = 1.0) -> ArmSpec:
-            return ArmSpec(objective, steps_for(model, objective, share * self.plan.main * 1e12, *sizes))
+            return ArmSpec(objective, steps_for(model, objective, share * self.sizes.main * 1e12, *per_step))
 
         specs = {name: equal_flops(name) for name in OBJECTIVES}
         for name, share in SHARES.items():
             specs |= {f"{objective}-{name}": equal_flops(objective, share) for objective in ("electra", "mlm")}
         # E4 and E5 compare at equal steps (figure 3), E6 at equal FLOPs.
-        budget = 1.0 if self.plan.sweep == "100" else SHARES[self.plan.sweep]
+        budget = 1.0 if self.sizes.sweep == "100" else SHARES[self.sizes.sweep]
         steps = equal_flops("electra", budget).steps
         for name, factor in SIZES.items():
-            if factor != self.plan.generator:
+            if factor != self.sizes.generator:
                 specs[f"size-{name}"] = ArmSpec("electra", steps, {"generator_factor": factor})
         for kind in ("unigram", "uniform"):
             specs[kind] = ArmSpec("electra", steps, {"generator": kind})
         for tying in ("none", "all"):
             specs[f"tying-{tying}"] = ArmSpec("electra", steps, {"generator_factor": 1.0, "tying": tying})
         specs["adversarial"] = ArmSpec("adversarial", steps)
-        both = max(4, round(budget * self.plan.main * 1e12 / two_stage_flops(model, 0.5, 1, *sizes, 0.15)))
+        both = max(4, round(budget * self.sizes.main * 1e12 / two_stage_flops(model, 0.5, 1, *per_step, 0.15)))
         second = both - both // 2
         specs["two_stage_generator"] = ArmSpec("mlm", both // 2)
         specs["two_stage"] = ArmSpec("two_stage", second, first="two_stage_generator")
-        uncopied = min(second, self.plan.uncopied)
+        uncopied = min(second, self.sizes.uncopied)
         specs["uncopied"] = ArmSpec("two_stage", uncopied, {}, second, "two_stage_generator", copy_weights=False)
         return specs
 
     def build(self, spec: ArmSpec, seed: int) -> ElectraPretrainer:
         """The network with its starting weights."""
         if spec.objective == "two_stage":
-            return second_stage(self.arm(spec.first, seed).network, spec.copy_weights, seed)
+            return second_stage(self.pretrained(spec.first, seed).network, spec.copy_weights, seed)
         torch.manual_seed(seed)
         adversarial = spec.objective == "adversarial"
         objective: Any = "electra" if adversarial else spec.objective
         kind = AdversarialPretrainer if adversarial else ElectraPretrainer
-        network = kind(self.model(**spec.changes), self.special, objective, max_length=self.plan.length)
+        network = kind(self.model(**spec.changes), self.special, objective, max_length=self.sizes.length)
         if adversarial:
             network.gen_weight = 0.0  # appendix F: the generator follows the discriminator's loss alone
         if network.config.generator == "unigram":
@@ -363,9 +239,9 @@ class Study:
         return ElectraRun(
             seed=seed,
             data=self.data,
-            optimiser=OptimiserConfig(lr=self.plan.lr, warmup=self.plan.warmup),
+            optimiser=OptimiserConfig(lr=self.sizes.lr, warmup=self.sizes.warmup),
             trainer=TrainerConfig(
-                batch_size=self.plan.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+                batch_size=self.sizes.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
             ),
         )
 
@@ -375,63 +251,52 @@ class Study:
         marks = {max(1, round(steps * look / LOOKS)) for look in range(1, LOOKS + 1)}
         return marks | ({self.specs["uncopied"].steps} if name == "two_stage" else set())
 
-    def arm(self, name: str, seed: int) -> Arm:
+    def pretrained(self, name: str, seed: int) -> Arm[ElectraPretrainer]:
         """An arm: read from disk if it was trained before, else trained (from its last checkpoint) and kept."""
-        if (name, seed) in self._loaded:
-            return self._loaded[name, seed]
         spec = self.specs[name]
-        store = self.folder / "arms" / f"{name}-seed{seed}.json"
-        network = self.build(spec, seed)
-        if store.is_file():
-            network.load_state_dict(load_file(store.with_suffix(".safetensors")))
-        else:
-            self._train(network, name, seed, store)
-        known = json.loads(store.read_text())
-        arm = Arm(name, network.eval(), **known)
-        self._loaded[name, seed] = arm
-        return arm
+        train = partial(self._train, name, seed)
+        return self.arm(name, seed, lambda: self.build(spec, seed), train, self._settings_of(name))
 
-    def _train(self, network: ElectraPretrainer, name: str, seed: int, store: Path) -> None:
-        spec, config, plan = self.specs[name], self.run_config(seed), self.plan
-        folder = store.with_suffix("")
-        measure = lambda: held_out_metrics(network, self.held_out_rows, plan.batch, seed, plan.held_out)  # noqa: E731
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """What an arm, or a network from scratch, depends on."""
+        sizes = {key: value for key, value in asdict(self.sizes).items() if key not in AFTER_TRAINING}
+        if name == SCRATCH:
+            return sizes
+        spec = self.specs[name]
+        return {**sizes, "spec": asdict(spec), "first": asdict(self.specs[spec.first]) if spec.first else None}
+
+    def _train(
+        self, name: str, seed: int, network: ElectraPretrainer, folder: Path
+    ) -> tuple[ElectraPretrainer, dict[str, Any]]:
+        spec, config, sizes = self.specs[name], self.run_config(seed), self.sizes
+
+        def measure(step: int) -> dict[str, float]:
+            return held_out_metrics(network, self.held_out_rows, sizes.batch, seed, sizes.held_out)
+
         watch = Watch(self.looks(name), measure)
-        trainer = build_trainer(
-            folder,
-            config.trainer,
-            steps=spec.steps,
-            batch_size=plan.batch,
-            grad_clip=config.optimiser.grad_clip,
-            logs=False,
-            callbacks=[watch, SaveEvery(folder / "checkpoints", CHECKPOINT_EVERY, last=spec.steps)],
-        )
-        data = PretrainingData(self.train_rows, spec.steps, batch_size=plan.batch, seed=seed, max_length=plan.length)
+        data = PretrainingData(self.train_rows, spec.steps, batch_size=sizes.batch, seed=seed, max_length=sizes.length)
         module = PretrainingModule(network, config, spec.schedule or spec.steps)
         network.train()
-        fit(trainer, module, data, latest_checkpoint(folder))
-        state = {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
-        write_atomically(store.with_suffix(".safetensors"), lambda path: save_file(state, str(path)))
-        known = {
-            "steps": spec.steps,
-            "tflop": self.flops(spec) / 1e12,
-            "cpu_seconds": watch.seconds,
-            "peak_bytes": peak_memory(),
-            "curve": watch.curve,
-        }
-        write_json(store, known)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def forget(self) -> None:
-        """Drop the networks from memory (they stay on disk)."""
-        self._loaded.clear()
+        fit_arm(
+            module,
+            data,
+            watch,
+            config.trainer,
+            steps=spec.steps,
+            batch_size=sizes.batch,
+            grad_clip=config.optimiser.grad_clip,
+            folder=folder,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
+        return network, {**watch.record(), "tflop": self.flops(spec) / 1e12}
 
     # Fine-tuning
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The plan's tasks, and parts of speech where the Brown corpus was fetched."""
-        if self.plan.tasks != TASKS:
-            return self.plan.tasks
+        """The tier's tasks, and parts of speech where the Brown corpus was fetched."""
+        if self.sizes.tasks != TASKS:
+            return self.sizes.tasks
         try:
             find_text("brown")
         except UserError:
@@ -440,22 +305,20 @@ class Study:
 
     def task(self, name: str) -> Task:
         if name not in self._tasks:
-            task = load_task(name, train_size=self.plan.train_examples)
-            self._tasks[name] = task.first(test=self.plan.test_examples)
+            task = load_task(name, train_size=self.sizes.train_examples)
+            self._tasks[name] = task.first(test=self.sizes.test_examples)
         return self._tasks[name]
 
     def score(self, name: str, seed: int, task: str) -> float:
         """Per cent on the test split: the median over fine-tunings of an arm, or of a network from scratch."""
-        store = self.folder / "scores" / f"{name}-seed{seed}.json"
-        known: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
         lr = RATES[SCRATCH if name == SCRATCH else "pretrained"]
-        settings = {"lr": lr, **{key: getattr(self.plan, key) for key in TUNING}}
-        if task not in known or known[task]["settings"] != settings:
-            runs = [self.finetune(name, seed, task, number, lr) for number in range(self.plan.finetunings)]
-            scores = [run.score for run in runs]
-            known[task] = {"settings": settings, "scores": scores, "runs": [run.record() for run in runs]}
-            write_json(store, known)
-        return float(statistics.median(known[task]["scores"]))
+
+        def scored() -> dict[str, Any]:
+            runs = [self.finetune(name, seed, task, number, lr) for number in range(self.sizes.finetunings)]
+            return {"scores": [run.score for run in runs], "runs": [run.record() for run in runs]}
+
+        settings = {"rate": lr, "arm": self._settings_of(name), **{key: getattr(self.sizes, key) for key in TUNING}}
+        return float(statistics.median(self.values(f"scores/{name}-seed{seed}-{task}", scored, settings)["scores"]))
 
     def finetune(self, name: str, seed: int, task: str, number: int, lr: float) -> FinetuneResult:
         """One fine-tuning; `number` decides the head's start and the order."""
@@ -463,10 +326,10 @@ class Study:
         if name == SCRATCH:
             source = self.model()
         else:
-            network = self.arm(name, seed).network
+            network = self.pretrained(name, seed).network
             state = {key: value for key, value in network.state_dict().items() if key.startswith("electra.")}
             source = Pretrained(network.config, "ElectraModel", state)
-        config = FinetuneConfig(lr=lr, epochs=self.plan.epochs, device="cpu")
+        config = FinetuneConfig(lr=lr, epochs=self.sizes.epochs, device="cpu")
         return finetune(source, self.tokenizer, self.task(task), config, derive_seed(seed, number) % 2**31)
 
     # Measurements on held-out text
@@ -476,11 +339,11 @@ class Study:
 
         It is the training partner of no discriminator, so it favours none.
         """
-        sampler = self.arm(self.swept("mlm"), seed).network
+        sampler = self.pretrained(self.swept("mlm"), seed).network
         table_VE = sampler.main_embeddings.word_embeddings.weight
         found = []
         with torch.no_grad():
-            for number, batch in held_out_batches(self.held_out_rows, self.plan.batch, self.plan.judged):
+            for number, batch in held_out_batches(self.held_out_rows, self.sizes.batch, self.sizes.judged):
                 generator = torch.Generator().manual_seed(derive_seed(JUDGE_SEED, number))
                 masked = sampler.mask(batch, generator)
                 hidden_ME = sampler.generator_predictions(
@@ -496,7 +359,7 @@ class Study:
     @torch.no_grad()
     def common_auc(self, name: str, seed: int, corruptions: Sequence[tuple[Batch, Corrupted]]) -> float:
         """AUC of an arm's discriminator on `common_corruptions`."""
-        network = self.arm(name, seed).network
+        network = self.pretrained(name, seed).network
         logits: list[Tensor] = []
         labels: list[Tensor] = []
         for batch, corrupted in corruptions:
@@ -506,9 +369,9 @@ class Study:
 
     def generator_entropy(self, name: str, seed: int) -> float:
         """Mean entropy in nats of the generator's distribution at chosen tokens of held-out text."""
-        network = self.arm(name, seed).network
+        network = self.pretrained(name, seed).network
         values = []
-        for number, batch in held_out_batches(self.held_out_rows, self.plan.batch, self.plan.held_out):
+        for number, batch in held_out_batches(self.held_out_rows, self.sizes.batch, self.sizes.held_out):
             generator = torch.Generator().manual_seed(derive_seed(JUDGE_SEED, number))
             values.append(sample_entropy(network, batch, generator))
         return statistics.fmean(values)
@@ -517,7 +380,7 @@ class Study:
     def corrupted_example(self, name: str, seed: int, rows: int = EXAMPLE_ROWS) -> list[list[dict[str, Any]]]:
         """The first held-out rows, corrupted by the arm's generator: for every token what it was, what the
         discriminator read, and its probability of "replaced"."""
-        network = self.arm(name, seed).network
+        network = self.pretrained(name, seed).network
         _, batch = next(iter(held_out_batches(self.held_out_rows, rows, rows)))
         generator = torch.Generator().manual_seed(JUDGE_SEED)
         masked = network.mask(batch, generator)
@@ -555,7 +418,7 @@ class Study:
         else:
             network = self.build(spec, CALIBRATION_SEED)
         module = PretrainingModule(network, self.run_config(CALIBRATION_SEED), spec.steps)
-        batches = StepBatches(self.train_rows, self.plan.batch, CALIBRATION_SEED, max_length=self.plan.length)
+        batches = StepBatches(self.train_rows, self.sizes.batch, CALIBRATION_SEED, max_length=self.sizes.length)
         optimiser = module.configure_optimizers()["optimizer"]
         network.train()
         taken = []
@@ -580,5 +443,5 @@ class Study:
             finetune(self.model(), self.tokenizer, part, config, CALIBRATION_SEED)
             taken.append(time.process_time() - began)
         epoch = max(0.0, taken[2] - taken[1]) / 2
-        training = epoch * self.plan.epochs * len(whole.train) / len(part.train)
+        training = epoch * self.sizes.epochs * len(whole.train) / len(part.train)
         return training + max(0.0, taken[1] - epoch) * (len(whole.test) + len(whole.dev)) / len(part.test)

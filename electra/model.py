@@ -438,8 +438,3 @@ def initialise(module: nn.Module, config: ElectraConfig) -> None:
                 nn.init.zeros_(cast(Tensor, part.bias))
         elif isinstance(part, (nn.LayerNorm, RelativeBias)):
             part.reset_parameters()
-
-
-def parameter_count(*modules: nn.Module | None) -> int:
-    """Parameters of all modules together, shared ones once."""
-    return sum(p.numel() for p in {p for m in modules if m is not None for p in m.parameters()})

@@ -7,211 +7,37 @@
     python reproduce.py --cost                   # what an arm, a fine-tuning and each claim take on this machine
     python reproduce.py --calibrate              # how the fine-tuning rates were chosen, on an unused seed
 
-One thread. Arms of a comparison are equal in training FLOPs by the official counter, or in steps where the paper's are;
-budgets are the constants at the top of experiments.py. Every trained arm, every score and every finished (claim, seed)
-is kept in runs/reproduce/, so an interrupted run continues where it stopped; arms are shared between claims.
+The claims, with targets, sizes and budgets, are in claims.yaml. One thread. Arms of a comparison are equal in training
+FLOPs by the official counter, or in steps where the paper's are. Every trained arm, every score and every finished
+(claim, seed) is kept in runs/reproduce/, so an interrupted run continues where it stopped; arms are shared between
+claims.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+from common import reproduction
+from common.errors import run_main
+from common.files import write_json
+from common.ledger import read_claims
+from common.paths import REPOSITORY
+from common.study import open_sizes
+from electra.experiments import OBJECTIVES, SCRATCH, SHARES, SIZES, Sizes, Study
+from electra.flops import OFFICIAL_OUTPUT_SHARE, inference_flops, training_flops
+from electra.plan import count_parameters, paper_config
 
-from common.errors import UserError, run_main
-from common.ledger import Claim, Condition, PaperValue, Target, Tier
-from common.paths import REPOSITORY, RESULTS
-from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
-
-if TYPE_CHECKING:
-    from electra.experiments import Study
-
-FIGURES = RESULTS / "figures" / "electra"
-SEEDS = {"smoke": (0,), "small": (0, 1, 2)}
-NAMES = {
-    "smoke": ("E6a", "E6b", "E8"),
-    "small": ("E1", "E2", "E3", "E4a", "E4b", "E5a", "E5b", "E6a", "E6b", "E6c", "E7a", "E7b", "E8"),
-}
 SCORE = "acceptability"  # the task that the claims are about; the others are reported beside it
 OTHERS = {"electra": "ELECTRA", "all_tokens_mlm": "All-Tokens MLM"}
 MASKED_ONLY = {"replace_mlm": "Replace MLM", "electra15": "ELECTRA 15%", "mlm": "BERT"}
-
-
-def claims(tier: Tier) -> dict[str, Claim]:
-    """The claims with their targets, fixed before any run (specification section 7); the smoke tier has weaker ones."""
-    small = tier == "small"
-
-    def make(id: str, statement: str, paper: PaperValue, target: Target) -> Claim:
-        return Claim(id, statement, paper, target, tier)
-
-    table5 = PaperValue(
-        "GLUE: ELECTRA 85.0, All-Tokens MLM 84.3, Replace MLM 82.4, ELECTRA 15% 82.4, BERT 82.2", "table 5"
-    )
-    tying = PaperValue("GLUE: none 83.6, token embeddings 84.3, all weights 84.4", "section 3.2")
-    sizes = PaperValue("best with a generator of 1/4 to 1/2 of the width; same size and unigram worse", "figure 3 left")
-    algorithms = PaperValue(
-        "joint training above two-stage above adversarial above BERT; MLM accuracy 65 % (likelihood), 58 % "
-        "(adversarial), whose samples have low entropy",
-        "figure 3 right, section 3.2",
-    )
-    curve = PaperValue("GLUE after 6.25, 12.5, 25, 50, 100 % of training: 74.1, 76.0, 77.7, 79.0, 79.9", "table 1")
-    entries = [
-        make(
-            "E1",
-            "The loss over all tokens matters: ELECTRA beats ELECTRA 15% (loss on the chosen tokens only) after equal "
-            "steps.",
-            table5,
-            Target("acceptability at least 3 points higher", "gain", ">=", 3.0),
-        ),
-        make(
-            "E2",
-            "ELECTRA beats BERT at equal training FLOPs.",
-            PaperValue("GLUE, small models: ELECTRA 79.9, BERT 75.1 at 1.4e18 FLOPs", "table 1"),
-            Target(
-                "acceptability at least 2 points higher, and above the same network from scratch",
-                "gain",
-                ">=",
-                2.0,
-                (Condition("gain_over_scratch", ">", 0.0),),
-            ),
-        ),
-        make(
-            "E3",
-            "Of five objectives at equal FLOPs the two with a loss over all tokens, ELECTRA and All-Tokens MLM, are "
-            "the best.",
-            table5,
-            Target(
-                "acceptability: each of the two at least 1 point above each of Replace MLM, ELECTRA 15% and BERT",
-                "gain",
-                ">=",
-                1.0,
-                tuple(Condition(f"{ours}_minus_{other}", ">=", 1.0) for ours in OTHERS for other in MASKED_ONLY),
-            ),
-        ),
-        make(
-            "E4a",
-            "Discriminators trained for equal steps against generators of 1/4 and 1/2 of the width detect replaced "
-            "tokens better than those trained against a same-size, a unigram or a uniform generator.",
-            sizes,
-            Target(
-                "AUC on held-out text corrupted by one common generator: the mean of 1/4 and 1/2 above each of the "
-                "three",
-                "auc_gain_full",
-                ">",
-                0.0,
-                (Condition("auc_gain_unigram", ">", 0.0), Condition("auc_gain_uniform", ">", 0.0)),
-            ),
-        ),
-        make(
-            "E4b",
-            "The same order of generators holds after fine-tuning.",
-            sizes,
-            Target(
-                "acceptability: the mean of 1/4 and 1/2 above same size, unigram and uniform",
-                "gain_full",
-                ">",
-                0.0,
-                (Condition("gain_unigram", ">", 0.0), Condition("gain_uniform", ">", 0.0)),
-            ),
-        ),
-        make(
-            "E5a",
-            "Tying the embeddings of a same-size generator helps the discriminator.",
-            tying,
-            Target("AUC against the common generator at least 0.01 above untied at equal steps", "gain", ">=", 0.01),
-        ),
-        make(
-            "E5b",
-            "The gain of tied embeddings remains after fine-tuning.",
-            tying,
-            Target("acceptability at least 0.5 points above untied", "gain", ">=", 0.5),
-        ),
-        make(
-            "E6a",
-            "A generator trained by likelihood predicts masked tokens better than one trained adversarially"
-            + (", whose samples have lower entropy." if small else "."),
-            algorithms,
-            Target(
-                "MLM accuracy at least 3 points higher; entropy of the adversarial generator lower",
-                "accuracy_gain",
-                ">=",
-                3.0,
-                (Condition("entropy_drop", ">", 0.0),),
-            )
-            if small
-            else Target("held-out MLM loss at least 0.2 nats lower after equal steps", "loss_gain", ">=", 0.2),
-        ),
-        make(
-            "E6b",
-            "Two-stage training without a copy of the generator's weights stays at the majority class in its first "
-            "steps.",
-            PaperValue(
-                "without the copy the discriminator may not learn anything but the majority class", "section 3.2"
-            ),
-            Target("recall of replaced tokens at most 1 %", "recall_uncopied", "<=", 0.01),
-        ),
-        make(
-            "E6c",
-            "At equal FLOPs joint training beats two-stage training, which beats adversarial training.",
-            algorithms,
-            Target(
-                "acceptability in that order",
-                "joint_minus_two_stage",
-                ">",
-                0.0,
-                (Condition("two_stage_minus_adversarial", ">", 0.0),),
-            ),
-        ),
-        make(
-            "E7a",
-            "ELECTRA's score rises with every doubling of training, each length with its own schedule.",
-            curve,
-            Target(
-                "acceptability rises from 6.25 to 12.5, 25, 50 and 100 % of the training",
-                "rise_total",
-                ">",
-                0.0,
-                tuple(Condition(f"rise_{name}", ">", 0.0) for name in ("12", "25", "50", "100")),
-            ),
-        ),
-        make(
-            "E7b",
-            "ELECTRA with a quarter of the training is as good as BERT with half of it.",
-            PaperValue("ELECTRA-Small after 25 %: 77.7; BERT-Small after 100 %: 75.1", "table 1"),
-            Target("acceptability at least equal", "gain", ">=", 0.0),
-        ),
-        make(
-            "E8",
-            "This is the authors' model: their FLOPs and parameter counts"
-            + (", and every number that their code gave us." if small else "."),
-            PaperValue(
-                "training FLOPs: BERT-Small 1.4e18, base models 6.4e19, large 7.1e20 and 3.1e21; inference 3.7e9, "
-                "2.9e10",
-                "tables 1, 2",
-            ),
-            Target(
-                "FLOPs within 2 % of tables 1 and 2 (but for ELECTRA-Small, where table 1 repeats BERT-Small's figure "
-                "and the authors' counter gives 1.294e18), equal to the authors' counter to 1e-9; parameters equal"
-                + ("; no golden case fails" if small else ""),
-                "flops_error_tables",
-                "<=",
-                0.02,
-                (
-                    Condition("flops_error_counter", "<=", 1e-9),
-                    Condition("parameter_difference", "<=", 0.0),
-                    *((Condition("goldens_failed", "<=", 0.0),) if small else ()),
-                ),
-            ),
-        ),
-    ]
-    return {claim.id: claim for claim in entries if claim.id in NAMES[tier]}
 
 
 def scored(study: Study, seed: int, arms: Mapping[str, str], tasks: Sequence[str]) -> dict[str, float]:
@@ -220,11 +46,9 @@ def scored(study: Study, seed: int, arms: Mapping[str, str], tasks: Sequence[str
     Args:
         arms: arm names by the labels that keys end in.
     """
-    from electra.experiments import SCRATCH
-
     found: dict[str, float] = {}
     for name in arms.values():
-        found |= study.arm(name, seed).costs()
+        found |= study.pretrained(name, seed).costs()
     for task in tasks:
         for label, name in {**arms, SCRATCH: SCRATCH}.items():
             found[f"{task}_{label}"] = study.score(name, seed, task)
@@ -237,23 +61,19 @@ def with_averages(values: dict[str, float], labels: Iterable[str], tasks: Sequen
     return {**values, **means}
 
 
-def measure_e1(study: Study, seed: int) -> dict[str, float]:
+def e1(study: Study, seed: int) -> dict[str, float]:
     """ELECTRA against ELECTRA 15%: equal steps are equal FLOPs here."""
-    from electra.experiments import SCRATCH
-
     arms = {"electra": "electra", "electra15": "electra15"}
     values = scored(study, seed, arms, study.tasks)
     if seed == 0:
         keep_example(study)
     gain = values[f"{SCORE}_electra"] - values[f"{SCORE}_electra15"]
-    curves = {f"auc_{name}": study.arm(name, seed).last["rtd_auc"] for name in arms}
+    curves = {f"auc_{name}": study.pretrained(name, seed).last["rtd_auc"] for name in arms}
     return with_averages({"gain": gain, **values, **curves}, (*arms, SCRATCH), study.tasks)
 
 
-def measure_e2(study: Study, seed: int) -> dict[str, float]:
+def e2(study: Study, seed: int) -> dict[str, float]:
     """ELECTRA against BERT."""
-    from electra.experiments import SCRATCH
-
     arms = {"electra": "electra", "mlm": "mlm"}
     values = scored(study, seed, arms, study.tasks)
     gains = {
@@ -263,10 +83,8 @@ def measure_e2(study: Study, seed: int) -> dict[str, float]:
     return with_averages({**gains, **values}, (*arms, SCRATCH), study.tasks)
 
 
-def measure_e3(study: Study, seed: int) -> dict[str, float]:
+def e3(study: Study, seed: int) -> dict[str, float]:
     """All five objectives of table 5."""
-    from electra.experiments import OBJECTIVES, SCRATCH
-
     values = scored(study, seed, {name: name for name in OBJECTIVES}, study.tasks)
     score = {name: values[f"{SCORE}_{name}"] for name in OBJECTIVES}
     gains = {f"{ours}_minus_{other}": score[ours] - score[other] for ours in OTHERS for other in MASKED_ONLY}
@@ -276,9 +94,7 @@ def measure_e3(study: Study, seed: int) -> dict[str, float]:
 
 def generators(study: Study) -> dict[str, str]:
     """E4's arms by the generator's size."""
-    from electra.experiments import SIZES
-
-    own = {name for name, factor in SIZES.items() if factor == study.plan.generator}
+    own = {name for name, factor in SIZES.items() if factor == study.sizes.generator}
     sized = {name: study.swept("electra") if name in own else f"size-{name}" for name in SIZES}
     return {**sized, "unigram": "unigram", "uniform": "uniform"}
 
@@ -289,18 +105,18 @@ def over_rivals(values: Mapping[str, float], prefix: str, gain: str) -> dict[str
     return {f"{gain}_{rival}": middle - values[f"{prefix}_{rival}"] for rival in ("full", "unigram", "uniform")}
 
 
-def measure_e4a(study: Study, seed: int) -> dict[str, float]:
+def e4a(study: Study, seed: int) -> dict[str, float]:
     """Detection of one generator's samples after training against generators of six kinds."""
     corruptions = study.common_corruptions(seed)
     values: dict[str, float] = {}
     for label, name in generators(study).items():
         values[f"auc_{label}"] = study.common_auc(name, seed, corruptions)
-        values |= study.arm(name, seed).costs()
-        values[f"own_auc_{label}"] = study.arm(name, seed).last["rtd_auc"]
+        values |= study.pretrained(name, seed).costs()
+        values[f"own_auc_{label}"] = study.pretrained(name, seed).last["rtd_auc"]
     return {**over_rivals(values, "auc", "auc_gain"), **values}
 
 
-def measure_e4b(study: Study, seed: int) -> dict[str, float]:
+def e4b(study: Study, seed: int) -> dict[str, float]:
     """The same arms after fine-tuning."""
     values = scored(study, seed, generators(study), [SCORE])
     return {**over_rivals(values, SCORE, "gain"), **values}
@@ -309,18 +125,18 @@ def measure_e4b(study: Study, seed: int) -> dict[str, float]:
 TYING = {"none": "tying-none", "embeddings": "size-full", "all": "tying-all"}
 
 
-def measure_e5a(study: Study, seed: int) -> dict[str, float]:
+def e5a(study: Study, seed: int) -> dict[str, float]:
     """Tying, judged on the common generator's samples."""
     corruptions = study.common_corruptions(seed)
     values = {f"auc_{label}": study.common_auc(name, seed, corruptions) for label, name in TYING.items()}
     for label, name in TYING.items():
-        arm = study.arm(name, seed)
+        arm = study.pretrained(name, seed)
         values |= {f"own_auc_{label}": arm.last["rtd_auc"], **arm.costs()}
     gains = {"gain": values["auc_embeddings"] - values["auc_none"], "gain_all": values["auc_all"] - values["auc_none"]}
     return {**gains, **values}
 
 
-def measure_e5b(study: Study, seed: int) -> dict[str, float]:
+def e5b(study: Study, seed: int) -> dict[str, float]:
     """Tying after fine-tuning."""
     values = scored(study, seed, TYING, [SCORE])
     none = values[f"{SCORE}_none"]
@@ -331,12 +147,12 @@ def measure_e5b(study: Study, seed: int) -> dict[str, float]:
     }
 
 
-def measure_e6a(study: Study, seed: int) -> dict[str, float]:
+def e6a(study: Study, seed: int) -> dict[str, float]:
     """The generators of joint and adversarial training."""
     arms = {"joint": study.swept("electra"), "adversarial": "adversarial"}
     values: dict[str, float] = {}
     for label, name in arms.items():
-        arm = study.arm(name, seed)
+        arm = study.pretrained(name, seed)
         values[f"accuracy_{label}"] = 100 * arm.last["mlm_accuracy"]
         values[f"loss_{label}"] = arm.last["mlm_loss"]
         values[f"entropy_{label}"] = study.generator_entropy(name, seed)
@@ -349,10 +165,10 @@ def measure_e6a(study: Study, seed: int) -> dict[str, float]:
     }
 
 
-def measure_e6b(study: Study, seed: int) -> dict[str, float]:
+def e6b(study: Study, seed: int) -> dict[str, float]:
     """The second stage's first steps with and without a copy of the first stage's weights."""
-    uncopied = study.arm("uncopied", seed)
-    copied = study.arm("two_stage", seed).at(uncopied.steps)
+    uncopied = study.pretrained("uncopied", seed)
+    copied = study.pretrained("two_stage", seed).at(uncopied.steps)
     return {
         "recall_uncopied": uncopied.last["rtd_recall"],
         "recall_copied": copied["rtd_recall"],
@@ -362,7 +178,7 @@ def measure_e6b(study: Study, seed: int) -> dict[str, float]:
     }
 
 
-def measure_e6c(study: Study, seed: int) -> dict[str, float]:
+def e6c(study: Study, seed: int) -> dict[str, float]:
     """Joint, two-stage and adversarial training after fine-tuning, with BERT beside them."""
     arms = {
         "joint": study.swept("electra"),
@@ -370,7 +186,7 @@ def measure_e6c(study: Study, seed: int) -> dict[str, float]:
         "adversarial": "adversarial",
         "mlm": study.swept("mlm"),
     }
-    values = scored(study, seed, arms, [SCORE]) | study.arm("two_stage_generator", seed).costs()
+    values = scored(study, seed, arms, [SCORE]) | study.pretrained("two_stage_generator", seed).costs()
     return {
         "joint_minus_two_stage": values[f"{SCORE}_joint"] - values[f"{SCORE}_two_stage"],
         "two_stage_minus_adversarial": values[f"{SCORE}_two_stage"] - values[f"{SCORE}_adversarial"],
@@ -379,10 +195,8 @@ def measure_e6c(study: Study, seed: int) -> dict[str, float]:
     }
 
 
-def measure_e7a(study: Study, seed: int) -> dict[str, float]:
+def e7a(study: Study, seed: int) -> dict[str, float]:
     """ELECTRA after five lengths of training."""
-    from electra.experiments import SHARES
-
     lengths = [*SHARES, "100"]
     arms = {name: "electra" if name == "100" else f"electra-{name}" for name in lengths}
     values = scored(study, seed, arms, [SCORE])
@@ -393,10 +207,8 @@ def measure_e7a(study: Study, seed: int) -> dict[str, float]:
     return {"rise_total": sum(rises.values()), **rises, **values}
 
 
-def measure_e7b(study: Study, seed: int) -> dict[str, float]:
+def e7b(study: Study, seed: int) -> dict[str, float]:
     """BERT after the same lengths, and ELECTRA at a quarter against BERT at half."""
-    from electra.experiments import SHARES
-
     arms = {name: "mlm" if name == "100" else f"mlm-{name}" for name in (*SHARES, "100")}
     values = scored(study, seed, {**arms, "electra_25": "electra-25"}, [SCORE])
     return {"gain": values[f"{SCORE}_electra_25"] - values[f"{SCORE}_50"], **values}
@@ -425,7 +237,6 @@ PARAMETERS = {
 
 def counted_flops() -> dict[str, float]:
     """The rows of `PUBLISHED_FLOPS` by our counter and the published configurations."""
-    from electra.flops import OFFICIAL_OUTPUT_SHARE, inference_flops, training_flops
     from electra.plan import paper_config
 
     found: dict[str, float] = {}
@@ -449,10 +260,8 @@ def counted_flops() -> dict[str, float]:
     return found
 
 
-def measure_e8(study: Study, seed: int) -> dict[str, float]:
+def e8(study: Study, seed: int) -> dict[str, float]:
     """FLOPs and parameters; at the small tier also the golden cases (once, they have no seed)."""
-    from electra.plan import count_parameters, paper_config
-
     ours = counted_flops()
     to_table = {name: abs(ours[name] / table - 1) for name, (table, _) in PUBLISHED_FLOPS.items()}
     to_code = [abs(ours[name] / code - 1) for name, (_, code) in PUBLISHED_FLOPS.items() if code is not None]
@@ -469,7 +278,7 @@ def measure_e8(study: Study, seed: int) -> dict[str, float]:
         "parameter_difference": float(difference),
         **{f"flops_{name}": value for name, value in ours.items()},
     }
-    return values | (golden_cases() if study.plan.test_examples is None else {})
+    return values | (golden_cases() if study.sizes.test_examples is None else {})
 
 
 _goldens: dict[str, float] = {}
@@ -492,39 +301,18 @@ def golden_cases() -> dict[str, float]:
     return dict(_goldens)
 
 
-MEASURES: dict[str, Callable[[Study, int], dict[str, float]]] = {
-    "E1": measure_e1,
-    "E2": measure_e2,
-    "E3": measure_e3,
-    "E4a": measure_e4a,
-    "E4b": measure_e4b,
-    "E5a": measure_e5a,
-    "E5b": measure_e5b,
-    "E6a": measure_e6a,
-    "E6b": measure_e6b,
-    "E6c": measure_e6c,
-    "E7a": measure_e7a,
-    "E7b": measure_e7b,
-    "E8": measure_e8,
-}
-
-
 def keep_example(study: Study) -> None:
     """The first held-out rows with the main arm's scores, for the picture."""
-    from common.files import write_json
-
     write_json(study.folder / "example.json", study.corrupted_example("electra", 0))
 
 
 def arms_of(study: Study) -> dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]:
     """What each claim needs: the arms it pre-trains, those it fine-tunes (without scratch), and on which tasks."""
-    from electra.experiments import OBJECTIVES, SHARES
-
     electra, mlm = study.swept("electra"), study.swept("mlm")
     sizes, tying = tuple(generators(study).values()), tuple(TYING.values())
     curves = {kind: (*(f"{kind}-{name}" for name in SHARES), kind) for kind in ("electra", "mlm")}
     two_stage = ("two_stage_generator", "two_stage")
-    found = {
+    return {
         "E1": (("electra", "electra15"), ("electra", "electra15"), study.tasks),
         "E2": (("electra", "mlm"), ("electra", "mlm"), study.tasks),
         "E3": (OBJECTIVES, OBJECTIVES, study.tasks),
@@ -543,7 +331,6 @@ def arms_of(study: Study) -> dict[str, tuple[tuple[str, ...], tuple[str, ...], t
         "E7b": ((*curves["mlm"], "electra-25"), (*curves["mlm"], "electra-25"), (SCORE,)),
         "E8": ((), (), ()),
     }
-    return {name: needs for name, needs in found.items() if name in NAMES["small"]}
 
 
 def print_cost(study: Study, seeds: int) -> dict[str, Any]:
@@ -580,7 +367,7 @@ def print_cost(study: Study, seeds: int) -> dict[str, Any]:
         new_pairs = pairs - tuned
         trained |= new_arms
         tuned |= new_pairs
-        fine = sum(tuning[task] for _, task in new_pairs) * study.plan.finetunings
+        fine = sum(tuning[task] for _, task in new_pairs) * study.sizes.finetunings
         cost[claim] = seeds * (sum(minutes[name] for name in new_arms) + fine)
         print(
             f"{claim:4} {cost[claim]:8.1f} core-min for {seeds} seeds: {len(new_arms)} new arms, "
@@ -590,65 +377,36 @@ def print_cost(study: Study, seeds: int) -> dict[str, Any]:
     return {"arms": rows, "claims": cost, "finetuning_minutes": tuning}
 
 
-def open_study(tier: Tier) -> Study:
-    """Text and arms of a tier, in one thread."""
-    import torch
+def figures(study: Study, ledger: Path) -> None:
+    from electra.figures import draw_figures
 
-    from electra.experiments import PLANS, Study
-
-    torch.set_num_threads(1)
-    return Study(PLANS[tier], REPOSITORY / "runs" / "reproduce" / f"electra-{tier}")
+    draw_figures(ledger, study.figures, study.folder)
 
 
-def reproduce(
-    study: Study, tier: Tier, names: Sequence[str], output: Path, seeds: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
-    """Measure the named claims over the tier's seeds and write the ledger after each claim.
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cost", action="store_true", help="time every arm for a few steps, print the bill and stop")
+    parser.add_argument("--calibrate", action="store_true", help="compare fine-tuning rates on an unused seed and stop")
 
-    Args:
-        seeds: measure these only and write no record.
-    """
-    known = claims(tier)
 
-    def measure(name: str, seed: int) -> dict[str, float]:
-        values = MEASURES[name](study, seed)
-        study.forget()
-        return values
-
-    records = measure_claims(
-        [known[name] for name in names],
-        lambda _: seeds or SEEDS[tier],
-        measure,
-        study.folder,
-        output,
-        settings=study.settings,
-        write=seeds is None,
-    )
-    if tier == "small" and seeds is None:
-        from electra.figures import draw_figures
-
-        draw_figures(output, FIGURES, study.folder)
-    return records
+def cost_or_calibration(study: Study, given: argparse.Namespace) -> bool:
+    if given.calibrate:
+        study.calibrate()
+    elif given.cost:
+        print_cost(study, len(read_claims("electra", given.tier)["E8"].seeds))
+    return bool(given.calibrate or given.cost)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = options_parser("electra", __doc__)
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these, without writing a record")
-    parser.add_argument("--cost", action="store_true", help="time every arm for a few steps, print the bill and stop")
-    parser.add_argument("--calibrate", action="store_true", help="compare fine-tuning rates on an unused seed and stop")
-    options = parser.parse_args(argv)
-    names = chosen_claims(options, NAMES[options.tier])
-    for seed in options.seeds or ():
-        if seed not in SEEDS[options.tier]:
-            raise UserError(f"--seeds {seed}: tier {options.tier} has {', '.join(map(str, SEEDS[options.tier]))}")
-    study = open_study(options.tier)
-    if options.calibrate:
-        study.calibrate()
-        return []
-    if options.cost:
-        print_cost(study, len(SEEDS[options.tier]))
-        return []
-    return reproduce(study, options.tier, names, ledger_path(options, "electra"), options.seeds)
+    return reproduction.main(
+        "electra",
+        __doc__,
+        (e1, e2, e3, e4a, e4b, e5a, e5b, e6a, e6b, e6c, e7a, e7b, e8),
+        lambda given: Study(open_sizes(Sizes, "electra", given.tier), given.folder),
+        figures=figures,
+        options=options,
+        instead=cost_or_calibration,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

@@ -14,32 +14,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common.data.lines import read_json_lines, read_lines
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from instaflow.measures import PromptSet
-    from instaflow.training import Run
+    from common.metrics.measures import PromptSet
+    from instaflow.flow import UNetFlow
+    from instaflow.run import Run
 
 
 def evaluation_prompts(run: Run) -> PromptSet:
     """Held-out prompts of a run, with noises and, where there are some, real images of the same prompts."""
     import torch
 
-    from instaflow.measures import PromptSet, fixed_noise, shapes_prompts
-    from instaflow.training import prompt_list
+    from common.data.pairs import prompt_list
+    from common.metrics.measures import PromptSet, fixed_noise, shapes_prompts
 
-    count, shape = run.config.evaluation.images, run.teacher.latent_shape
-    side = shape[1] * 2 ** (len(run.teacher.vae.config.block_out_channels) - 1)
+    count, shape, side = run.config.evaluation.images, run.teacher.latent_shape, run.teacher.image_size[0]
     if run.config.pairs.prompts == "shapes":
         return shapes_prompts(count, shape, side)
     if run.config.pairs.prompts == "emoji":
@@ -53,49 +51,48 @@ def evaluation_prompts(run: Run) -> PromptSet:
     return PromptSet(prompts, fixed_noise(len(prompts), shape))
 
 
-def evaluate_run(run: Run) -> dict[str, Any]:
+def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | None = None) -> dict[str, Any]:
     """Teacher with many and with one step, rectified flow with one and many, student: same prompts, same noises.
 
-    Returns {"arms": {name: measures}, "cost": U-Net forwards per image, ...}; pictures go to `comparison.png`.
+    Args:
+        flow, student: the rectified flow and the student, where they are in memory already.
+
+    Returns:
+        {"arms": {name: measures}, "unet_forwards_per_image": {name: number}, ...}; pictures go to `comparison.png`.
     """
+    from common.data.pairs import PairSource
+    from common.metrics.judge import ShapesJudge
+    from common.metrics.measures import Yardstick
+    from common.metrics.perceptual import perceptual_distance
+    from common.solvers import DiffusionSource
     from instaflow.figures import comparison_grid
-    from instaflow.judge import ShapesJudge
-    from instaflow.measures import Yardstick
-    from instaflow.pairs import DiffusionSource
-    from instaflow.perceptual import perceptual_distance
-    from instaflow.training import draw
+    from instaflow.flow import FlowSource
 
     config, teacher = run.config, run.teacher
     prompts = evaluation_prompts(run)
     kind = config.evaluation.judge or ("shapes64" if config.pairs.prompts == "shapes" else "lite0")
     judge: Any = ShapesJudge() if kind == "shapes64" else _extractor(kind)
-    student = run.student or run.load_student()
-    batch = config.evaluation.batch_size
-    images: dict[str, Tensor] = {}
-    forwards: dict[str, int] = {}
-
-    def teacher_images(steps: int) -> Tensor:
-        source = DiffusionSource(teacher, config.pairs.solver, steps, config.pairs.guidance)
-        forwards[f"teacher {steps}-step"] = source.evaluations
-        return sample(lambda noise, states: source(noise, states), run, prompts, batch)
-
-    many = config.pairs.steps
-    for steps in (many, 1):
-        images[f"teacher {steps}-step"] = teacher_images(steps)
-    if config.reflow.rounds:
-        flow = run.reflowed or run.load_flow(config.reflow.rounds)
+    student = student or run.load_student()
+    rounds, many, k = config.reflow.rounds, config.pairs.steps, config.distil.k
+    arms: dict[str, PairSource] = {
+        f"teacher {steps}-step": DiffusionSource(teacher, config.pairs.solver, steps, config.pairs.guidance)
+        for steps in (many, 1)
+    }
+    if rounds:
+        flow = flow or run.load_flow(rounds)
         for steps in (1, config.distil.teacher_steps):
-            name = f"{config.reflow.rounds + 1}-RF {steps}-step"
-            images[name] = draw(flow, teacher, prompts.prompts, prompts.noise, steps, batch_size=batch)
-            forwards[name] = steps
-    name = (
-        f"InstaFlow {config.distil.k}-step" if config.reflow.rounds else f"direct distillation {config.distil.k}-step"
-    )
-    images[name] = draw(student, teacher, prompts.prompts, prompts.noise, config.distil.k, batch_size=batch)
-    forwards[name] = config.distil.k * (2 if config.student.stack != "none" else 1)
+            arms[f"{rounds + 1}-RF {steps}-step"] = FlowSource(flow, teacher, steps, 1.0)
+    ours = f"{'InstaFlow' if rounds else 'direct distillation'} {k}-step"
+    arms[ours] = FlowSource(student, teacher, k, 1.0)
+    forwards = {arm: source.evaluations for arm, source in arms.items()}
+    forwards[ours] *= 1 if config.student.stack == "none" else 2
+    images = {
+        arm: teacher.draw(source, prompts.prompts, prompts.noise, config.evaluation.batch_size)
+        for arm, source in arms.items()
+    }
     distance = perceptual_distance(config.perceptual.trunk)
     yardstick = Yardstick(prompts, judge, images[f"teacher {many}-step"], distance)
-    arms = {arm: yardstick.measure(found) for arm, found in images.items()}
+    measures = {arm: yardstick.measure(found) for arm, found in images.items()}
     shown = {a: i for a, i in images.items() if not (a.endswith(f" {many}-step") and not a.startswith("teacher"))}
     comparison_grid(shown, prompts.prompts, config.evaluation.grid, run.folder / "comparison.png")
     metrics = {
@@ -104,23 +101,11 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "judge": judge.name,
         "images": len(prompts),
         "prompts": config.pairs.prompts,
-        "arms": arms,
+        "arms": measures,
         "unet_forwards_per_image": forwards,
     }
     report(metrics)
     return metrics
-
-
-def sample(solver: Callable[[Tensor, Tensor], Tensor], run: Run, prompts: PromptSet, batch: int) -> Tensor:
-    """Decoded images of a prompt set by any (noise, states) -> latents."""
-    import torch
-
-    parts = []
-    for first in range(0, len(prompts), batch):
-        states = run.teacher.encode(prompts.prompts[first : first + batch])
-        noise = prompts.noise[first : first + batch].to(run.teacher.device)
-        parts.append(run.teacher.decode(solver(noise, states)))
-    return torch.cat(parts)
 
 
 def report(metrics: dict[str, Any]) -> None:
@@ -149,18 +134,17 @@ def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"--captions {path}: no such file; expected COCO's captions_*.json, a .jsonl or a .txt file")
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for _, line in read_lines(path)]
         if len(lines) != len(files):
             raise UserError(f"{path}: {len(lines)} lines for {len(files)} images; expected one line an image")
         return lines
     texts: dict[str, str] = {}
     try:
         if path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                texts.setdefault(Path(row["file_name"]).name, str(row["text"]))
+            for _, row in read_json_lines(path, "file_name", "text"):
+                texts.setdefault(Path(row["file_name"]).name, row["text"])
         else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))
@@ -184,8 +168,8 @@ def sampler_of(model: Path, solver: str | None, steps: int, guidance: float, dev
             lambda prompts, noise: pipeline(list(prompts), steps=steps, guidance=guidance, latents=noise),
             pipeline.latent_shape,
         )
-    from instaflow.pairs import DiffusionSource
-    from instaflow.teacher import Teacher
+    from common.solvers import DiffusionSource
+    from common.teacher import Teacher
 
     teacher = Teacher.load(model, device)
     source = DiffusionSource(teacher, solver, steps, guidance)
@@ -197,11 +181,13 @@ def clip_score(images: Tensor, captions: Sequence[str], folder: Path, batch: int
     import torch
     from transformers import AutoTokenizer, CLIPModel
 
+    from common.files import refuse_code
     from common.images import resize_clean
 
+    refuse_code(folder)
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {folder}: not a CLIPModel directory ({' '.join(str(error).split())[:160]})") from None
     side = model.config.vision_config.image_size
@@ -229,7 +215,7 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
 
     from common.images import image_files, open_rgb, resize_uint8
     from common.metrics.evaluate import evaluate_generator, folder_captions, format_report
-    from instaflow.measures import fixed_noise
+    from common.metrics.measures import fixed_noise
 
     files = image_files(options.images)
     names = {file.name for file in files}
@@ -287,10 +273,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(argv)
     if options.run_dir:
-        from instaflow.training import Run
+        from common.training import write_metrics
+        from instaflow.run import Run
 
         run = Run.existing(options.run_dir)
-        return run.evaluate(seconds=0.0)
+        return write_metrics(run.metrics, evaluate_run(run), {}, 0.0, trained=False)
     if not options.model or not options.images:
         raise UserError("give --run_dir, or --model and --images")
     result = evaluate_directory(options)

@@ -1,7 +1,7 @@
 """What the claims of `reproduce.py` are made of: arms that differ in one thing, on one teacher, one pair set.
 
-Everything is kept: pairs in the cache, trained arms and sampled images in the working folder, all named after the
-teacher's checksum, so an interrupted run continues and a new teacher starts afresh.
+Everything is kept: pairs in the cache, trained arms and sampled images in the study's folder, all beside the teacher's
+checksum and the sizes, so an interrupted run continues and a new teacher starts afresh.
 
 Budgets are optimiser steps and pairs; every arm books its cost in U-Net forward-equivalent samples (a training step is
 3 a sample, guidance doubles a forward, a stacked U-Net doubles everything).
@@ -10,40 +10,31 @@ Budgets are optimiser steps and pairs; every arm books its cost in U-Net forward
 from __future__ import annotations
 
 import copy
-import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
-from common.files import write_atomically, write_json
 from common.metrics.distribution import fid
 from common.metrics.features import extract
+from common.metrics.judge import ShapesJudge
+from common.metrics.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
+from common.metrics.perceptual import perceptual_distance
+from common.solvers import DiffusionSource
+from common.study import Study as CommonStudy
+from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
-from instaflow.judge import ShapesJudge
-from instaflow.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
-from instaflow.pairs import DiffusionSource, FlowSource, PairDataset, PairSource, StateTable
-from instaflow.perceptual import perceptual_distance
-from instaflow.student import make_student, stack
-from instaflow.teacher import Teacher
-from instaflow.training import (
-    Loss,
-    distillation_loss,
-    make_pairs,
-    optimise,
-    perceptual_loss,
-    prompt_list,
-    reflow_loss,
-    unique_state,
-)
+from instaflow.flow import FlowSource, TeacherFlow, UNetFlow, conditioned, euler, one_step, straightness
+from instaflow.losses import Loss, distillation_loss, perceptual_loss, reflow_loss
+from instaflow.student import make_student, stack, unique_state
+from instaflow.trainer import optimise
 
 INIT = "negate"
 SOLVER = "DPMSolverMultistepScheduler"
@@ -55,7 +46,7 @@ VALIDATION = 128  # held-out pairs on which a learning rate is chosen
 
 
 @dataclass(frozen=True)
-class Budget:
+class Sizes:
     """What one seed of all claims may use.
 
     Args:
@@ -68,34 +59,33 @@ class Budget:
         tune: choose learning rates on the grid, else take `lr`.
     """
 
-    pairs: int = 2048
-    solver_steps: int = 25
-    flow_steps: int = 10
-    many: int = 25
-    guidance: float = 1.5
-    reflow: int = 400
-    distil: int = 400
-    more: int = 100
-    batch: int = 32
-    images: int = 1024
-    paths: int = 256
-    path_steps: int = 50
-    tune: bool = True
-    lr: float = 3e-4
+    solver_steps: int
+    flow_steps: int
+    many: int
+    guidance: float
+    batch: int
+    images: int
+    paths: int
+    path_steps: int
+    tune: bool
+    lr: float
+    pairs: int
+    reflow: int
+    distil: int
+    more: int
 
 
-@dataclass
-class Lab:
-    """One teacher and one budget; arms by (name, seed).
+class Study(CommonStudy[Sizes]):
+    """One teacher and the sizes of a tier; arms by (name, seed)."""
 
-    Args:
-        folder: where finished arms are kept; it must belong to this teacher and budget.
-    """
+    def __init__(self, teacher: Teacher, sizes: Sizes, folder: Path) -> None:
+        super().__init__(sizes, folder)
+        self.teacher = teacher
+        self._flows: dict[tuple[str, int], UNetFlow] = {}
 
-    teacher: Teacher
-    budget: Budget
-    folder: Path
-    _flows: dict[tuple[str, int], UNetFlow] = field(default_factory=dict)
+    @cached_property
+    def settings(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"teacher": self.teacher.checksum(), **super().settings}
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -112,12 +102,12 @@ class Lab:
     def source(self, steps: int, solver: str = SOLVER) -> DiffusionSource:
         """The teacher's guided ODE."""
         options = {"timestep_spacing": "trailing"} if solver == "DDIMScheduler" else {}
-        return DiffusionSource(self.teacher, solver, steps, self.budget.guidance, options=options)
+        return DiffusionSource(self.teacher, solver, steps, self.sizes.guidance, options=options)
 
     @cached_property
     def pairs(self) -> PairDataset:
         """The teacher's pairs: the same for every seed and arm."""
-        return self._make(self.source(self.budget.solver_steps), self.budget.pairs, 0)
+        return self._make(self.source(self.sizes.solver_steps), self.sizes.pairs, 0)
 
     def _make(self, source: PairSource, count: int, seed: int) -> PairDataset:
         return make_pairs(source, self.prompts, count, seed, 64, 256, progress=False)
@@ -125,7 +115,7 @@ class Lab:
     @cached_property
     def evaluation(self) -> PromptSet:
         """Held-out prompts, noises and images."""
-        return shapes_prompts(self.budget.images, self.teacher.latent_shape)
+        return shapes_prompts(self.sizes.images, self.teacher.latent_shape)
 
     @cached_property
     def evaluation_states(self) -> Tensor:
@@ -133,7 +123,7 @@ class Lab:
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        teacher = self.teacher.decode(self.teacher_latents(self.budget.solver_steps))
+        teacher = self.teacher.decode(self.teacher_latents(self.sizes.solver_steps))
         return Yardstick(self.evaluation, ShapesJudge(), teacher)
 
     def teacher_latents(self, steps: int, solver: str = SOLVER) -> Tensor:
@@ -146,30 +136,22 @@ class Lab:
 
     def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor made once."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.is_file():
-            latents = make().contiguous()
-            write_atomically(path, lambda temporary: save_file({"latents": latents}, str(temporary)))
-        return load_file(path)["latents"]
+        return self.tensors(name, lambda: {"latents": make()}, self.settings)["latents"]
 
-    def note(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def note(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Numbers made once."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, make())
-        return json.loads(path.read_text())
+        return self.values(name, make, self.settings)
 
     def flow(self, name: str, seed: int) -> UNetFlow:
         """A trained arm: reflow, instaflow, direct, continued_l2, continued_perceptual, stacked."""
         if (name, seed) not in self._flows:
-            path = self.folder / f"{name}-seed{seed}.safetensors"
             flow = self._start(name, seed)
-            if path.is_file():
-                flow.load_state_dict(load_file(path), strict=False)
-            else:
+
+            def trained() -> Mapping[str, Tensor]:
                 self._train(name, flow, seed)
-                weights = {key: value.detach().contiguous().clone() for key, value in unique_state(flow).items()}
-                write_atomically(path, lambda temporary: save_file(weights, str(temporary)))
+                return unique_state(flow)
+
+            flow.load_state_dict(self.tensors(f"{name}-seed{seed}", trained, self.settings), strict=False)
             self._flows[name, seed] = flow.eval().requires_grad_(False)
         return self._flows[name, seed]
 
@@ -182,10 +164,10 @@ class Lab:
         return started.requires_grad_(True)
 
     def _train(self, name: str, flow: UNetFlow, seed: int) -> None:
-        budget = self.budget
+        sizes = self.sizes
         stage = {"reflow": "reflow", "direct": "direct"}.get(name, "distil")
-        steps = {"reflow": budget.reflow, "direct": budget.reflow + budget.distil}.get(name, budget.distil)
-        steps = budget.more if name.startswith("continued") else steps
+        steps = {"reflow": sizes.reflow, "direct": sizes.reflow + sizes.distil}.get(name, sizes.distil)
+        steps = sizes.more if name.startswith("continued") else steps
         lr = self.learning_rate(stage)
         # Continuing at the full rate would first undo what the averaged weights had reached.
         lr = 0.3 * lr if name.startswith("continued") else lr
@@ -201,7 +183,7 @@ class Lab:
             loss,
             data,
             self.states,
-            StageConfig(steps, self.budget.batch, lr),
+            StageConfig(steps, self.sizes.batch, lr),
             OptimiserConfig(warmup=min(20, steps // 4), schedule="cosine", ema_decay=0.99),
             seed,
             self.folder,
@@ -211,21 +193,21 @@ class Lab:
 
     def flow_pairs(self, seed: int) -> PairDataset:
         """Pairs of a seed's 2-RF: other noises than the teacher's pairs, as many, guidance off (it is inside)."""
-        source = FlowSource(self.flow("reflow", seed), self.teacher, self.budget.flow_steps, 1.0)
-        return self._make(source, self.budget.pairs, 1)
+        source = FlowSource(self.flow("reflow", seed), self.teacher, self.sizes.flow_steps, 1.0)
+        return self._make(source, self.sizes.pairs, 1)
 
     def learning_rate(self, stage: str) -> float:
         """Chosen for each stage on the same grid with equally many short tries, on a seed that is not reported."""
-        if not self.budget.tune:
-            return self.budget.lr
+        if not self.sizes.tune:
+            return self.sizes.lr
 
         def tries() -> dict[str, Any]:
             errors = {}
             for lr in LEARNING_RATES:
                 parent = self.flow("reflow", TUNING_SEED) if stage == "distil" else None
                 flow = copy.deepcopy(parent).requires_grad_(True) if parent else make_student(self.teacher, INIT)
-                whole = {"reflow": self.budget.reflow, "distil": self.budget.distil}
-                steps = int(TUNING_SHARE * whole.get(stage, self.budget.reflow + self.budget.distil))
+                whole = {"reflow": self.sizes.reflow, "distil": self.sizes.distil}
+                steps = int(TUNING_SHARE * whole.get(stage, self.sizes.reflow + self.sizes.distil))
                 data = self.flow_pairs(TUNING_SEED) if stage == "distil" else self.pairs
                 loss = reflow_loss() if stage == "reflow" else distillation_loss()
                 self._optimise(flow, loss, data, steps, lr, TUNING_SEED)
@@ -240,9 +222,9 @@ class Lab:
         """Regression error on held-out pairs: at 8 times for reflow, at t = 0 for distillation."""
         noise, states = self.evaluation.noise[:VALIDATION], self.evaluation_states[:VALIDATION]
         if stage == "distil":
-            ends = euler(conditioned(self.flow("reflow", TUNING_SEED), states), noise, self.budget.flow_steps)
+            ends = euler(conditioned(self.flow("reflow", TUNING_SEED), states), noise, self.sizes.flow_steps)
         else:
-            ends = self.teacher_latents(self.budget.solver_steps)[:VALIDATION]
+            ends = self.teacher_latents(self.sizes.solver_steps)[:VALIDATION]
         total = 0.0
         times = [i / 8 for i in range(8)] if stage == "reflow" else [0.0]
         for t in times:
@@ -288,17 +270,17 @@ class Lab:
         """S of an arm on fixed noises; `teacher` is the guided 1-flow through the epsilon-to-velocity wrapper."""
 
         def measured() -> dict[str, float]:
-            budget = self.budget
-            noise = fixed_noise(budget.paths, self.teacher.latent_shape, 77)
-            states = self.teacher.encode(shapes_prompts(budget.paths, self.teacher.latent_shape, seed=77).prompts)
+            sizes = self.sizes
+            noise = fixed_noise(sizes.paths, self.teacher.latent_shape, 77)
+            states = self.teacher.encode(shapes_prompts(sizes.paths, self.teacher.latent_shape, seed=77).prompts)
             total = 0.0
             for z, s in zip(noise.split(64), states.split(64)):
                 if name == "teacher":
                     null = self.teacher.null(len(z))
-                    velocity = conditioned(TeacherFlow(self.teacher), s, null, budget.guidance)
+                    velocity = conditioned(TeacherFlow(self.teacher), s, null, sizes.guidance)
                 else:
                     velocity = conditioned(self.flow(name, seed), s)
-                total += float(straightness(velocity, z, budget.path_steps)) * len(z)
+                total += float(straightness(velocity, z, sizes.path_steps)) * len(z)
             return {"S": total / len(noise)}
 
         key = "straightness-teacher" if name == "teacher" else f"straightness-{name}-seed{seed}"
@@ -326,16 +308,16 @@ class Lab:
 
     def cost(self, name: str) -> float:
         """Forward-equivalent samples behind an arm, from the teacher on, pairs included."""
-        budget = self.budget
-        pairs = budget.pairs * self.source(budget.solver_steps).evaluations
-        reflow = pairs + 3 * budget.batch * budget.reflow
-        distilled = reflow + budget.pairs * budget.flow_steps + 3 * budget.batch * budget.distil
-        more = distilled + 3 * budget.batch * budget.more
+        sizes = self.sizes
+        pairs = sizes.pairs * self.source(sizes.solver_steps).evaluations
+        reflow = pairs + 3 * sizes.batch * sizes.reflow
+        distilled = reflow + sizes.pairs * sizes.flow_steps + 3 * sizes.batch * sizes.distil
+        more = distilled + 3 * sizes.batch * sizes.more
         return {
             "reflow": reflow,
-            "direct": pairs + 3 * budget.batch * (budget.reflow + budget.distil),
+            "direct": pairs + 3 * sizes.batch * (sizes.reflow + sizes.distil),
             "instaflow": distilled,
             "continued_l2": more,
             "continued_perceptual": more,
-            "stacked": distilled + 3 * budget.batch * budget.distil,
+            "stacked": distilled + 3 * sizes.batch * sizes.distil,
         }[name]

@@ -9,16 +9,16 @@ Shape suffixes: B batch, C channels, H height, W width (of the latents), L text 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.teacher import NoiseSchedule, Teacher, module_checksum
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z_BCHW, t_B) -> v_BCHW
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIME_SCALE = 1000.0  # the published weights: network time 1000 at the noise end
 
 
@@ -33,66 +33,33 @@ def interpolate(x0_BCHW: Tensor, x1_BCHW: Tensor, t_B: Tensor) -> Tensor:
     return t_B111 * x1_BCHW + (1 - t_B111) * x0_BCHW
 
 
-@dataclass
-class NoiseSchedule:
-    """Noise levels of a discrete variance-preserving diffusion, x_tau = alpha x1 + sigma eps, read from a scheduler.
+class TimeMatching:
+    """Between the flow's time t and a diffusion's time tau: those of equal signal-to-noise ratio."""
 
-    Args:
-        alphas_cumprod_T: alpha^2 at the training steps 0 .. T-1 (0 is the data end).
-        prediction_type: what the network outputs: epsilon, v_prediction (alpha eps - sigma x1) or sample (x1).
-        config: the scheduler options that describe the levels, for saving.
-    """
-
-    alphas_cumprod_T: Tensor
-    prediction_type: str = "epsilon"
-    config: dict[str, Any] = field(default_factory=dict)
-    _log_snr: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise UserError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
-        # A schedule rescaled to zero terminal SNR has alpha = 0 at the last step, where the ratio has no logarithm.
-        alpha2_T = self.alphas_cumprod_T.detach().double().cpu().clamp(1e-8, 1 - 1e-8)
-        self.alphas_cumprod_T = alpha2_T
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        alpha2_T = schedule.alphas_cumprod_T
         # log(alpha / sigma), ascending: from the noise end to the data end.
-        self._log_snr[torch.device("cpu")] = (0.5 * (alpha2_T.log() - (1 - alpha2_T).log())).flip(0).contiguous()
-
-    @property
-    def steps(self) -> int:
-        """Training steps T."""
-        return len(self.alphas_cumprod_T)
+        log_snr_T = (0.5 * (alpha2_T.log() - (1 - alpha2_T).log())).flip(0).contiguous()
+        self._log_snr: dict[torch.device, Tensor] = {torch.device("cpu"): log_snr_T}
 
     @property
     def t_min(self) -> float:
         """Earliest flow time whose noise level exists in the schedule: alpha/sigma = t/(1-t) at the last step."""
         return float(torch.sigmoid(self._log_snr[torch.device("cpu")][0]))
 
-    def _ascending(self, device: torch.device) -> Tensor:
-        if device not in self._log_snr:
-            self._log_snr[device] = self._log_snr[torch.device("cpu")].to(device)
-        return self._log_snr[device]
-
-    def matched_time(self, t_B: Tensor) -> Tensor:
+    def tau(self, t_B: Tensor) -> Tensor:
         """Diffusion time tau [B] in [0, T-1] with log(alpha/sigma) = log(t/(1-t)), linear between training steps.
 
         Times outside the schedule are clamped to its ends.
         """
-        grid_T = self._ascending(t_B.device)
+        if t_B.device not in self._log_snr:
+            self._log_snr[t_B.device] = self._log_snr[torch.device("cpu")].to(t_B.device)
+        grid_T = self._log_snr[t_B.device]
         wanted_B = torch.logit(t_B.double()).clamp(grid_T[0], grid_T[-1])
         right_B = torch.searchsorted(grid_T, wanted_B).clamp(1, len(grid_T) - 1)
         left_value_B, right_value_B = grid_T[right_B - 1], grid_T[right_B]
         position_B = right_B - 1 + (wanted_B - left_value_B) / (right_value_B - left_value_B)
-        return (self.steps - 1 - position_B).float()
-
-    def read(
-        self, output: Tensor, x_BCHW: Tensor, alpha: Tensor | float, sigma: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """(x1_hat, eps_hat) from the network's output at x = alpha x1 + sigma eps with alpha^2 + sigma^2 = 1."""
-        if self.prediction_type == "epsilon":
-            return (x_BCHW - sigma * output) / alpha, output
-        if self.prediction_type == "v_prediction":
-            return alpha * x_BCHW - sigma * output, sigma * x_BCHW + alpha * output
-        return output, (x_BCHW - alpha * output) / sigma
+        return (len(grid_T) - 1 - position_B).float()
 
 
 @dataclass(frozen=True)
@@ -112,7 +79,7 @@ class UNetFlow(nn.Module):
     With `schedule` the U-Net is a diffusion network (epsilon, v or x0) read as the 1-rectified flow: it is asked at
     the diffusion time of equal signal-to-noise ratio, with its input scaled to unit variance, and v = x1_hat - eps_hat.
 
-    Below `schedule.t_min` no training step is noisy enough: the network is asked at its last step and v is the line
+    Below `TimeMatching.t_min` no training step is noisy enough: the network is asked at its last step and v is the line
     from x_t to x1_hat, (x1_hat - x_t) / (1 - t), which equals x1_hat - eps_hat where a matching step exists. One step
     from t = 0 then lands on x1_hat, as one DDIM step does.
     """
@@ -120,6 +87,7 @@ class UNetFlow(nn.Module):
     def __init__(self, unet: nn.Module, schedule: NoiseSchedule | None = None, time_scale: float = TIME_SCALE) -> None:
         super().__init__()
         self.unet, self.schedule, self.time_scale = unet, schedule, time_scale
+        self.matching = None if schedule is None else TimeMatching(schedule)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, states_BLD: Tensor) -> Tensor:
         """Velocity [B, C, H, W] in the dtype of x. `t_B` holds the paper's times in [0, 1]."""
@@ -138,11 +106,11 @@ class UNetFlow(nn.Module):
         Raises:
             UserError: the network has no noise schedule (it predicts velocities already).
         """
-        if self.schedule is None:
+        if self.schedule is None or self.matching is None:
             raise UserError("this flow predicts velocities directly; only diffusion networks have an x1 estimate")
-        tau_B = self.schedule.matched_time(t_B)
+        tau_B = self.matching.tau(t_B)
         t_B111 = t_B.to(x_BCHW.dtype).view(-1, 1, 1, 1)
-        matched_B111 = t_B111.clamp(min=self.schedule.t_min)
+        matched_B111 = t_B111.clamp(min=self.matching.t_min)
         norm_B111 = (matched_B111.square() + (1 - matched_B111).square()).sqrt()
         alpha_B111, sigma_B111 = matched_B111 / norm_B111, (1 - matched_B111) / norm_B111
         # x_t has variance t^2 + (1 - t)^2 (for unit-variance data); the network expects 1.
@@ -152,14 +120,14 @@ class UNetFlow(nn.Module):
         if self.schedule.prediction_type == "sample":  # sigma = 0 at t = 1, where the line has no length left
             eps_BCHW = torch.where(t_B111 >= 1, vp_BCHW, eps_BCHW)
         line_BCHW = (x_BCHW - t_B111 * x1_BCHW) / (1 - t_B111).clamp(min=1e-6)
-        eps_BCHW = torch.where(t_B111 < self.schedule.t_min, line_BCHW, eps_BCHW)
+        eps_BCHW = torch.where(t_B111 < self.matching.t_min, line_BCHW, eps_BCHW)
         return FlowEstimate(x1_BCHW - eps_BCHW, x1_BCHW, eps_BCHW, tau_B)
 
 
 class TeacherFlow(UNetFlow):
-    """A teacher (`instaflow.teacher.Teacher`) read as the 1-rectified flow."""
+    """A teacher (`common.teacher.Teacher`) read as the 1-rectified flow."""
 
-    def __init__(self, teacher: Any) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         super().__init__(teacher.unet, teacher.schedule, float(teacher.schedule.steps))
 
 
@@ -194,50 +162,6 @@ def conditioned(
         return guided_velocity(flow, z_BCHW, t_B, states_BLD, null_BLD, alpha)
 
     return velocity
-
-
-def sample_times(
-    count: int,
-    schedule: str = "uniform",
-    eps: float = 0.0,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Training times [count] in the paper's direction.
-
-    Args:
-        schedule: `uniform` (reflow), `t0` (one-step distillation: always the noise end), or a number k as text
-            (k-step distillation: {0, 1/k, .., (k-1)/k}).
-        eps: times are squeezed into [eps, 1]. 0 here, so that training and sampling see the same time; the CIFAR-10
-            code of Rectified Flow has 1e-3.
-    """
-    if schedule == "uniform":
-        t_B = torch.rand(count, generator=generator, device=device)
-    elif schedule == "t0":
-        t_B = torch.zeros(count, device=device)
-    elif schedule.isdigit() and int(schedule) > 0:
-        k = int(schedule)
-        t_B = torch.randint(0, k, (count,), generator=generator, device=device).float() / k
-    else:
-        raise UserError(f"time schedule {schedule!r}: expected uniform, t0 or a number of steps such as 4")
-    return t_B * (1 - eps) + eps
-
-
-def rectified_flow_loss(
-    velocity: Velocity, x0_BCHW: Tensor, x1_BCHW: Tensor, t_B: Tensor, reduction: str = "mean"
-) -> Tensor:
-    """|| (X1 - X0) - v(X_t, t) ||^2 (section 2): the 1-flow with independent pairs, reflow with coupled ones.
-
-    Args:
-        reduction: `mean` over everything, or `halfsum`: half the sum over dimensions, averaged over the batch.
-    """
-    v_BCHW = velocity(interpolate(x0_BCHW, x1_BCHW, t_B), t_B)
-    square_BCHW = (v_BCHW.float() - (x1_BCHW - x0_BCHW).float()).square()
-    if reduction == "mean":
-        return square_BCHW.mean()
-    if reduction == "halfsum":
-        return 0.5 * square_BCHW.flatten(1).sum(1).mean()
-    raise UserError(f"reduction {reduction!r}: expected mean or halfsum")
 
 
 def one_step(velocity: Velocity, z0_BCHW: Tensor) -> Tensor:
@@ -307,3 +231,31 @@ def transport_cost(x0_BCHW: Tensor, x1_BCHW: Tensor, power: float = 2.0) -> Tens
     if power < 1:
         raise UserError(f"transport cost with power {power}: convex only from 1 on")
     return (x1_BCHW.float() - x0_BCHW.float()).abs().pow(power).mean()
+
+
+class FlowSource:
+    """A flow's ODE by N Euler steps with guided velocity (the paper's 2-RF as distillation teacher: 25 steps, 1.5)."""
+
+    def __init__(self, flow: UNetFlow, teacher: Teacher, steps: int = 25, guidance: float = 1.5) -> None:
+        self.flow, self.teacher, self.steps, self.guidance = flow, teacher, steps, guidance
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "flow",
+            "solver": "euler",
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "flow": module_checksum(self.flow),
+            "wrapped": self.flow.schedule is not None,
+            "teacher": self.teacher.checksum(),
+            "precision": str(next(self.flow.parameters()).dtype).removeprefix("torch."),
+        }
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+    @torch.no_grad()
+    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
+        null = self.teacher.null(len(x0_BCHW)) if self.guidance > 1 else None
+        return euler(conditioned(self.flow, states_BLD, null, self.guidance), x0_BCHW, self.steps)

@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_json
+from common.teacher import Teacher, decode_latents, encode_text, latent_shape, load_parts, read_schedule, to_uint8
+from common.weights import load_weights, save_weights
 from instaflow.flow import TIME_SCALE, UNetFlow, conditioned, euler_path
-from instaflow.student import StackedUNet, negate_output
-from instaflow.teacher import Teacher, decode_latents, encode_text, load_parts, read_schedule, to_uint8
+from instaflow.student import StackedUNet, negate_output, unique_state
 
 CARD = "instaflow.json"
 LAYOUTS = ("diffusers", "official")
@@ -127,10 +127,7 @@ class InstaFlowPipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the training size."""
-        config: Any = self.flow.unet.config
-        side = config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return int(config.in_channels), int(height), int(width)
+        return latent_shape(self.flow.unet)
 
     def noise(self, count: int, seed: int = 0) -> Tensor:
         """Starting latents [count, C, H, W] on the CPU; number i depends on (seed, i) alone."""
@@ -429,15 +426,9 @@ def _model_index(unet: Any, text_encoder: Any, tokenizer: Any, scheduler: Any) -
 
 def _save_stack(unet: StackedUNet, folder: Path) -> None:
     """`unet/`: the architecture of one half and every tensor once (shared ones under the first half)."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in unet.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
     (folder / "unet").mkdir()
     write_json(folder / "unet" / "config.json", {**dict(unet.config), "_class_name": "StackedUNet"})
-    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unique_state(unet))
 
 
 def _load_stack(folder: Path, card: Card, dtype: torch.dtype) -> tuple[UNetFlow, Any, Any, Any]:
@@ -449,12 +440,8 @@ def _load_stack(folder: Path, card: Card, dtype: torch.dtype) -> tuple[UNetFlow,
     first = UNet2DConditionModel.from_config(half)
     second = None if card.shared else UNet2DConditionModel.from_config(half)
     stack = StackedUNet(first, second, str(card.stacked), card.shared)
-    missing, unexpected = stack.load_state_dict(
-        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), strict=False
-    )
-    shared_names = {name for name in missing if card.shared and name.startswith("second.")}
-    if unexpected or set(missing) - shared_names:
-        raise UserError(f"{folder}/unet: the weights do not fit the stack of {CARD} ({[*missing, *unexpected][0]})")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    load_weights(stack, weights, against=f"the stack of {CARD}", wanted=unique_state(stack))
     stack.to(dtype)
     for module in (stack, vae, text_encoder):
         module.requires_grad_(False)

@@ -11,11 +11,8 @@ Image i of a run depends on (--seed, i) and its prompt alone.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_main
 
@@ -59,31 +56,21 @@ def open_pipeline(options: argparse.Namespace) -> InstaFlowPipeline:
     """The pipeline of `--model`, with `--lora` merged."""
     import torch
 
+    from common.weights import read_weights
     from instaflow.pipeline import InstaFlowPipeline, merge_delta
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     pipeline = InstaFlowPipeline.load(options.model, device, dtype, options.layout)
     if options.lora:
-        merge_delta(pipeline.flow, read_tensors(options.lora), options.lora_scale, pipeline.card.init)
+        merge_delta(pipeline.flow, read_weights(options.lora, "--lora")[0], options.lora_scale, pipeline.card.init)
     return pipeline.channels_last()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected .safetensors")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
 
 
 def draw(pipeline: InstaFlowPipeline, options: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """uint8 images and the caption of each."""
+    from common.weights import read_weights, save_weights
+
     prompts: list[str] = options.prompt
     if options.interpolate:
         if len(prompts) > 2:
@@ -94,7 +81,7 @@ def draw(pipeline: InstaFlowPipeline, options: argparse.Namespace) -> tuple[Tens
     wanted = [prompt for prompt in prompts for _ in range(options.count)]
     latents = None
     if options.latents:
-        tensors = read_tensors(options.latents)
+        tensors, _ = read_weights(options.latents, "--latents")
         if "latents" not in tensors:
             raise UserError(f"{options.latents}: no tensor named latents in it")
         latents = tensors["latents"]
@@ -108,12 +95,7 @@ def draw(pipeline: InstaFlowPipeline, options: argparse.Namespace) -> tuple[Tens
         output="latent",
     )
     if options.save_latents:
-        from safetensors.torch import save_file
-
-        from common.files import write_atomically
-
-        tensors = {"latents": final.float().cpu().contiguous()}
-        write_atomically(options.save_latents, lambda temporary: save_file(tensors, temporary))
+        save_weights(options.save_latents, {"latents": final.float()})
     return pipeline.decode(final), wanted
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.teacher import Teacher
 from instaflow.flow import UNetFlow
-from instaflow.teacher import Teacher
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")
@@ -135,9 +135,15 @@ def stack(flow: UNetFlow, pruning: str = "drop_out_in", shared: bool = False) ->
     return UNetFlow(StackedUNet(first, second, pruning, shared), None, flow.time_scale)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Parameters, those shared between modules counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def unique_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every shared tensor under its first name only."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            result[name] = tensor
+    return result
 
 
 def stable_diffusion_unet() -> Any:
@@ -155,4 +161,19 @@ def stable_diffusion_unet() -> Any:
         norm_num_groups=32,
         down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    )
+
+
+def stable_diffusion_vae() -> Any:
+    """The autoencoder of Stable Diffusion 1.x."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+        scaling_factor=0.18215,
     )

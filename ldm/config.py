@@ -20,7 +20,11 @@ class DataConfig:
             shards (a stream over parquet files or image folders, for data that does not fit one disk).
         path: the folder for `folder`, the name or path for `hf`, a glob pattern of paths or URLs for `shards`; optional
             root for photos and fashion_mnist.
-        eval_path: the held-out shards; None holds out the last one of `path` (shards only).
+        eval_path: the held-out shards; None holds out those whose names say test or validation, or the last one of
+            `path` (shards only).
+        image_column: the column of the pictures in a table (hf, shards); None takes `image`, or the one that may be it.
+        text_column: the column of the captions (folder, hf, shards), likewise `text` by default.
+        label_column: the column of the classes (folder, hf, shards), likewise `label` by default.
         size: side of the square training images in pixels.
         train_images: number of generated samples (shapes, photos); None means all there are.
         eval_images: number of held-out images used as reference for FID and KID.
@@ -33,6 +37,9 @@ class DataConfig:
     name: Literal["emoji", "emoji_groups", "shapes", "photos", "fashion_mnist", "folder", "hf", "shards"] = "emoji"
     path: str | None = None
     eval_path: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
     size: int = 32
     train_images: int | None = None
     eval_images: int = 1000

@@ -8,12 +8,9 @@ Every number names its judge and counts; the distance of two halves of the real 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import run_main
 
@@ -68,7 +65,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
         pairs = torch.cat([real[spread], restored[spread]])
         save_grid(pairs, folder / "reconstruction.png", columns=len(spread), tile=64 if size < 64 else None)
     if task.name in ("superres", "inpaint"):
-        from ldm.perceptual import perceptual_distance
+        from common.metrics.perceptual import perceptual_distance
 
         distance = perceptual_distance("trained")
         metrics["paired"] = {

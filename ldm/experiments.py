@@ -5,23 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampling import StepDataModule, TensorTable, step_generator
 from common.images import to_uint8, to_unit
-from common.metrics.distribution import fid, kid, precision_recall
-from common.metrics.features import extract, load_extractor
+from common.ledger import Tier, read_claims
+from common.metrics.distribution import fid
 from common.metrics.image import psnr, ssim
 from common.paths import cache_dir
-from common.training import CpuBudget, build_trainer
+from common.study import ENDLESS, Arm, Judge, Watch, fit_arm
+from common.study import Study as CommonStudy
 from ldm.autoencoder import FirstStage, IdentityFirstStage
 from ldm.config import (
     ConditionerConfig,
@@ -35,7 +35,7 @@ from ldm.config import (
     UNetOptions,
 )
 from ldm.diffusion import LatentDiffusion
-from ldm.first_stage import freeze, reconstruct
+from ldm.first_stage import build_first_stage, freeze, reconstruct
 from ldm.model import UNet
 from ldm.run import build_latent_diffusion
 from ldm.sample import condition_columns, draw
@@ -43,8 +43,120 @@ from ldm.tasks import Task, mask_bank, prepare
 from ldm.train import MASKS, first_batch_scale, train_first_stage
 from ldm.trainer import DiffusionTrainer
 
-ENDLESS = 10**6  # steps: the CPU budget ends training
 AUTOENCODER_SHARE = 0.5  # of an arm's budget, in L1 and L2
+FACTORS = {1: 3, 2: 3, 4: 4, 8: 16}  # down-sampling factor f to latent channels
+EMOJI = DataConfig(name="emoji", size=32, eval_images=1000)
+SHAPES = DataConfig(name="shapes", size=32, train_images=12000, eval_images=600)
+SCENES = dataclasses.replace(SHAPES, eval_images=1000)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """CPU seconds of an arm, images per measurement, and seconds of the first stages that L4, L6 and L7 share."""
+
+    seconds: float
+    images: int
+    stage_seconds: float
+
+
+@dataclass
+class Denoiser(Arm[LatentDiffusion]):
+    """A trained denoiser with its averaged weights."""
+
+    config: LdmConfig
+    task: Task
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput, images per CPU second."""
+        return self.steps * self.config.trainer.batch_size / self.seconds
+
+    def samples(
+        self, count: int, seed: int = 1, guidance: float = 1.0, side: int | None = None
+    ) -> tuple[Tensor, float]:
+        """uint8 images for the first `count` held-out conditions, and images per CPU second."""
+        columns = condition_columns(self.task, self.config, count)
+        sampling = dataclasses.replace(self.config.sampling, guidance=guidance)
+        size = side or self.config.data.size
+        started = time.process_time()
+        images = draw(self.network, self.task.name, columns, count, (size, size), sampling, seed)
+        return images, count / (time.process_time() - started)
+
+    @torch.no_grad()
+    def caption_losses(self, reference: dict[str, Tensor]) -> tuple[float, float]:
+        """Loss on held-out pictures with their own captions and with the next picture's; times and noise fixed."""
+        generator = torch.Generator().manual_seed(1)
+        z_BCHW = self.network.encode(to_unit(reference["image"]), torch.zeros(len(reference["image"]), 8, 8, 8))
+        t_B = torch.randint(300, 900, (len(z_BCHW),), generator=generator)
+        noise_BCHW = torch.randn(z_BCHW.shape, generator=generator)
+        own = reference["tokens"][:, 0]
+        conditions = (self.network.conditioning({"condition": tokens}) for tokens in (own, own.roll(1, 0)))
+        right, wrong = (float(self.network.loss(z_BCHW, t_B, noise_BCHW, c)[0]) for c in conditions)
+        return right, wrong
+
+
+class Study(CommonStudy[dict[str, Sizes]]):
+    """The arms of a tier; they differ in what a claim compares and in nothing else."""
+
+    def __init__(self, tier: Tier, folder: Path) -> None:
+        claims = read_claims("ldm", tier)
+        super().__init__({name: Sizes(**claim.sizes, **claim.budget) for name, claim in claims.items()}, folder)
+        self.judge = Judge()
+
+    def f_arm(self, f: int, seed: int, claim: str) -> dict[str, float]:
+        """One arm of L1 and L2, which both read it: scenes without captions, all in one time budget."""
+        size = self.sizes[claim]
+
+        def measured() -> dict[str, float]:
+            config = base_config("unconditional", SCENES, f, FACTORS[f], seed)
+            task = open_task(config)
+            stage_seconds = AUTOENCODER_SHARE * size.seconds if f > 1 else 0.0
+            stage, notes = train_autoencoder(config, in_memory(task.train), stage_seconds)
+            arm = train_denoiser(config, task, stage, size.seconds - notes["ae_seconds"])
+            real = task.reference.columns["image"][: size.images]
+            fake, speed = arm.samples(size.images)
+            self.show(seed, f"unconditional_f{f}", fake[:32])
+            return {
+                **self.judge.distances(fake, real),
+                **self.reconstruction(stage, real),
+                "sample_speed": speed,
+                "train_speed": arm.images_per_second,
+                "steps": float(arm.steps),
+                **notes,
+            }
+
+        return self.values(f"f{f}-seed{seed}", measured, dataclasses.asdict(size))
+
+    def emoji_first_stage(self, **options: Any) -> tuple[FirstStage, FirstStageConfig]:
+        """A first stage of f = 4 on emoji, trained once per tier and reused by every seed of L4, L6 and L7.
+
+        The paper's economy: one first stage serves many denoisers, so its cost is not counted in theirs (L1 and L2 do
+        count it). Weights and cost stay in the study's folder.
+        """
+        seconds = self.sizes["L4"].stage_seconds
+        config = base_config("unconditional", EMOJI)
+        config.first_stage = dataclasses.replace(config.first_stage, **options)
+        name = "stage-" + ("-".join(f"{key}_{value}" for key, value in sorted(options.items())) or "kl")
+        settings = {**options, "seconds": seconds}
+
+        def trained() -> dict[str, Tensor]:
+            task = open_task(config)
+            stage, notes = train_autoencoder(config, in_memory(task.train), seconds)
+            real = task.reference.columns["image"][:600]
+            self.values(name, lambda: {**notes, **self.reconstruction(stage, real)}, settings)
+            return stage.state_dict()
+
+        stage = build_first_stage(config.first_stage, EMOJI.size)
+        stage.load_state_dict(self.tensors(name, trained, settings))
+        return freeze(stage), config.first_stage
+
+    def reconstruction(self, stage: FirstStage, real: Tensor) -> dict[str, float]:
+        """PSNR in dB, SSIM and r-FID of the first stage on held-out images."""
+        if isinstance(stage, IdentityFirstStage):
+            return {"psnr": 99.0, "ssim": 1.0, "rfid": 0.0}
+        restored = reconstruct(stage, real)
+        rfid = fid(self.judge.features_of_real(real), self.judge.features(restored))
+        return {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real).mean()), "rfid": rfid}
 
 
 def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int = 0, **changes: Any) -> LdmConfig:
@@ -75,97 +187,6 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
     return dataclasses.replace(config, **changes)
-
-
-@dataclass
-class Arm:
-    """A trained model and what it cost."""
-
-    config: LdmConfig
-    task: Task
-    ldm: LatentDiffusion
-    steps: int
-    train_seconds: float
-    notes: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def images_per_second(self) -> float:
-        """Training throughput of the denoiser, images per CPU second."""
-        return self.steps * self.config.trainer.batch_size / self.train_seconds
-
-    def samples(
-        self, count: int, seed: int = 1, guidance: float = 1.0, side: int | None = None
-    ) -> tuple[Tensor, float]:
-        """uint8 images for the first `count` held-out conditions, and images per CPU second."""
-        columns = condition_columns(self.task, self.config, count)
-        sampling = dataclasses.replace(self.config.sampling, guidance=guidance)
-        size = side or self.config.data.size
-        started = time.process_time()
-        images = draw(self.ldm, self.task.name, columns, count, (size, size), sampling, seed)
-        return images, count / (time.process_time() - started)
-
-
-def autoencoder(config: LdmConfig, images: TensorTable, seconds: float) -> tuple[FirstStage, dict[str, float]]:
-    """A first stage trained for so many CPU seconds, and its held-in facts (`steps`, `seconds`)."""
-    if config.first_stage.kind == "pixels":
-        return IdentityFirstStage(), {"ae_steps": 0.0, "ae_seconds": 0.0}
-    budget = CpuBudget(seconds)
-    steps = {"n": 0}
-
-    options = dataclasses.replace(config.first_stage, steps=ENDLESS)
-
-    class Count(pl.Callback):
-        """Counts steps, and tells the learning-rate decay how many the budget will allow."""
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            steps["n"] += 1
-            options.steps = int(steps["n"] * seconds / max(budget.used, 1e-3))
-
-    stage = train_first_stage(
-        options,
-        config.trainer,
-        images,
-        config.data.size,
-        cache_dir("experiments"),
-        config.seed,
-        callbacks=[budget, Count()],
-        save=False,
-    )
-    return stage, {"ae_steps": float(steps["n"]), "ae_seconds": budget.used}
-
-
-def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage, seconds: float) -> Arm:
-    """Train the denoiser on cached latents for so many CPU seconds (the time of caching counts)."""
-    started = time.process_time()
-    torch.manual_seed(config.seed)
-    task = dataclasses.replace(task)
-    ldm = build_latent_diffusion(config, task, stage)
-    train = in_memory(task.train)
-    images = train.columns["image"]
-    if config.first_stage.kind == "pixels" or task.name == "inpaint":
-        table = train
-    else:
-        with torch.no_grad():
-            moments = torch.cat([stage.moments(to_unit(part)).float() for part in images.split(128)])
-        table = TensorTable({**{k: v for k, v in train.columns.items() if k != "image"}, "moments": moments})
-    if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
-        ldm.set_scale_factor(first_batch_scale(config, train, stage))
-    holes = mask_bank(config.data.size, MASKS // 4, config.seed) if task.name == "inpaint" else None
-    module = DiffusionTrainer(ldm, config, holes)
-    budget = CpuBudget(seconds - (time.process_time() - started))
-    trainer = build_trainer(
-        cache_dir("experiments"),
-        config.trainer,
-        steps=ENDLESS,
-        batch_size=config.trainer.batch_size,
-        grad_clip=config.optimiser.grad_clip,
-        logs=False,
-        callbacks=[budget],
-    )
-    trainer.fit(module, StepDataModule(table, config.trainer.batch_size, ENDLESS, config.seed))
-    assert module.ema is not None
-    module.ema.copy_to(ldm)
-    return Arm(config, task, ldm.eval(), trainer.global_step, budget.used)
 
 
 @cache
@@ -200,41 +221,57 @@ def open_task(config: LdmConfig) -> Task:
     return dataclasses.replace(task, conditioner=fresh)
 
 
-@cache
-def judge() -> Any:
-    return load_extractor("lite0")
+def train_autoencoder(config: LdmConfig, images: TensorTable, seconds: float) -> tuple[FirstStage, dict[str, float]]:
+    """A first stage trained for so many CPU seconds, and its held-in facts (`ae_steps`, `ae_seconds`)."""
+    if config.first_stage.kind == "pixels":
+        return IdentityFirstStage(), {"ae_steps": 0.0, "ae_seconds": 0.0}
+    options = dataclasses.replace(config.first_stage, steps=ENDLESS)
+
+    class Decay(Watch):
+        """Tells the learning-rate decay how many steps the budget will allow."""
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            super().on_train_batch_end(*arguments)
+            options.steps = int(self.steps * seconds / max(self.seconds, 1e-3))
+
+    watch = Decay(budget=seconds)
+    folder = cache_dir("experiments")
+    stage = train_first_stage(
+        options, config.trainer, images, config.data.size, folder, config.seed, callbacks=[watch], save=False
+    )
+    return stage, {"ae_steps": float(watch.steps), "ae_seconds": watch.seconds}
 
 
-_features: dict[int, Tensor] = {}
-
-
-def real_features(images: Tensor) -> Tensor:
-    """Judge's features of a real set, computed once per set."""
-    key = images.data_ptr()
-    if key not in _features:
-        _features[key] = extract(images, judge())
-    return _features[key]
-
-
-def distances(fake: Tensor, real: Tensor) -> dict[str, float]:
-    """FID and KID (x 1000) of uint8 images on the judge's features; n is the same for every arm of a claim."""
-    a, b = real_features(real), extract(fake, judge())
-    manifold = precision_recall(a, b)
-    return {
-        "fid": fid(a, b),
-        "kid_x1000": 1000 * kid(a, b).value,
-        "precision": manifold.precision,
-        "recall": manifold.recall,
-    }
-
-
-def reconstruction(stage: FirstStage, real: Tensor) -> dict[str, float]:
-    """PSNR in dB, SSIM and r-FID of the first stage on held-out images."""
-    if isinstance(stage, IdentityFirstStage):
-        return {"psnr": 99.0, "ssim": 1.0, "rfid": 0.0}
-    restored = reconstruct(stage, real)
-    a, b = real_features(real), extract(restored, judge())
-    return {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real).mean()), "rfid": fid(a, b)}
+def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage | None, seconds: float) -> Denoiser:
+    """Train a denoiser on cached latents (None: on pixels) for so many CPU seconds, caching included."""
+    started = time.process_time()
+    torch.manual_seed(config.seed)
+    task = dataclasses.replace(task)
+    stage = IdentityFirstStage() if stage is None else stage
+    ldm = build_latent_diffusion(config, task, stage)
+    train = table = in_memory(task.train)
+    if config.first_stage.kind != "pixels" and task.name != "inpaint":
+        with torch.no_grad():
+            parts = [stage.moments(to_unit(part)).float() for part in train.columns["image"].split(128)]
+        columns = {name: column for name, column in train.columns.items() if name != "image"}
+        table = TensorTable({**columns, "moments": torch.cat(parts)})
+    if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
+        ldm.set_scale_factor(first_batch_scale(config, train, stage))
+    holes = mask_bank(config.data.size, MASKS // 4, config.seed) if task.name == "inpaint" else None
+    module = DiffusionTrainer(ldm, config, holes)
+    watch = Watch(budget=seconds - (time.process_time() - started))
+    batch_size = config.trainer.batch_size
+    fit_arm(
+        module,
+        StepDataModule(table, batch_size, ENDLESS, config.seed),
+        watch,
+        config.trainer,
+        batch_size=batch_size,
+        grad_clip=config.optimiser.grad_clip,
+    )
+    assert module.ema is not None
+    module.ema.copy_to(ldm)
+    return Denoiser(task.name, ldm.eval(), watch.record(), config, task)
 
 
 class Regression(nn.Module):
@@ -289,3 +326,10 @@ def shapes_first_stage() -> tuple[FirstStage, FirstStageConfig]:
     stage = autoencoder_from_diffusers_dir(Path(__file__).parent / "pretrained" / "shapes32-v")
     options = FirstStageConfig(ch=32, ch_mult=[1, 1, 2], z_channels=8)
     return freeze(stage), options
+
+
+def agreement(images: Tensor, maps: Tensor) -> float:
+    """Intersection over union of the drawn objects with the map's (mean over images)."""
+    drawn, wanted = foreground(images), maps > 0
+    union = (drawn | wanted).sum((1, 2)).clamp(min=1)
+    return float(((drawn & wanted).sum((1, 2)) / union).mean())

@@ -11,11 +11,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import UserError, run_main
 
@@ -157,29 +155,18 @@ def draw_boxes(boxes: Tensor, classes: Tensor, size: int) -> Tensor:
     return canvas
 
 
-def open_pipeline(folder: Path, device: str = "cpu") -> Any:
-    """A diffusers text-to-image pipeline, in float32 on CPU and float16 on CUDA."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"--model {folder}: neither a run folder (config.yaml and model.safetensors) nor a diffusers directory "
-            "(model_index.json)"
-        )
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(desc="sampling")
-    return pipeline.to(device)
-
-
 def pipeline_images(
     pipeline: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int = 64, **options: Any
 ) -> Tensor:
-    """uint8 [N, 3, H, W] from a diffusers pipeline; sample i depends on (seed, i) alone."""
+    """uint8 [N, 3, H, W] from a diffusers pipeline; sample i depends on (seed, i) alone.
+
+    Raises:
+        UserError: the pictures are not finite.
+    """
     import torch
 
     from common.data.sampling import derive_seed
+    from common.teacher import refuse_bad_pictures
 
     parts = []
     for first in range(0, len(prompts), batch_size):
@@ -188,7 +175,9 @@ def pipeline_images(
         result = pipeline(
             chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np", **options
         )
-        parts.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).mul(255).round().clamp(0, 255).to(torch.uint8))
+        images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
+        refuse_bad_pictures(images)
+        parts.append(images.mul(255).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -198,6 +187,20 @@ def _size(text: str) -> tuple[int, int]:
     except ValueError:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, for example 64x96") from None
     return height, width
+
+
+def check_drawing(size: tuple[int, int] | None, multiple: int, steps: int, most: int) -> None:
+    """Refuse sizes that the networks cannot halve often enough, and numbers of steps that the noise levels lack.
+
+    Args:
+        multiple: of which both sides must be, in pixels.
+        most: training steps of the noise levels.
+    """
+    from common.options import within
+
+    within("steps", steps, 1, most)
+    if size and (min(size) < multiple or any(side % multiple for side in size)):
+        raise UserError(f"--size {size[0]}x{size[1]}: expected both sides to be multiples of {multiple} for this model")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,11 +238,22 @@ def main(argv: list[str] | None = None) -> None:
 def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
     import torch
 
-    pipeline = open_pipeline(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    from common.teacher import open_pipeline
+
+    if not (options.model / "model_index.json").is_file():
+        raise UserError(
+            f"--model {options.model}: neither a run folder (config.yaml and model.safetensors) nor a diffusers "
+            "directory (model_index.json)"
+        )
+    cuda = torch.cuda.is_available()
+    pipeline = open_pipeline(options.model, "cuda" if cuda else "cpu", torch.float16 if cuda else torch.float32)
     if options.classifier:
         raise UserError(f"--classifier guides runs of task class; {options.model} is a text-to-image pipeline")
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
+    # Stock pipelines want multiples of 8 whatever the autoencoder's factor is.
+    multiple = math.lcm(8, int(pipeline.vae_scale_factor))
+    check_drawing(size, multiple, options.steps, int(pipeline.scheduler.config.num_train_timesteps))
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     extra = {"height": size[0], "width": size[1]} if size else {}
     return pipeline_images(pipeline, prompts, options.steps, options.guidance, options.seed, **extra), prompts
@@ -252,6 +266,9 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tupl
     run = Run.existing(options.model)
     config, ldm = run.config, run.load()
     side = size or (config.data.size, config.data.size)
+    halvings = len(config.unet.channel_mult) - 1
+    multiple = int(ldm.first_stage_model.downsampling) * 2**halvings  # type: ignore[arg-type]
+    check_drawing(size, multiple, options.steps, config.diffusion.timesteps)
     sampling = SamplingConfig(options.sampler, options.steps, options.eta, options.guidance)
     if config.task != "text":
         if options.prompt:

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from common.cli import parse_config
 from common.errors import run_main
 from ldm.config import ClassifierConfig

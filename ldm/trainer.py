@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.ema import Ema
 from common.images import to_unit
+from common.metrics.perceptual import perceptual_distance
 from common.steps import BatchMeans, StepDraws
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.config import ClassifierConfig, FirstStageConfig, LdmConfig, TrainerConfig
@@ -26,7 +27,6 @@ from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import EncoderUNet
 from ldm.optimisers import MuonAdam
-from ldm.perceptual import perceptual_distance
 from ldm.tasks import raw_condition
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -19,13 +18,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from common.costs import kept_bytes
 from common.data.augmentation import Augmentation
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.files import write_json
+from common.study import Study as CommonStudy
 from pc_darts.baselines import darts_options, random_genotype
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
-from pc_darts.counting import saved_bytes
 from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
@@ -38,8 +38,8 @@ PARTIALS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Budgets of a tier.
+class Sizes:
+    """Sizes and budgets of a tier.
 
     Args:
         search, retrain: of every arm; an arm changes only what its claim compares.
@@ -55,133 +55,102 @@ class Plan:
     random_cells: int
     trainings: int
     darts_batch: int
-    memory_channels: int = 16
-    memory_cells: int = 8
-    memory_side: int = 32
-    time_channels: int = 16
-    time_cells: int = 5
-    time_side: int = 32
-    time_batch: int = 16
-    time_steps: int = 5
-    drawn: bool = field(default=False)
+    memory_channels: int
+    memory_cells: int
+    memory_side: int
+    time_channels: int
+    time_cells: int
+    time_side: int
+    time_batch: int
+    time_steps: int
 
 
-DIGITS = DataConfig(name="digits", size=8, padding=1, flip=False)
-# Section 6 of the specification: search 200 steps with 8 channels and 4 cells, of which 30 % are warm-up; retrain 300
-# steps with 12 channels and 4 layers. The architecture's rate is the paper's for ImageNet: with 140 architecture steps
-# the smaller one of CIFAR-10 would hardly move alphas.
-PLANS = {
-    "small": Plan(
-        data=DIGITS,
-        search=SearchOptions(
-            channels=8, cells=4, epochs=40, warmup_epochs=12, batch_size=128, lr=0.1, arch_lr=6e-3, partial=4
-        ),
-        retrain=RetrainOptions(
-            channels=12, layers=4, epochs=15, batch_size=64, lr=0.025, cutout=0, drop_path=0.0, auxiliary=0.0
-        ),
-        random_cells=8,
-        trainings=2,
-        darts_batch=32,
-        drawn=True,
-    ),
-    "smoke": Plan(
-        data=dataclasses.replace(DIGITS, images=600),
-        search=SearchOptions(
-            channels=8, cells=3, epochs=6, warmup_epochs=2, batch_size=64, lr=0.1, arch_lr=6e-3, partial=4
-        ),
-        retrain=RetrainOptions(
-            channels=8, layers=3, epochs=4, batch_size=32, lr=0.025, cutout=0, drop_path=0.0, auxiliary=0.0
-        ),
-        random_cells=3,
-        trainings=1,
-        darts_batch=16,
-        memory_cells=8,
-        time_channels=16,
-        time_cells=3,
-        time_side=16,
-        time_batch=16,
-        time_steps=3,
-    ),
-}
+class Study(CommonStudy[Sizes]):
+    """The arms of a tier; an arm that is finished in the folder is read, not run.
 
+    Args:
+        drawn: the first PC-DARTS search leaves pictures of its epochs.
+    """
 
-class Study:
-    """The arms of a tier, in `folder`; an arm that is finished there is read, not run."""
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
+    def __init__(self, sizes: Sizes, folder: Path, drawn: bool = False) -> None:
+        super().__init__(sizes, folder)
+        self.drawn = drawn
 
     @cached_property
     def data(self) -> ImageSet:
-        return open_data(self.plan.data)
+        return open_data(self.sizes.data)
 
     @cached_property
     def halves(self) -> tuple[Pictures, Pictures]:
-        return search_halves(self.data.train, self.plan.data.halves, 0)
+        return search_halves(self.data.train, self.sizes.data.halves, 0)
 
     @cached_property
     def augment(self) -> Augmentation:
-        return augmentation(self.plan.data)
+        return augmentation(self.sizes.data)
 
-    def searcher(self, options: SearchOptions, folder: Path, seed: int, **more: Any) -> Searcher:
-        draw = self.plan.drawn and folder.name == "pc-seed0"
+    def searcher(self, options: SearchOptions, name: str, seed: int, **more: Any) -> Searcher:
+        """The search `name`-seed`seed`, in a folder of its own; it goes on from where it was."""
+        settings = {"data": dataclasses.asdict(self.sizes.data), "options": dataclasses.asdict(options), **more}
+        folder = self.workplace(f"searches/{name}-seed{seed}", settings)
+        draw = self.drawn and (name, seed) == ("pc", 0)
         return Searcher(options, self.data, self.halves, self.augment, folder, seed, draw=draw, **more)
 
     def search(self, name: str, seed: int, initial_seed: int | None = None, **changes: Any) -> SearchResult:
-        """The search arm `name`; `changes` replace options of the plan's search."""
-        options = dataclasses.replace(self.plan.search, **changes)
-        folder = self.folder / "searches" / f"{name}-seed{seed}"
-        return self.searcher(options, folder, seed, initial_seed=initial_seed).run()
+        """The search arm `name`; `changes` replace options of the tier's search."""
+        options = dataclasses.replace(self.sizes.search, **changes)
+        return self.searcher(options, name, seed, initial_seed=initial_seed).run()
 
     def darts(self, seed: int) -> SearchResult:
         """DARTS of first order in the CPU seconds of the PC-DARTS arm of the same seed, at 1/K of its batch."""
-        options = darts_options(self.plan.search, self.plan.darts_batch)
-        folder = self.folder / "searches" / f"darts-seed{seed}"
-        path = self.folder / "searches" / f"darts-seed{seed}-budget.json"
-        if not path.is_file():
+        options = darts_options(self.sizes.search, self.sizes.darts_batch)
+
+        def measured() -> dict[str, float]:
             budget = self.search("pc", seed).cpu_seconds
-            one = dataclasses.replace(options, epochs=1)
-            taken = seconds_per_epoch(self.searcher(one, folder, seed))
-            write_json(path, {"budget": budget, "epoch": taken, "epochs": max(1, round(budget / taken))})
-        epochs = int(json.loads(path.read_text())["epochs"])
-        return self.searcher(dataclasses.replace(options, epochs=epochs), folder, seed).run()
+            taken = seconds_per_epoch(self.searcher(dataclasses.replace(options, epochs=1), "darts", seed))
+            return {"budget": budget, "epoch": taken, "epochs": max(1, round(budget / taken))}
+
+        epochs = self.values(f"searches/darts-seed{seed}-budget", measured, self.settings)["epochs"]
+        return self.searcher(dataclasses.replace(options, epochs=int(epochs)), "darts", seed).run()
 
     def train(self, name: str, genotype: Genotype, number: int) -> RetrainResult:
         """Training `number` of a cell, with a seed of its own."""
-        folder = self.folder / "trainings" / f"{name}-{number}"
-        return retrain(genotype, self.plan.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
+        sizes = self.sizes
+        settings = {"genotype": genotype.to_json(), "data": dataclasses.asdict(sizes.data)}
+        settings |= {"options": dataclasses.asdict(sizes.retrain)}
+        folder = self.workplace(f"trainings/{name}-{number}", settings)
+        return retrain(genotype, sizes.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
 
     def error(self, name: str, genotype: Genotype) -> float:
-        """Test error of a cell in percent, mean over the plan's trainings."""
-        runs = [self.train(name, genotype, number) for number in range(self.plan.trainings)]
+        """Test error of a cell in percent, mean over the tier's trainings."""
+        runs = [self.train(name, genotype, number) for number in range(self.sizes.trainings)]
         return 100 * fmean(run.test_error for run in runs)
 
     def random_errors(self) -> list[float]:
         """Test errors of the random cells, the same ones for every seed of a claim."""
-        cells = [random_genotype(derive_seed(RANDOM_STREAM, n)) for n in range(self.plan.random_cells)]
+        cells = [random_genotype(derive_seed(RANDOM_STREAM, n)) for n in range(self.sizes.random_cells)]
         return [self.error(f"random{n}", cell) for n, cell in enumerate(cells)]
 
 
-def search_network_bytes(plan: Plan, partial: int, seed: int) -> int:
+def search_network_bytes(sizes: Sizes, partial: int, seed: int) -> int:
     """Bytes per picture that the search network keeps for its backward pass, alphas included, at the paper's size."""
     torch.manual_seed(seed)
     network = SearchNetwork(
-        SearchConfig(plan.memory_channels, plan.memory_cells, partial=partial, classes=10), fused=False
+        SearchConfig(sizes.memory_channels, sizes.memory_cells, partial=partial, classes=10), fused=False
     )
-    side = plan.memory_side
+    side = sizes.memory_side
     x_BCHW, y_B = torch.randn(2, 3, side, side), torch.tensor([0, 1])
-    kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
+    kept = kept_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), network.parameters())
     return kept // len(x_BCHW)
 
 
-def step_seconds(plan: Plan, partial: int, seed: int) -> float:
+def step_seconds(sizes: Sizes, partial: int, seed: int) -> float:
     """Median CPU seconds of a forward and backward pass of the search network at equal batch."""
     torch.manual_seed(seed)
-    network = SearchNetwork(SearchConfig(plan.time_channels, plan.time_cells, partial=partial))
-    side = plan.time_side
-    x_BCHW, y_B = torch.randn(plan.time_batch, 3, side, side), torch.randint(10, (plan.time_batch,))
+    network = SearchNetwork(SearchConfig(sizes.time_channels, sizes.time_cells, partial=partial))
+    side = sizes.time_side
+    x_BCHW, y_B = torch.randn(sizes.time_batch, 3, side, side), torch.randint(10, (sizes.time_batch,))
     taken = []
-    for _ in range(plan.time_steps + 1):
+    for _ in range(sizes.time_steps + 1):
         network.zero_grad(set_to_none=True)
         started = time.process_time()
         F.cross_entropy(network(x_BCHW), y_B).backward()

@@ -29,7 +29,11 @@ class DataConfig:
 
     Args:
         name: shapes (procedural scenes with exact captions), emoji (embedded artwork with captions), folder (your own).
-        path: the image folder: metadata.jsonl with "file_name" and "text" (and "label"), or one subfolder per class.
+        path: the image folder (metadata.jsonl with "file_name" and "text" (and "label"), a .txt beside each picture, or
+            one subfolder per class), parquet files, or a data set saved by `datasets`.
+        image_column: the column of the pictures in a table; None takes `image`, or the one that may be it.
+        text_column: the column of the captions, likewise `text` by default.
+        label_column: the column of the classes, likewise `label` by default.
         size: side of the square images in pixels; other buckets have about as many pixels.
         images: how many scenes to draw (shapes), or at most how many images to use; None means all there are.
         eval_images: held-out images that the metrics compare with.
@@ -47,6 +51,9 @@ class DataConfig:
 
     name: Literal["shapes", "emoji", "folder"] = "shapes"
     path: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
     size: int = 32
     images: int | None = None
     eval_images: int = 500
@@ -61,15 +68,21 @@ class DataConfig:
     cache_dir: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class NetworkConfig:
     """The shape of the network; channels and sizes of latents and captions follow from the codec and the encoder.
 
     Args:
-        patch_size: latents per token and side; caption_tokens: longest caption (longer ones are cut).
-        interpolation_scale: divides the positions when a stage has another resolution than the one before (2 at
-            1024 px); multi_scale: micro-conditioning on size and ratio, needed for buckets at the paper's 1024 px.
-        adaln: single (the paper's) or block (the ablation of figure 6).
+        patch_size: latents per token and side.
+        width: of the tokens.
+        depth: blocks.
+        heads: of each attention.
+        mlp_ratio: width of each MLP's hidden layer over `width`.
+        caption_tokens: longest caption (longer ones are cut).
+        interpolation_scale: divides the positions ("lewei_scale") when a stage has another resolution than the one
+            before: 2 at 1024 px, else 1.
+        multi_scale: micro-conditioning on size and aspect ratio (PixArtMS), needed for buckets at the paper's 1024 px.
+        adaln: single (the paper's), or block: the ablation of figure 6, an MLP a block on time and text.
         embedder_init: official, or unit for narrow networks and short runs (`model.py: UNIT_GAINS`).
     """
 
@@ -83,6 +96,55 @@ class NetworkConfig:
     multi_scale: bool = False
     adaln: Literal["single", "block"] = "single"
     embedder_init: Literal["official", "unit"] = "official"
+
+
+@dataclass(frozen=True)
+class PixArtConfig(NetworkConfig):
+    """The whole shape of a network, and config.json beside saved weights. Defaults: PixArt-XL/2 at 256 px.
+
+    Args:
+        input_size: side of the latents at the training resolution.
+        in_channels: of the latents.
+        caption_channels: width of the text encoder.
+        base_size: tokens a side whose positions are 0, 1, 2, ...; None: input_size // patch_size.
+        learn_sigma: C more output channels, the interpolated log-variance.
+        classes: of the DiT; 0: conditioned on text.
+
+    Raises:
+        ValueError: sizes that do not fit each other, named in the message.
+    """
+
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    caption_tokens: int = 120
+    input_size: int = 32
+    in_channels: int = 4
+    caption_channels: int = 4096
+    base_size: int | None = None
+    learn_sigma: bool = True
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width must be a multiple of heads and of 4, got {self.width} and {self.heads} heads")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.multi_scale and self.width % 3:
+            raise ValueError(f"multi_scale embeds height, width and ratio in thirds: width {self.width} % 3 != 0")
+        if self.adaln not in ("single", "block"):
+            raise ValueError(f'adaln must be "single" or "block", got {self.adaln!r}')
+        if self.embedder_init not in ("official", "unit"):
+            raise ValueError(f'embedder_init must be "official" or "unit", got {self.embedder_init!r}')
+
+    @property
+    def out_channels(self) -> int:
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def base(self) -> int:
+        """Tokens a side whose positions are 0, 1, 2, ... before `interpolation_scale`."""
+        return self.base_size or self.input_size // self.patch_size
 
 
 @dataclass
@@ -114,6 +176,8 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         max_steps: optimiser steps of the stage.
+        max_minutes: of the stage's training: a machine that would take longer does as many eighths of max_steps as fit
+            (measured at the start, kept in the stage's folder); 0 sets no limit.
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
@@ -122,6 +186,7 @@ class TrainerConfig(TrainerOptions):
     """
 
     max_steps: int = 1000
+    max_minutes: float = 0.0
     batch_size: int = 64
     gradient_checkpointing: bool = False
     attention: Attention = "auto"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from pixart.config import PixArtConfig
 from pixart.convert import infer_config, load_weights, read_state_dict
-from pixart.model import CaptionContext, CrossAttention, PixArt, PixArtConfig, token_grid, unpatchify
+from pixart.model import CaptionContext, CrossAttention, PixArt, token_grid, unpatchify
 
 COPIED_BLOCKS = 13
 

@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import UserError, run_main
 
@@ -34,8 +31,8 @@ if TYPE_CHECKING:
 
     from pixart.config import SamplingConfig
     from pixart.data import Pictures
+    from pixart.run import Stage
     from pixart.sample import Painter
-    from pixart.training import Stage
 
 PROMPT_SEED, SAMPLE_SEED = 7, 1
 
@@ -226,8 +223,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     from common.files import write_json
     from pixart.config import read_recipe
+    from pixart.run import Stage
     from pixart.sample import ABOUT
-    from pixart.training import Stage
 
     marks = sorted(options.run_dir.glob(f"{options.stage or '*'}/model/{ABOUT}"), key=lambda p: p.stat().st_mtime)
     if not marks:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,32 +19,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from common.data.shapes import Spec
 from common.data.shapes_verifier import read
-from common.files import write_atomically, write_json
-from common.metrics.distribution import fid, kid, precision_recall
-from common.metrics.features import extract, load_extractor
-from common.paths import cache_dir
-from common.training import build_trainer
-from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, StageConfig, TrainerConfig
+from common.study import ENDLESS, Arm, Judge, Watch, fit_arm, labelled
+from common.study import Study as CommonStudy
+from common.weights import read_weights, save_weights
+from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, PixArtConfig, StageConfig, TrainerConfig
 from pixart.convert import load_weights, reparameterise
 from pixart.data import BucketDataModule, Pictures, open_pictures, pad_to_square
 from pixart.diffusion import Diffusion
 from pixart.features import Codec, FeatureTable, open_features
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.model import DiT, PixArt
 from pixart.samplers import Noise, dpm_solver, guided, iddpm, sa_solver, seeded_noise
 from pixart.text import TextEncoder
-from pixart.training import StageModule
+from pixart.trainer import StageModule
 
 SHAPES_VAE, EMOJI_VAE = "ldm/pretrained/shapes32-v/vae", "ldm/pretrained/emoji64/vae"
 TOKENS = 56
-ENDLESS = 10**6  # steps: the CPU budget ends training
+GRID = 8  # samples of a grid
 PENALTY_TIMES = (100, 900)
 DATA_SEED = 0  # seeds of the claims differ in weights, batches and noise; the pictures are the same
 SAMPLE_SEED = 1
@@ -62,8 +56,8 @@ Measure = Callable[[Network], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes of a tier.
+class Sizes:
+    """Sizes and budgets of a tier.
 
     Args:
         width, depth, heads, batch: of every arm.
@@ -96,86 +90,6 @@ class Plan:
     emoji_images: int = 0
 
 
-PLANS = {
-    "small": Plan(
-        width=128,
-        depth=4,
-        heads=4,
-        batch=64,
-        shapes=("circle", "square", "triangle", "cross"),
-        colours=("red", "green", "blue", "yellow", "purple", "black"),
-        scenes="few",
-        images=4000,
-        held_out=384,
-        judged=256,
-        stage1=300,
-        early=50,
-        text=150,
-        long=1200,
-        ablation=400,
-        stage3=300,
-        tune=100,
-        buckets=150,
-        emoji=300,
-        emoji_images=2500,
-    ),
-    "smoke": Plan(
-        width=64,
-        depth=3,
-        heads=2,
-        batch=64,
-        shapes=("circle", "square"),
-        colours=("red", "green", "blue"),
-        scenes="one",
-        images=512,
-        held_out=128,
-        judged=0,
-        stage1=100,
-        early=20,
-        text=60,
-        long=240,
-    ),
-}
-
-
-@dataclass
-class Arm:
-    """A trained network: its averaged weights, what it cost, and its held-out measurements during training."""
-
-    network: Any
-    seconds: float
-    steps: int
-    curve: list[dict[str, float]]
-
-    def at(self, step: int) -> dict[str, float]:
-        """The measurements after so many steps."""
-        return next(point for point in self.curve if point["step"] == step)
-
-    @property
-    def last(self) -> dict[str, float]:
-        return self.curve[-1]
-
-
-class Watch(pl.Callback):
-    """Measures at some steps, keeps weights, and ends training after a budget of CPU seconds (measuring is free)."""
-
-    def __init__(self, steps: Sequence[int], measure: Callable[[int, float], None], seconds: float | None) -> None:
-        self.steps, self.measure, self.seconds = set(steps), measure, seconds
-        self.used = self._free = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.process_time()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        now = time.process_time()
-        self.used = now - self._start - self._free
-        if trainer.global_step in self.steps:
-            self.measure(trainer.global_step, self.used)
-            self._free += time.process_time() - now
-        if self.seconds is not None and self.used >= self.seconds:
-            trainer.should_stop = True
-
-
 @dataclass
 class HeldOut:
     """Held-out pictures with fixed noise: what the losses and samples of all arms of a claim are compared on."""
@@ -197,11 +111,6 @@ class HeldOut:
     def images(self) -> Tensor:
         """The real pictures, uint8."""
         return self.pictures.images(range(len(self.pictures)))
-
-    @cached_property
-    def features(self) -> Tensor:
-        """The judge's features of the real pictures."""
-        return extract(self.images, judge())
 
     def times(self, low: int = 0, high: int = 1000) -> Tensor:
         """One time a picture, spread evenly over [low, high)."""
@@ -275,29 +184,6 @@ def run_sampler(model: Any, start_BCHW: Tensor, sampler: Sampler, steps: int, no
     return iddpm(model, start_BCHW, steps, noise=noise)
 
 
-_judge: list[Any] = []
-
-
-def judge() -> Any:
-    """The extractor of FID and KID."""
-    if not _judge:
-        _judge.append(load_extractor("lite0"))
-    return _judge[0]
-
-
-def distances(fake: Tensor, real_features: Tensor) -> dict[str, float]:
-    """FID, KID (x 1000), precision and recall of as many samples as real pictures are compared with."""
-    features = extract(fake, judge())
-    real = real_features[: len(features)]
-    manifold = precision_recall(real, features)
-    return {
-        "fid": fid(real, features),
-        "kid_x1000": 1000 * kid(real, features).value,
-        "precision": manifold.precision,
-        "recall": manifold.recall,
-    }
-
-
 def alignment(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
     """How far pictures show the prompted objects, as the verifier reads them, 0..1 (means over pictures).
 
@@ -369,15 +255,12 @@ def full_size_parameters(adaln: Literal["single", "block"]) -> int:
         return sum(p.numel() for p in PixArt(shape).parameters())
 
 
-class Study:
-    """Data, networks and arms of a tier; everything is made when first asked for.
+class Study(CommonStudy[Sizes]):
+    """Data, networks and arms of a tier; everything is made when first asked for."""
 
-    Args:
-        folder: where trained arms are kept.
-    """
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
+    def __init__(self, sizes: Sizes, folder: Path) -> None:
+        super().__init__(sizes, folder)
+        self.judge = Judge()
         self._tables: dict[str, FeatureTable] = {}
         self._held_out: dict[str, HeldOut] = {}
 
@@ -396,12 +279,12 @@ class Study:
     # Data -------------------------------------------------------------------------------------------------------
 
     def data(self, **options: Any) -> DataConfig:
-        plan = self.plan
-        world: dict[str, Any] = {"shapes": list(plan.shapes), "colours": list(plan.colours)}
-        return DataConfig(**{"scenes": plan.scenes, "images": plan.images, **world, **options})
+        sizes = self.sizes
+        world: dict[str, Any] = {"shapes": list(sizes.shapes), "colours": list(sizes.colours)}
+        return DataConfig(**{"scenes": sizes.scenes, "images": sizes.images, **world, **options})
 
     def emoji_data(self) -> DataConfig:
-        return DataConfig(name="emoji", size=64, images=self.plan.emoji_images)
+        return DataConfig(name="emoji", size=64, images=self.sizes.emoji_images)
 
     def table(self, name: str, data: DataConfig, text: bool = True) -> FeatureTable:
         """Cached features of training pictures; `emoji-web` replaces the captions of emoji by poor ones."""
@@ -418,7 +301,7 @@ class Study:
         """Held-out pictures of one bucket with their captions, latents and noise."""
         if name not in self._held_out:
             codec = self.emoji_codec if data.name == "emoji" else self.codec
-            count = count or max(self.plan.held_out, self.plan.judged)
+            count = count or max(self.sizes.held_out, self.sizes.judged)
             pictures = open_pictures(data, "test", DATA_SEED, codec.factor * 2, count)
             moments = codec.moments(pictures.images(range(len(pictures))))
             generator = torch.Generator().manual_seed(derived_noise_seed(name))
@@ -451,16 +334,16 @@ class Study:
 
     def shape(self, codec: Codec | None = None, **options: Any) -> PixArtConfig:
         """The one network shape of the tier; codec: of other pictures than scenes."""
-        plan, codec = self.plan, codec or self.codec
+        sizes, codec = self.sizes, codec or self.codec
         side = 64 if codec is not self.codec else 32
         fixed: dict[str, Any] = {"input_size": side // codec.factor, "in_channels": codec.channels}
-        fixed |= {"width": plan.width, "depth": plan.depth, "heads": plan.heads}
+        fixed |= {"width": sizes.width, "depth": sizes.depth, "heads": sizes.heads}
         fixed |= {"caption_channels": self.encoder.channels, "caption_tokens": TOKENS}
         return PixArtConfig(**{**fixed, **options})
 
     @property
     def class_shape(self) -> PixArtConfig:
-        classes = len(self.plan.shapes) * len(self.plan.colours)
+        classes = len(self.sizes.shapes) * len(self.sizes.colours)
         return self.shape(classes=classes, caption_channels=1)
 
     def train(
@@ -478,7 +361,7 @@ class Study:
         checkpoints: Sequence[int] = (),
         keep: Sequence[int] = (),
         codec: Codec | None = None,
-    ) -> Arm:
+    ) -> Arm[Any]:
         """An arm: read from disk if it was trained before, else trained and kept.
 
         Args:
@@ -488,54 +371,48 @@ class Study:
             checkpoints: steps after which `measure` is called; it is called at the end in any case.
             keep: of these, steps whose averaged weights are kept too (`snapshot`).
         """
-        store = self.folder / "arms" / f"{name}-seed{seed}.json"
-        torch.manual_seed(seed)
-        network = copy.deepcopy(build()).requires_grad_(True)  # averaged weights, which may be the start, are frozen
-        if store.is_file():
-            known = json.loads(store.read_text())
-            network.load_state_dict(load_file(store.with_suffix(".safetensors")))
-            return Arm(network.eval(), known["seconds"], known["steps"], known["curve"])
-        config = self.stage_config(isinstance(network, DiT), seed, lr or RATES[rate])
-        module = StageModule(network, codec or self.codec, config)
-        curve: list[dict[str, float]] = []
+        settings = {
+            **self.settings,
+            "training": [lr or RATES[rate], steps, seconds, sorted(checkpoints), sorted(keep)],
+        }
 
-        def look(step: int, used: float) -> None:
-            if not curve or curve[-1]["step"] != step:
+        def start() -> Network:
+            torch.manual_seed(seed)
+            return copy.deepcopy(build()).requires_grad_(True)  # averaged weights, which may be the start, are frozen
+
+        def trained(network: Network, folder: Path) -> tuple[Network, dict[str, Any]]:
+            config = self.stage_config(isinstance(network, DiT), seed, lr or RATES[rate])
+            module = StageModule(network, codec or self.codec, config)
+
+            def look(step: int) -> dict[str, float]:
+                if step in keep:
+                    with module.sampling():
+                        save_weights(self._snapshot(name, seed, step), network.state_dict())
                 network.eval()
-                curve.append({"step": step, "seconds": used, **measure(network)})
+                found = measure(network)
                 network.train()
-            if step in keep:
-                save_weights(module.averaged, self._snapshot(name, seed, step))
+                return found
 
-        data_steps = steps if seconds is None else ENDLESS
-        watch = Watch([*checkpoints, *keep], look, seconds)
-        trainer = build_trainer(
-            cache_dir("experiments"),
-            config.trainer,
-            steps=data_steps,
-            batch_size=self.plan.batch,
-            grad_clip=config.optimiser.grad_clip,
-            logs=False,
-            callbacks=[watch],
-        )
-        trainer.fit(module, BucketDataModule(table(), self.plan.batch, data_steps, seed))
-        look(trainer.global_step, watch.used)
-        averaged = module.averaged.eval()
-        save_weights(averaged, store.with_suffix(".safetensors"))
-        write_json(store, {"seconds": watch.used, "steps": trainer.global_step, "curve": curve})
-        return Arm(averaged, watch.used, trainer.global_step, curve)
+            watch = Watch([*checkpoints, *keep], look, seconds)
+            batch = self.sizes.batch
+            data = BucketDataModule(table(), batch, steps, seed)
+            clip = config.optimiser.grad_clip
+            fit_arm(module, data, watch, config.trainer, steps=steps, batch_size=batch, grad_clip=clip)
+            return module.averaged(), watch.record()  # type: ignore[return-value]
+
+        return self.arm(name, seed, start, trained, settings)
 
     def stage_config(self, of_classes: bool, seed: int, lr: float) -> StageConfig:
         """What the trainer is told: the paper's optimiser with a rate and an average for short runs."""
-        plan = self.plan
+        sizes = self.sizes
         return StageConfig(
             kind="class" if of_classes else "text",
             seed=seed,
             vae=SHAPES_VAE,
-            network=NetworkConfig(width=plan.width, depth=plan.depth, heads=plan.heads, caption_tokens=TOKENS),
+            network=NetworkConfig(width=sizes.width, depth=sizes.depth, heads=sizes.heads, caption_tokens=TOKENS),
             optimiser=OptimiserConfig(lr=lr, warmup=20, ema_decay=0.98),
             trainer=TrainerConfig(
-                batch_size=plan.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+                batch_size=sizes.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
             ),
         )
 
@@ -545,12 +422,12 @@ class Study:
     def snapshot(self, name: str, seed: int, step: int, shape: PixArtConfig) -> PixArt:
         """The averaged weights of a text-conditional arm after `step` steps (`keep`)."""
         network = PixArt(shape)
-        network.load_state_dict(load_file(self._snapshot(name, seed, step)))
+        network.load_state_dict(read_weights(self._snapshot(name, seed, step))[0])
         return network.eval()
 
     # Arms that several claims share -----------------------------------------------------------------------------
 
-    def stage1(self, seed: int) -> Arm:
+    def stage1(self, seed: int) -> Arm[Any]:
         """Class-conditional DiT on single objects (P2, P4)."""
         held_out = self.held_out("one", self.data(scenes="one"))
         return self.train(
@@ -560,37 +437,37 @@ class Study:
             lambda: self.table("one", self.data(scenes="one"), text=False),
             held_out.losses,
             rate="class",
-            steps=self.plan.stage1,
+            steps=self.sizes.stage1,
         )
 
-    def dense(self, seed: int) -> Arm:
+    def dense(self, seed: int) -> Arm[Any]:
         """From scratch on dense captions: P1's adaLN-single, P2's scratch, P3's dense arm, P5's start, P6's model."""
-        plan = self.plan
-        marks = {plan.early, plan.text, plan.text + plan.stage1, plan.ablation}
-        kept = {step for step in (plan.ablation, plan.text, plan.text + plan.stage1) if plan.judged and step}
-        marks |= set(range(plan.long // 8, plan.long, max(plan.long // 8, 1)))
+        sizes = self.sizes
+        marks = {sizes.early, sizes.text, sizes.text + sizes.stage1, sizes.ablation}
+        kept = {step for step in (sizes.ablation, sizes.text, sizes.text + sizes.stage1) if sizes.judged and step}
+        marks |= set(range(sizes.long // 8, sizes.long, max(sizes.long // 8, 1)))
         return self.train(
             "dense",
             seed,
             lambda: PixArt(self.shape()),
             lambda: self.dense_table,
             self.scenes.losses,
-            steps=max(plan.long, plan.text + plan.stage1),
+            steps=max(sizes.long, sizes.text + sizes.stage1),
             checkpoints=sorted(marks),
             keep=sorted(kept),
         )
 
-    def web(self, seed: int) -> Arm:
+    def web(self, seed: int) -> Arm[Any]:
         """The same pictures, steps and seeds with LAION-like captions (P3)."""
-        plan = self.plan
+        sizes = self.sizes
         return self.train(
             "web",
             seed,
             lambda: PixArt(self.shape()),
             lambda: self.table("web", self.data(captions="web")),
             self.scenes.losses,
-            steps=max(plan.long, plan.text + plan.stage1),
-            checkpoints=range(plan.long // 8, plan.long, max(plan.long // 8, 1)),
+            steps=max(sizes.long, sizes.text + sizes.stage1),
+            checkpoints=range(sizes.long // 8, sizes.long, max(sizes.long // 8, 1)),
         )
 
     def from_stage1(self, seed: int, random_tables: bool = False) -> Callable[[], PixArt]:
@@ -607,32 +484,32 @@ class Study:
 
         return build
 
-    def reparam(self, seed: int) -> Arm:
+    def reparam(self, seed: int) -> Arm[Any]:
         """Stage 2 from the re-parameterised DiT (P2, P4)."""
-        plan = self.plan
+        sizes = self.sizes
         return self.train(
             "reparam",
             seed,
             self.from_stage1(seed),
             lambda: self.dense_table,
             self.scenes.losses,
-            steps=plan.text,
-            checkpoints=(plan.early, (plan.early + plan.text) // 2),
+            steps=sizes.text,
+            checkpoints=(sizes.early, (sizes.early + sizes.text) // 2),
         )
 
-    def random_tables(self, seed: int) -> Arm:
+    def random_tables(self, seed: int) -> Arm[Any]:
         """DiT weights under random tables (P2's ablation)."""
-        plan = self.plan
+        sizes = self.sizes
         return self.train(
             "random_tables",
             seed,
             self.from_stage1(seed, random_tables=True),
             lambda: self.dense_table,
             self.scenes.losses,
-            steps=plan.early,
+            steps=sizes.early,
         )
 
-    def block(self, seed: int) -> Arm:
+    def block(self, seed: int) -> Arm[Any]:
         """The ablation's adaLN: an MLP a block on time and pooled text (P1)."""
         return self.train(
             "block",
@@ -641,9 +518,41 @@ class Study:
             lambda: self.dense_table,
             self.scenes.losses,
             rate="block",
-            steps=self.plan.ablation,
-            checkpoints=[self.plan.ablation // 2],
+            steps=self.sizes.ablation,
+            checkpoints=[self.sizes.ablation // 2],
         )
+
+    def emoji(self, captions: str, seed: int) -> Arm[Any]:
+        """From scratch on captioned artwork, with its captions ("dense") or poor ones ("web") (P3)."""
+        shape = self.shape(self.emoji_codec)
+        return self.train(
+            f"emoji-{captions}",
+            seed,
+            lambda: PixArt(shape),
+            lambda: self.table("emoji" if captions == "dense" else "emoji-web", self.emoji_data()),
+            self.held_out("emoji", self.emoji_data()).losses,
+            steps=self.sizes.emoji,
+            checkpoints=[self.sizes.emoji // 2],
+            codec=self.emoji_codec,
+        )
+
+    def judged(
+        self, seed: int, name: str, images: Tensor, held_out: HeldOut, aligned: bool = True, figure: str = ""
+    ) -> dict[str, float]:
+        """Distances to the held-out pictures (and alignment with their captions), each key ending in `_name`.
+
+        The first seed's samples are shown with their prompts as `figure` (default: `name`).
+        """
+        self.samples(seed, figure or name, images, held_out)
+        found = self.judge.distances(images, held_out.images)
+        if aligned:
+            assert held_out.pictures.specs is not None
+            found |= alignment(squared(images), held_out.pictures.specs[: len(images)])
+        return labelled(found, name) | {f"images_{name}": float(len(images))}
+
+    def samples(self, seed: int, name: str, images: Tensor, held_out: HeldOut) -> None:
+        """A grid of the first seed's samples with their prompts."""
+        self.show(seed, name, images[:GRID], columns=4, captions=held_out.pictures.captions[:GRID], tile=192)
 
     def calibrate(self) -> list[dict[str, float | str]]:
         """Held-out error of each kind of network at each candidate rate after the steps of P2's comparison."""
@@ -660,7 +569,7 @@ class Study:
                     (lambda: self.table("one", one, text=False)) if kind == "class" else (lambda: self.dense_table),
                     (self.held_out("one", one) if kind == "class" else self.scenes).losses,
                     lr=lr,
-                    steps=self.plan.text,
+                    steps=self.sizes.text,
                 )
                 rows.append({"kind": kind, "lr": lr, "seconds": round(arm.seconds, 1), **arm.last})
                 print(rows[-1], flush=True)
@@ -670,12 +579,6 @@ class Study:
 def derived_noise_seed(name: str) -> int:
     """A noise seed of its own for every held-out set."""
     return sum(ord(letter) << (8 * (i % 3)) for i, letter in enumerate(name))
-
-
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Parameters and buffers, written atomically."""
-    state = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, str(temporary)))
 
 
 def resized(network: PixArt, **options: Any) -> PixArt:

@@ -24,56 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from common.cpu import few_sizes
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from common.kernels.attention import Form, attention
+from pixart.config import PixArtConfig
 
 FREQUENCIES = 256  # width of the sinusoidal features of times and sizes
 NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class PixArtConfig:
-    """The shape of a network, and config.json beside saved weights. Defaults: PixArt-XL/2 at 256 px.
-
-    Raises:
-        ValueError: sizes that do not fit each other, named in the message.
-    """
-
-    input_size: int = 32  # side of the latents at the training resolution
-    patch_size: int = 2
-    in_channels: int = 4
-    width: int = 1152
-    depth: int = 28
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    caption_channels: int = 4096
-    caption_tokens: int = 120
-    base_size: int | None = None  # tokens a side whose positions are 0, 1, 2, ...; None: input_size // patch_size
-    interpolation_scale: float = 1.0  # divides the positions ("lewei_scale"): 2 at 1024 px, else 1
-    learn_sigma: bool = True  # C more output channels: the interpolated log-variance
-    multi_scale: bool = False  # micro-conditioning on size and aspect ratio (PixArtMS)
-    adaln: Literal["single", "block"] = "single"  # "block": the ablation of figure 6, an MLP a block on time and text
-    classes: int = 0  # of the DiT; 0: conditioned on text
-    embedder_init: Literal["official", "unit"] = "official"  # "unit": see UNIT_GAINS
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width must be a multiple of heads and of 4, got {self.width} and {self.heads} heads")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.multi_scale and self.width % 3:
-            raise ValueError(f"multi_scale embeds height, width and ratio in thirds: width {self.width} % 3 != 0")
-        if self.adaln not in ("single", "block"):
-            raise ValueError(f'adaln must be "single" or "block", got {self.adaln!r}')
-        if self.embedder_init not in ("official", "unit"):
-            raise ValueError(f'embedder_init must be "official" or "unit", got {self.embedder_init!r}')
-
-    @property
-    def out_channels(self) -> int:
-        return 2 * self.in_channels if self.learn_sigma else self.in_channels
-
-    @property
-    def base(self) -> int:
-        """Tokens a side whose positions are 0, 1, 2, ... before `interpolation_scale`."""
-        return self.base_size or self.input_size // self.patch_size
 
 
 def sinusoids(value_B: Tensor, dim: int = FREQUENCIES) -> Tensor:

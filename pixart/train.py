@@ -16,27 +16,81 @@ stage: config.yaml, checkpoints/, logs/, samples/, model/ (weights), metrics.jso
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+from typing import TYPE_CHECKING, Any
 
 from common.errors import run_main
 from pixart.config import read_recipe
 
-CONFIGS = Path(__file__).parent / "configs"
+if TYPE_CHECKING:
+    from pixart.run import Stage
+    from pixart.sample import Painter
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the configured stages; returns their metrics by name."""
+    """Run the stages one after another; what is finished is not repeated. Returns the metrics by stage.
+
+    The metrics of each evaluated stage go to its metrics.json; those of the last finished one, with the scores and
+    times of all, to metrics.json of the recipe's folder.
+    """
     description = f"{__doc__.splitlines()[0]} Beside the options below: --stage NAME takes one stage of a recipe."
     recipe = read_recipe(argv, description)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
-    from pixart.training import run_recipe
+    from common.processes import is_main_process
+    from pixart.run import Stage
 
-    return run_recipe(recipe)
+    metrics: dict[str, Any] = {}
+    for config, text in recipe.stages:
+        stage = Stage.open(config, text, recipe.names)
+        painter: Painter | None = None
+        if stage.finished:
+            if is_main_process():
+                print(f"{stage.folder}: trained already", file=sys.stderr)
+        else:
+            painter = stage.train()
+        if is_main_process():
+            metrics[config.name] = finish(stage, painter)
+    if metrics and is_main_process():
+        folder = Path(recipe.stages[-1][0].run_dir)
+        files = {name: folder / name / "metrics.json" for name in recipe.names}
+        write_summary(folder, {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
+    return metrics
+
+
+def finish(stage: Stage, painter: Painter | None) -> dict[str, Any]:
+    """Grid and metrics of a trained stage, unless they are there already."""
+    from common.files import write_json
+    from pixart.evaluate import evaluate_stage
+
+    file = stage.folder / "metrics.json"
+    if file.is_file() and painter is None:
+        return json.loads(file.read_text())
+    started = time.perf_counter()
+    painter = painter or stage.painter()
+    stage.grid(painter, stage.folder / "samples.png")
+    metrics: dict[str, Any] = evaluate_stage(stage, painter) if stage.config.evaluate else {"task": stage.config.kind}
+    stage.seconds["evaluation"] = time.perf_counter() - started
+    metrics["seconds"] = {name: round(value, 1) for name, value in stage.seconds.items()}
+    write_json(file, metrics)
+    return metrics
+
+
+def write_summary(folder: Path, metrics: dict[str, Any]) -> None:
+    """metrics.json of a recipe: the last stage's, the headline numbers and times of every stage, the total time."""
+    from common.files import write_json
+
+    last = dict(next(reversed(metrics.values())))
+    last["stages"] = {
+        name: {key: values[key] for key in ("summary", "shapes_score", "seconds") if key in values}
+        for name, values in metrics.items()
+    }
+    total = sum(sum(values.get("seconds", {}).values()) for values in metrics.values())
+    last["seconds"] = {**last.get("seconds", {}), "total": round(total, 1)}
+    write_json(folder / "metrics.json", last)
 
 
 if __name__ == "__main__":

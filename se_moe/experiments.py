@@ -1,4 +1,4 @@
-"""The arms behind the claims: what `reproduce.py` measures, with every budget in `PLANS`.
+"""The arms behind the claims: what `reproduce.py` measures, on sizes and budgets from claims.yaml.
 
 Times are medians of repeats that alternate between the arms (A B C A B C ...) on the same machine; where a claim can
 be counted in bytes, messages or CPU seconds, it is. A slow drive or link is a sleep of fixed length, the same for all
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.study import Study as CommonStudy
 from se_moe.cache import SparseCache
 from se_moe.communication import (
     GradientBuckets,
@@ -43,31 +43,34 @@ from se_moe.config import DataConfig, ModelOptions, StorageConfig, Switches, Tra
 from se_moe.data import TextData
 from se_moe.elastic import Layout, TaskGroups, TaskMoE, rank_step, tagged_parameters
 from se_moe.embedding import PartitionedEmbedding
-from se_moe.homes import TieredHome
-from se_moe.inference import distil, expert_usage, student_of
-from se_moe.model import Attention, MoELanguageModel, initialise
-from se_moe.planner import FLOAT32, Machine, storage_plan
-from se_moe.ring import RingOffload
-from se_moe.storage import DeviceArena, Throttle
-from se_moe.training import Trainer, model_config
+from se_moe.model import Attention
+from se_moe.training import Trainer
 
-ERAS = ["sotu:1790-1860", "sotu:1861-1920", "sotu:1921-1970", "sotu:1971-2030"]
 BATCHES = (64, 32, 16, 16)  # the paper's 512/256/128/128 at an eighth
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes and budgets of a tier."""
+class Sizes:
+    """Sizes and budgets of a tier.
 
-    repeats: int  # of alternating timings
-    tier_steps: int  # of each arm of M2
+    Args:
+        repeats: of alternating timings.
+        tier_experts, tier_batch (sequences of 32 tokens), tier_steps (of each arm): of M2.
+        trace_steps: of recorded gates, trace_requests: of the shifting Zipf trace (M3).
+        elastic_steps, elastic_repeats: of M5; vocabulary, embedding_tokens: of M7; ring_hidden, ring_rows: of M8;
+        deepspeed_steps: of M9; teacher_steps, student_steps: of M10.
+        corpus: that the language models read.
+    """
+
+    repeats: int
+    tier_steps: int
     tier_experts: int
-    tier_batch: int  # sequences of 32 tokens in M2
-    trace_steps: int  # of recorded gates (M3)
-    trace_requests: int  # of the shifting Zipf trace
+    tier_batch: int
+    trace_steps: int
+    trace_requests: int
     elastic_steps: int
     elastic_repeats: int
-    vocabulary: int  # of the embedding claim
+    vocabulary: int
     embedding_tokens: int
     ring_hidden: int
     ring_rows: int
@@ -77,10 +80,40 @@ class Plan:
     corpus: str
 
 
-PLANS = {
-    "smoke": Plan(3, 4, 16, 32, 12, 2000, 4, 2, 8192, 256, 128, 256, 12, 30, 15, "sotu:1945-1970"),
-    "small": Plan(9, 12, 32, 96, 60, 8000, 20, 7, 50304, 1024, 256, 1024, 50, 400, 200, "sotu"),
-}
+class Study(CommonStudy[Sizes]):
+    """The language model of the claims on tiers, and what it asks of them."""
+
+    def config(self, seed: int, switches: Switches, **storage: Any) -> TrainConfig:
+        """One rank, two MoE layers."""
+        sizes = self.sizes
+        return TrainConfig(
+            run_dir=str(self.folder),
+            seed=seed,
+            steps=1000,
+            batch=16,
+            data=DataConfig(tasks=[sizes.corpus], vocabulary=600, sequence=32),
+            model=ModelOptions(
+                hidden=96, layers=4, heads=4, dense_hidden=192, experts=sizes.tier_experts, expert_hidden=128
+            ),
+            switches=switches,
+            storage=StorageConfig(**storage),
+        )
+
+    def gate_trace(self, seed: int) -> list[int]:
+        """Experts in the order in which training asks for them: recorded from a resident run with few tokens a step."""
+        config = self.config(seed, Switches(tiers=False))
+        config = replace(config, batch=2, model=replace(config.model, top_k=1, experts=2 * self.sizes.tier_experts))
+        trace: list[int] = []
+        with opened(config) as trainer:
+            for step in range(self.sizes.trace_steps):
+                ids_BL, targets_BL = trainer.batch(step)
+                with torch.no_grad():
+                    trainer.model.train()
+                    counts_ME = trainer.model(ids_BL[:, :8], targets_BL[:, :8]).requested_ME
+                for layer, counts_E in enumerate(counts_ME):
+                    trace += [layer * len(counts_E) + int(e) for e in counts_E.nonzero()]
+                trainer.step()
+        return trace
 
 
 def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -125,10 +158,10 @@ def alternate(arms: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
             arm()
             if number:
                 taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: (_median(w for w, _ in times), _median(c for _, c in times)) for name, times in taken.items()}
+    return {name: (median(w for w, _ in times), median(c for _, c in times)) for name, times in taken.items()}
 
 
-def _median(values: Any) -> float:
+def median(values: Any) -> float:
     return float(statistics.median(values))
 
 
@@ -182,22 +215,6 @@ def fused_against_per_tensor(repeats: int, seed: int) -> dict[str, float]:
     }
 
 
-def tier_config(plan: Plan, seed: int, folder: Path, switches: Switches, **storage: Any) -> TrainConfig:
-    """One rank, two MoE layers."""
-    return TrainConfig(
-        run_dir=str(folder),
-        seed=seed,
-        steps=1000,
-        batch=16,
-        data=DataConfig(tasks=[plan.corpus], vocabulary=600, sequence=32),
-        model=ModelOptions(
-            hidden=96, layers=4, heads=4, dense_hidden=192, experts=plan.tier_experts, expert_hidden=128
-        ),
-        switches=switches,
-        storage=StorageConfig(**storage),
-    )
-
-
 @contextmanager
 def opened(config: TrainConfig) -> Iterator[Trainer]:
     """A trainer of one process whose files go away afterwards."""
@@ -211,75 +228,9 @@ def opened(config: TrainConfig) -> Iterator[Trainer]:
             trainer.close()
 
 
-def _timed_steps(trainer: Trainer, steps: int) -> tuple[list[float], list[float]]:
+def timed_steps(trainer: Trainer, steps: int) -> tuple[list[float], list[float]]:
     logs = [trainer.step() for _ in range(steps)]
     return [log.loss for log in logs], [log.seconds for log in logs]
-
-
-def prefetch_and_cache(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
-    """Tokens a second with neither, either and both of prefetch and cache, on a drive as slow as the computation.
-
-    The drive's speed is set so that what the arm without both moves in a step takes as long as a resident step does.
-    """
-    arms = {"none": (False, False), "prefetch": (True, False), "cache": (False, True), "both": (True, True)}
-
-    def arm_config(switches: Switches, **storage: Any) -> TrainConfig:
-        # Many tokens a step: the machine's own drive must be faster than the pretended one.
-        return replace(tier_config(plan, seed, folder, switches, **storage), batch=plan.tier_batch)
-
-    tokens = plan.tier_batch * 32
-    with opened(arm_config(Switches(tiers=False))) as resident:
-        expected, seconds = _timed_steps(resident, plan.tier_steps)
-        compute = _median(seconds[1:])
-    off = Switches(prefetch=False, cache=False)
-    with opened(arm_config(off)) as probe:
-        assert isinstance(probe.home, TieredHome)
-        probe.step()
-        before = probe.home.files.statistics.bytes_read + probe.home.files.statistics.bytes_written
-        probe.step()
-        moved = probe.home.files.statistics.bytes_read + probe.home.files.statistics.bytes_written - before
-    rate = moved / compute / 1e6
-    result = {"drive_mb_s": rate, "compute_seconds": compute, "losses_equal": 1.0}
-    speed, hidden = {}, {}
-    for name, (prefetch, cache) in arms.items():
-        switches = Switches(prefetch=prefetch, cache=cache)
-        with opened(arm_config(switches, read_mb_s=rate, cached_share=0.5)) as trainer:
-            losses, seconds = _timed_steps(trainer, plan.tier_steps)
-            assert isinstance(trainer.home, TieredHome)
-            statistics_ = trainer.home.store.statistics
-            speed[name] = tokens / _median(seconds[1:])
-            hidden[name] = statistics_.hidden_fraction
-            if losses != expected:
-                result["losses_equal"] = 0.0
-            if trainer.home.cache is not None:
-                result[f"hit_rate_{name}"] = trainer.home.cache.statistics.hit_rate
-            result[f"fetch_seconds_{name}"] = statistics_.fetch_seconds
-            result[f"wait_seconds_{name}"] = statistics_.wait_seconds
-    return {
-        "speedup": speed["both"] / speed["none"],
-        "hidden": hidden["prefetch"],
-        **result,
-        "speed_resident": tokens / compute,
-        **{f"speed_{name}": value for name, value in speed.items()},
-        **{f"hidden_{name}": value for name, value in hidden.items()},
-    }
-
-
-def gate_trace(plan: Plan, seed: int, folder: Path) -> list[int]:
-    """Experts in the order in which training asks for them: recorded from a resident run with few tokens a step."""
-    config = tier_config(plan, seed, folder, Switches(tiers=False))
-    config = replace(config, batch=2, model=replace(config.model, top_k=1, experts=2 * plan.tier_experts))
-    trace: list[int] = []
-    with opened(config) as trainer:
-        for step in range(plan.trace_steps):
-            ids_BL, targets_BL = trainer.batch(step)
-            with torch.no_grad():
-                trainer.model.train()
-                counts_ME = trainer.model(ids_BL[:, :8], targets_BL[:, :8]).requested_ME
-            for layer, counts_E in enumerate(counts_ME):
-                trace += [layer * len(counts_E) + int(e) for e in counts_E.nonzero()]
-            trainer.step()
-    return trace
 
 
 def zipf_trace(experts: int, requests: int, seed: int, shifts: int = 4) -> list[int]:
@@ -320,71 +271,6 @@ def replay(trace: Sequence[int], capacity: int, **options: Any) -> tuple[float, 
             cache.mark_dirty(key)
     flush()
     return cache.statistics.hit_rate, cache.statistics.writes + bypassed
-
-
-def cache_rules(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
-    """Hit rates and writes of the cache rules on recorded gates and on shifting popularity."""
-    traces = {"gates": gate_trace(plan, seed, folder), "shift": zipf_trace(64, plan.trace_requests, seed)}
-    result: dict[str, float] = {}
-    for name, trace in traces.items():
-        capacity = max(2, len(set(trace)) // 2)  # as the tiers do by default
-        for rule, options in CACHE_RULES.items():
-            rate, writes = replay(trace, capacity, **options)
-            result[f"hit_rate_{rule}_{name}"] = rate
-            result[f"writes_{rule}_{name}"] = writes / len(trace)
-    best = max(result["hit_rate_lfu_gates"], result["hit_rate_lru_gates"])
-    return {
-        "gain_under_shift": result["hit_rate_decayed_shift"] - result["hit_rate_lfu_shift"],
-        "gap_on_gates": result["hit_rate_decayed_gates"] - best,
-        "writes_per_request": max(result["writes_decayed_gates"], result["writes_decayed_shift"]),
-        **result,
-    }
-
-
-def storage_formula(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
-    """Equation (1) against the bytes that the tiers really held, for three models; half the memory, equal losses."""
-    result: dict[str, float] = {}
-    worst = 0.0
-    shapes = {"a": (8, 128, 64), "b": (16, 128, 64), "c": (8, 256, 96)}
-    for name, (experts, wide, hidden) in shapes.items():
-        base = tier_config(plan, seed, folder, Switches(prefetch=False), cached_share=1.0, period=0)
-        model = replace(base.model, experts=experts, expert_hidden=wide, hidden=hidden)
-        with opened(replace(base, model=model, batch=32)) as trainer:
-            for _ in range(2):
-                log = trainer.step()
-            assert isinstance(trainer.home, TieredHome)
-            layers = len(trainer.model.moe_layers())
-            planned = storage_plan(
-                trainer.dense_count, trainer.sparse_count, layers, log.alpha, Machine(1e12, 1e12, 1e12), FLOAT32
-            )
-            home = trainer.home
-            gradients = home.store.statistics.gradient_peak_bytes
-            used = len(home.cache.keys()) * home.layout.slot_bytes if home.cache is not None else 0
-            measured = {
-                "device": (trainer.arena.peak_bytes, planned.device_bytes),
-                "host": (used + gradients, planned.host_bytes),
-                "file": (home.files.live_bytes, planned.file_bytes),
-            }
-            result[f"alpha_{name}"] = log.alpha
-        for tier, (bytes_, formula) in measured.items():
-            error = abs(bytes_ / formula - 1)
-            result[f"{tier}_megabytes_{name}"], result[f"{tier}_error_{name}"] = bytes_ / 1e6, error
-            worst = max(worst, error)
-    config = tier_config(plan, seed, folder, Switches(tiers=False))
-    with opened(config) as resident:
-        expected, _ = _timed_steps(resident, 4)
-        half = resident.resident_bytes() / 2
-        full = resident.arena.peak_bytes
-    budget = tier_config(plan, seed, folder, Switches(), device_mb=half / 1e6)
-    with opened(budget) as trainer:
-        losses, _ = _timed_steps(trainer, 4)
-        peak = trainer.arena.peak_bytes
-    return {
-        "largest_error": worst,
-        "device_share": peak / full,
-        "losses_equal": float(losses == expected),
-        **result,
-    }
 
 
 class TaskLanguageModel(nn.Module):
@@ -457,7 +343,7 @@ def train_layout(name: str, steps: int, seed: int, folder: str) -> float:
     return 0.0
 
 
-def _merged_state(folder: Path, name: str, ranks: int) -> dict[str, Tensor]:
+def merged_state(folder: Path, name: str, ranks: int) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for rank in range(ranks):
         for key, tensor in torch.load(folder / f"{name}-{rank}.pt", weights_only=True).items():
@@ -477,33 +363,6 @@ def compute_seconds(layout: Layout, repeats: int, seed: int) -> list[float]:
             rank_step(layout, rank, rows, model.loss_sum)
             best[rank] = min(best[rank], time.process_time() - started)
     return best
-
-
-def elastic(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
-    """Samples a second and rank of the layouts, and the parameters that they lead to."""
-    layouts = elastic_layouts()
-    result: dict[str, float] = {}
-    speed = {}
-    for name, layout in layouts.items():
-        seconds = compute_seconds(layout, plan.elastic_repeats, seed)
-        speed[name] = sum(BATCHES) / layout.ranks / max(seconds)
-        result[f"samples_per_second_{name}"] = speed[name]
-        result[f"utilisation_{name}"] = layout.allocation.utilisation
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        states = {}
-        for name, layout in layouts.items():
-            on_ranks(layout.ranks, train_layout, name, plan.elastic_steps, seed, work)
-            states[name] = _merged_state(Path(work), name, layout.ranks)
-    first = states["one_each"]
-    difference = max(
-        float((state[key] - first[key]).abs().max()) for state in states.values() for key in first.keys() & state.keys()
-    )
-    same_names = all(state.keys() == first.keys() for state in states.values())
-    return {
-        "gain": speed["balanced"] / speed["one_each"] - 1,
-        "parameter_difference": difference if same_names else float("inf"),
-        **result,
-    }
 
 
 def exchanges(nodes: int, per_node: int, repeats: int, seed: int, latency: float) -> dict[str, float]:
@@ -531,29 +390,6 @@ def exchanges(nodes: int, per_node: int, repeats: int, seed: int, latency: float
         "flat_messages": links["flat"].messages / (repeats + 1),
         "two_phase_messages": links["two_phase"].messages / (repeats + 1),
         "equal": float(torch.equal(found["flat"], found["two_phase"])),
-    }
-
-
-def hierarchical(plan: Plan, seed: int) -> dict[str, float]:
-    """Both exchanges on 2 x 2 and 2 x 3 ranks."""
-    result: dict[str, float] = {}
-    for per_node in (2, 3):
-        per_rank = on_ranks(2 * per_node, exchanges, 2, per_node, plan.repeats, seed, 0.002)
-        flat, two = (max(r[f"{k}_seconds"] for r in per_rank) for k in ("flat", "two_phase"))
-        messages = [sum(r[f"{k}_messages"] for r in per_rank) for k in ("flat", "two_phase")]
-        name = f"2x{per_node}"
-        result |= {
-            f"speedup_{name}": flat / two,
-            f"fewer_messages_{name}": messages[0] / messages[1] / per_node,
-            f"equal_{name}": min(r["equal"] for r in per_rank),
-            f"flat_ms_{name}": 1000 * flat,
-            f"two_phase_ms_{name}": 1000 * two,
-        }
-    return {
-        "speedup": min(result["speedup_2x2"], result["speedup_2x3"]),
-        "fewer_messages": min(result["fewer_messages_2x2"], result["fewer_messages_2x3"]),
-        "equal": min(result["equal_2x2"], result["equal_2x3"]),
-        **result,
     }
 
 
@@ -597,163 +433,4 @@ def embeddings(vocabulary: int, hidden: int, tokens: int, repeats: int, seed: in
         **{f"bytes_{name}": float(value) for name, value in bytes_.items()},
         **{f"wall_{name}": times[name][0] for name in times},
         **{f"cpu_{name}": times[name][1] for name in times},
-    }
-
-
-def embedding_partition(plan: Plan, seed: int) -> dict[str, float]:
-    """Two ranks, hidden 64."""
-    per_rank = on_ranks(2, embeddings, plan.vocabulary, 64, plan.embedding_tokens, plan.repeats, seed)
-    worst = {key: max(r[key] for r in per_rank) for key in per_rank[0]}
-    return {
-        "speedup": worst["cpu_replicated"] / worst["cpu_columns"],
-        "speedup_wall": worst["wall_replicated"] / worst["wall_columns"],
-        "speedup_rows": worst["cpu_replicated"] / worst["cpu_rows"],
-        "memory_share": worst["bytes_columns"] / worst["bytes_replicated"],
-        "loss_difference": worst["loss_difference"],
-        "milliseconds_replicated": 1000 * worst["wall_replicated"],
-        "milliseconds_columns": 1000 * worst["wall_columns"],
-    }
-
-
-def ring_offload(plan: Plan, seed: int, layers: int = 12) -> dict[str, float]:
-    """A pass through 12 layers: resident, offloaded one after the other, rings of 2 and 4; copy = half the compute."""
-    torch.manual_seed(seed)
-    d, f = plan.ring_hidden, 4 * plan.ring_hidden
-    host = [{"fc1": torch.randn(f, d) / d**0.5, "fc2": torch.randn(d, f) / f**0.5} for _ in range(layers)]
-    x_ND = torch.randn(plan.ring_rows, d)
-
-    def forward(ring: RingOffload) -> Tensor:
-        y_ND = x_ND
-        with torch.no_grad():
-            for index in range(layers):
-                with ring.layer(index) as p:
-                    y_ND = y_ND + F.linear(F.gelu(F.linear(y_ND, p["fc1"])), p["fc2"])
-        return y_ND
-
-    layer_bytes = sum(t.nbytes for t in host[0].values())
-    started = DeviceArena(2 * layers * layer_bytes)
-    with RingOffload(host, layers, started) as resident:
-        expected = forward(resident)
-        compute = alternate({"resident": lambda: forward(resident)}, plan.repeats)["resident"][0] / layers
-    throttle = {"bytes_per_second": layer_bytes / (0.5 * compute)}
-    specs = {"resident": (layers, True), "serial": (1, False), "ring2": (2, True), "ring4": (4, True)}
-    arenas = {name: DeviceArena(2 * layers * layer_bytes) for name in specs}
-    rings = {
-        name: RingOffload(host, k, arenas[name], overlap, None if k == layers else Throttle(**throttle))
-        for name, (k, overlap) in specs.items()
-    }
-    try:
-        equal = all(torch.equal(forward(ring), expected) for ring in rings.values())
-        arms = {name: (lambda ring=ring: forward(ring)) for name, ring in rings.items()}  # type: ignore[misc]
-        wall = {name: t[0] for name, t in alternate(arms, plan.repeats).items()}
-    finally:
-        for ring in rings.values():
-            ring.close()
-    exposed = {name: wall[name] - wall["resident"] for name in ("ring2", "ring4")}
-    serial = wall["serial"] - wall["resident"]
-    return {
-        "time_ratio": wall["ring4"] / wall["resident"],
-        "hidden": 1 - exposed["ring4"] / serial,
-        "device_share": arenas["ring4"].peak_bytes / arenas["resident"].peak_bytes,
-        "equal": float(equal),
-        "time_ratio_ring2": wall["ring2"] / wall["resident"],
-        "time_ratio_serial": wall["serial"] / wall["resident"],
-        "hidden_ring2": 1 - exposed["ring2"] / serial,
-        "device_share_ring2": arenas["ring2"].peak_bytes / arenas["resident"].peak_bytes,
-        "compute_ms": 1000 * compute,
-    }
-
-
-def beside_deepspeed(plan: Plan, seed: int, folder: Path) -> dict[str, float]:
-    """The same model by ours (experts resident) and by DeepSpeed, ZeRO 0 and 2, on two ranks; arms take turns.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
-    """
-    from se_moe.deepspeed_arm import INSTALL, available
-    from se_moe.train import start_ranks
-
-    if not available():
-        raise UserError(f"M9 compares with DeepSpeed. {INSTALL}")
-    found: dict[str, list[dict[str, Any]]] = {"resident": [], "zero0": [], "zero2": []}
-    for turn in range(3 if plan.deepspeed_steps >= 50 else 1):
-        for name, measured in found.items():
-            arm = "resident" if name == "resident" else "deepspeed"
-            run = TrainConfig(
-                run_dir=str(folder / f"M9-{name}-seed{seed}-{turn}"),
-                seed=seed,
-                steps=plan.deepspeed_steps,
-                arms=[arm],
-                log_every=10**6,
-                checkpoint_every=10**6,
-                data=DataConfig(tasks=[plan.corpus]),
-                # With a small vocabulary and many tokens a split table costs more than it saves; slices of the dense
-                # parameters stand against ZeRO's.
-                switches=Switches(partition=False, shard_dense=True),
-            )
-            run.parallel.zero_stage = 0 if name == "zero0" else 2
-            file = Path(run.run_dir) / arm / "metrics.json"
-            if not file.is_file():
-                start_ranks(run, arm)
-            measured.append(json.loads(file.read_text(encoding="utf-8")))
-    cpu = {name: _median(m["cpu_seconds_per_1000_tokens"] for m in rows) for name, rows in found.items()}
-    speed = {name: _median(m["tokens_per_second"] for m in rows) for name, rows in found.items()}
-    peak = {name: _median(m["peak_bytes"] for m in rows) for name, rows in found.items()}
-    losses = {name: rows[0]["losses"] for name, rows in found.items()}
-
-    def apart(a: str, b: str, steps: int | None = None) -> float:
-        return max(abs(x - y) for x, y in zip(losses[a][:steps], losses[b][:steps], strict=True))
-
-    return {
-        "cpu_ratio": cpu["resident"] / min(cpu["zero0"], cpu["zero2"]),
-        "memory_ratio": peak["resident"] / min(peak["zero0"], peak["zero2"]),
-        "loss_difference": max(apart("resident", "zero0"), apart("resident", "zero2")),
-        "loss_difference_first_10_steps": max(apart("resident", "zero0", 10), apart("resident", "zero2", 10)),
-        "loss_difference_zero0_zero2": apart("zero0", "zero2"),
-        "throughput_gain": speed["resident"] / max(speed["zero0"], speed["zero2"]) - 1,
-        **{f"cpu_{name}": value for name, value in cpu.items()},
-        **{f"tokens_per_second_{name}": value for name, value in speed.items()},
-        **{f"peak_megabytes_{name}": value / 1e6 for name, value in peak.items()},
-    }
-
-
-def distillation(plan: Plan, seed: int) -> dict[str, float]:
-    """A teacher of 8 experts, a student of 2 taught by it, and the same student from scratch, at equal steps."""
-    options = ModelOptions(hidden=64, layers=4, heads=4, dense_hidden=128, experts=8, expert_hidden=128, top_k=1)
-    data = TextData([plan.corpus], [], 600, 32)
-    config = TrainConfig(seed=seed, model=options, data=DataConfig(sequence=32, vocabulary=600))
-
-    def batches(first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return (data.batch(seed, step, 32) for step in range(first, first + steps))
-
-    def held_out(model: MoELanguageModel) -> float:
-        ids_NL, targets_NL = data.held_out(128)
-        with torch.no_grad():
-            return float(model.eval()(ids_NL, targets_NL).lm_loss)
-
-    def fresh(experts: int, number: int) -> MoELanguageModel:
-        small = replace(config, model=replace(options, experts=experts))
-        model = MoELanguageModel(model_config(small, data.vocabulary))
-        initialise(model, seed * 10 + number)
-        return model
-
-    teacher = fresh(8, 0)
-    distil(teacher, teacher_student := fresh(8, 0), batches(0, plan.teacher_steps), weight=0.0)
-    teacher = teacher_student
-    usage_ME = expert_usage(teacher, [ids for ids, _ in batches(10**6, 4)])
-    taught = distil(teacher, student_of(teacher, 2, usage_ME), batches(2 * 10**6, plan.student_steps))
-    scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, plan.student_steps), weight=0.0)
-    taught_from_scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, plan.student_steps))
-    losses = {
-        "teacher": held_out(teacher),
-        "student": held_out(taught),
-        "scratch": held_out(scratch),
-        "student_random_start": held_out(taught_from_scratch),
-    }
-    gap = losses["scratch"] - losses["teacher"]
-    return {
-        "gap_closed": (losses["scratch"] - losses["student"]) / gap,
-        "gap": gap,
-        "gap_closed_random_start": (losses["scratch"] - losses["student_random_start"]) / gap,
-        **{f"loss_{name}": value for name, value in losses.items()},
     }

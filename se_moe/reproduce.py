@@ -4,309 +4,404 @@
     python reproduce.py --claims M1 M8           # some of them
     python reproduce.py --tier smoke             # what CI runs
 
-One thread a process. Every finished (claim, seed) is kept in runs/reproduce/, so an interrupted run continues where it
-stopped. M9 needs DeepSpeed; without it the small tier leaves M9 out and says so.
+The claims, with targets, sizes and budgets, are in claims.yaml. One thread a process. Every finished (claim, seed) is
+kept in runs/reproduce/, so an interrupted run continues where it stopped. M9 needs DeepSpeed; without it the small tier
+leaves M9 out and says so.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from common.errors import run_main
-from common.ledger import Claim, Condition, PaperValue, Target, Tier
-from common.paths import REPOSITORY, RESULTS
-from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
-
-if TYPE_CHECKING:
-    from se_moe.experiments import Plan
-
-FIGURES = RESULTS / "figures" / "se_moe"
-SEEDS: dict[str, tuple[int, ...]] = {"smoke": (0,), "small": (0, 1, 2)}
-NAMES = {
-    "smoke": ("M1", "M3", "M4", "M5", "M7", "M8"),
-    "small": ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9", "M10"),
-}
-
-
-@dataclass
-class Study:
-    """A tier's budgets and its working folder."""
-
-    plan: Plan
-    folder: Path
-
-
-def claims(tier: Tier) -> dict[str, Claim]:
-    """The claims with their targets, fixed before any run (specification section 6)."""
-
-    def make(id: str, statement: str, paper: PaperValue, target: Target) -> Claim:
-        return Claim(id, statement, paper, target, tier)
-
-    entries = [
-        make(
-            "M1",
-            "Fused communication: one collective for 120 small tensors is far faster than one each, with equal bits.",
-            PaperValue("fused parameters and gradient buckets; no number of their own", "section 2.3 of version 1"),
-            Target(
-                "AllGather and AllReduce at least 5x faster fused, results bit-equal",
-                "speedup",
-                ">=",
-                5.0,
-                (Condition("equal", ">=", 1.0),),
-            ),
-        ),
-        make(
-            "M2",
-            "2D prefetch with a host cache beats fetching experts on demand from a drive as slow as the computation.",
-            PaperValue("+33 % training throughput over DeepSpeed", "abstract; training table"),
-            Target(
-                "tokens/s with both at least 1.33x of neither; prefetch hides at least 60 % of the fetch time; equal "
-                "losses",
-                "speedup",
-                ">=",
-                1.33,
-                (Condition("hidden", ">=", 0.60), Condition("losses_equal", ">=", 1.0)),
-            ),
-        ),
-        make(
-            "M3",
-            "A least-frequently-used cache with decaying hits follows a shifting popularity and loses nothing on "
-            "recorded gates.",
-            PaperValue("Algorithm 2; no number of its own", "section 3.2.2"),
-            Target(
-                "hit rate at least 5 points above LFU under shifts, at most 1 point below the better of LRU and LFU "
-                "on gates, fewer writes than write-through",
-                "gain_under_shift",
-                ">=",
-                0.05,
-                (Condition("gap_on_gates", ">=", -0.01), Condition("writes_per_request", "<", 1.0)),
-            ),
-        ),
-        make(
-            "M4",
-            "The storage formulas predict what every tier holds, and training runs in half of the resident memory.",
-            PaperValue("16 D + 4 alpha S / L, 16 alpha S, 12 S bytes", "equation (1)"),
-            Target(
-                "every tier within 5 % for three models; losses equal below 50 % of the resident device bytes",
-                "largest_error",
-                "<=",
-                0.05,
-                (Condition("device_share", "<=", 0.5), Condition("losses_equal", ">=", 1.0)),
-            ),
-        ),
-        make(
-            "M5",
-            "Elastic layouts: ranks by the weight of the tasks raise samples a second and rank, and learn the same.",
-            PaperValue("62.6 to 74.0 samples/s a GPU (+18.2 %), 4 to 8 GPUs", "elastic experiment"),
-            Target(
-                "at least 18 % more samples a CPU second and rank; parameters of 2, 4 and 8 ranks equal to 1e-5",
-                "gain",
-                ">=",
-                0.18,
-                (Condition("parameter_difference", "<=", 1e-5),),
-            ),
-        ),
-        make(
-            "M6",
-            "Two-phase AlltoAll: the same result with 1/p of the messages between nodes, faster when one costs 2 ms.",
-            PaperValue("15.5 % faster communication, 10.3 % end to end", "hierarchical AlltoAll experiment"),
-            Target(
-                "at least 15 % faster on 2 x 2 and 2 x 3 ranks, messages between nodes divided by p, bit-equal",
-                "speedup",
-                ">=",
-                1.15,
-                (Condition("fewer_messages", ">=", 1.0), Condition("equal", ">=", 1.0)),
-            ),
-        ),
-        make(
-            "M7",
-            "An embedding split by columns takes an N-th of the memory and less time than a replicated one.",
-            PaperValue("15.81 to 8.63 GB, 80,421 to 91,687 tokens/s", "embedding experiment"),
-            Target(
-                "step (exchange and Adam included) at least 1.5x faster in CPU time on 2 ranks; table and Adam memory "
-                "at most 1/2 + 5 %; losses equal to 1e-5",
-                "speedup",
-                ">=",
-                1.5,
-                (Condition("memory_share", "<=", 0.55), Condition("loss_difference", "<=", 1e-5)),
-            ),
-        ),
-        make(
-            "M8",
-            "Ring offload serves 12 layers from 4 sections: little memory, equal outputs, most of the copying hidden.",
-            PaperValue("step time slightly above no offload, at least 30 % less GPU memory", "ring experiment"),
-            Target(
-                "time at most 1.25x resident at copy = compute / 2; at least 60 % of the copying hidden; device bytes "
-                "at most 70 %; outputs bit-equal",
-                "time_ratio",
-                "<=",
-                1.25,
-                (
-                    Condition("hidden", ">=", 0.60),
-                    Condition("device_share", "<=", 0.70),
-                    Condition("equal", ">=", 1.0),
-                ),
-            ),
-        ),
-        make(
-            "M9",
-            "Against DeepSpeed 0.19.8: the same losses for less CPU time a token and less memory.",
-            PaperValue("+33 % throughput, -18 % memory", "abstract; training table"),
-            Target(
-                "CPU time a token at most 0.75x of the better of ZeRO 0 and 2, peak tensor bytes at most 0.82x, losses "
-                "equal to 1e-3 for 50 steps",
-                "cpu_ratio",
-                "<=",
-                0.75,
-                (Condition("memory_ratio", "<=", 0.82), Condition("loss_difference", "<=", 1e-3)),
-            ),
-        ),
-        make(
-            "M10",
-            "A student of 2 experts taught by one of 8 is better than the same student from scratch at equal steps.",
-            PaperValue("distil and compress before serving; no number of its own", "section 3.3.1"),
-            Target(
-                "at least 30 % of the gap between scratch and teacher closed",
-                "gap_closed",
-                ">=",
-                0.30,
-                (Condition("gap", ">", 0.0),),
-            ),
-        ),
-    ]
-    return {claim.id: claim for claim in entries if claim.id in NAMES[tier]}
+from common import reproduction
+from common.errors import UserError, run_main
+from common.study import open_sizes
+from se_moe.config import DataConfig, ModelOptions, Switches, TrainConfig
+from se_moe.data import TextData
+from se_moe.deepspeed_arm import INSTALL, available
+from se_moe.experiments import (
+    BATCHES,
+    CACHE_RULES,
+    Sizes,
+    Study,
+    alternate,
+    compute_seconds,
+    elastic_layouts,
+    embeddings,
+    exchanges,
+    fused_against_per_tensor,
+    median,
+    merged_state,
+    on_ranks,
+    opened,
+    replay,
+    timed_steps,
+    train_layout,
+    zipf_trace,
+)
+from se_moe.homes import TieredHome
+from se_moe.inference import distil, expert_usage, student_of
+from se_moe.model import MoELanguageModel, initialise
+from se_moe.planner import FLOAT32, Machine, storage_plan
+from se_moe.ring import RingOffload
+from se_moe.storage import DeviceArena, Throttle
+from se_moe.train import start_ranks
+from se_moe.training import model_config
 
 
-def measure_m1(study: Study, seed: int) -> dict[str, float]:
+def m1(study: Study, seed: int) -> dict[str, float]:
     """Fused against per-tensor collectives."""
-    from se_moe.experiments import fused_against_per_tensor, on_ranks
-
-    return on_ranks(2, fused_against_per_tensor, study.plan.repeats, seed)[0]
+    return on_ranks(2, fused_against_per_tensor, study.sizes.repeats, seed)[0]
 
 
-def measure_m2(study: Study, seed: int) -> dict[str, float]:
-    """Prefetch and cache on a slow drive."""
-    from se_moe.experiments import prefetch_and_cache
+def m2(study: Study, seed: int) -> dict[str, float]:
+    """Tokens a second with neither, either and both of prefetch and cache, on a drive as slow as the computation.
 
-    return prefetch_and_cache(study.plan, seed, study.folder)
+    The drive's speed is set so that what the arm without both moves in a step takes as long as a resident step does.
+    """
+    arms = {"none": (False, False), "prefetch": (True, False), "cache": (False, True), "both": (True, True)}
 
+    def arm_config(switches: Switches, **storage: Any) -> TrainConfig:
+        # Many tokens a step: the machine's own drive must be faster than the pretended one.
+        return replace(study.config(seed, switches, **storage), batch=study.sizes.tier_batch)
 
-def measure_m3(study: Study, seed: int) -> dict[str, float]:
-    """Cache rules on recorded and made-up requests."""
-    from se_moe.experiments import cache_rules
-
-    return cache_rules(study.plan, seed, study.folder)
-
-
-def measure_m4(study: Study, seed: int) -> dict[str, float]:
-    """Storage formulas and training below half of the memory."""
-    from se_moe.experiments import storage_formula
-
-    return storage_formula(study.plan, seed, study.folder)
-
-
-def measure_m5(study: Study, seed: int) -> dict[str, float]:
-    """Layouts of four tasks."""
-    from se_moe.experiments import elastic
-
-    return elastic(study.plan, seed, study.folder)
-
-
-def measure_m6(study: Study, seed: int) -> dict[str, float]:
-    """Flat against two-phase AlltoAll."""
-    from se_moe.experiments import hierarchical
-
-    return hierarchical(study.plan, seed)
-
-
-def measure_m7(study: Study, seed: int) -> dict[str, float]:
-    """Replicated against partitioned embedding."""
-    from se_moe.experiments import embedding_partition
-
-    return embedding_partition(study.plan, seed)
-
-
-def measure_m8(study: Study, seed: int) -> dict[str, float]:
-    """Resident, serial offload and rings."""
-    from se_moe.experiments import ring_offload
-
-    return ring_offload(study.plan, seed)
-
-
-def measure_m9(study: Study, seed: int) -> dict[str, float]:
-    """Ours beside DeepSpeed."""
-    from se_moe.experiments import beside_deepspeed
-
-    return beside_deepspeed(study.plan, seed, study.folder)
+    tokens = study.sizes.tier_batch * 32
+    with opened(arm_config(Switches(tiers=False))) as resident:
+        expected, seconds = timed_steps(resident, study.sizes.tier_steps)
+        compute = median(seconds[1:])
+    off = Switches(prefetch=False, cache=False)
+    with opened(arm_config(off)) as probe:
+        assert isinstance(probe.home, TieredHome)
+        probe.step()
+        before = probe.home.files.statistics.bytes_read + probe.home.files.statistics.bytes_written
+        probe.step()
+        moved = probe.home.files.statistics.bytes_read + probe.home.files.statistics.bytes_written - before
+    rate = moved / compute / 1e6
+    result = {"drive_mb_s": rate, "compute_seconds": compute, "losses_equal": 1.0}
+    speed, hidden = {}, {}
+    for name, (prefetch, cache) in arms.items():
+        switches = Switches(prefetch=prefetch, cache=cache)
+        with opened(arm_config(switches, read_mb_s=rate, cached_share=0.5)) as trainer:
+            losses, seconds = timed_steps(trainer, study.sizes.tier_steps)
+            assert isinstance(trainer.home, TieredHome)
+            statistics_ = trainer.home.store.statistics
+            speed[name] = tokens / median(seconds[1:])
+            hidden[name] = statistics_.hidden_fraction
+            if losses != expected:
+                result["losses_equal"] = 0.0
+            if trainer.home.cache is not None:
+                result[f"hit_rate_{name}"] = trainer.home.cache.statistics.hit_rate
+            result[f"fetch_seconds_{name}"] = statistics_.fetch_seconds
+            result[f"wait_seconds_{name}"] = statistics_.wait_seconds
+    return {
+        "speedup": speed["both"] / speed["none"],
+        "hidden": hidden["prefetch"],
+        **result,
+        "speed_resident": tokens / compute,
+        **{f"speed_{name}": value for name, value in speed.items()},
+        **{f"hidden_{name}": value for name, value in hidden.items()},
+    }
 
 
-def measure_m10(study: Study, seed: int) -> dict[str, float]:
-    """Teacher, student, student from scratch."""
-    from se_moe.experiments import distillation
-
-    return distillation(study.plan, seed)
-
-
-MEASURES: dict[str, Callable[[Study, int], dict[str, float]]] = {
-    "M1": measure_m1,
-    "M2": measure_m2,
-    "M3": measure_m3,
-    "M4": measure_m4,
-    "M5": measure_m5,
-    "M6": measure_m6,
-    "M7": measure_m7,
-    "M8": measure_m8,
-    "M9": measure_m9,
-    "M10": measure_m10,
-}
+def m3(study: Study, seed: int) -> dict[str, float]:
+    """Hit rates and writes of the cache rules on recorded gates and on shifting popularity."""
+    traces = {"gates": study.gate_trace(seed), "shift": zipf_trace(64, study.sizes.trace_requests, seed)}
+    result: dict[str, float] = {}
+    for name, trace in traces.items():
+        capacity = max(2, len(set(trace)) // 2)  # as the tiers do by default
+        for rule, options in CACHE_RULES.items():
+            rate, writes = replay(trace, capacity, **options)
+            result[f"hit_rate_{rule}_{name}"] = rate
+            result[f"writes_{rule}_{name}"] = writes / len(trace)
+    best = max(result["hit_rate_lfu_gates"], result["hit_rate_lru_gates"])
+    return {
+        "gain_under_shift": result["hit_rate_decayed_shift"] - result["hit_rate_lfu_shift"],
+        "gap_on_gates": result["hit_rate_decayed_gates"] - best,
+        "writes_per_request": max(result["writes_decayed_gates"], result["writes_decayed_shift"]),
+        **result,
+    }
 
 
-def open_study(tier: Tier) -> Study:
-    """Budgets of a tier, in one thread."""
-    import torch
+def m4(study: Study, seed: int) -> dict[str, float]:
+    """Equation (1) against the bytes that the tiers really held, for three models; half the memory, equal losses."""
+    result: dict[str, float] = {}
+    worst = 0.0
+    shapes = {"a": (8, 128, 64), "b": (16, 128, 64), "c": (8, 256, 96)}
+    for name, (experts, wide, hidden) in shapes.items():
+        base = study.config(seed, Switches(prefetch=False), cached_share=1.0, period=0)
+        model = replace(base.model, experts=experts, expert_hidden=wide, hidden=hidden)
+        with opened(replace(base, model=model, batch=32)) as trainer:
+            for _ in range(2):
+                log = trainer.step()
+            assert isinstance(trainer.home, TieredHome)
+            layers = len(trainer.model.moe_layers())
+            planned = storage_plan(
+                trainer.dense_count, trainer.sparse_count, layers, log.alpha, Machine(1e12, 1e12, 1e12), FLOAT32
+            )
+            home = trainer.home
+            gradients = home.store.statistics.gradient_peak_bytes
+            used = len(home.cache.keys()) * home.layout.slot_bytes if home.cache is not None else 0
+            measured = {
+                "device": (trainer.arena.peak_bytes, planned.device_bytes),
+                "host": (used + gradients, planned.host_bytes),
+                "file": (home.files.live_bytes, planned.file_bytes),
+            }
+            result[f"alpha_{name}"] = log.alpha
+        for tier, (bytes_, formula) in measured.items():
+            error = abs(bytes_ / formula - 1)
+            result[f"{tier}_megabytes_{name}"], result[f"{tier}_error_{name}"] = bytes_ / 1e6, error
+            worst = max(worst, error)
+    config = study.config(seed, Switches(tiers=False))
+    with opened(config) as resident:
+        expected, _ = timed_steps(resident, 4)
+        half = resident.resident_bytes() / 2
+        full = resident.arena.peak_bytes
+    budget = study.config(seed, Switches(), device_mb=half / 1e6)
+    with opened(budget) as trainer:
+        losses, _ = timed_steps(trainer, 4)
+        peak = trainer.arena.peak_bytes
+    return {
+        "largest_error": worst,
+        "device_share": peak / full,
+        "losses_equal": float(losses == expected),
+        **result,
+    }
 
-    from se_moe.experiments import PLANS
 
-    torch.set_num_threads(1)
-    folder = REPOSITORY / "runs" / "reproduce" / f"se_moe-{tier}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(PLANS[tier], folder)
-
-
-def reproduce(study: Study, tier: Tier, names: list[str], output: Path) -> list[dict[str, Any]]:
-    """Measure the named claims over the tier's seeds and write the ledger after each claim."""
-    known = claims(tier)
-    records = measure_claims(
-        [known[name] for name in names],
-        lambda _: SEEDS[tier],
-        lambda name, seed: MEASURES[name](study, seed),
-        study.folder,
-        output,
+def m5(study: Study, seed: int) -> dict[str, float]:
+    """Samples a second and rank of the layouts, and the parameters that they lead to."""
+    layouts = elastic_layouts()
+    result: dict[str, float] = {}
+    speed = {}
+    for name, layout in layouts.items():
+        seconds = compute_seconds(layout, study.sizes.elastic_repeats, seed)
+        speed[name] = sum(BATCHES) / layout.ranks / max(seconds)
+        result[f"samples_per_second_{name}"] = speed[name]
+        result[f"utilisation_{name}"] = layout.allocation.utilisation
+    with tempfile.TemporaryDirectory(dir=study.folder) as work:
+        states = {}
+        for name, layout in layouts.items():
+            on_ranks(layout.ranks, train_layout, name, study.sizes.elastic_steps, seed, work)
+            states[name] = merged_state(Path(work), name, layout.ranks)
+    first = states["one_each"]
+    difference = max(
+        float((state[key] - first[key]).abs().max()) for state in states.values() for key in first.keys() & state.keys()
     )
-    if tier == "small":
-        from se_moe.figures import draw_figures
+    same_names = all(state.keys() == first.keys() for state in states.values())
+    return {
+        "gain": speed["balanced"] / speed["one_each"] - 1,
+        "parameter_difference": difference if same_names else float("inf"),
+        **result,
+    }
 
-        draw_figures(output, FIGURES)
-    return records
+
+def m6(study: Study, seed: int) -> dict[str, float]:
+    """Both exchanges on 2 x 2 and 2 x 3 ranks."""
+    result: dict[str, float] = {}
+    for per_node in (2, 3):
+        per_rank = on_ranks(2 * per_node, exchanges, 2, per_node, study.sizes.repeats, seed, 0.002)
+        flat, two = (max(r[f"{k}_seconds"] for r in per_rank) for k in ("flat", "two_phase"))
+        messages = [sum(r[f"{k}_messages"] for r in per_rank) for k in ("flat", "two_phase")]
+        name = f"2x{per_node}"
+        result |= {
+            f"speedup_{name}": flat / two,
+            f"fewer_messages_{name}": messages[0] / messages[1] / per_node,
+            f"equal_{name}": min(r["equal"] for r in per_rank),
+            f"flat_ms_{name}": 1000 * flat,
+            f"two_phase_ms_{name}": 1000 * two,
+        }
+    return {
+        "speedup": min(result["speedup_2x2"], result["speedup_2x3"]),
+        "fewer_messages": min(result["fewer_messages_2x2"], result["fewer_messages_2x3"]),
+        "equal": min(result["equal_2x2"], result["equal_2x3"]),
+        **result,
+    }
+
+
+def m7(study: Study, seed: int) -> dict[str, float]:
+    """Two ranks, hidden 64."""
+    per_rank = on_ranks(
+        2, embeddings, study.sizes.vocabulary, 64, study.sizes.embedding_tokens, study.sizes.repeats, seed
+    )
+    worst = {key: max(r[key] for r in per_rank) for key in per_rank[0]}
+    return {
+        "speedup": worst["cpu_replicated"] / worst["cpu_columns"],
+        "speedup_wall": worst["wall_replicated"] / worst["wall_columns"],
+        "speedup_rows": worst["cpu_replicated"] / worst["cpu_rows"],
+        "memory_share": worst["bytes_columns"] / worst["bytes_replicated"],
+        "loss_difference": worst["loss_difference"],
+        "milliseconds_replicated": 1000 * worst["wall_replicated"],
+        "milliseconds_columns": 1000 * worst["wall_columns"],
+    }
+
+
+def m8(study: Study, seed: int) -> dict[str, float]:
+    """A pass through 12 layers: resident, offloaded one after the other, rings of 2 and 4; copy = half the compute."""
+    torch.manual_seed(seed)
+    layers, repeats = 12, study.sizes.repeats
+    d, f = study.sizes.ring_hidden, 4 * study.sizes.ring_hidden
+    host = [{"fc1": torch.randn(f, d) / d**0.5, "fc2": torch.randn(d, f) / f**0.5} for _ in range(layers)]
+    x_ND = torch.randn(study.sizes.ring_rows, d)
+
+    def forward(ring: RingOffload) -> Tensor:
+        y_ND = x_ND
+        with torch.no_grad():
+            for index in range(layers):
+                with ring.layer(index) as p:
+                    y_ND = y_ND + F.linear(F.gelu(F.linear(y_ND, p["fc1"])), p["fc2"])
+        return y_ND
+
+    layer_bytes = sum(t.nbytes for t in host[0].values())
+    started = DeviceArena(2 * layers * layer_bytes)
+    with RingOffload(host, layers, started) as resident:
+        expected = forward(resident)
+        compute = alternate({"resident": lambda: forward(resident)}, repeats)["resident"][0] / layers
+    throttle = {"bytes_per_second": layer_bytes / (0.5 * compute)}
+    specs = {"resident": (layers, True), "serial": (1, False), "ring2": (2, True), "ring4": (4, True)}
+    arenas = {name: DeviceArena(2 * layers * layer_bytes) for name in specs}
+    rings = {
+        name: RingOffload(host, k, arenas[name], overlap, None if k == layers else Throttle(**throttle))
+        for name, (k, overlap) in specs.items()
+    }
+    try:
+        equal = all(torch.equal(forward(ring), expected) for ring in rings.values())
+        arms = {name: (lambda ring=ring: forward(ring)) for name, ring in rings.items()}  # type: ignore[misc]
+        wall = {name: t[0] for name, t in alternate(arms, repeats).items()}
+    finally:
+        for ring in rings.values():
+            ring.close()
+    exposed = {name: wall[name] - wall["resident"] for name in ("ring2", "ring4")}
+    serial = wall["serial"] - wall["resident"]
+    return {
+        "time_ratio": wall["ring4"] / wall["resident"],
+        "hidden": 1 - exposed["ring4"] / serial,
+        "device_share": arenas["ring4"].peak_bytes / arenas["resident"].peak_bytes,
+        "equal": float(equal),
+        "time_ratio_ring2": wall["ring2"] / wall["resident"],
+        "time_ratio_serial": wall["serial"] / wall["resident"],
+        "hidden_ring2": 1 - exposed["ring2"] / serial,
+        "device_share_ring2": arenas["ring2"].peak_bytes / arenas["resident"].peak_bytes,
+        "compute_ms": 1000 * compute,
+    }
+
+
+def m9(study: Study, seed: int) -> dict[str, float]:
+    """The same model by ours (experts resident) and by DeepSpeed, ZeRO 0 and 2, on two ranks; arms take turns.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+    if not available():
+        raise UserError(f"M9 compares with DeepSpeed. {INSTALL}")
+    found: dict[str, list[dict[str, Any]]] = {"resident": [], "zero0": [], "zero2": []}
+    for turn in range(3 if study.sizes.deepspeed_steps >= 50 else 1):
+        for name, measured in found.items():
+            arm = "resident" if name == "resident" else "deepspeed"
+            run = TrainConfig(
+                run_dir=str(study.workplace(f"M9-{name}-seed{seed}-{turn}", study.settings)),
+                seed=seed,
+                steps=study.sizes.deepspeed_steps,
+                arms=[arm],
+                log_every=10**6,
+                checkpoint_every=10**6,
+                data=DataConfig(tasks=[study.sizes.corpus]),
+                # With a small vocabulary and many tokens a split table costs more than it saves; slices of the dense
+                # parameters stand against ZeRO's.
+                switches=Switches(partition=False, shard_dense=True),
+            )
+            run.parallel.zero_stage = 0 if name == "zero0" else 2
+            file = Path(run.run_dir) / arm / "metrics.json"
+            if not file.is_file():
+                start_ranks(run, arm)
+            measured.append(json.loads(file.read_text(encoding="utf-8")))
+    cpu = {name: median(m["cpu_seconds_per_1000_tokens"] for m in rows) for name, rows in found.items()}
+    speed = {name: median(m["tokens_per_second"] for m in rows) for name, rows in found.items()}
+    peak = {name: median(m["peak_bytes"] for m in rows) for name, rows in found.items()}
+    losses = {name: rows[0]["losses"] for name, rows in found.items()}
+
+    def apart(a: str, b: str, steps: int | None = None) -> float:
+        return max(abs(x - y) for x, y in zip(losses[a][:steps], losses[b][:steps], strict=True))
+
+    return {
+        "cpu_ratio": cpu["resident"] / min(cpu["zero0"], cpu["zero2"]),
+        "memory_ratio": peak["resident"] / min(peak["zero0"], peak["zero2"]),
+        "loss_difference": max(apart("resident", "zero0"), apart("resident", "zero2")),
+        "loss_difference_first_10_steps": max(apart("resident", "zero0", 10), apart("resident", "zero2", 10)),
+        "loss_difference_zero0_zero2": apart("zero0", "zero2"),
+        "throughput_gain": speed["resident"] / max(speed["zero0"], speed["zero2"]) - 1,
+        **{f"cpu_{name}": value for name, value in cpu.items()},
+        **{f"tokens_per_second_{name}": value for name, value in speed.items()},
+        **{f"peak_megabytes_{name}": value / 1e6 for name, value in peak.items()},
+    }
+
+
+def m10(study: Study, seed: int) -> dict[str, float]:
+    """A teacher of 8 experts, a student of 2 taught by it, and the same student from scratch, at equal steps."""
+    options = ModelOptions(hidden=64, layers=4, heads=4, dense_hidden=128, experts=8, expert_hidden=128, top_k=1)
+    data = TextData([study.sizes.corpus], [], 600, 32)
+    config = TrainConfig(seed=seed, model=options, data=DataConfig(sequence=32, vocabulary=600))
+
+    def batches(first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return (data.batch(seed, step, 32) for step in range(first, first + steps))
+
+    def held_out(model: MoELanguageModel) -> float:
+        ids_NL, targets_NL = data.held_out(128)
+        with torch.no_grad():
+            return float(model.eval()(ids_NL, targets_NL).lm_loss)
+
+    def fresh(experts: int, number: int) -> MoELanguageModel:
+        small = replace(config, model=replace(options, experts=experts))
+        model = MoELanguageModel(model_config(small, data.vocabulary))
+        initialise(model, seed * 10 + number)
+        return model
+
+    teacher = fresh(8, 0)
+    distil(teacher, teacher_student := fresh(8, 0), batches(0, study.sizes.teacher_steps), weight=0.0)
+    teacher = teacher_student
+    usage_ME = expert_usage(teacher, [ids for ids, _ in batches(10**6, 4)])
+    taught = distil(teacher, student_of(teacher, 2, usage_ME), batches(2 * 10**6, study.sizes.student_steps))
+    scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, study.sizes.student_steps), weight=0.0)
+    taught_from_scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, study.sizes.student_steps))
+    losses = {
+        "teacher": held_out(teacher),
+        "student": held_out(taught),
+        "scratch": held_out(scratch),
+        "student_random_start": held_out(taught_from_scratch),
+    }
+    gap = losses["scratch"] - losses["teacher"]
+    return {
+        "gap_closed": (losses["scratch"] - losses["student"]) / gap,
+        "gap": gap,
+        "gap_closed_random_start": (losses["scratch"] - losses["student_random_start"]) / gap,
+        **{f"loss_{name}": value for name, value in losses.items()},
+    }
+
+
+def figures(study: Study, ledger: Path) -> None:
+    from se_moe.figures import draw_figures
+
+    draw_figures(ledger, study.figures)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = options_parser("se_moe", __doc__)
-    options = parser.parse_args(argv)
-    names = chosen_claims(options, list(NAMES[options.tier]))
-    if options.claims is None and "M9" in names:
-        from se_moe.deepspeed_arm import INSTALL, available
-
-        if not available():
-            print(f"M9 is left out: {INSTALL}", flush=True)
-            names = [name for name in names if name != "M9"]
-    return reproduce(open_study(options.tier), options.tier, names, ledger_path(options, "se_moe"))
+    return reproduction.main(
+        "se_moe",
+        __doc__,
+        (m1, m2, m3, m4, m5, m6, m7, m8, m9, m10),
+        lambda given: Study(open_sizes(Sizes, "se_moe", given.tier), given.folder),
+        figures=figures,
+        without={} if available() else {"M9": INSTALL},
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

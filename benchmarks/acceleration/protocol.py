@@ -14,21 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from benchmarks.acceleration.fitting import Loss, Minimiser, minimise
+from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import TensorTable
 from common.errors import UserError
-from common.paths import cache_dir
-from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
-from instaflow.flow import UNetFlow
-from instaflow.pairs import DiffusionSource, FlowSource, PairDataset, PairSource, StateTable
-from instaflow.teacher import Teacher
-from instaflow.training import Loss, StudentTrainer, make_pairs, optimise, prompt_list
+from common.solvers import DiffusionSource
+from common.teacher import Teacher
 
 BUDGETS = {"B1": 20_000, "B2": 200_000, "B3": 2_000_000}  # U-Net forward-equivalent samples
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -39,7 +37,6 @@ PAIR_STEPS = {"B1": 10, "B2": 25, "B3": 25}
 PROMPT_POOL = 20_000  # training captions that pairs and data are drawn from
 DATA_IMAGES = 4_000  # training images for the methods that learn from data
 BATCH = 32
-OPTIMISER = OptimiserConfig(weight_decay=0.01, warmup=10, schedule="cosine", grad_clip=1.0, ema_decay=0.99)
 
 
 class OverBudgetError(UserError):
@@ -149,15 +146,13 @@ class Bench:
             self.teacher, "DPMSolverMultistepScheduler", steps or PAIR_STEPS[self.level], self.guidance
         )
 
-    def pairs(self, budget: Budget, share: float) -> PairDataset:
-        """As many of the shared teacher pairs as `share` of the budget pays for."""
-        return self._pairs(self.teacher_source(), budget, share, 0)
+    def pairs(self, budget: Budget, share: float, source: PairSource | None = None, seed: int = 0) -> PairDataset:
+        """As many pairs as `share` of the budget pays for: the shared ones of the teacher, or those of `source`.
 
-    def flow_pairs(self, flow: UNetFlow, budget: Budget, share: float, steps: int, alpha: float = 1.0) -> PairDataset:
-        """New pairs of a rectified flow, by Euler steps; other noises than the shared pairs."""
-        return self._pairs(FlowSource(flow, self.teacher, steps, alpha), budget, share, 1)
-
-    def _pairs(self, source: PairSource, budget: Budget, share: float, seed: int) -> PairDataset:
+        Args:
+            seed: of the noises; another than 0 for pairs of a student, so that they are new ones.
+        """
+        source = source or self.teacher_source()
         count = max(BATCH, int(min(share * budget.total, budget.left) / source.evaluations))
         budget.charge("pairs", count * source.evaluations)
         return make_pairs(source, self.prompts, count, seed, 64, 128, progress=False)
@@ -167,14 +162,13 @@ class Bench:
         """Latents of real training images with their prompt numbers: columns x1 and prompt."""
         from common.data.shapes import Shapes
 
-        side = self.teacher.latent_shape[1] * 2 ** (len(self.teacher.vae.config.block_out_channels) - 1)
-        images = Shapes("train", PROMPT_POOL, side).images[:DATA_IMAGES]
+        images = Shapes("train", PROMPT_POOL, self.teacher.image_size[0]).images[:DATA_IMAGES]
         x_NCHW = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
         return TensorTable({"x1": self.teacher.encode_images(x_NCHW).cpu(), "prompt": torch.arange(len(x_NCHW))})
 
     def fit(
         self,
-        flow: Any,
+        network: nn.Module,
         loss: Loss,
         data: Dataset,
         budget: Budget,
@@ -184,7 +178,7 @@ class Bench:
         extra: float = 0.0,
         factor: float = 1.0,
         what: str = "training",
-    ) -> StudentTrainer:
+    ) -> None:
         """Train a network in place for what `share` of the budget pays for; it ends with its averaged weights.
 
         Args:
@@ -194,20 +188,8 @@ class Bench:
         per_sample = TRAIN_STEP * factor + extra
         steps = budget.steps(share, per_sample, BATCH)
         budget.charge(what, steps * BATCH * per_sample)
-        module = optimise(
-            flow,
-            loss,
-            data,
-            self.states,
-            StageConfig(steps, BATCH, lr),
-            OPTIMISER,
-            seed,
-            cache_dir("acceleration"),
-            TrainerConfig(precision="32-true", accelerator=self.device, progress=False, sample_every=0),
-            keep=False,
-        )
-        flow.to(self.teacher.device)  # Lightning leaves it on the CPU
-        return module
+        minimise(Minimiser(network, loss, self.states, steps, BATCH, lr, seed), data, self.device)
+        network.to(self.teacher.device)  # Lightning leaves it on the CPU
 
 
 def trained_parameters(modules: Sequence[torch.nn.Module]) -> int:

@@ -21,11 +21,10 @@ from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, Sam
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
+from common.metrics.judge import ShapesJudge
+from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
+from common.metrics.perceptual import perceptual_distance
 from common.paths import REPOSITORY
-from instaflow.judge import ShapesJudge
-from instaflow.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
-from instaflow.pairs import DiffusionSource
-from instaflow.perceptual import perceptual_distance
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of training while tuning: none of the seeds that are reported
@@ -81,8 +80,7 @@ class Runner:
         """Prompts, noises and references of the evaluation set, or of the validation set."""
         if seed not in self._yardsticks:
             teacher = self.bench.teacher
-            side = teacher.latent_shape[1] * 2 ** (len(teacher.vae.config.block_out_channels) - 1)
-            prompts = shapes_prompts(count, teacher.latent_shape, side, seed)
+            prompts = shapes_prompts(count, teacher.latent_shape, teacher.image_size[0], seed)
             reference = self._teacher_images(prompts) if seed == EVALUATION_SEED else None
             self._yardsticks[seed] = Yardstick(prompts, ShapesJudge(), reference, perceptual_distance("trained"))
         return self._yardsticks[seed]
@@ -91,20 +89,15 @@ class Runner:
         """The teacher's 50-step images of the evaluation set, drawn once per teacher and guidance."""
         path = self.folder / f"teacher-{REFERENCE_STEPS}-steps.safetensors"
         if not path.is_file():
-            source = DiffusionSource(
-                self.bench.teacher, "DPMSolverMultistepScheduler", REFERENCE_STEPS, self.bench.guidance
-            )
+            source = self.bench.teacher_source(REFERENCE_STEPS)
             images = self._images(lambda noise, states, _: source(noise, states), prompts, 0)
             write_atomically(path, lambda temporary: save_file({"images": images}, str(temporary)))
         return load_file(path)["images"]
 
     def _images(self, draw: Any, prompts: PromptSet, steps: int) -> Tensor:
-        parts, size, teacher = [], self.settings.batch, self.bench.teacher
-        for first in range(0, len(prompts), size):
-            states = teacher.encode(prompts.prompts[first : first + size]).float()
-            noise = prompts.noise[first : first + size].to(teacher.device)
-            parts.append(teacher.decode(draw(noise, states, steps)))
-        return torch.cat(parts).contiguous()
+        return self.bench.teacher.draw(
+            lambda noise, states: draw(noise, states, steps), prompts.prompts, prompts.noise, self.settings.batch
+        )
 
     def tune(self, name: str, method: Method) -> dict[str, Any]:
         """The number of the method's grid with the lowest FD to validation data, and every try.

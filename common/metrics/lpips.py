@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al. 2018, arXiv 1801.03924): a perceptual distance on the features of any frozen trunk.
 
 A trunk maps an image in [-1, 1] to a list of feature maps and has a `name`, which every reported number carries. The
-official distance is `load_official_lpips(vgg, lin)`: VGG16 with learned channel weights, from the user's two files.
+official distance is `common.metrics.perceptual.official_lpips(vgg, lin)`, from the user's two files.
 
 Shape suffixes: B batch, C channels, H W height and width.
 """
@@ -110,11 +110,11 @@ def unit_normalise(x_BCHW: Tensor, eps: float = 1e-10) -> Tensor:
     return x_BCHW / (length_B1HW + eps)
 
 
-def lpips_from_state_dict(state: Mapping[str, Tensor], source: str = "state dict") -> LPIPS:
-    """LPIPS on VGG16 from official tensors; stage widths are read off the shapes.
+def official_parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """(trunk weights as torchvision's `features.N.*`, LPIPS heads by tap) of official tensors.
 
-    Understands torchvision's `features.N.*`, the `net.sliceK.N.*` of the LPIPS code and `linK.model.1.weight` (without
-    these the weights are uniform). Other keys (classifier, scaling layer) are ignored.
+    Understands torchvision's names, the `net.sliceK.N.*` of the LPIPS code and `linK.model.1.weight`; other keys
+    (classifier, scaling layer) are ignored.
     """
     trunk_state: dict[str, Tensor] = {}
     lins: dict[int, Tensor] = {}
@@ -126,6 +126,12 @@ def lpips_from_state_dict(state: Mapping[str, Tensor], source: str = "state dict
             trunk_state[f"features.{parts[2]}.{parts[3]}"] = value
         elif parts[0].startswith("lin") and parts[-1] == "weight" and parts[0][3:].isdigit():
             lins[int(parts[0][3:])] = value
+    return trunk_state, lins
+
+
+def lpips_from_state_dict(state: Mapping[str, Tensor], source: str = "state dict") -> LPIPS:
+    """LPIPS on VGG16 from official tensors; stage widths are read off the shapes. Without heads weights are uniform."""
+    trunk_state, lins = official_parts(state)
     expected = VGG16Trunk((1, 1, 1, 1, 1))
     missing = [key for key in expected.state_dict() if key not in trunk_state]
     if missing:
@@ -142,17 +148,10 @@ def lpips_from_state_dict(state: Mapping[str, Tensor], source: str = "state dict
     return LPIPS(trunk, heads)
 
 
-def load_official_lpips(*paths: str | Path) -> LPIPS:
-    """The official LPIPS from the user's files (.pth or .safetensors), together: VGG16 weights and LPIPS heads."""
-    state: dict[str, Tensor] = {}
-    for path in map(Path, paths):
-        state.update(_read_tensors(path))
-    return lpips_from_state_dict(state, " + ".join(str(path) for path in paths))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a user's .pth or .safetensors file; never anything pickled beside them."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected VGG16 or LPIPS weights (.pth or .safetensors)")
+        raise UserError(f"{path}: no such file; expected AlexNet, VGG16 or LPIPS weights (.pth or .safetensors)")
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))

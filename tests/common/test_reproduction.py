@@ -3,72 +3,179 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from common import reproduction
 from common.errors import UserError
-from common.ledger import Claim, PaperValue, Target
-from common.reproduction import chosen_claims, ledger_path, measure_claims, options_parser
+from common.reproduction import chosen_claims, ledger_path, options_parser
+from common.study import Study
 
-CLAIM = Claim("X1", "more is more", PaperValue("1", "table 1"), Target("at least 1", "gain", ">=", 1.0), "smoke")
-SEEDS = (3, 5)
-
-
-def test_an_interrupted_measurement_continues_after_its_last_finished_seed(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def measure(name: str, seed: int) -> dict[str, float]:
-        calls.append(seed)
-        if calls == [3, 5]:
-            raise KeyboardInterrupt
-        return {"gain": float(seed)}
-
-    arguments = ([CLAIM], lambda _: SEEDS, measure, tmp_path / "kept", tmp_path / "out.json")
-    with pytest.raises(KeyboardInterrupt):
-        measure_claims(*arguments)
-    assert not (tmp_path / "out.json").exists()
-    (record,) = measure_claims(*arguments)
-    assert calls == [3, 5, 5]
-    assert [(row["seed"], row["gain"]) for row in record["measured"]] == [(3, 3.0), (5, 5.0)]
-    assert record["mean"] == 4.0 and record["holds"]
-    assert json.loads((tmp_path / "out.json").read_text())["claims"][0]["id"] == "X1"
+FILE = """
+tiers:
+  small: {seeds: [0, 1, 2], budget: {steps: 10}}
+  smoke: {seeds: [3, 5], budget: {steps: 1}}
+claims:
+  - id: X1
+    statement: more is more
+    paper: {value: 1, source: table 1}
+    target: {text: at least 1, metric: gain, op: ">=", value: 1.0}
+    tiers: [small, smoke]
+  - id: X2
+    statement: even more is more
+    paper: {value: 1, source: table 2}
+    target: {text: at least 2, metric: gain, op: ">=", value: 2.0}
+    tiers: [small]
+"""
 
 
-def test_other_settings_measure_again_and_equal_ones_do_not(tmp_path: Path) -> None:
-    calls: list[int] = []
+class Toy:
+    """A paper with two claims; `calls` are the (claim, seed) that were measured."""
 
-    def measure(name: str, seed: int) -> dict[str, float]:
-        calls.append(seed)
-        return {"gain": 2.0}
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.ledger = folder / "study", folder / "out.json"
+        self.file = folder / "toy" / "claims.yaml"
+        self.file.parent.mkdir()
+        self.file.write_text(FILE, encoding="utf-8")
+        self.calls: list[tuple[str, int]] = []
+        self.gain = 2.0
+        self.stop_at: int | None = None
+        self.settings: dict[str, Any] = {}
+        monkeypatch.setattr("common.ledger.REPOSITORY", folder)
+        monkeypatch.setattr("common.ledger.commit", lambda: "none")
 
-    for settings in ({"rate": 1}, {"rate": 1}, {"rate": 2}):
-        measure_claims([CLAIM], lambda _: [0], measure, tmp_path, tmp_path / "out.json", settings=settings)
-    assert len(calls) == 2
+    def __call__(self, *arguments: str, **hooks: Any) -> list[dict[str, Any]]:
+        def measured(name: str, seed: int) -> Mapping[str, float]:
+            self.calls.append((name, seed))
+            if len(self.calls) == self.stop_at:
+                raise KeyboardInterrupt
+            return {"gain": self.gain, "seed_again": seed}
 
+        def x1(study: Study[Any], seed: int) -> Mapping[str, float]:
+            return measured("X1", seed)
 
-def test_without_writing_the_measurements_are_kept_and_no_record_is_made(tmp_path: Path) -> None:
-    done = measure_claims(
-        [CLAIM], lambda _: [1], lambda *_: {"gain": 2.0}, tmp_path, tmp_path / "out.json", write=False
-    )
-    assert done == [] and not (tmp_path / "out.json").exists()
-    assert json.loads((tmp_path / "X1-seed1.json").read_text())["values"] == {"gain": 2.0}
+        def x2(study: Study[Any], seed: int) -> Mapping[str, float]:
+            return measured("X2", seed)
 
+        settings = self.settings
 
-def test_a_number_that_is_not_finite_fails_the_claim_also_when_read_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        (record,) = measure_claims(
-            [CLAIM], lambda _: [0], lambda *_: {"gain": float("nan")}, tmp_path, tmp_path / "out.json"
+        class ToyStudy(Study[None]):
+            @property
+            def settings(self) -> dict[str, Any]:
+                return settings
+
+        own = ["--folder", str(self.folder), "--output", str(self.ledger)]
+        return reproduction.main(
+            "toy", "about", (x1, x2), lambda options: ToyStudy(None, options.folder), argv=[*own, *arguments], **hooks
         )
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    return Toy(tmp_path, monkeypatch)
+
+
+def test_an_interrupted_measurement_continues_after_its_last_finished_seed(toy: Toy) -> None:
+    toy.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        toy("--tier", "smoke")
+    assert not toy.ledger.exists()
+    (record,) = toy("--tier", "smoke")
+    assert toy.calls == [("X1", 3), ("X1", 5), ("X1", 5)]
+    assert [(row["seed"], row["seed_again"]) for row in record["measured"]] == [(3, 3), (5, 5)]
+    assert record["mean"] == 2.0 and record["holds"] and record["tier"] == "smoke"
+    assert json.loads(toy.ledger.read_text())["claims"][0]["id"] == "X1"
+
+
+def test_the_ledger_is_written_and_figures_are_drawn_after_each_claim(toy: Toy) -> None:
+    drawn: list[tuple[Path, list[str]]] = []
+
+    def figures(study: Study[Any], ledger: Path) -> None:
+        drawn.append((study.figures, [claim["id"] for claim in json.loads(ledger.read_text())["claims"]]))
+
+    toy(figures=figures)
+    place = toy.ledger.parent / "figures" / "toy"
+    assert drawn == [(place, ["X1"]), (place, ["X1", "X2"])]
+    toy("--tier", "smoke", figures=lambda *_: pytest.fail("drawn for a smoke run"))
+
+
+def test_another_budget_or_other_settings_measure_again_and_equal_ones_do_not(toy: Toy) -> None:
+    for _ in range(2):
+        toy("--tier", "smoke")
+    assert len(toy.calls) == 2
+    toy.file.write_text(FILE.replace("steps: 1}", "steps: 2}"))
+    toy("--tier", "smoke")
+    assert len(toy.calls) == 4
+    toy.settings = {"rate": 1}
+    toy("--tier", "smoke")
+    assert len(toy.calls) == 6
+
+
+def test_with_seeds_the_measurements_are_kept_and_no_record_is_made(toy: Toy) -> None:
+    assert toy("--seeds", "1", figures=lambda *_: pytest.fail("drawn from a part")) == []
+    assert toy.calls == [("X1", 1), ("X2", 1)] and not toy.ledger.exists()
+    assert json.loads((toy.folder / "X1-seed1.json").read_text())["values"]["gain"] == 2.0
+    toy("--claims", "X1")
+    assert toy.calls[2:] == [("X1", 0), ("X1", 2)]
+
+
+def test_a_number_that_is_not_finite_fails_the_claim_also_when_read_again(toy: Toy) -> None:
+    toy.gain = float("nan")
+    for _ in range(2):
+        (record,) = toy("--tier", "smoke")
         assert record["mean"] is None and not record["holds"]
+    assert len(toy.calls) == 2
 
 
-def test_a_changed_target_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    output = tmp_path / "out.json"
-    measure_claims([CLAIM], lambda _: [0], lambda *_: {"gain": 2.0}, tmp_path, output)
-    looser = Claim("X1", CLAIM.statement, CLAIM.paper, Target("at least 0", "gain", ">=", 0.0), "smoke")
+def test_a_changed_target_is_refused_before_anything_is_measured(toy: Toy) -> None:
+    toy("--tier", "smoke")
+    toy.file.write_text(FILE.replace("value: 1.0", "value: 0.0"))
     with pytest.raises(UserError, match="X1"):
-        measure_claims([looser], lambda _: [9], lambda *_: pytest.fail("measured"), tmp_path, output)
+        toy("--tier", "smoke")
+    assert len(toy.calls) == 2
+
+
+def test_unknown_claims_and_seeds_are_refused(toy: Toy) -> None:
+    with pytest.raises(UserError, match="--claims X2: tier smoke has X1"):
+        toy("--tier", "smoke", "--claims", "X2")
+    with pytest.raises(UserError, match="--seeds 7: claim X1 of tier smoke has 3, 5"):
+        toy("--tier", "smoke", "--seeds", "7")
+    assert not toy.calls
+
+
+def test_a_claim_that_the_machine_cannot_measure_is_left_out_unless_asked_for(
+    toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = {"X1": "it needs a library"}
+    assert [record["id"] for record in toy(without=without)] == ["X2"]
+    assert "X1 is left out: it needs a library" in capsys.readouterr().out
+    assert [record["id"] for record in toy("--claims", "X1", without=without)] == ["X1"]
+
+
+def test_an_option_of_the_paper_is_done_in_place_of_the_claims(toy: Toy) -> None:
+    seen: list[bool] = []
+
+    def options(parser: ArgumentParser) -> None:
+        parser.add_argument("--calibrate", action="store_true")
+
+    def instead(study: Study[Any], given: Any) -> bool:
+        seen.append(given.calibrate)
+        return bool(given.calibrate)
+
+    assert toy("--calibrate", options=options, instead=instead) == [] and not toy.calls
+    assert len(toy("--claims", "X1", options=options, instead=instead)) == 1
+    assert seen == [True, False]
+
+
+def test_claims_are_measured_in_one_thread(toy: Toy) -> None:
+    torch.set_num_threads(2)
+    toy("--tier", "smoke")
+    assert torch.get_num_threads() == 1
 
 
 def test_options_name_the_tiers_claims_and_the_place_of_the_ledger(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,15 @@ def test_wrong_directories_are_named(tmp_path: Path, small_t5: Path) -> None:
         TextEncoder(tmp_path).encode(["a"])
     with pytest.raises(UserError, match="at most 512 tokens, 600"):
         TextEncoder().encode(["a"], length=600)
+
+
+def test_a_directory_that_brings_its_own_code_is_refused_without_a_question(small_t5: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        folder = Path(shutil.copytree(small_t5, tmp_path / name.split(".")[0]))
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, "auto_map": {"AutoModel": "own.Model"}}))
+        with pytest.raises(UserError, match=f"{name}: auto_map asks to run Python code"):
+            TextEncoder(folder)
 
 
 def test_constructing_and_fingerprinting_does_not_import_transformers() -> None:

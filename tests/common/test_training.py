@@ -14,7 +14,6 @@ from common.data.sampling import StepDataModule, TensorTable
 from common.errors import UserError
 from common.options import TrainerOptions
 from common.training import (
-    CpuBudget,
     EveryNSteps,
     build_trainer,
     fit,
@@ -113,12 +112,6 @@ def test_action_runs_once_every_n_steps_whatever_is_accumulated(tmp_path: Path) 
     loader = StepDataModule(TensorTable({"x": torch.linspace(0.5, 1.5, 8)}), 4, 10, seed=0, accumulate=2)
     fit(trainer(tmp_path, accumulate=2, logs=False, callbacks=[EveryNSteps(3, steps.append)]), Line(), loader, None)
     assert steps == [3, 6, 9] and not list(tmp_path.iterdir())
-
-
-def test_budget_of_cpu_seconds_ends_training(tmp_path: Path) -> None:
-    run = trainer(tmp_path, logs=False, callbacks=[budget := CpuBudget(0.0)])
-    fit(run, Line(), data(), None)
-    assert run.global_step == 1 and budget.used > 0
 
 
 def test_bar_shows_stage_and_throughput_in_few_lines(

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.costs import parameter_count
 from common.errors import UserError
 from electra import model as model_file
 from electra.config import ElectraConfig
 from electra.masking import SpecialIds
-from electra.model import Batch, Encoder, RelativeBias, attend, parameter_count
+from electra.model import Batch, Encoder, RelativeBias, attend
 from electra.objectives import ElectraPretrainer
 
 TINY = ElectraConfig(

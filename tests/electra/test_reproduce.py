@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import UserError
-from common.ledger import check_targets, record, write_claims
+from common.ledger import read_claims
+from common.reproduction import measure_claim
+from common.study import Watch
 from electra import experiments, reproduce
 from electra.config import DataConfig
-from electra.experiments import OBJECTIVES, PLANS, SHARES, Plan, Study, Watch
+from electra.experiments import OBJECTIVES, SHARES, Sizes, Study
 from electra.figures import draw_figures
 from electra.tasks import Item, Task
+from tests.claims import smoke_records, write_ledger
 from tests.electra.tiny_run import WORDS, corpus
 
-TINY = Plan(
+TINY = Sizes(
     width=16,
     layers=1,
     heads=2,
@@ -28,6 +30,8 @@ TINY = Plan(
     length=24,
     batch=8,
     main=1.6e-4,
+    generator=0.5,
+    lr=2e-3,
     sweep="50",
     uncopied=3,
     warmup=2,
@@ -41,11 +45,11 @@ TINY = Plan(
 )
 
 
-def tiny_study(folder: Path, plan: Plan = TINY) -> Study:
+def tiny_study(folder: Path, sizes: Sizes = TINY) -> Study:
     """A study on a text of the test's own, with a task of sentences in and out of order."""
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(plan, folder / "study")
-    study.data = DataConfig(corpus=str(corpus(folder)), vocabulary_size=plan.vocabulary, length=plan.length)
+    study = Study(sizes, folder / "study")
+    study.data = DataConfig(corpus=str(corpus(folder)), vocabulary_size=sizes.vocabulary, length=sizes.length)
     items = [
         Item(" ".join(WORDS[(n + i * (1 if n % 2 else 7)) % len(WORDS)] for i in range(5)), label=n % 2)
         for n in range(56)
@@ -59,19 +63,14 @@ def tiny_study(folder: Path, plan: Plan = TINY) -> Study:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    torch.set_num_threads(1)
     return tiny_study(tmp_path_factory.mktemp("electra-tiny"))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("electra-smoke")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    study = Study(PLANS["smoke"], folder)
-    records = reproduce.reproduce(study, "smoke", reproduce.NAMES["smoke"], folder / "electra.json")
-    torch.set_num_threads(threads)
-    return {**{finished["id"]: finished for finished in records}, "curve": study.arm("electra", 0).curve}
+    records = smoke_records(reproduce, folder)
+    return {**records, "curve": json.loads((folder / "study" / "arms" / "electra-seed0.json").read_text())["curve"]}
 
 
 @pytest.mark.smoke
@@ -128,16 +127,15 @@ def test_every_claim_measures_what_its_target_names_and_trains_a_shared_arm_once
     trained: list[str] = []
     train = Study._train
 
-    def counted(self: Study, network: Any, name: str, *rest: Any) -> None:
+    def counted(self: Study, name: str, *rest: Any) -> Any:
         trained.append(name)
-        train(self, network, name, *rest)
+        return train(self, name, *rest)
 
     monkeypatch.setattr(Study, "_train", counted)
-    known = reproduce.claims("small")
-    for name, claim in known.items():
+    for name, claim in read_claims("electra", "small").items():
         if name == "E8":
             continue
-        values = reproduce.MEASURES[name](tiny, 0)
+        values = getattr(reproduce, name.lower())(tiny, 0)
         for condition in claim.target.all_conditions():
             assert math.isfinite(values[condition.metric]), (name, condition)
     needed = {name for arms, _, _ in reproduce.arms_of(tiny).values() for name in arms}
@@ -147,20 +145,23 @@ def test_every_claim_measures_what_its_target_names_and_trains_a_shared_arm_once
     assert any(token["written"] for token in row)
 
 
-def test_another_study_of_the_folder_reads_arms_and_scores_instead_of_training(
+def test_another_study_of_the_folder_reads_arms_and_scores_unless_its_sizes_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tiny_study(tmp_path)
     score = first.score("electra-6", 0, "acceptability")
-    weights = first.arm("electra-6", 0).network.state_dict()
+    weights = first.pretrained("electra-6", 0).network.state_dict()
     again = tiny_study(tmp_path)
     monkeypatch.setattr(Study, "_train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(experiments, "finetune", lambda *_: pytest.fail("fine-tuned again"))
     assert again.score("electra-6", 0, "acceptability") == score
-    found = again.arm("electra-6", 0).network.state_dict()
+    found = again.pretrained("electra-6", 0).network.state_dict()
     assert all(torch.equal(found[key], value) for key, value in weights.items())
-    with pytest.raises(UserError, match=r"another plan \(lr changed"):
-        tiny_study(tmp_path, replace(TINY, lr=1e-3))
+    monkeypatch.undo()
+    faster = tiny_study(tmp_path, replace(TINY, lr=1e-3))
+    faster.score("electra-6", 0, "acceptability")
+    for path in ("arms/electra-6-seed0.json", "scores/electra-6-seed0-acceptability.json"):
+        assert '"lr": 0.001' in (faster.folder / path).read_text(), f"{path} was not made again"
 
 
 def test_changed_finetuning_rate_makes_a_score_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +169,8 @@ def test_changed_finetuning_rate_makes_a_score_anew(tmp_path: Path, monkeypatch:
     study.score("scratch", 0, "acceptability")
     monkeypatch.setitem(experiments.RATES, "scratch", 2e-3)
     study.score("scratch", 0, "acceptability")
-    known = json.loads((study.folder / "scores" / "scratch-seed0.json").read_text())
-    assert known["acceptability"]["settings"]["lr"] == 2e-3
+    known = json.loads((study.folder / "scores" / "scratch-seed0-acceptability.json").read_text())
+    assert known["settings"]["rate"] == 2e-3
 
 
 def test_changed_finetuning_measures_a_claim_anew_on_the_same_arms(
@@ -178,20 +179,20 @@ def test_changed_finetuning_measures_a_claim_anew_on_the_same_arms(
     calls: list[float] = []
 
     def measure(study: Study, seed: int) -> dict[str, float]:
-        calls.append(study.plan.epochs)
-        study.arm("electra-6", seed)
-        return {reproduce.claims("small")["E2"].target.metric: 0.0}
+        calls.append(study.sizes.epochs)
+        study.pretrained("electra-6", seed)
+        return {"gain": 0.0}
 
-    monkeypatch.setitem(reproduce.MEASURES, "E2", measure)
-    for plan in (TINY, TINY, replace(TINY, epochs=2)):
-        reproduce.reproduce(tiny_study(tmp_path, plan), "small", ["E2"], tmp_path / "out.json", seeds=[0])
+    claim = read_claims("electra", "small")["E2"]
+    for sizes in (TINY, TINY, replace(TINY, epochs=2)):
+        measure_claim(claim, tiny_study(tmp_path, sizes), measure, seeds=[0])
         monkeypatch.setattr(Study, "_train", lambda *_: pytest.fail("trained again"))
     assert calls == [1, 2]
 
 
 def test_an_interrupted_arm_ends_in_the_same_weights_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "CHECKPOINT_EVERY", 2)
-    whole = tiny_study(tmp_path / "whole").arm("electra-25", 0)
+    whole = tiny_study(tmp_path / "whole").pretrained("electra-25", 0)
     assert whole.steps >= 5
     study = tiny_study(tmp_path / "cut")
     ended = Watch.on_train_batch_end
@@ -203,10 +204,10 @@ def test_an_interrupted_arm_ends_in_the_same_weights_and_curve(tmp_path: Path, m
 
     monkeypatch.setattr(Watch, "on_train_batch_end", stop)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        study.arm("electra-25", 0)
+        study.pretrained("electra-25", 0)
     assert list((study.folder / "arms").glob("electra-25-seed0/checkpoints/last.ckpt"))
     monkeypatch.setattr(Watch, "on_train_batch_end", ended)
-    resumed = tiny_study(tmp_path / "cut").arm("electra-25", 0)
+    resumed = tiny_study(tmp_path / "cut").pretrained("electra-25", 0)
     state = resumed.network.state_dict()
     assert all(torch.equal(state[key], value) for key, value in whole.network.state_dict().items())
 
@@ -217,79 +218,23 @@ def test_an_interrupted_arm_ends_in_the_same_weights_and_curve(tmp_path: Path, m
     assert not (study.folder / "arms" / "electra-25-seed0").exists()
 
 
-def test_an_interrupted_reproduction_goes_on_from_its_finished_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-
-    def measure(study: Study, seed: int) -> dict[str, float]:
-        calls.append(seed)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return {"recall_uncopied": 0.0}
-
-    monkeypatch.setitem(reproduce.MEASURES, "E6b", measure)
-    monkeypatch.setitem(reproduce.SEEDS, "smoke", (0, 1))
-    study = Study(PLANS["smoke"], tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(study, "smoke", ["E6b"], tmp_path / "out.json")
-    assert reproduce.reproduce(study, "smoke", ["E6b"], tmp_path / "out.json", seeds=[1]) == []
-    assert not (tmp_path / "out.json").exists()
-    (finished,) = reproduce.reproduce(study, "smoke", ["E6b"], tmp_path / "out.json")
-    assert calls == [0, 1, 1]
-    assert finished["holds"] and len(finished["measured"]) == 2
-
-
-def test_targets_are_those_of_the_specification(tmp_path: Path) -> None:
-    known = reproduce.claims("small")
-    assert tuple(known) == reproduce.NAMES["small"]
-    headlines = {name: (c.target.metric, c.target.op, c.target.value) for name, c in known.items()}
-    assert headlines == {
-        "E1": ("gain", ">=", 3.0),
-        "E2": ("gain", ">=", 2.0),
-        "E3": ("gain", ">=", 1.0),
-        "E4a": ("auc_gain_full", ">", 0.0),
-        "E4b": ("gain_full", ">", 0.0),
-        "E5a": ("gain", ">=", 0.01),
-        "E5b": ("gain", ">=", 0.5),
-        "E6a": ("accuracy_gain", ">=", 3.0),
-        "E6b": ("recall_uncopied", "<=", 0.01),
-        "E6c": ("joint_minus_two_stage", ">", 0.0),
-        "E7a": ("rise_total", ">", 0.0),
-        "E7b": ("gain", ">=", 0.0),
-        "E8": ("flops_error_tables", "<=", 0.02),
-    }
-    write_claims(tmp_path / "empty.json", [])
-    check_targets(tmp_path / "empty.json", list(known.values()))
-
-
-def test_unknown_claims_and_seeds_are_refused() -> None:
-    with pytest.raises(UserError, match="--claims E9: tier small has E1"):
-        reproduce.main(["--claims", "E9"])
-    with pytest.raises(UserError, match="--seeds 5: tier smoke has 0"):
-        reproduce.main(["--tier", "smoke", "--seeds", "5"])
-
-
 def test_the_bill_counts_shared_arms_once(tiny: Study, capsys: pytest.CaptureFixture[str]) -> None:
     found = reproduce.print_cost(tiny, seeds=3)
     lines = capsys.readouterr().out.splitlines()
     assert len({row["arm"] for row in found["arms"]}) == len(found["arms"])
-    assert set(found["claims"]) == set(reproduce.NAMES["small"])
+    assert set(found["claims"]) == set(read_claims("electra", "small"))
     assert found["claims"]["E8"] == 0 and found["claims"]["E1"] > 0
     assert any(line.startswith("E3") and "2 new arms" in line for line in lines)
 
 
 def test_figures_are_drawn_for_the_claims_that_are_there(tiny: Study, tmp_path: Path) -> None:
-    known = reproduce.claims("small")
-    records = []
-    for name in ("E3", "E4a", "E4b", "E7a", "E7b"):
-        rows = [reproduce.MEASURES[name](tiny, 0)] * 3
-        records.append(record(known[name], rows, seconds=1.0, peak_memory_bytes=1))
-    write_claims(tmp_path / "electra.json", records[:3])
+    values = {name: getattr(reproduce, name.lower())(tiny, 0) for name in ("E3", "E4a", "E4b", "E7a", "E7b")}
+    some = {name: values[name] for name in ("E3", "E4a", "E4b")}
+    write_ledger(tmp_path / "electra.json", "electra", some)
     draw_figures(tmp_path / "electra.json", tmp_path / "some", tmp_path)
     assert {path.name for path in (tmp_path / "some").glob("*.png")} == {"table5.png", "generator_size.png"}
     reproduce.keep_example(tiny)
-    write_claims(tmp_path / "electra.json", records)
+    write_ledger(tmp_path / "electra.json", "electra", values)
     draw_figures(tmp_path / "electra.json", tmp_path / "all", tiny.folder)
     drawn = {path.name for path in (tmp_path / "all").glob("*.png")}
     assert drawn == {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from common.data.pairs import generate_pairs
 from common.ema import Ema
 from common.errors import UserError
+from common.teacher import PREDICTION_TYPES, NoiseSchedule, read_schedule
 from instaflow.flow import (
-    PREDICTION_TYPES,
-    NoiseSchedule,
+    FlowSource,
+    TimeMatching,
     UNetFlow,
     conditioned,
     euler,
@@ -18,14 +22,13 @@ from instaflow.flow import (
     guided_velocity,
     network_time,
     one_step,
-    rectified_flow_loss,
     rk45,
-    sample_times,
     straightness,
     transport_cost,
 )
-from instaflow.teacher import read_schedule
-from tests.instaflow.tiny_teacher import SCHEDULER, gaussian_flow, tiny_teacher
+from instaflow.losses import rectified_flow_loss, sample_times
+from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
+from tests.instaflow.gaussian_flow import gaussian_flow
 
 STATES = torch.zeros(4, 6, 16)
 
@@ -64,8 +67,8 @@ def test_every_kind_of_teacher_carries_gaussian_noise_along_its_true_flow(predic
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_velocity_is_finite_at_both_ends_and_continuous_where_the_schedule_begins(prediction_type: str) -> None:
     flow = gaussian_flow(prediction_type, spread=1.0)
-    assert flow.schedule is not None
-    edge = flow.schedule.t_min
+    assert flow.matching is not None
+    edge = flow.matching.t_min
     x = torch.randn(1, 4, 2, 2).expand(4, -1, -1, -1)
     with torch.no_grad():
         v = flow(x, torch.tensor([0.0, edge - 1e-5, edge + 1e-5, 1.0]), STATES)
@@ -103,23 +106,25 @@ def test_euler_at_the_matched_times_is_ddim_at_those_times() -> None:
 
 def test_matched_time_has_the_flows_signal_to_noise_ratio() -> None:
     schedule = read_schedule(SCHEDULER)
+    matching = TimeMatching(schedule)
     on_grid = torch.tensor([17, 400, 901])
     alpha2 = schedule.alphas_cumprod_T[on_grid]
     t = torch.sigmoid(0.5 * (alpha2 / (1 - alpha2)).log())
-    torch.testing.assert_close(schedule.matched_time(t), on_grid.float(), atol=1e-3, rtol=0)
-    assert schedule.matched_time(torch.tensor([0.0, 1.0])).tolist() == [999.0, 0.0]
+    torch.testing.assert_close(matching.tau(t), on_grid.float(), atol=1e-3, rtol=0)
+    assert matching.tau(torch.tensor([0.0, 1.0])).tolist() == [999.0, 0.0]
 
 
 def test_a_schedule_with_zero_terminal_snr_is_read() -> None:
     schedule = read_schedule({**SCHEDULER, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
-    assert 0 < schedule.t_min < 1e-3
-    assert torch.isfinite(schedule.matched_time(torch.linspace(0, 1, 7))).all()
+    matching = TimeMatching(schedule)
+    assert 0 < matching.t_min < 1e-3
+    assert torch.isfinite(matching.tau(torch.linspace(0, 1, 7))).all()
 
 
 def test_the_number_of_training_steps_is_read_from_the_schedule() -> None:
     schedule = read_schedule({**SCHEDULER, "num_train_timesteps": 250})
     assert schedule.steps == 250
-    assert float(schedule.matched_time(torch.tensor([0.0]))) == 249.0
+    assert float(TimeMatching(schedule).tau(torch.tensor([0.0]))) == 249.0
 
 
 def test_unknown_prediction_type_is_refused_by_name() -> None:
@@ -205,3 +210,16 @@ def test_ema_restores_the_own_weights_and_its_count_after_loading() -> None:
     assert torch.equal(ema.state_dict()["weight"], copy.state_dict()["weight"])
     with pytest.raises(UserError, match="decay"):
         Ema(layer, 1.5)
+
+
+def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> None:
+    teacher, prompts = tiny_teacher(), ["a red star", "a blue ring", "two red ring"]
+    made = FlowSource(UNetFlow(teacher.unet), teacher, steps=3, guidance=1.5)
+    data = generate_pairs(made, prompts, tmp_path, 3, batch_size=3, shard_size=4)
+    assert data is not None
+    rows = data.__getitems__(range(3))
+    states = teacher.encode([prompts[k] for k in rows["prompt"].tolist()])
+    wanted = euler(conditioned(made.flow, states, teacher.null(3), 1.5), rows["x0"], 3)
+    torch.testing.assert_close(rows["x1"], wanted, atol=2e-3, rtol=2e-3)
+    assert made.evaluations == 6
+    assert made.describe()["flow"] != FlowSource(UNetFlow(teacher.vae), teacher).describe()["flow"]

@@ -16,7 +16,7 @@ from instaflow.convert import convert, official_to_ours
 from instaflow.flow import UNetFlow
 from instaflow.pipeline import Card, InstaFlowPipeline, merge_delta, slerp
 from instaflow.student import make_student, stack
-from tests.instaflow.tiny_teacher import save_teacher, tiny_teacher
+from tests.common.tiny_teacher import save_teacher, tiny_teacher
 
 PROMPTS = ["a red star", "the blue ring"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.costs import parameter_count
 from common.errors import UserError
 from instaflow.flow import TeacherFlow, UNetFlow, network_time
 from instaflow.student import (
@@ -12,11 +13,10 @@ from instaflow.student import (
     STACKED_PARAMETERS,
     StackedUNet,
     make_student,
-    parameter_count,
     stable_diffusion_unet,
     stack,
 )
-from tests.instaflow.tiny_teacher import tiny_teacher
+from tests.common.tiny_teacher import tiny_teacher
 
 X, T, STATES = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.6]), torch.randn(2, 6, 16)
 

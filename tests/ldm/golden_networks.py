@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ldm.layouts import (
 )
 from ldm.model import ConditionedUNet, SpatialTransformer
 from ldm.official import autoencoder_of, classifier_of, unet_of
-from tests.golden_case import Case, Check, assert_close, fill_by_rule
+from tests.golden_case import Case, Check, assert_close, assert_timed_close, fill_by_rule
 
 
 def kind(stem: str, source: str) -> Callable[[Case], bool]:
@@ -48,9 +48,9 @@ def check_unet(case: Case) -> None:
     _load(net, case)
     given, expected = case.group("in"), case.group("out")
     for name in (name for name in given if name.startswith("x")):
-        suffix = name.removeprefix("x")
-        result = net(given[name], given["t"], given.get("context"), given.get("y"))
-        assert_close(result, expected[f"eps{suffix}"], f"eps{suffix}")
+        eps = f"eps{name.removeprefix('x')}"
+        compute = partial(net, given[name], given["t"], given.get("context"), given.get("y"))
+        assert_timed_close(compute, expected[eps], eps)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.metrics.lpips import LPIPS, VGG16Trunk, load_official_lpips, unit_normalise
+from common.metrics.lpips import LPIPS, VGG16Trunk, unit_normalise
+from common.metrics.perceptual import official_lpips
 from ldm.autoencoder import AutoencoderKL, DiagonalGaussian, Quantized, VQModel
 from ldm.config import AutoencoderOptions
 from ldm.losses import (
@@ -286,32 +287,32 @@ def official_files(folder: Path) -> tuple[Path, Path, LPIPS]:
 def test_official_lpips_loads_from_torchvision_weights_and_heads(tmp_path: Path) -> None:
     vgg, lin, expected = official_files(tmp_path)
     a, b = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
-    loaded = load_official_lpips(vgg, lin)
+    loaded = official_lpips(vgg, lin)
     torch.testing.assert_close(loaded(a, b), expected(a, b))
     assert loaded.name == "lpips-vgg16"
-    assert load_official_lpips(vgg).name == "lpips-vgg16-uniform"
+    assert official_lpips(vgg).name == "lpips-vgg16-uniform"
 
 
 def test_wrong_lpips_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     vgg, lin, _ = official_files(tmp_path)
     with pytest.raises(UserError, match=r"features\.0\.weight"):
-        load_official_lpips(lin)
+        official_lpips(lin)
     with pytest.raises(UserError, match="no such file"):
-        load_official_lpips(tmp_path / "absent.pth")
+        official_lpips(tmp_path / "absent.pth")
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(vgg.read_bytes()[:200])
     with pytest.raises(UserError, match=r"truncated\.pth"):
-        load_official_lpips(truncated)
+        official_lpips(truncated)
     pickled = tmp_path / "pickled.pth"
     torch.save({"model": nn.Linear(2, 2)}, pickled)
     with pytest.raises(UserError, match="refused"):
-        load_official_lpips(pickled)
+        official_lpips(pickled)
     short = tmp_path / "short.safetensors"
     save_file({f"lin{i}.model.1.weight": torch.ones(1, 3, 1, 1) for i in range(5)}, short)
     with pytest.raises(UserError, match="lin0 has 3 channel weights; tap 0 has 4"):
-        load_official_lpips(vgg, short)
+        official_lpips(vgg, short)
     with pytest.raises(UserError, match="at least 16x16"):
-        load_official_lpips(vgg)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+        official_lpips(vgg)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
 def test_vgg16_taps_halve_the_resolution_and_have_the_official_layout() -> None:

@@ -6,32 +6,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from common.errors import UserError, run_main
+from common.teacher import open_pipeline
 from ldm import evaluate, sample
 from ldm.run import Run, export_pipeline
 from ldm.samplers import sample as sample_latents
 from ldm.samplers import seeded_noise
+from tests.drills import start
 from tests.ldm.tiny_run import arguments, train
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield train(tmp_path_factory.mktemp("text") / "run", trainer__max_steps=4, diffusion__prediction="v")
-
-
-def program(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+def text_run(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("text") / "run", trainer__max_steps=4, diffusion__prediction="v")
 
 
 def test_exported_pipeline_draws_what_our_sampler_draws(text_run: Path, tmp_path: Path) -> None:
@@ -41,7 +35,7 @@ def test_exported_pipeline_draws_what_our_sampler_draws(text_run: Path, tmp_path
         for parameter in ldm.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     export_pipeline(ldm, run.task, run.config, tmp_path / "pipeline", dtype=torch.float32)
-    pipeline = sample.open_pipeline(tmp_path / "pipeline")
+    pipeline = open_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     captions = run.task.captions[:2]
     start = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -117,6 +111,25 @@ def test_mistake_is_one_sentence(
         sample.main(options)
 
 
+@pytest.mark.parametrize(
+    ("options", "run_sentence", "pipeline_sentence"),
+    [
+        (["--size", "17x18"], "--size 17x18: expected both sides to be multiples of 4", "multiples of 8"),
+        (["--size", "0x16"], "--size 0x16: expected both sides to be multiples of 4", "multiples of 8"),
+        (["--steps", "0"], "--steps 0: expected a number from 1 to 1000", "--steps 0: expected"),
+        (["--steps", "1001"], "--steps 1001: expected a number from 1 to 1000", "--steps 1001: expected"),
+    ],
+)
+def test_sizes_and_steps_that_the_model_lacks_are_refused_before_drawing(
+    options: list[str], run_sentence: str, pipeline_sentence: str, text_run: Path, tmp_path: Path
+) -> None:
+    for model, sentence in ((text_run, run_sentence), (text_run / "pipeline", pipeline_sentence)):
+        out = tmp_path / "out.png"
+        with pytest.raises(UserError, match=sentence):
+            sample.main(["--model", str(model), "--prompt", "a red star", "--out", str(out), *options])
+        assert not out.exists()
+
+
 def test_pipeline_without_a_prompt_is_one_sentence(text_run: Path) -> None:
     with pytest.raises(UserError, match="--prompt is missing"):
         sample.main(["--model", str(text_run / "pipeline")])
@@ -187,6 +200,6 @@ def test_program_reports_a_mistake_without_traceback(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     script = str(ROOT / "ldm" / "train.py")
     options = arguments(tmp_path / "run", data__name="folder", data__path=tmp_path / "empty")
-    done = program(script, *options, REPRO_CACHE=str(tmp_path / "cache"))
+    done = start(script, *options, REPRO_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'empty'}: no images in it") and done.stderr.count("\n") == 1

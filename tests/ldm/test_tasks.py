@@ -176,6 +176,27 @@ def test_own_images_train_with_a_held_out_tenth(own_images: Path, weights: Path,
     assert len(run.task.train) == 27 and len(run.task.reference) == 3
 
 
+def test_saved_data_set_without_a_test_split_holds_a_tenth_out(tmp_path: Path, weights: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"photo": datasets.Image(), "en": datasets.Value("string"), "id": datasets.Value("string")}
+    )
+    for i in range(30):
+        picture(tmp_path / "pictures" / f"{i}.png", (8 * i, 0, 0))
+    rows = {
+        "photo": [{"bytes": (tmp_path / "pictures" / f"{i}.png").read_bytes(), "path": None} for i in range(30)],
+        "en": [f"red {i}" for i in range(30)],
+        "id": [str(i) for i in range(30)],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
+    train, test = (open_dataset(DataConfig("hf", str(tmp_path / "saved"), size=16), part) for part in ("train", "test"))
+    assert len(train) == 27 and len(test) == 3 and not set(train.captions) & set(test.captions)  # type: ignore
+    with pytest.raises(UserError, match="no caption column 'text'; its columns are photo, en, id"):
+        open_dataset(DataConfig("hf", str(tmp_path / "saved"), text_column="text"), "train")
+
+
 def test_transparent_image_is_laid_on_white(own_images: Path) -> None:
     parts = [user_images(str(own_images), 16, split, seed=0) for split in ("train", "test")]
     (image,) = [part[i]["image"] for part in parts for i in range(len(part)) if part.captions[i] == "red 0"]
@@ -226,6 +247,7 @@ def test_tokenizer_and_first_weights_are_functions_of_captions_and_seed() -> Non
         ("empty", {}, r"no images in it"),
         ("few", {}, r"5 images are too few; at least 20"),
         ("bad_line", {}, r"metadata.jsonl line 2: not JSON"),
+        ("captions", {"data__text_column": "says"}, r"no caption column 'says'; its columns are file_name, text"),
         ("captions", {"task": "class"}, r"task class needs a class for every image"),
         ("captions", {"task": "layout"}, r'task layout needs "boxes"'),
         ("captions", {"data__size": 15}, r"--data.size 15 cannot be halved"),

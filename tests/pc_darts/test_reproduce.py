@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from common.ledger import check_targets, record, write_claims
+from common.ledger import read_claims
+from common.study import open_sizes
 from pc_darts import reproduce
 from pc_darts.baselines import random_genotype
 from pc_darts.config import CONFIGS, read_config
-from pc_darts.experiments import PLANS, SWEEPS, Study, jaccard, mean_overlap, weight_free_share
+from pc_darts.experiments import SWEEPS, Sizes, Study, jaccard, mean_overlap, step_seconds, weight_free_share
 from pc_darts.genotypes import PUBLISHED
-from pc_darts.plan import RUNS, paper_utilisation, plan, search_flop
+from pc_darts.plan import RUNS, cluster, paper_utilisation, plan, search_flop
+from tests.claims import smoke_records, write_ledger
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("pc_darts-smoke")
-    torch.set_num_threads(1)
-    names = list(reproduce.NAMES["smoke"])
-    records = reproduce.reproduce(Study(PLANS["smoke"], folder), "smoke", names, folder / "pc_darts.json")
-    found = {finished["id"]: finished for finished in records}
+    found = smoke_records(reproduce, folder)
     # Too short for a verdict, long enough to run every line.
-    found["PC3"] = {"measured": [reproduce.measure_pc3(Study(PLANS["smoke"], folder), 0)]}
+    study = Study(open_sizes(Sizes, "pc_darts", "smoke"), folder / "study")
+    found["PC3"] = {"measured": [reproduce.pc3(study, 0)]}
     return found
 
 
@@ -39,8 +40,14 @@ def test_a_quarter_of_the_channels_keeps_a_third_of_the_memory(measured: dict[st
 
 
 @pytest.mark.smoke
-def test_a_step_with_a_quarter_of_the_channels_is_faster(measured: dict[str, Any]) -> None:
-    assert measured["PC2"]["holds"]
+def test_a_step_with_a_quarter_of_the_channels_is_timed_and_does_half_of_the_work(measured: dict[str, Any]) -> None:
+    assert {"time_ratio", "seconds_K1", "seconds_K4"} <= set(measured["PC2"]["measured"][0])
+    flop = {}
+    for partial in (1, 4):
+        with FlopCounterMode(display=False) as counter:
+            step_seconds(open_sizes(Sizes, "pc_darts", "smoke"), partial, 0)
+        flop[partial] = counter.get_total_flops()
+    assert 0 < 2 * flop[4] <= flop[1]
 
 
 @pytest.mark.smoke
@@ -52,25 +59,13 @@ def test_searched_cell_is_compared_with_every_random_cell(measured: dict[str, An
     assert 0 < values["error_pc"] < 90
 
 
-def test_targets_are_those_of_the_specification(tmp_path: Path) -> None:
-    known = reproduce.claims("small")
-    headlines = {name: (c.target.metric, c.target.op, c.target.value) for name, c in known.items()}
-    assert headlines == {
-        "PC1": ("memory_ratio", "<=", 1 / 3),
-        "PC2": ("time_ratio", "<=", 0.8),
-        "PC3": ("gap_in_std", ">=", 1.0),
-        "PC4": ("overlap_gain", ">=", 0.1),
-        "PC5": ("share_gain", ">", 0.0),
-        "PC6": ("error_difference", "<=", 0.0),
-    }
-    assert len(reproduce.seeds_of("PC4", "small")) == 4
-    assert all(len(reproduce.seeds_of(name, "small")) >= 3 for name in known)
-    write_claims(tmp_path / "empty.json", [])
-    check_targets(tmp_path / "empty.json", list(known.values()))
+def test_searches_that_are_compared_with_each_other_have_more_than_two_seeds() -> None:
+    assert len(reproduce.seeds_of("PC4")) == 4
+    assert all(len(claim.seeds) >= 3 for claim in read_claims("pc_darts", "small").values())
 
 
 def test_budgets_of_the_small_tier_are_those_of_the_specification() -> None:
-    budget = PLANS["small"]
+    budget = open_sizes(Sizes, "pc_darts", "small")
     # 1,348 digits for training, half of them for the weights.
     assert budget.search.epochs * (675 // budget.search.batch_size) == 200
     assert budget.search.warmup_epochs == 0.3 * budget.search.epochs
@@ -78,25 +73,16 @@ def test_budgets_of_the_small_tier_are_those_of_the_specification() -> None:
     assert budget.search.batch_size == 4 * budget.darts_batch == 128 and budget.random_cells == 8
 
 
-def test_an_interrupted_reproduction_goes_on_from_its_finished_pieces(
+def test_a_search_of_other_options_is_made_anew_and_an_equal_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-
-    def measure(study: Study, seed: int) -> dict[str, float]:
-        calls.append(seed)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return {"time_ratio": 0.5}
-
-    monkeypatch.setitem(reproduce.MEASURES, "PC2", measure)
-    monkeypatch.setitem(reproduce.SEEDS, "smoke", (0, 1))
-    study = Study(PLANS["smoke"], tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(study, "smoke", ["PC2"], tmp_path / "out.json")
-    (finished,) = reproduce.reproduce(study, "smoke", ["PC2"], tmp_path / "out.json")
-    assert calls == [0, 1, 1]
-    assert finished["holds"] and len(finished["measured"]) == 2
+    sizes = open_sizes(Sizes, "pc_darts", "smoke")
+    sizes = replace(sizes, search=replace(sizes.search, epochs=1, warmup_epochs=0, channels=4))
+    first = Study(sizes, tmp_path).search("pc", 0)
+    monkeypatch.setattr("torch.optim.SGD.step", lambda *_: pytest.fail("searched again"))
+    assert Study(sizes, tmp_path).search("pc", 0).genotype == first.genotype
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        Study(sizes, tmp_path).search("pc", 0, partial=2)
 
 
 def test_overlap_of_edges_ignores_operations_and_order() -> None:
@@ -111,7 +97,7 @@ def test_share_of_weight_free_operations_of_published_cells() -> None:
 
 
 def test_sweeps_change_what_they_name_and_nothing_unknown() -> None:
-    known = set(PLANS["small"].search.__dict__)
+    known = set(open_sizes(Sizes, "pc_darts", "small").search.__dict__)
     assert all(set(changes) <= known for arms in SWEEPS.values() for changes in arms.values())
     assert len(SWEEPS["pc-en"]) == 4 and set(SWEEPS["sampling"]) == {"shuffle", "shift", "random"}
 
@@ -138,9 +124,9 @@ def test_full_size_configs_are_the_papers() -> None:
 
 
 def test_plan_knows_the_papers_sizes() -> None:
-    final = plan("cifar-final", utilisation=0.5)
+    final = plan("cifar-final", cluster(utilisation=0.5))
     assert final.parameters == 4_111_104 and final.macs == pytest.approx(556.7e6, rel=1e-3)
-    search = plan("cifar-search")
+    search = plan("cifar-search", cluster())
     assert search.parameters == 299_578
     assert search.gpu_days == pytest.approx(0.1)
     assert 0 < paper_utilisation() < 0.2 and set(RUNS) >= {"imagenet-search", "imagenet-final"}
@@ -156,17 +142,12 @@ def test_second_order_costs_four_passes_for_the_architecture() -> None:
 def test_figures_are_drawn_for_the_claims_that_are_there(tmp_path: Path) -> None:
     from pc_darts.figures import draw_figures
 
-    known = reproduce.claims("small")
     extra = {
         "PC1": {f"megabytes_K{k}": 100.0 / k for k in (1, 2, 4, 8)},
         "PC3": {"error_pc": 3.0, "error_random_0": 4.0, "error_random_1": 5.0},
         "PC4": {"overlap_with": 0.5, "overlap_without": 0.3},
     }
-    records = []
-    for name, values in extra.items():
-        wanted = {condition.metric: 0.5 for condition in known[name].target.all_conditions()}
-        records.append(record(known[name], [{**values, **wanted}] * 3, seconds=1.0, peak_memory_bytes=1))
-    write_claims(tmp_path / "pc_darts.json", records)
+    write_ledger(tmp_path / "pc_darts.json", "pc_darts", extra)
     draw_figures(tmp_path / "pc_darts.json", tmp_path / "figures")
     drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert drawn == {"memory.png", "errors.png", "overlap.png"}

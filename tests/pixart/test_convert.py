@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, run_main
+from pixart.config import PixArtConfig
 from pixart.convert import (
     export_pipeline,
     infer_config,
@@ -24,7 +25,7 @@ from pixart.convert import (
     save_official,
     save_transformer,
 )
-from pixart.model import DiT, PixArt, PixArtConfig
+from pixart.model import DiT, PixArt
 from tests.pixart.test_model import batch, filled
 
 SINGLE = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=16, caption_tokens=6)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart.model import DiT, PixArt, PixArtConfig, attend, position_embedding
+from pixart.config import PixArtConfig
+from pixart.model import DiT, PixArt, attend, position_embedding
 
 TINY = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=16, caption_tokens=6)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from pixart.config import PixArtConfig
 from pixart.diffusion import Diffusion, discretised_gaussian_nll, respaced_steps
-from pixart.model import PixArt, PixArtConfig
+from pixart.model import PixArt
 from pixart.samplers import diffusers_sampler, dpm_solver, guide, guided, iddpm, recorded_noise, sa_solver, seeded_noise
 
 SHAPE = (3, 4, 2, 2)

@@ -11,20 +11,14 @@ import torch
 
 from common.data.shapes import Spec
 from common.files import write_json
-from common.ledger import check_targets, record, write_claims
 from pixart import reproduce
-from pixart.experiments import PLANS, Study, alignment, poor_captions
+from pixart.experiments import alignment, poor_captions
+from tests.claims import smoke_records, write_ledger
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("pixart-smoke")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    names = list(reproduce.NAMES["smoke"])
-    records = reproduce.reproduce(Study(PLANS["smoke"], folder), "smoke", names, folder / "pixart.json")
-    torch.set_num_threads(threads)
-    return {finished["id"]: finished for finished in records}
+    return smoke_records(reproduce, tmp_path_factory.mktemp("pixart-smoke"))
 
 
 @pytest.mark.smoke
@@ -81,57 +75,13 @@ def test_poor_captions_keep_a_third_of_the_words_and_swap_a_fifth() -> None:
     assert 0.16 < foreign / kept < 0.24
 
 
-def test_an_interrupted_reproduction_goes_on_from_its_finished_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-
-    def measure(study: Study, seed: int) -> dict[str, float]:
-        calls.append(seed)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return {"parameter_ratio": 0.7, "full_size_single_millions": 1, "full_size_block_millions": 900} | {
-            "memory_ratio": 0.5
-        }
-
-    monkeypatch.setitem(reproduce.MEASURES, "P1", measure)
-    monkeypatch.setitem(reproduce.SEEDS, "smoke", (0, 1))
-    study = Study(PLANS["smoke"], tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(study, "smoke", ["P1"], tmp_path / "out.json")
-    (finished,) = reproduce.reproduce(study, "smoke", ["P1"], tmp_path / "out.json")
-    assert calls == [0, 1, 1]
-    assert finished["holds"] and len(finished["measured"]) == 2
-
-
-def test_targets_are_those_of_the_specification(tmp_path: Path) -> None:
-    known = reproduce.claims("small")
-    assert list(known) == ["P1", "P2", "P3", "P4", "P5", "P6"]
-    headlines = {name: (c.target.metric, c.target.op, c.target.value) for name, c in known.items()}
-    assert headlines == {
-        "P1": ("mse_ratio", "<=", 1.03),
-        "P2": ("mse_ratio_equal_steps", "<=", 0.85),
-        "P3": ("penalty_dense", ">=", 0.03),
-        "P4": ("fid_drop", ">=", 0.10),
-        "P5": ("mse_ratio_after", "<", 1.0),
-        "P6": ("fid_ratio", "<=", 1.05),
-    }
-    write_claims(tmp_path / "empty.json", [])
-    check_targets(tmp_path / "empty.json", list(known.values()))
-
-
 def test_figures_are_drawn_for_the_claims_that_are_there(tmp_path: Path) -> None:
     from pixart.figures import SCALES, draw_figures
 
     arms = ("reparam", "scratch", "scratch_extra_steps", "dense", "web", "sa", "iddpm")
     names = [*arms, *(f"guidance_{name}" for name in SCALES)]
     metrics = {f"{key}_{name}": 0.5 for key in ("mse", "fid", "penalty", "alignment", "recall") for name in names}
-    known = reproduce.claims("small")
-    records = []
-    for name in ("P2", "P6"):
-        wanted = {condition.metric: 1.0 for condition in known[name].target.all_conditions()}
-        records.append(record(known[name], [{**metrics, **wanted}] * 3, seconds=1.0, peak_memory_bytes=1))
-    write_claims(tmp_path / "pixart.json", records)
+    write_ledger(tmp_path / "pixart.json", "pixart", {"P2": metrics, "P6": metrics})
     for seed in (0, 1, 2):
         curve = [{"step": step, "seconds": 1.0, "mse": 0.5 / step, "penalty": 0.1} for step in (1, 2)]
         write_json(tmp_path / "arms" / f"dense-seed{seed}.json", {"seconds": 1.0, "steps": 2, "curve": curve})

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pixart.train import CONFIGS, main
+from pixart.config import SMALL
+from pixart.train import main
 from tests.pixart.tiny_run import losses
 
 
@@ -16,7 +17,7 @@ def test_three_stages_learn_and_leave_samples(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     options = ["--trainer.accelerator", "cpu", "--trainer.progress", "false"]
-    metrics = main(["--config", str(CONFIGS / "smoke.yaml"), "--run_dir", str(run), *options])
+    metrics = main(["--config", str(SMALL.parent / "smoke.yaml"), "--run_dir", str(run), *options])
     assert list(metrics) == ["stage1", "stage2", "stage3"]
     for stage in ("stage1", "stage2"):
         curve = [loss for _, loss in sorted(losses(run / stage, "train/mse").items())]

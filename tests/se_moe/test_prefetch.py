@@ -124,7 +124,6 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def resident() -> tuple[list[float], dict[str, Tensor]]:
-    torch.set_num_threads(1)
     return train_resident()
 
 

@@ -7,12 +7,12 @@ import copy
 from torch import Tensor
 
 from benchmarks.acceleration.protocol import Bench, Budget, Sampler, trained_parameters
+from common.data.pairs import PairDataset
 from common.data.sampling import derive_seed
+from common.metrics.perceptual import perceptual_distance
 from instaflow.flow import UNetFlow, conditioned, euler
-from instaflow.pairs import PairDataset
-from instaflow.perceptual import perceptual_distance
+from instaflow.losses import distillation_loss, perceptual_loss, reflow_loss
 from instaflow.student import make_student
-from instaflow.training import distillation_loss, perceptual_loss, reflow_loss
 
 INIT = "negate"
 FLOW_STEPS = 10  # Euler steps of the rectified flow in its own pairs; it is nearly straight

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.acceleration.protocol import Bench, Budget, Sampler
-from instaflow.pairs import DiffusionSource
+from common.solvers import DiffusionSource
 
 
 def solver(bench: Bench, name: str, guidance: float, options: dict[str, Any]) -> Sampler:

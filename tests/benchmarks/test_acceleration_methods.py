@@ -1,33 +1,28 @@
-"""Progressive, direct and consistency distillation against stock diffusers' arithmetic; LPIPS trunks."""
+"""Progressive and consistency distillation against stock diffusers' arithmetic."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from common.errors import UserError
-from instaflow.baselines import (
+from benchmarks.acceleration.methods.lcm import (
     ConsistencyModel,
     consistency_grid,
     consistency_loss,
     consistency_sample,
     consistency_student,
-    direct_distillation_loss,
     guidance_embedding,
-    guided_network,
+)
+from benchmarks.acceleration.methods.progressive_distillation import (
     progressive_grid,
     progressive_loss,
     progressive_sample,
     progressive_target,
 )
-from instaflow.flow import one_step
-from instaflow.perceptual import AlexNetTrunk, perceptual_distance
-from instaflow.student import make_student
-from tests.instaflow.tiny_teacher import SCHEDULER, tiny_teacher
+from common.errors import UserError
+from common.solvers import ddim_step, guided_network
+from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
 
 Z, STATES = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 16)
 
@@ -44,8 +39,6 @@ def test_a_student_that_points_to_the_target_repeats_two_teacher_steps_in_one() 
 
     def student(z: Tensor, tau: Tensor) -> Tensor:  # v-prediction of the target
         return target.alpha * target.eps_target - target.sigma * target.x_target
-
-    from instaflow.baselines import ddim_step
 
     one, _ = ddim_step(student, schedule, Z, target.t_B, target.t_end_B)
     torch.testing.assert_close(one, target.z_end, atol=2e-5, rtol=1e-4)
@@ -67,12 +60,6 @@ def test_progressive_sampling_is_stock_ddim_with_trailing_steps() -> None:
         for t in scheduler.timesteps:
             z = scheduler.step(teacher(z, t.expand(2)), t, z).prev_sample
         torch.testing.assert_close(progressive_sample(teacher, schedule, Z, 4), z, atol=1e-4, rtol=1e-4)
-
-
-def test_direct_distillation_is_the_one_step_regression_to_the_teachers_image() -> None:
-    flow, x1 = make_student(tiny_teacher(), "negate"), torch.randn(2, 4, 8, 8)
-    wanted = (one_step(lambda z, t: flow(z, t, STATES), Z) - x1).square().mean()
-    torch.testing.assert_close(direct_distillation_loss(flow, Z, x1, STATES), wanted)
 
 
 def test_the_guidance_embedding_is_that_of_stock_lcm() -> None:
@@ -134,34 +121,3 @@ def test_consistency_distillation_trains_the_student_alone_and_the_guidance_proj
     assert consistency_grid(teacher.schedule, 50)[[0, -1]].tolist() == [19, 999]
     with pytest.raises(UserError, match="1 to 50"):
         consistency_sample(student, Z, STATES, 51, 1.0)
-
-
-@pytest.mark.parametrize("trunk", ["trained", "random"])
-def test_perceptual_distances_are_zero_for_equal_images_and_pull_images_together(trunk: str) -> None:
-    distance = perceptual_distance(trunk)
-    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_(True)
-    value = distance(a, b)
-    value.sum().backward()
-    assert float(distance(a, a).abs().max()) == 0
-    assert b.grad is not None
-    with torch.no_grad():
-        assert bool((distance(a, b - 1e-2 * b.grad / b.grad.norm()) < value).all())
-
-
-def test_the_papers_alexnet_lpips_loads_from_the_users_files(tmp_path: Path) -> None:
-    trunk = AlexNetTrunk()
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
-    save_file(trunk.state_dict(), tmp_path / "alexnet.safetensors")
-    torch.save(heads, tmp_path / "lpips.pth")
-    distance = perceptual_distance(f"{tmp_path / 'alexnet.safetensors'},{tmp_path / 'lpips.pth'}")
-    taps = trunk(torch.zeros(1, 3, 224, 224))
-    assert [tuple(tap.shape[1:]) for tap in taps] == [(64, 55, 55), (192, 27, 27), (384, 13, 13), *[(256, 13, 13)] * 2]
-    a, b = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
-    assert float(distance(a, b)) > 0
-    with pytest.raises(UserError, match="64x64"):
-        distance(a[..., :32, :32], b[..., :32, :32])
-    save_file({k: v for k, v in trunk.state_dict().items() if k != "features.8.bias"}, tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match=r"features\.8\.bias"):
-        perceptual_distance(str(tmp_path / "cut.safetensors"))
-    with pytest.raises(UserError, match="no such file"):
-        perceptual_distance(str(tmp_path / "none.safetensors"))

@@ -1,17 +1,14 @@
-"""A teacher of a few thousand random weights with every part that a real one has, and teachers whose flow is known."""
+"""A teacher of a few thousand random weights with every part that a real one has."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from instaflow.flow import NoiseSchedule, UNetFlow
-from instaflow.teacher import Teacher
+from common.teacher import Teacher
 
 WORDS = ("a", "the", "red", "blue", "star", "ring", "of", "left", "two", "and")
 SCHEDULER = {
@@ -103,34 +100,3 @@ def save_teacher(folder: Path, prediction_type: str = "epsilon", scheduler: str 
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
-
-
-class GaussianNetwork(nn.Module):
-    """The best possible diffusion network for data N(0, spread^2): its flow sends the noise z to spread * z."""
-
-    def __init__(self, schedule: NoiseSchedule, spread: float) -> None:
-        super().__init__()
-        self.schedule, self.spread = schedule, spread
-        self.unused = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(in_channels=4, sample_size=2)
-
-    def forward(self, x: Tensor, tau: Tensor, states: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        # Between training steps log(alpha/sigma) is linear, as matched_time assumes.
-        alpha2 = self.schedule.alphas_cumprod_T
-        log_snr = 0.5 * (alpha2.log() - (1 - alpha2).log())
-        low = tau.double().floor().long().clamp(max=len(alpha2) - 2)
-        between = torch.lerp(log_snr[low], log_snr[low + 1], tau.double() - low)
-        alpha = torch.sigmoid(2 * between).sqrt().float().view(-1, 1, 1, 1)
-        sigma = torch.sigmoid(-2 * between).sqrt().float().view(-1, 1, 1, 1)
-        # The input has unit variance only for unit-variance data: undo the flow's scaling to reach the true x_tau.
-        x1 = alpha * self.spread**2 / (alpha**2 * self.spread**2 + sigma**2) * x
-        eps = sigma / (alpha**2 * self.spread**2 + sigma**2) * x
-        kind = self.schedule.prediction_type
-        return ({"epsilon": eps, "v_prediction": alpha * eps - sigma * x1, "sample": x1}[kind],)
-
-
-def gaussian_flow(prediction_type: str, spread: float = 0.5) -> UNetFlow:
-    from instaflow.teacher import read_schedule
-
-    schedule = read_schedule({**SCHEDULER, "prediction_type": prediction_type})
-    return UNetFlow(GaussianNetwork(schedule, spread), schedule)

@@ -4,7 +4,7 @@ The head-to-head benchmark measures Frechet distances on features that know what
 shapes, colours and textures it shows, how many objects, where, on which background. The network shares neither data
 seed, width nor layers with the perceptual trunk that serves as a loss, so that nothing trained with it is flattered.
 
-`python -m instaflow.judge` trains it again (about one CPU minute) and writes `judge.safetensors` beside this file.
+`python -m common.metrics.judge` trains it again (about one CPU minute) and writes `judge.safetensors` beside this file.
 
 Shape suffixes: B batch, C channels, H W height and width, D features.
 """
@@ -83,7 +83,7 @@ class ShapesJudge:
 @cache
 def _load() -> AttributeNet:
     if not WEIGHTS.is_file():
-        raise UserError(f"{WEIGHTS.name} is missing beside judge.py: train it with python -m instaflow.judge")
+        raise UserError(f"{WEIGHTS.name} is missing beside judge.py: train it with python -m common.metrics.judge")
     net = AttributeNet()
     net.load_state_dict({key: value.float() for key, value in load_file(WEIGHTS).items()})
     return net.eval().requires_grad_(False)

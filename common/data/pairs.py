@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.data.lines import read_json_lines, read_lines
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.paths import cache_dir
-from instaflow.flow import UNetFlow, conditioned, euler
-from instaflow.teacher import Teacher, module_checksum
+from common.teacher import Teacher
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.txt"
@@ -56,187 +57,46 @@ class PairSource(Protocol):
         """U-Net forwards per pair, guidance counted."""
 
 
-class DiffusionSource:
-    """The teacher's probability-flow ODE by any deterministic diffusers scheduler (paper: DPM-Solver, 25, 5.0).
-
-    Args:
-        solver: a diffusers scheduler class; the teacher's noise schedule is given to it.
-        guidance: w of u + w (c - u); 1 or less means the conditional network alone.
-        options: further scheduler options, for example {"use_karras_sigmas": True}.
-
-    Raises:
-        UserError: no such scheduler, or one that draws noise.
-    """
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        solver: str = "DPMSolverMultistepScheduler",
-        steps: int = 25,
-        guidance: float = 5.0,
-        negative_prompt: str = "",
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        self.teacher, self.solver, self.steps, self.guidance = teacher, solver, steps, guidance
-        self.negative_prompt, self.options = negative_prompt, dict(options or {})
-        self.scheduler = make_scheduler(solver, teacher.scheduler_config, self.options)
-        if steps < 1:
-            raise UserError(f"{steps} solver steps: expected at least 1")
-        try:
-            self.scheduler.set_timesteps(steps)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise UserError(f"solver {solver} cannot make {steps} steps ({error}); try another number") from None
-        self._calls = len(self.scheduler.timesteps)
-        refuse_stochastic(self.scheduler, steps)
-        self._null: Tensor | None = None
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "diffusion",
-            "solver": self.solver,
-            "options": self.options,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "negative_prompt": self.negative_prompt,
-            "teacher": self.teacher.checksum(),
-            "precision": str(next(self.teacher.unet.parameters()).dtype).removeprefix("torch."),
-        }
-
-    @property
-    def evaluations(self) -> int:
-        return self._calls * (2 if self.guidance > 1 else 1)
-
-    @torch.no_grad()
-    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
-        if self._null is None:
-            self._null = self.teacher.encode([self.negative_prompt])
-        network, scheduler = self.teacher.unet, self.scheduler
-        *_, x1_BCHW = solve(network, scheduler, self.steps, x0_BCHW, states_BLD, self._null, self.guidance)
-        return x1_BCHW
-
-
-class FlowSource:
-    """A flow's ODE by N Euler steps with guided velocity (the paper's 2-RF as distillation teacher: 25 steps, 1.5)."""
-
-    def __init__(self, flow: UNetFlow, teacher: Teacher, steps: int = 25, guidance: float = 1.5) -> None:
-        self.flow, self.teacher, self.steps, self.guidance = flow, teacher, steps, guidance
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "flow",
-            "solver": "euler",
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "flow": module_checksum(self.flow),
-            "wrapped": self.flow.schedule is not None,
-            "teacher": self.teacher.checksum(),
-            "precision": str(next(self.flow.parameters()).dtype).removeprefix("torch."),
-        }
-
-    @property
-    def evaluations(self) -> int:
-        return self.steps * (2 if self.guidance > 1 else 1)
-
-    @torch.no_grad()
-    def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
-        null = self.teacher.null(len(x0_BCHW)) if self.guidance > 1 else None
-        return euler(conditioned(self.flow, states_BLD, null, self.guidance), x0_BCHW, self.steps)
-
-
-def make_scheduler(name: str, config: dict[str, Any], options: dict[str, Any] | None = None) -> Any:
-    """The diffusers scheduler `name` with the noise schedule and prediction type of `config`."""
-    import diffusers
-
-    known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler"))
-    if name not in known:
-        close = [n for n in known if name.lower().replace("_", "") in n.lower()]
-        raise UserError(
-            f"solver {name!r} is not a scheduler of diffusers; {'did you mean ' if close else 'for example '}"
-            f"{', '.join(close[:3] or ['DPMSolverMultistepScheduler', 'DDIMScheduler'])}"
-        )
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    try:
-        scheduler = getattr(diffusers, name).from_config(plain, **(options or {}))
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise UserError(f"solver {name} does not take this teacher's schedule: {error}") from None
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(
-            f"solver {name} has noise levels of its own, not this teacher's; expected one for diffusion models"
-        )
-    return scheduler
-
-
-def refuse_stochastic(scheduler: Any, steps: int) -> None:
-    """A coupling needs an ODE: one noise, one image.
-
-    Raises:
-        UserError: two runs on the same inputs differ.
-    """
-    ends = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            sample = torch.ones(1, 1, 2, 2)
-            scheduler.set_timesteps(steps)
-            for t in scheduler.timesteps:
-                sample = scheduler.step(torch.full_like(sample, 0.5), t, sample, return_dict=False)[0]
-            ends.append(sample)
-    if not torch.equal(*ends):
-        raise UserError(
-            f"solver {type(scheduler).__name__} draws noise, so one seed has many images; reflow needs an ODE solver "
-            "such as DPMSolverMultistepScheduler or DDIMScheduler"
-        )
-
-
-def solve(
-    unet: Any,
-    scheduler: Any,
-    steps: int,
-    x0_BCHW: Tensor,
-    states_BLD: Tensor,
-    null_BLD: Tensor,
-    guidance: float,
-) -> Iterator[Tensor]:
-    """Yields the latent after each step of a diffusers scheduler from the noise x0, as stock pipelines step it.
-
-    Guidance is active above 1; its two branches go through the network in one batch. The latents stay float32.
-    """
-    scheduler.set_timesteps(steps)
-    dtype = next(unet.parameters()).dtype
-    guided = guidance > 1
-    # Everything that is the same in all steps is made once: the loop holds the network and the scheduler's arithmetic.
-    states = states_BLD.to(dtype)
-    if guided:
-        states = torch.cat([null_BLD.to(states).expand_as(states), states])
-    times = scheduler.timesteps.tolist()
-    network_times = scheduler.timesteps.to(x0_BCHW.device)
-    x_BCHW = x0_BCHW.float() * scheduler.init_noise_sigma
-    for i, t in enumerate(times):
-        input_BCHW = scheduler.scale_model_input(x_BCHW, t).to(dtype)
-        if guided:
-            input_BCHW = torch.cat([input_BCHW, input_BCHW])
-        output_BCHW = unet(input_BCHW, network_times[i], states, return_dict=False)[0].float()
-        if guided:
-            null_BCHW, text_BCHW = output_BCHW.chunk(2)
-            output_BCHW = null_BCHW + guidance * (text_BCHW - null_BCHW)
-        x_BCHW = scheduler.step(output_BCHW, t, x_BCHW, return_dict=False)[0]
-        yield x_BCHW
-
-
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; blank lines are not allowed, since line numbers are prompt ids."""
+    """One prompt per line; blank lines between prompts are not allowed, since line numbers are prompt ids."""
     if not path.is_file():
         raise UserError(f"prompt file {path}: no such file; expected one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text ({error}); expected one prompt per line") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise UserError(f"{path} line {number} is empty; expected one prompt per line")
-    if not lines:
+    numbered = list(read_lines(path))
+    for expected, (number, _) in enumerate(numbered, 1):
+        if number != expected:
+            raise UserError(f"{path} line {expected} is empty; expected one prompt per line")
+    if not numbered:
         raise UserError(f"prompt file {path} is empty; expected one prompt per line")
-    return lines
+    return [line for _, line in numbered]
+
+
+def prompt_list(name: str, count: int) -> list[str]:
+    """The prompts that pairs are made for: captions of a training set, or the lines of a file.
+
+    Raises:
+        UserError: no such file, or one that holds no prompts.
+    """
+    if name == "shapes":
+        from common.data.shapes import Shapes
+
+        return Shapes("train", count, 32).captions
+    if name == "emoji":
+        from common.data.emoji import EmojiCap
+
+        data = EmojiCap("train", size=32)
+        return [data[i % len(data)]["caption"] for i in range(count)]
+    path = Path(name)
+    if path.suffix != ".jsonl":
+        return read_prompts(path)
+    if not path.is_file():
+        raise UserError(f'prompt file {path}: no such file; expected one JSON object a line with the field "text"')
+    prompts = []
+    for where, row in read_json_lines(path):
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'{where}: "text" is missing or empty; expected {{"text": PROMPT}}')
+        prompts.append(" ".join(text.split()))
+    return prompts
 
 
 def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
@@ -287,6 +147,7 @@ def identity(source: PairSource, prompts: Sequence[str], seed: int, shard_size: 
 def default_folder(source: PairSource, prompts: Sequence[str], seed: int = 0, shard_size: int = 1024) -> Path:
     """The cache folder of these pairs: named after their identity, shared by every run that wants the same ones."""
     key = json.dumps(identity(source, prompts, seed, shard_size), sort_keys=True)
+    # Named after the first method that made pairs, so that those of existing caches are found.
     return cache_dir("instaflow", "pairs", hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
@@ -318,15 +179,16 @@ def generate_pairs(
         raise UserError(f"pairs: count {count}, batch size {batch_size} and shard size {shard_size} must be at least 1")
     if any("\n" in prompt for prompt in prompts):
         raise UserError("a prompt contains a line break; prompts are kept one per line")
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = identity(source, prompts, seed, shard_size)
-    with _locked(folder):
-        manifest = _read_manifest(folder)
-        if manifest is None:
-            text = "".join(f"{prompt}\n" for prompt in prompts)
-            write_atomically(folder / PROMPTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            manifest = {"identity": wanted, "shards": {}}
-            write_json(folder / MANIFEST, manifest)
+    manifest = _read_manifest(folder)
+    if manifest is None:  # what is whole is read from a folder that cannot be written, too
+        with _locked(folder):
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                text = "".join(f"{prompt}\n" for prompt in prompts)
+                write_atomically(folder / PROMPTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                manifest = {"identity": wanted, "shards": {}}
+                write_json(folder / MANIFEST, manifest)
     _refuse_other(folder, manifest["identity"], wanted)
     states = StateTable(source.teacher)
     for number in range(rank, -(-count // shard_size), world):
@@ -349,6 +211,35 @@ def generate_pairs(
     if _available((_read_manifest(folder) or manifest)["shards"]) < count:
         return None
     return PairDataset(folder, source, count)
+
+
+def process_place() -> tuple[int, int]:
+    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_pairs(
+    source: PairSource,
+    prompts: Sequence[str],
+    count: int,
+    seed: int,
+    batch_size: int,
+    shard_size: int,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> PairDataset:
+    """The first `count` pairs of `source`, made where they are missing; several processes share the shards out."""
+    place = folder or default_folder(source, prompts, seed, shard_size)
+    rank, world = process_place()
+    report = (lambda text: print(f"pairs: {text}", flush=True)) if progress else None
+    while True:
+        pairs = generate_pairs(source, prompts, place, count, seed, batch_size, shard_size, rank, world, report)
+        if pairs is not None:
+            pairs.check_coupling()
+            return pairs
+        time.sleep(2)  # other processes are still at their shards
 
 
 def _make_shard(
@@ -391,7 +282,7 @@ class PairDataset(Dataset):
     def __init__(self, folder: Path, source: PairSource | None = None, count: int | None = None) -> None:
         manifest = _read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder}: no pairs there ({MANIFEST} is missing); make them with instaflow/train.py")
+            raise UserError(f"{folder}: no pairs there ({MANIFEST} is missing); expected what generate_pairs writes")
         self.folder, self.identity = folder, manifest["identity"]
         if source is not None:
             _refuse_other(folder, {"source": self.identity["source"]}, {"source": source.describe()})
@@ -452,27 +343,6 @@ class PairDataset(Dataset):
                 )
 
 
-class OnlinePairs:
-    """Pairs made as training goes, each used once: batch `step` is a function of (seed, step) and the source.
-
-    The Rectified Flow code draws them so from the averaged model by 20 Euler steps.
-    """
-
-    def __init__(self, source: PairSource, prompts: Sequence[str], batch_size: int, seed: int = 0) -> None:
-        self.source, self.prompts, self.batch_size, self.seed = source, list(prompts), batch_size, seed
-        self.states = StateTable(source.teacher)
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """x0, x1 [B, C, H, W] float32, `states` [B, L, D] and `prompt` [B], on the teacher's device."""
-        teacher = self.source.teacher
-        indices = range(step * self.batch_size, (step + 1) * self.batch_size)
-        x0_BCHW = torch.stack([noise(self.seed, i, teacher.latent_shape) for i in indices]).float().to(teacher.device)
-        ids = [i % len(self.prompts) for i in indices]
-        states_BLD = self.states([self.prompts[k] for k in ids])
-        x1_BCHW = self.source(x0_BCHW, states_BLD)
-        return {"x0": x0_BCHW, "x1": x1_BCHW, "states": states_BLD, "prompt": torch.tensor(ids)}
-
-
 def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
     def flat(prefix: str, node: Any) -> dict[str, Any]:
         if not isinstance(node, dict) or not node:
@@ -529,7 +399,19 @@ def _sound(folder: Path, record: dict[str, Any]) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time reads and rewrites the manifest."""
-    with (folder / ".lock").open("w") as lock:
+    """One process at a time reads and rewrites the manifest.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: pairs cannot be kept there ({error.strerror}); expected a folder that can be written "
+            "(REPRO_CACHE moves the cache)"
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from common.data import pairs as module
+from common.data.pairs import PairDataset, StateTable, default_folder, generate_pairs, noise, prompt_list, read_prompts
 from common.errors import UserError
-from instaflow import pairs as module
-from instaflow.flow import UNetFlow, conditioned, euler
-from instaflow.pairs import (
-    DiffusionSource,
-    FlowSource,
-    OnlinePairs,
-    PairDataset,
-    StateTable,
-    default_folder,
-    generate_pairs,
-    make_scheduler,
-    noise,
-    read_prompts,
-)
-from instaflow.teacher import Teacher
-from tests.instaflow.tiny_teacher import tiny_teacher
+from common.solvers import DiffusionSource, stock_pipeline
+from tests.common.tiny_teacher import tiny_teacher
 
 PROMPTS = ["a red star", "a blue ring", "two red ring"]
 
@@ -53,21 +41,8 @@ def same(a: PairDataset, b: PairDataset) -> bool:
 
 
 def test_a_pair_is_the_stock_pipelines_image_of_its_noise_and_prompt(tmp_path: Path) -> None:
-    import diffusers
-
     data = make(tmp_path, source=DiffusionSource(tiny_teacher(), steps=4, guidance=3.0))
-    teacher = tiny_teacher()
-    stock = diffusers.StableDiffusionPipeline(
-        unet=teacher.unet,
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
-        tokenizer=teacher.tokenizer,
-        scheduler=make_scheduler("DPMSolverMultistepScheduler", teacher.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(tiny_teacher(), "DPMSolverMultistepScheduler")
     item = data[7]
     prompt = data.prompts[int(item["prompt"])]
     wanted = stock(prompt, num_inference_steps=4, guidance_scale=3.0, latents=item["x0"][None], output_type="latent")
@@ -191,18 +166,6 @@ def test_the_noise_of_a_pair_does_not_depend_on_the_number_of_pairs_or_the_batch
     assert not torch.equal(noise(0, 3, (4, 8, 8)), noise(1, 3, (4, 8, 8)))
 
 
-def test_guidance_takes_one_network_call_per_step_and_none_takes_half_the_batch() -> None:
-    teacher, sizes = tiny_teacher(), []
-    hook = teacher.unet.register_forward_pre_hook(lambda network, args: sizes.append(len(args[0])))
-    x0, states = torch.randn(3, 4, 8, 8), teacher.encode(PROMPTS)
-    guided, plain = source(), source(guidance=1.0)
-    guided(x0, states)
-    plain(x0, states)
-    hook.remove()
-    assert sizes == [6, 6, 3, 3]
-    assert (guided.evaluations, plain.evaluations) == (4, 2)
-
-
 def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, encoded = tiny_teacher(), []
     original = teacher.encode
@@ -218,50 +181,16 @@ def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
     assert encoded[2:] == ["a star", "a ring", "a star"]
 
 
-def test_solvers_that_draw_noise_or_do_not_exist_are_refused() -> None:
-    with pytest.raises(UserError, match="EulerAncestralDiscreteScheduler draws noise"):
-        DiffusionSource(tiny_teacher(), "EulerAncestralDiscreteScheduler", 3)
-    with pytest.raises(UserError, match="DDIMScheduler"):
-        DiffusionSource(tiny_teacher(), "DDIM", 3)
-    with pytest.raises(UserError, match="noise levels of its own"):
-        DiffusionSource(tiny_teacher(), "FlowMatchEulerDiscreteScheduler", 3)
-    with pytest.raises(UserError, match="PNDMScheduler cannot make 2 steps"):
-        DiffusionSource(tiny_teacher(), "PNDMScheduler", 2)
-
-
-@pytest.mark.parametrize("solver", ["UniPCMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
-def test_other_deterministic_schedulers_make_pairs(solver: str) -> None:
-    x0, states = torch.randn(1, 4, 8, 8), tiny_teacher().encode(PROMPTS[:1])
-    assert torch.isfinite(DiffusionSource(tiny_teacher(), solver, 4)(x0, states)).all()
-
-
-def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> None:
-    teacher = tiny_teacher()
-    flow = UNetFlow(teacher.unet)
-    made = FlowSource(flow, teacher, steps=3, guidance=1.5)
-    data = make(tmp_path, count=3, source=made)
-    rows = columns(data)
-    states = teacher.encode([PROMPTS[k] for k in rows["prompt"].tolist()])
-    wanted = euler(conditioned(flow, states, teacher.null(3), 1.5), rows["x0"], 3)
-    torch.testing.assert_close(rows["x1"], wanted, atol=2e-3, rtol=2e-3)
-    assert made.evaluations == 6
-    assert made.describe()["flow"] != FlowSource(UNetFlow(teacher.vae), teacher).describe()["flow"]
-
-
-def test_online_pairs_are_new_in_every_step_and_repeat_with_the_seed() -> None:
-    online = OnlinePairs(source(), PROMPTS, batch_size=2)
-    first, second, again = online.batch(0), online.batch(1), online.batch(0)
-    assert torch.equal(first["x1"], again["x1"])
-    assert not torch.equal(first["x0"], second["x0"])
-    assert second["prompt"].tolist() == [2, 0]
-    first["x1"].clone().requires_grad_(True)
-
-
 def test_prompt_files_are_checked_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a star\n\na ring\n")
     with pytest.raises(UserError, match="line 2 is empty"):
         read_prompts(path)
+    path.write_bytes("\ufeffa star\u2028and\x85more\r\na ring\r\n\r\n".encode())
+    assert read_prompts(path) == prompt_list(str(path), 1) == ["a star\u2028and\x85more", "a ring"]
+    lines = path.with_suffix(".jsonl")
+    lines.write_text('\ufeff{"text": "a star\u2028and more"}\n\n{"text": "a ring"}\n', encoding="utf-8")
+    assert prompt_list(str(lines), 2) == ["a star and more", "a ring"]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         read_prompts(path)
@@ -277,15 +206,23 @@ def test_the_default_folder_is_named_after_what_the_pairs_are(tmp_path: Path, mo
     assert tmp_path in one.parents
 
 
-def test_a_bfloat16_network_is_stepped_in_float32() -> None:
-    full = tiny_teacher()
-    half = Teacher(
-        copy.deepcopy(full.unet).bfloat16(), full.vae, full.text_encoder, full.tokenizer, full.scheduler_config
-    )
-    x0, states = torch.randn(2, 4, 8, 8), full.encode(PROMPTS[:2])
-    wanted = DiffusionSource(full, steps=4, guidance=2.0)(x0, states)
-    made = DiffusionSource(half, steps=4, guidance=2.0)
-    x1 = made(x0, states)
-    assert x1.dtype == torch.float32
-    assert 0 < float((x1 - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
-    assert made.describe()["precision"] == "bfloat16"
+def test_folders_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/pairs: pairs cannot be kept there .*REPRO_CACHE"):
+        make(tmp_path / "file" / "pairs")
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set REPRO_CACHE to a folder"):
+        default_folder(source(), PROMPTS)
+
+
+def test_pairs_of_earlier_caches_are_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Recorded before the pairs moved to common/: the folder's name is a checksum of what the pairs are.
+    class Fixed:
+        teacher = SimpleNamespace(latent_shape=(4, 8, 8))
+
+        def describe(self) -> dict[str, Any]:
+            return {"kind": "fixed", "steps": 3}
+
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
+    found = default_folder(Fixed(), PROMPTS, 5, 64)  # type: ignore[arg-type]
+    assert found.relative_to(tmp_path).as_posix() == "instaflow/pairs/82915bf1a92b279a"

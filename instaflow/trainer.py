@@ -1,0 +1,123 @@
+"""One step of training a flow, and one stage of such steps.
+
+Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from common.data.sampling import StepDataModule
+from common.ema import Ema
+from common.steps import BatchMeans, StepDraws
+from common.training import EveryNSteps, train
+from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
+from instaflow.flow import UNetFlow
+from instaflow.losses import Loss
+
+
+class StudentTrainer(pl.LightningModule):
+    """Minimises a loss of a flow with AdamW, warm-up and averaged weights.
+
+    Args:
+        states: prompt numbers [b] to text states [b, L, D] (of the frozen encoder, which is no part of the checkpoint).
+        accumulate: micro-batches per step.
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        loss: Loss,
+        stage: StageConfig,
+        optimiser: OptimiserConfig,
+        seed: int,
+        states: Callable[[Tensor], Tensor],
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        self.flow, self.loss, self.stage, self.options = flow, loss, stage, optimiser
+        self.seed, self.states, self.accumulate = seed, states, accumulate
+        self.ema = Ema(flow, optimiser.ema_decay)
+        self.means = BatchMeans()
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        trainable = [p for p in self.flow.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trainable, lr=self.stage.lr, weight_decay=options.weight_decay, foreach=True)
+
+        def factor(step: int) -> float:
+            rise = min(1.0, (step + 1) / max(1, options.warmup))
+            if options.schedule == "constant":
+                return rise
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.stage.steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        draws = StepDraws.of(
+            self, batch_idx, batch_size=self.stage.batch_size, accumulate=self.accumulate, seed=self.seed
+        )
+        loss = self.loss(self.flow, {**batch, "states": self.states(batch["prompt"])}, draws)
+        self.means.log(self, {"loss": loss}, draws.part, self.accumulate)
+        return loss
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        # Not in on_train_batch_end, which comes after the callback that writes the checkpoint.
+        super().optimizer_step(*args, **options)
+        self.ema.update(self.flow)
+        self.zero_grad(set_to_none=True)
+
+
+def optimise(
+    flow: UNetFlow,
+    loss: Loss,
+    data: Dataset,
+    states: Callable[[Tensor], Tensor],
+    stage: StageConfig,
+    optimiser: OptimiserConfig,
+    seed: int,
+    folder: Path,
+    options: TrainerConfig,
+    *,
+    keep: bool = True,
+    show: Callable[[int], None] | None = None,
+) -> None:
+    """Train `flow` in place for one stage; afterwards it holds the averaged weights and is in eval mode.
+
+    Args:
+        data: map-style, one row a pair (`x0`, `x1`, `prompt`).
+        keep: write checkpoints and logs below `folder`, and continue from the last checkpoint there.
+        show: called every `options.sample_every` steps while the flow holds its averaged weights.
+    """
+    module = StudentTrainer(flow.train(), loss, stage, optimiser, seed, states, options.accumulate)
+
+    def shown(step: int) -> None:
+        assert show is not None
+        with module.ema.swapped_into(flow):
+            flow.eval()
+            show(step)
+            flow.train()
+
+    grids = [EveryNSteps(options.sample_every, shown)] if show and options.sample_every else []
+    train(
+        folder,
+        module,
+        StepDataModule(data, stage.batch_size, stage.steps, seed, accumulate=options.accumulate),
+        options,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        grad_clip=optimiser.grad_clip,
+        callbacks=grids,
+        logs=keep,
+    )
+    module.ema.copy_to(flow)
+    flow.eval()

@@ -13,12 +13,12 @@ from ldm.diffusion import (
     Conditioning,
     LatentDiffusion,
     NoiseSchedule,
-    from_compvis_config,
     make_betas,
     scale_factor_from_std,
 )
 from ldm.lr_schedules import warmup_cosine, warmup_cycles
 from ldm.masks import signed_mask
+from ldm.official import from_compvis_config
 from ldm.samplers import (
     KnownRegion,
     PatchGrid,

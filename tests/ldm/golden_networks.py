@@ -12,14 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioners import LayoutTokenizer, SpatialRescaler, TransformerEmbedder, layout_tokens, retrieve
-from ldm.convert import (
+from ldm.layouts import (
     first_stage_from_diffusers,
     first_stage_to_diffusers,
     infer_unet_config,
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from ldm.model import ConditionedUNet, EncoderUNet, SpatialTransformer, UNet
+from ldm.model import ConditionedUNet, SpatialTransformer
+from ldm.official import autoencoder_of, classifier_of, unet_of
 from tests.golden_case import Case, Check, assert_close, assert_timed_close, kind, load
 
 
@@ -29,7 +30,7 @@ def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_unet(case: Case) -> None:
-    net = UNet(**_without(case.config, "params"))
+    net = unet_of(_without(case.config, "params"))
     load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     for name in (name for name in given if name.startswith("x")):
@@ -47,7 +48,7 @@ def check_spatial_transformer(case: Case) -> None:
 
 
 def check_classifier(case: Case) -> None:
-    net = EncoderUNet(**_without(case.config, "params"))
+    net = classifier_of(_without(case.config, "params"))
     load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     x_BCHW = given["x"].requires_grad_()
@@ -75,7 +76,7 @@ def check_wrapper(case: Case) -> None:
     errors = []
     for heads, width in layouts if not recorded else [(-1, -1)]:
         try:
-            net = UNet(**(recorded or infer_unet_config(weights, heads, width)))
+            net = unet_of(recorded or infer_unet_config(weights, heads, width))
         except (ValueError, ZeroDivisionError):
             continue
         wrapper = ConditionedUNet(net, case.config["conditioning_key"]).eval()
@@ -160,7 +161,7 @@ def _recorded_unet_config(case: Case) -> dict[str, Any]:
 def check_diffusers_unet(case: Case) -> None:
     weights, given, expected = case.group("param"), case.group("in"), case.group("out")
     state, config = unet_from_diffusers(weights, _recorded_unet_config(case))
-    net = UNet(**config).eval()
+    net = unet_of(config).eval()
     net.load_state_dict(state)
     result = net(given["sample"], given["timestep"], given["encoder_hidden_states"])
     assert_close(result, expected["sample"], "sample")
@@ -179,7 +180,8 @@ def check_diffusers_unet(case: Case) -> None:
 def check_diffusers_autoencoder_kl(case: Case) -> None:
     weights, expected = case.group("param"), case.group("out")
     state, config = first_stage_from_diffusers(weights, case.config)
-    net = AutoencoderKL(config["ddconfig"], config["embed_dim"]).eval()
+    net = autoencoder_of(config["ddconfig"], config["embed_dim"]).eval()
+    assert isinstance(net, AutoencoderKL)
     net.load_state_dict(state)
     latent = net.encode(case.group("in")["x"]).mode()
     for name in ("latent", "official_latent"):
@@ -200,7 +202,7 @@ def _parameters(module: torch.nn.Module) -> int:
 def _counts(config_json: str, tokens: int) -> tuple[int, int]:
     config = json.loads(config_json)
     with torch.device("meta"), torch.no_grad():
-        net = UNet(**config).eval()
+        net = unet_of(config).eval()
         x_BCHW = torch.empty(1, config["in_channels"], config["image_size"], config["image_size"])
         context = torch.empty(1, tokens, config["context_dim"]) if config.get("context_dim") else None
         with FlopCounterMode(display=False) as counter:

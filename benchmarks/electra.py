@@ -95,10 +95,7 @@ SIZES = {
     ),
     "paper_small": Size(128, 16, 128, {}),
     "paper_base": Size(
-        512,
-        2,
-        32,
-        dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3),
+        512, 2, 32, dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3)
     ),
 }
 MASK_PROBABILITY = 0.15
@@ -272,13 +269,7 @@ def train_ours(arm: Arm, turns: Turns) -> None:
     module = PretrainingModule(build(arm.size), config, STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            Path(folder),
-            config.trainer,
-            steps=STEPS,
-            batch_size=batch,
-            grad_clip=1.0,
-            callbacks=[Wait()],
-            logs=False,
+            Path(folder), config.trainer, steps=STEPS, batch_size=batch, grad_clip=1.0, callbacks=[Wait()], logs=False
         )
         batches = our_batches(arm.size, arm.rows, batch)
         loader = DataLoader(batches, batch_size=None, sampler=range(STEPS), pin_memory=arm.device == "cuda")

@@ -17,6 +17,7 @@ from common.data import folders
 from common.data.folders import Framing, open_images
 from common.data.shards import ShardedImages
 from common.errors import UserError
+from tests.refusals import refused
 
 
 @pytest.fixture(autouse=True)
@@ -115,27 +116,20 @@ def test_bad_metadata_line_is_named(tmp_path: Path, line: str, message: str) -> 
     (tmp_path / "secret.png").write_bytes(png(1))
     with (root / "metadata.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=message):
-        open_images(root, size=4)
+    refused(message, open_images, root, size=4)
 
 
 def test_empty_missing_and_unsorted_folders_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no images in it"):
-        open_images(tmp_path / "empty", size=4)
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
-        open_images(tmp_path / "nowhere", size=4)
+    refused("empty: no images in it", open_images, tmp_path / "empty", size=4)
+    refused("nowhere: there is no such folder", open_images, tmp_path / "nowhere", size=4)
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "a.png").write_bytes(png(1))
-    with pytest.raises(UserError, match=r"loose: 1 images but no metadata.jsonl"):
-        open_images(tmp_path / "loose", size=4)
-    with pytest.raises(UserError, match=r"a.png: not a folder"):
-        open_images(tmp_path / "loose" / "a.png", size=4)
+    refused(r"loose: 1 images but no metadata.jsonl", open_images, tmp_path / "loose", size=4)
+    refused(r"a.png: not a folder", open_images, tmp_path / "loose" / "a.png", size=4)
     (tmp_path / "loose" / "metadata.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="it has no line"):
-        open_images(tmp_path / "loose", size=4)
-    with pytest.raises(UserError, match="unknown resize policy 'stretch'"):
-        open_images(tmp_path / "loose", size=4, policy="stretch")  # type: ignore[arg-type]
+    refused("it has no line", open_images, tmp_path / "loose", size=4)
+    refused("unknown resize policy 'stretch'", open_images, tmp_path / "loose", size=4, policy="stretch")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:skipped .*042")
@@ -295,10 +289,8 @@ def test_stream_resumes_exactly_at_any_step(shards: Path, workers: int) -> None:
 
 def test_resume_with_another_layout_is_refused(shards: Path) -> None:
     state = stream(shards).state_dict(4)
-    with pytest.raises(UserError, match="saved with batch_size=3 but now has batch_size=4"):
-        stream(shards, batch_size=4).load_state_dict(state)
-    with pytest.raises(UserError, match="workers=2, but the DataLoader has num_workers=0"):
-        next(iter(stream(shards, workers=2)))
+    refused("saved with batch_size=3 but now has batch_size=4", stream(shards, batch_size=4).load_state_dict, state)
+    refused("workers=2, but the DataLoader has num_workers=0", next, iter(stream(shards, workers=2)))
 
 
 def test_image_folders_serve_as_shards(tmp_path: Path) -> None:
@@ -330,13 +322,9 @@ def test_stream_replaces_broken_images_and_stops_when_there_are_many(shards: Pat
 
 
 def test_missing_truncated_and_wrong_shards_are_named(shards: Path) -> None:
-    with pytest.raises(UserError, match="no shard matches"):
-        stream(shards / "nowhere")
-    with pytest.raises(UserError, match="there is no such shard"):
-        ShardedImages(shards / "x.parquet", size=4, batch_size=1)
-    with pytest.raises(UserError, match="no caption column 'caption'; its columns are image, text"):
-        stream(shards, caption_column="caption")
+    refused("no shard matches", stream, shards / "nowhere")
+    refused("there is no such shard", ShardedImages, shards / "x.parquet", size=4, batch_size=1)
+    refused("no caption column 'caption'; its columns are image, text", stream, shards, caption_column="caption")
     path = shards / "part-3.parquet"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"part-3.parquet: not a whole parquet file"):
-        stream(shards)
+    refused(r"part-3.parquet: not a whole parquet file", stream, shards)

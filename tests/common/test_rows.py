@@ -16,6 +16,7 @@ from common.data.rows import LEFT_OUT, caption_of, hold_out, label_of, picture_o
 from common.data.shards import ShardedImages
 from common.errors import UserError
 from common.images import CorruptImage
+from tests.refusals import refused
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +87,7 @@ def test_shards_to_hold_out_leave_the_training_wherever_they_are_named(tmp_path:
     for named, first in ((None, 20), (tmp_path / "part-1.parquet", 10)):
         train, held_out = ({int(item["image"][0, 0, 0]) for item in part} for part in shards.hold_out(named))
         assert held_out == set(range(first, first + 10)) and train == set(range(30)) - held_out
-    with pytest.raises(UserError, match="no shard is left to train on"):
-        shards.hold_out(str(tmp_path / "*.parquet"))
+    refused("no shard is left to train on", shards.hold_out, str(tmp_path / "*.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,9 @@ def test_the_only_candidate_of_a_kind_is_found(
 
 def test_columns_that_cannot_be_told_are_named_with_the_option(tmp_path: Path) -> None:
     two = parquet(tmp_path / "two.parquet", left=pictures(range(2)), right=pictures(range(2)))
-    with pytest.raises(UserError, match=r"left and right may be the image column; .*--data.image_column"):
-        open_source(two)
+    refused(r"left and right may be the image column; .*--data.image_column", open_source, two)
     none = parquet(tmp_path / "none.parquet", number=[1, 2], text=["a", "b"])
-    with pytest.raises(UserError, match=r"no image column was found; its columns are number, text"):
-        open_source(none)
+    refused(r"no image column was found; its columns are number, text", open_source, none)
     with pytest.raises(UserError, match=r"no caption column was found; its columns are left, right; .*text_column"):
         ShardedImages(two, size=4, batch_size=1, image_column="left", need=["caption"])
     assert open_source(two, image="right", text=LEFT_OUT).label(1) == ("", -1)
@@ -151,10 +149,8 @@ def test_broken_cells_are_counted_as_broken_pictures_are(tmp_path: Path) -> None
     assert len(items) == 199 and items[6] == ("grey 6", 0) and items[8] == ("", 2) and stream.class_count() == 3
     images[3:6] = [None] * 3  # type: ignore[list-item]
     path = parquet(tmp_path / "many.parquet", image=images, text=texts)
-    with pytest.raises(UserError, match=r"4 of 200 images cannot be read"):
-        open_images(path, 4)
-    with pytest.raises(UserError, match=r"3 of 200 images cannot be read"):
-        list(ShardedImages(path, size=4, batch_size=1, repeat=False))
+    refused(r"4 of 200 images cannot be read", open_images, path, 4)
+    refused(r"3 of 200 images cannot be read", list, ShardedImages(path, size=4, batch_size=1, repeat=False))
 
 
 @pytest.mark.filterwarnings("ignore:skipped")

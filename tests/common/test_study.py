@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from common.data.sampling import StepDataModule, TensorTable
-from common.errors import UserError
 from common.options import TrainerOptions
 from common.study import ENDLESS, Arm, Judge, Study, Watch, fit_arm, kept, kept_tensors, labelled, open_sizes
+from tests.refusals import refused
 
 OPTIONS = TrainerOptions(precision="32-true", accelerator="cpu", progress=False)
 
@@ -201,5 +201,4 @@ def test_sizes_are_the_papers_own_dataclass_and_mistakes_are_named(tmp_path: Pat
         ("steps", "step", "step"),
     ):
         path.write_text(text.replace(old, new))
-        with pytest.raises(UserError, match=rf"tier small in claims\.yaml: .*{word}"):
-            open_sizes(Sizes, path, "small")
+        refused(rf"tier small in claims\.yaml: .*{word}", open_sizes, Sizes, path, "small")

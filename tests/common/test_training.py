@@ -22,6 +22,7 @@ from common.training import (
     load_checkpoint,
     open_run_folder,
 )
+from tests.refusals import refused
 
 
 class Line(pl.LightningModule):
@@ -131,9 +132,7 @@ def test_network_of_another_shape_and_unusable_options_are_one_sentence(tmp_path
         fit(trainer(tmp_path), Line(width=2), data(), latest_checkpoint(tmp_path))
     assert "\n" not in str(failure.value)
     for options in ({"strategy": "dpp"}, {"precision": "12-mixed"}, {"accelerator": "abacus"}):
-        with pytest.raises(UserError, match=r"trainer options .* do not fit this machine") as failure:
-            trainer(tmp_path, **options)
-        assert "\n" not in str(failure.value)
+        refused(r"trainer options .* do not fit this machine", trainer, tmp_path, **options)
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:
@@ -143,8 +142,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) 
     assert path is not None
     before = path.read_bytes()
     module.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"step 10: weight is not finite; last.ckpt not overwritten"):
-        run.save_checkpoint(path)
+    refused(r"step 10: weight is not finite; last.ckpt not overwritten", run.save_checkpoint, path)
     assert path.read_bytes() == before
 
 
@@ -159,10 +157,8 @@ def test_run_folder_takes_the_same_run_again_and_no_other(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"another configuration \(trainer.steps was 5, is 6\)"):
         open_run_folder(tmp_path / "run", "auto", CONFIG.replace("steps: 5", "steps: 6"), free)
     assert "steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"--resume never: .* is not empty"):
-        open_run_folder(tmp_path / "run", "never", CONFIG, free)
-    with pytest.raises(UserError, match="is a file"):
-        open_run_folder(tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
+    refused(r"--resume never: .* is not empty", open_run_folder, tmp_path / "run", "never", CONFIG, free)
+    refused("is a file", open_run_folder, tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
 
 
 def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +179,7 @@ class Harmful:
 def test_checkpoint_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Harmful()}, tmp_path / "bad.ckpt")
-    with pytest.raises(UserError, match=r"pickled Python objects.*refused"):
-        load_checkpoint(tmp_path / "bad.ckpt")
+    refused(r"pickled Python objects.*refused", load_checkpoint, tmp_path / "bad.ckpt")
     assert not (tmp_path / "harm").exists()
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(UserError, match="holds a list"):
-        load_checkpoint(tmp_path / "list.ckpt")
+    refused("holds a list", load_checkpoint, tmp_path / "list.ckpt")

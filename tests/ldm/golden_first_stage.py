@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.metrics.lpips import LPIPS, lpips_from_state_dict
-from ldm.autoencoder import (
-    AutoencoderKL,
-    DiagonalGaussian,
-    Quantized,
-    VectorQuantizer,
-    VQModel,
-)
+from ldm.autoencoder import AutoencoderKL, DiagonalGaussian, Quantized, VectorQuantizer, VQModel
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.official import autoencoder_of
 from ldm.plan import FIRST_STAGES

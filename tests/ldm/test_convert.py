@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from ldm.conditioners import TransformerEmbedder
 from ldm.convert import (
     Checkpoint,
@@ -39,6 +39,7 @@ from ldm.layouts import (
 )
 from ldm.model import ConditionedUNet
 from ldm.official import autoencoder_of, unet_of
+from tests.refusals import refused
 
 PLAIN: dict[str, Any] = {
     "in_channels": 3,
@@ -145,13 +146,11 @@ def test_plain_attention_unet_equals_its_diffusers_twin() -> None:
 )
 def test_unets_that_diffusers_lacks_are_named(change: dict[str, Any], message: str) -> None:
     unet = unet_of({**PLAIN, **change})
-    with pytest.raises(UserError, match=message):
-        unet_to_diffusers(unet.state_dict(), unet.config)
+    refused(message, unet_to_diffusers, unet.state_dict(), unet.config)
 
 
 def test_unet_without_known_heads_is_refused() -> None:
-    with pytest.raises(UserError, match="attention heads"):
-        unet_to_diffusers(unet_of(PLAIN).state_dict(), {})
+    refused("attention heads", unet_to_diffusers, unet_of(PLAIN).state_dict(), {})
 
 
 @pytest.mark.parametrize(
@@ -303,8 +302,7 @@ def test_callbacks_of_the_trainer_are_skipped_without_running_their_code(
 
 def test_other_pickled_objects_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"model.diffusion_model.a": torch.zeros(1)}, "extra": Foreign()}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="pickled Python objects"):
-        load_compvis(tmp_path / "model.ckpt")
+    refused("pickled Python objects", load_compvis, tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
@@ -313,18 +311,14 @@ def test_truncated_checkpoints_are_refused(tmp_path: Path, name: str) -> None:
     (save_compvis if name.endswith("ckpt") else save_ours)(model, tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="truncated"):
-        load_compvis(tmp_path / name)
+    refused("truncated", load_compvis, tmp_path / name)
 
 
 def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"layer1.weight": torch.zeros(1)}}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match=r"no latent diffusion model.*layer1\.weight"):
-        load_compvis(tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="no such file"):
-        load_compvis(tmp_path / "none.ckpt")
-    with pytest.raises(UserError, match="no unet"):
-        load_diffusers(tmp_path)
+    refused(r"no latent diffusion model.*layer1\.weight", load_compvis, tmp_path / "model.ckpt")
+    refused("no such file", load_compvis, tmp_path / "none.ckpt")
+    refused("no unet", load_diffusers, tmp_path)
 
 
 def test_command_line_converts_and_explains_a_wrong_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

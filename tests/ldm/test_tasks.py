@@ -20,6 +20,7 @@ from ldm.run import Run
 from ldm.sample import condition_columns, draw, task_grid
 from ldm.tasks import open_dataset, prepare, train_tokenizer, user_images
 from tests.ldm.tiny_run import arguments, losses, train
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -272,14 +273,11 @@ def test_mistake_is_one_sentence(
     if options.get("trainer__accelerator") == "cuda":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = {"data__name": "folder", "data__path": own, "first_stage__weights": weights, **options}
-    with pytest.raises(UserError, match=sentence) as failure:
-        train(tmp_path / "run", **given)
-    assert "\n" not in str(failure.value)
+    refused(sentence, train, tmp_path / "run", **given)
 
 
 def test_folder_without_a_path_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"data.name folder needs --data.path"):
-        open_dataset(DataConfig("folder"), "train")
+    refused(r"data.name folder needs --data.path", open_dataset, DataConfig("folder"), "train")
 
 
 def test_arguments_of_the_tiny_run_are_understood(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from common.training import load_checkpoint
 from ldm.diffusion import LatentDiffusion
 from tests.drills import kill, same_weights, succeed
 from tests.ldm.tiny_run import arguments, logged, losses, train
+from tests.refusals import refused
 
 # Adam turns a rounding difference in a tiny gradient into a visible step; 1e-5 holds at the small lr of the tiny run.
 CLOSE = {"rel": 2e-5}
@@ -123,10 +124,8 @@ def test_finished_run_is_not_trained_again(
 
 
 def test_folder_of_another_run_is_refused_naming_what_differs(reference: Path) -> None:
-    with pytest.raises(UserError, match=r"another configuration \(optimiser.lr was 0.0001, is 0.5\)"):
-        train(reference, optimiser__lr=0.5)
-    with pytest.raises(UserError, match="not empty"):
-        train(reference, resume="never")
+    refused(r"another configuration \(optimiser.lr was 0.0001, is 0.5\)", train, reference, optimiser__lr=0.5)
+    refused("not empty", train, reference, resume="never")
 
 
 def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
@@ -224,9 +223,7 @@ def test_damaged_checkpoint_is_refused(kind: str, sentence: str, reference: Path
 def test_checkpoint_of_another_network_is_refused(reference: Path, tmp_path: Path) -> None:
     checkpoint = reference / "diffusion" / "checkpoints" / "last.ckpt"
     options = {"resume": checkpoint, "first_stage__weights": first_stage_of(reference)}
-    with pytest.raises(UserError, match=r"last.ckpt belongs to another network") as failure:
-        train(tmp_path / "run", unet__model_channels=32, **options)
-    assert "\n" not in str(failure.value)
+    refused(r"last.ckpt belongs to another network", train, tmp_path / "run", unet__model_channels=32, **options)
 
 
 def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_path: Path) -> None:
@@ -237,10 +234,8 @@ def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_pa
         train(tmp_path / "run", first_stage__weights=good, first_stage__kind="vq", resume=good)
     short = tmp_path / "short.safetensors"
     short.write_bytes(good.read_bytes()[:1000])
-    with pytest.raises(UserError, match="truncated or not a safetensors file"):
-        train(tmp_path / "other", first_stage__weights=short)
-    with pytest.raises(UserError, match="no such file"):
-        train(tmp_path / "another", first_stage__weights=tmp_path / "absent.safetensors")
+    refused("truncated or not a safetensors file", train, tmp_path / "other", first_stage__weights=short)
+    refused("no such file", train, tmp_path / "another", first_stage__weights=tmp_path / "absent.safetensors")
 
 
 def test_evaluation_of_a_finished_run_writes_metrics_and_pictures(reference: Path) -> None:

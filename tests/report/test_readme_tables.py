@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
 from common.paths import REPOSITORY, papers
 from report.papers import all_papers
 from report.readme_tables import NOT_MEASURED, filled, main, readme_files, runs_table
+from tests.refusals import refused
 
 README = """# Front door
 Before.
@@ -152,8 +152,7 @@ def test_rewriting_is_idempotent_and_check_tells_stale_from_fresh(
 def test_a_wrong_marker_is_named_with_its_line(root: Path, text: str, message: str) -> None:
     path = root / "README.md"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        filled(path, root, {})
+    refused(message, filled, path, root, {})
 
 
 def test_markers_inside_a_code_block_are_text(root: Path) -> None:
@@ -211,11 +210,9 @@ def test_a_room_says_how_it_is_called_and_takes_the_place_of_its_plan(tmp_path: 
     room.mkdir()
     for name in ("train.py", "config.py"):
         (room / name).touch()
-    with pytest.raises(UserError, match=r"hipa.paper\.yaml: no such file; expected the paper's title"):
-        all_papers(tmp_path)
+    refused(r"hipa.paper\.yaml: no such file; expected the paper's title", all_papers, tmp_path)
     (room / "paper.yaml").write_text("title: HiPA\nvenue: arXiv\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"expected the texts arxiv, idea, start, title, venue of hipa"):
-        all_papers(tmp_path)
+    refused(r"expected the texts arxiv, idea, start, title, venue of hipa", all_papers, tmp_path)
     (room / "paper.yaml").write_text("title: HiPA\nvenue: arXiv\narxiv: 1\nidea: fast\nstart: go\n", encoding="utf-8")
     found = all_papers(tmp_path)
     assert found[0].title == "HiPA" and [paper.key for paper in found].count("hipa") == 1

@@ -29,6 +29,7 @@ from common.images import (
     to_uint8,
     to_unit,
 )
+from tests.common.pictures import png
 from tests.refusals import refused
 
 
@@ -136,12 +137,6 @@ def test_grids_that_cannot_be_made_or_saved_are_explained(tmp_path):
     refused("at least one image", make_grid, noise(0, 8, 8))
     (tmp_path / "file").write_text("")
     refused("cannot write the picture", save_grid, noise(1, 8, 8), tmp_path / "file" / "grid.png")
-
-
-def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(out, "PNG")
-    return out.getvalue()
 
 
 def test_alpha_is_laid_on_the_background() -> None:

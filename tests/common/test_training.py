@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +175,50 @@ def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: Any, path: Any) -> None:
+        if latest_checkpoint(tmp_path) is not None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    sentence = r"cannot write .*last.ckpt: .*No space left.*last.ckpt is kept"
+    refused(sentence, fit, trainer(tmp_path, checkpoint_every=3), Line(), data(), None)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert load_checkpoint(checkpoint)["global_step"] == 3
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("harm",)
 
 
-def test_checkpoint_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CHECKPOINT = io.BytesIO()
+torch.save({"state_dict": {}, "optimizer_states": [], "loops": {}}, CHECKPOINT)
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "truncated": (lambda path: path.write_bytes(CHECKPOINT.getvalue()[:900]), "truncated or not a torch checkpoint"),
+    "with code": (lambda path: torch.save({"state_dict": Harmful()}, path), "holds pickled Python objects.*refused"),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(Harmful())), "refused|truncated"),
+    "tensors only": (lambda path: torch.save({"state_dict": {}}, path), "has no 'optimizer_states'"),
+    "a list": (lambda path: torch.save([1, 2], path), "holds a list"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_checkpoint_is_refused_and_its_code_not_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Harmful()}, tmp_path / "bad.ckpt")
-    refused(r"pickled Python objects.*refused", load_checkpoint, tmp_path / "bad.ckpt")
+    write, sentence = DAMAGED[kind]
+    bad = tmp_path / "bad.ckpt"
+    write(bad)
+    assert str(bad) in refused(sentence, fit, trainer(tmp_path), Line(), data(), bad)
     assert not (tmp_path / "harm").exists()
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    refused("holds a list", load_checkpoint, tmp_path / "list.ckpt")

@@ -20,25 +20,15 @@ from ldm.autoencoder import (
 )
 from ldm.official import autoencoder_of
 from ldm.plan import FIRST_STAGES
+from tests.ldm.networks import FIRST_STAGE
 from tests.refusals import refused
 
 PUBLISHED = yaml.safe_load(FIRST_STAGES.read_text())
 
 
 def small(levels: int = 2, **changes: object) -> dict:
-    ddconfig = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 16,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 16,
-        "ch_mult": [1] * levels,
-        "num_res_blocks": 1,
-        "attn_resolutions": [8],
-        "dropout": 0.0,
-    }
-    return {**ddconfig, **changes}
+    sizes = {"z_channels": 4, "resolution": 16, "ch": 16, "ch_mult": [1] * levels}
+    return {**FIRST_STAGE, **sizes, **changes}
 
 
 def published(name: str) -> AutoencoderKL | VQModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -39,37 +40,14 @@ from ldm.layouts import (
 )
 from ldm.model import ConditionedUNet
 from ldm.official import autoencoder_of, unet_of
+from tests.common.tiny_teacher import tiny_teacher
+from tests.ldm.networks import FIRST_STAGE, UNET
 from tests.refusals import refused
 
-PLAIN: dict[str, Any] = {
-    "in_channels": 3,
-    "model_channels": 32,
-    "out_channels": 3,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2, 4],
-    "channel_mult": [1, 2, 3],
-    "num_head_channels": 32,
-}
-CROSS: dict[str, Any] = {
-    **PLAIN,
-    "attention_resolutions": [1, 4],
-    "use_spatial_transformer": True,
-    "transformer_depth": 2,
-    "context_dim": 24,
-}
-DDCONFIG: dict[str, Any] = {
-    "double_z": True,
-    "z_channels": 3,
-    "resolution": 32,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [8],
-    "dropout": 0.0,
-    "attn_type": "vanilla",
-}
+PLAIN = {**UNET, "attention_resolutions": [2, 4], "channel_mult": [1, 2, 3], "num_head_channels": 32}
+CROSS: dict[str, Any] = {**PLAIN, "attention_resolutions": [1, 4], "use_spatial_transformer": True}
+CROSS |= {"transformer_depth": 2, "context_dim": 24}
+DDCONFIG = {**FIRST_STAGE, "attn_type": "vanilla"}
 
 
 def randomised(module: nn.Module) -> Any:
@@ -343,36 +321,15 @@ def test_command_line_converts_and_explains_a_wrong_config(tmp_path: Path, capsy
     assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: input_blocks.")
 
 
-def tiny_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "a", "red", "blue", "circle"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=6)
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction: str) -> None:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from transformers import BertConfig, BertModel
 
-    bert = BertModel(
-        BertConfig(
-            vocab_size=6,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            intermediate_size=64,
-            max_position_embeddings=6,
-        ),
-        add_pooling_layer=False,
-    ).eval()
-    unet = randomised(unet_of({**CROSS, "channel_mult": [1, 2], "attention_resolutions": [2], "context_dim": 32}))
+    teacher = tiny_teacher()
+    bert, tokenizer = copy.deepcopy(teacher.text_encoder), teacher.tokenizer
+    unet = randomised(unet_of({**CROSS, "channel_mult": [1, 2], "attention_resolutions": [2], "context_dim": 16}))
     first_stage = randomised(autoencoder_of({**DDCONFIG, "ch_mult": [1, 1]}, 3))
-    tokenizer = tiny_tokenizer()
     folder = write_pipeline(
         tmp_path / "pipeline",
         unet,
@@ -389,11 +346,11 @@ def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction:
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline) is StableDiffusionPipeline
     noise = torch.randn(1, 3, 8, 8)
-    image = pipeline("a red circle", num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="pt").images
+    image = pipeline("a red ring", num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="pt").images
 
     for module in (unet, first_stage, bert):  # the files hold half precision
         module.half().float()
-    tokens = tokenizer(["", "a red circle"], padding="max_length", return_tensors="pt").input_ids
+    tokens = tokenizer(["", "a red ring"], padding="max_length", return_tensors="pt").input_ids
     context = bert(tokens).last_hidden_state
     abar = (1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).float()
     z = noise
@@ -409,7 +366,7 @@ def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction:
     expected = (first_stage.decode(z / 0.5) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.05
     torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-3)
-    assert (image != pipeline("a blue circle", num_inference_steps=4, latents=noise, output_type="pt").images).any()
+    assert (image != pipeline("a blue ring", num_inference_steps=4, latents=noise, output_type="pt").images).any()
 
 
 def test_rewriting_a_pipeline_keeps_the_folders_other_files(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup lint format test smoke report clean data-emoji-extra data-photos data-fashion-mnist data-text browser
+.PHONY: help setup lint format test test-machines smoke report clean new-paper data-emoji-extra data-photos \
+	data-fashion-mnist data-text browser
 
 help: ## list the commands
 	@grep -hE '^[a-z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{gsub(/%/, "<paper>", $$1); printf "  make %-22s %s\n", $$1, $$2}'
@@ -59,12 +60,20 @@ format: $(STAMP) ## let ruff fix and format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+new-paper: $(STAMP) ## a new paper's room that works, to be filled: make new-paper NAME=my_paper
+	$(PY) -m common.new_paper "$(NAME)"
+	@$(VENV)/bin/ruff check --quiet --fix $(NAME) tests/$(NAME) && $(VENV)/bin/ruff format --quiet $(NAME) tests/$(NAME)
+	@$(PY) -m report.readme_tables
+
 browser:
 	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ -n "$${CI:-}" ]; then \
 		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; fi
 
 test: lint browser ## lint, types and all tests (also what CI runs)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+test-machines: $(STAMP) ## the numerical tests as other machines run them (ARGS="--settings aten-default,busy")
+	$(PY) -m tests.machines $(ARGS)
 
 report: $(STAMP) ## build the web page report/site/index.html and the README tables from results/
 	@$(PY) -m report.build

@@ -6,23 +6,25 @@ for its turn, makes its steps and answers with one line of JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.ledger import bench_row, peak_memory
-from common.paths import REPOSITORY
+from common.errors import UserError
+from common.ledger import bench_row, peak_memory, write_rows
+from common.paths import REPOSITORY, RESULTS
 
 Step = Callable[[int], object]  # takes the number of the step
 
@@ -31,10 +33,13 @@ def mixed(device: str, enabled: bool) -> Any:
     return torch.autocast(device, torch.bfloat16) if enabled else nullcontext()
 
 
-def matmul(device: str, bf16: bool, side: int = 2048) -> Step:
+def matmul_side(device: str) -> int:
+    return 2048 if device == "cpu" else 8192
+
+
+def matmul(device: str, bf16: bool) -> Step:
     """The processor's own rate: one large square product a step."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    side = side if device == "cpu" else 4 * side
+    dtype, side = torch.bfloat16 if bf16 else torch.float32, matmul_side(device)
     a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
     out = torch.empty_like(a)
     return lambda index: torch.matmul(a, b, out=out)
@@ -173,6 +178,55 @@ def alternate(
     }
 
 
+def take_turns(
+    module: str,
+    arms: Mapping[str, Any],
+    steps: int | Mapping[str, int],
+    warm_up: int | Mapping[str, int],
+    rounds: int,
+    folder: Path,
+    threads: int,
+    *options: str,
+) -> dict[str, Timing]:
+    """Start a process of `module` for each arm, let them alternate and summarise each."""
+    processes = {name: Process(module, arm, folder, threads, *options) for name, arm in arms.items()}
+    first, later = (dict.fromkeys(arms, n) if isinstance(n, int) else n for n in (warm_up, steps))
+    return alternate(processes, later, first, rounds)
+
+
+def training_step(
+    network: nn.Module, loss_of: Callable[[int], Tensor], lr: float, weight_decay: float, fused: bool
+) -> Step:
+    """Forward, backward, clipping and AdamW; the step returns its loss. `fused`: the optimiser's fused form."""
+    parameters = list(network.train().parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused or None)
+
+    def step(index: int) -> Tensor:
+        loss = loss_of(index)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def fill_zero_weights(network: nn.Module) -> None:
+    """Give zero-initialised layers small weights: both sides would otherwise agree on an output of zeros."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+
+
+def keep(path: Path, result: Tensor) -> Tensor:
+    """Keep an arm's first result for the comparison of both sides."""
+    if not path.exists():
+        torch.save(result.float().cpu(), path)
+    return result
+
+
 def noted(row: dict[str, Any], note: str) -> dict[str, Any]:
     return {**row, "note": note}
 
@@ -182,3 +236,86 @@ def faster(name: str, ours: Timing, peer: Timing, images: int, target: float | N
     load = f"; load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     row = bench_row(name, images / ours.wall, images / peer.wall, "images/s", target=target)
     return noted(row, f"{note}; {torch.get_num_threads()} threads, CPU-time ratio {peer.cpu / ours.cpu:.2f}{load}")
+
+
+def leaner(name: str, ours: Timing, peer: Timing, device: str, target: float | None = 1.0) -> dict[str, Any]:
+    """A row of peak memory."""
+    row = bench_row(name, ours.memory / 2**20, peer.memory / 2**20, "MiB", target=target, higher_is_better=False)
+    return noted(
+        row, "peak resident memory of a process of its own" if device == "cpu" else "peak of torch's allocator"
+    )
+
+
+def of_the_peak(name: str, flop: float, ours: Timing, peak: Timing, device: str, rounds: int) -> dict[str, Any]:
+    """A row of FLOP/s beside the best turn of `matmul`."""
+    side = matmul_side(device)
+    row = bench_row(name, flop / ours.wall / 1e9, 2 * side**3 / peak.best / 1e9, "GFLOP/s")
+    return noted(row, f"peak: best of {rounds} turns of a {side}x{side} product in the same run")
+
+
+def quality_rows(where: str, what: str, ours: Timing, peers: Mapping[str, Timing], steps: int, tail: int) -> list[Any]:
+    """Rows of the training loss in bf16 beside others after the same `steps`, a mean over the last `tail`."""
+    mean = {id(timing): statistics.fmean(timing.losses[-tail:]) for timing in (ours, *peers.values())}
+    note = f"mean of the last {tail} of {steps} identical steps from identical weights"
+    return [
+        noted(
+            bench_row(
+                f"{where}quality: training loss of ours in bf16 against {label} ({what})",
+                mean[id(ours)],
+                mean[id(peer)],
+                "MSE",
+                target=0.98,
+                higher_is_better=False,
+            ),
+            note,
+        )
+        for label, peer in peers.items()
+    ]
+
+
+def where_of(device: str) -> str:
+    """What a row's name begins with."""
+    return "" if device == "cpu" else f"{device} "
+
+
+def record(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Print rows and write them into `output`."""
+    for row in rows:
+        bar = "" if row["target"] is None else f"  (at least {row['target']:.3g}: {'yes' if row['holds'] else 'NO'})"
+        numbers = f"{row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.3g}x"
+        print(f"{row['name']}: {numbers}{bar}", flush=True)
+    write_rows(output, rows)
+
+
+def bench_parser(
+    text: str | None, output: str, sizes: Mapping[str, Any], default: Sequence[str], steps: int
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that compares arms; those of an arm's own process are not shown."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(default))
+    parser.add_argument("--steps", type=int, default=steps, help="steps of a turn")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return machine_options(parser, output, rounds=5)
+
+
+def machine_options(parser: argparse.ArgumentParser, output: str, rounds: int) -> argparse.ArgumentParser:
+    """Where a benchmark runs, how often, and where its rows go."""
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each arm")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / output)
+    return parser
+
+
+def chosen_devices(options: argparse.Namespace) -> list[str]:
+    """The devices to measure on.
+
+    Raises:
+        UserError: cuda was asked for and is not there.
+    """
+    cuda = torch.cuda.is_available()
+    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
+    if "cuda" in devices and not cuda:
+        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
+    return devices

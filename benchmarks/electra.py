@@ -18,7 +18,6 @@ twenty of the longest length) or from short ones ("mixed": an eighth of the long
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.arms import Process, Timing, Turns, alternate, matmul, noted
-from common.errors import UserError, run_main
-from common.ledger import bench_row, write_rows
+from benchmarks.arms import (
+    Timing,
+    Turns,
+    bench_parser,
+    chosen_devices,
+    leaner,
+    matmul,
+    noted,
+    of_the_peak,
+    record,
+    take_turns,
+    where_of,
+)
+from common.errors import run_main
+from common.ledger import bench_row
 from common.paths import RESULTS
 
 if TYPE_CHECKING:
@@ -401,8 +412,7 @@ def rows_for(size: str, rows: str, device: str, rounds: int, steps: int, folder:
     if cuda:
         arms["peer compiled"] = Arm("peer", size, rows, device, True, compiled=True)
     arms |= {f"peak {p}": Arm("peak", size, rows, device, p == "bf16") for p in ("bf16", "fp32")}
-    processes = {name: Process("benchmarks.electra", arm, folder, threads) for name, arm in arms.items()}
-    timings = alternate(processes, dict.fromkeys(arms, steps), dict.fromkeys(arms, 3), rounds)
+    timings = take_turns("benchmarks.electra", arms, steps, 3, rounds, folder, threads)
     return list(comparison(size, rows, device, arms, timings, rounds, threads))
 
 
@@ -411,7 +421,7 @@ def comparison(
 ) -> Iterator[dict[str, Any]]:
     """Bench rows from the arms' timings."""
     spec, config, cuda = SIZES[size], configuration(size), device == "cuda"
-    where = "" if not cuda else "cuda "
+    where = where_of(device)
     batch = arms["ours bf16"].rows_of_a_step
     what = (
         f"{size}: {config.layers} x {config.hidden_size}, vocabulary {config.vocab_size}, "
@@ -436,27 +446,12 @@ def comparison(
         yield faster("bf16, ours eager against peer compiled", "ours bf16", "peer compiled", None)
     for ours, peer in (("bf16", default), ("fp32", "fp32")):
         label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
-        ours_mib, peer_mib = timings[f"ours {ours}"].memory / 2**20, timings[f"peer {peer}"].memory / 2**20
-        row = bench_row(
-            f"{where}peak memory of pre-training, {label} ({what})",
-            ours_mib,
-            peer_mib,
-            "MiB",
-            target=1.0,
-            higher_is_better=False,
-        )
-        yield noted(row, "peak of torch's allocator" if cuda else "peak resident memory of a process of its own")
-    side = 2048 if not cuda else 8192
+        name = f"{where}peak memory of pre-training, {label} ({what})"
+        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
     for precision in ("bf16", "fp32"):
-        flop = step_flop(arms[f"ours {precision}"])
-        peak = 2 * side**3 / timings[f"peak {precision}"].best / 1e9
-        row = bench_row(
-            f"{where}fraction of the matmul peak in {precision}, pre-training ({what})",
-            flop / timings[f"ours {precision}"].wall / 1e9,
-            peak,
-            "GFLOP/s",
-        )
-        yield noted(row, f"peak: best of {rounds} turns of a {side}x{side} product in the same run")
+        flop, name = step_flop(arms[f"ours {precision}"]), f"fraction of the matmul peak in {precision}, pre-training"
+        trained, product = timings[f"ours {precision}"], timings[f"peak {precision}"]
+        yield of_the_peak(f"{where}{name} ({what})", flop, trained, product, device, rounds)
 
 
 # [M, E, V] of the vocabulary head: masked tokens of ELECTRA-Small, Base and Large, and all tokens of Small.
@@ -524,29 +519,11 @@ def run(sizes: list[str], device: str, rounds: int, steps: int, threads: int, ou
             prepare(size, folder)
             for rows in ("full", "mixed"):
                 found = rows_for(size, rows, device, rounds, steps, folder, threads)
-                show(found)
-                write_rows(output, found)
-
-
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        bar = "" if row["target"] is None else f"  (at least {row['target']}: {'yes' if row['holds'] else 'NO'})"
-        print(
-            f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x{bar}",
-            flush=True,
-        )
+                record(found, output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "paper_small"])
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_electra.json")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser = bench_parser(__doc__, "bench_electra.json", SIZES, ["small", "paper_small"], steps=4)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
@@ -559,16 +536,11 @@ def main() -> None:
         else:
             train_peer(arm, options.folder, turns)
         return
-    cuda = torch.cuda.is_available()
-    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
-    if "cuda" in devices and not cuda:
-        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
+    devices = chosen_devices(options)
     for device in devices:
         run(options.sizes, device, options.rounds, options.steps, options.threads, options.output)
     if "cuda" in devices:
-        rows = list(kernel_rows())
-        show(rows)
-        write_rows(RESULTS / "bench_kernels.json", rows)
+        record(list(kernel_rows()), RESULTS / "bench_kernels.json")
     else:
         print("no CUDA device: the rows on CUDA are left out")
 

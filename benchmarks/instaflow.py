@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.arms import chosen_devices, machine_options, record, where_of
 from common.cpu import tune_allocator
 from common.data.pairs import generate_pairs
-from common.errors import UserError, run_main
-from common.ledger import bench_row, write_rows
-from common.paths import REPOSITORY, RESULTS
+from common.errors import run_main
+from common.ledger import bench_row
+from common.paths import REPOSITORY
 from common.solvers import DiffusionSource, stock_pipeline
 from common.teacher import Teacher
 from instaflow.pipeline import Card, InstaFlowPipeline
-from instaflow.student import make_student, stable_diffusion_unet
+from instaflow.student import make_student, stable_diffusion_unet, stable_diffusion_vae
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 SOLVER, STEPS = "DPMSolverMultistepScheduler", 25
@@ -43,7 +44,6 @@ BARE = 0.9  # of bare U-Net throughput, for pairs
 
 def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
     """A teacher of Stable Diffusion 1.5's sizes with random weights; its tokenizer knows the prompts' words."""
-    from diffusers import AutoencoderKL
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -55,15 +55,6 @@ def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=1
     )
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    )
     schedule = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -71,7 +62,7 @@ def random_stable_diffusion(device: str, dtype: torch.dtype) -> Teacher:
         "beta_schedule": "scaled_linear",
         "prediction_type": "epsilon",
     }
-    parts = [part.to(device, dtype) for part in (stable_diffusion_unet(), vae, CLIPTextModel(text))]
+    parts = [part.to(device, dtype) for part in (stable_diffusion_unet(), stable_diffusion_vae(), CLIPTextModel(text))]
     return Teacher(parts[0], parts[1], parts[2], tokenizer, schedule)
 
 
@@ -116,7 +107,7 @@ def latency_rows(
     peer(PROMPTS[0], num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np")
     for hook in hooks:
         hook.remove()
-    where = "" if device == "cpu" else f"{device} "
+    where = where_of(device)
     rows = [
         bench_row(
             f"{where}U-Net evaluations per image ({what})",
@@ -168,7 +159,7 @@ def pair_row(teacher: Teacher, what: str, rounds: int, device: str, batch: int =
 
         seconds = take_turns({"pairs": pairs, "bare": bare}, rounds, device)
     evaluations = batch * source.evaluations
-    where = "" if device == "cpu" else f"{device} "
+    where = where_of(device)
     name = f"{where}pair generation against bare U-Net evaluation, guided, batch {batch} ({what})"
     return bench_row(name, evaluations / seconds["pairs"], evaluations / seconds["bare"], "evaluations/s", target=BARE)
 
@@ -178,19 +169,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--teacher", type=Path, default=TEACHER)
     parser.add_argument("--run_dir", type=Path, help="a finished run to time (default: untrained weights)")
     parser.add_argument("--stable-diffusion", action="store_true", help="sizes of Stable Diffusion 1.5, random weights")
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each arm")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_instaflow.json")
-    options = parser.parse_args(argv)
+    options = machine_options(parser, "bench_instaflow.json", rounds=15).parse_args(argv)
     torch.set_num_threads(options.threads)
     tune_allocator()
-    cuda = torch.cuda.is_available()
-    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
-    if "cuda" in devices and not cuda:
-        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
     rows = []
-    for device in devices:
+    for device in chosen_devices(options):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         if options.stable_diffusion:
             teacher, what = random_stable_diffusion(device, dtype), "Stable Diffusion 1.5 sizes"
@@ -200,10 +183,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         with torch.inference_mode():
             rows += latency_rows(teacher, student, what, options.rounds, device)
             rows.append(pair_row(teacher, what, max(3, options.rounds // 3), device))
-    for row in rows:
-        bar = "" if row["target"] is None else f"  (at least {row['target']:g}: {'yes' if row['holds'] else 'NO'})"
-        print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.3g}x{bar}")
-    write_rows(options.output, rows)
+    record(rows, options.output)
     return rows
 
 

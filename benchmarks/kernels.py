@@ -1,7 +1,9 @@
-"""Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device.
+"""Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device; the form
+of attention that is chosen on this CPU against torch's own function.
 
     python -m benchmarks.kernels                 # writes results/bench_kernels.json, about 3 minutes
     python -m benchmarks.kernels --dtype fp16
+    python -m benchmarks.kernels --cpu           # attention alone, bfloat16; about 1 minute
 
 Device time is taken by replaying a CUDA graph, so that no contender pays for Python; the median of many replays counts.
 The rows marked "called from Python" time plain calls, launch overhead included, and carry no target.
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError, run_main
+from common.kernels.attention import MARGIN, attention
 from common.kernels.group_norm_silu import group_norm_silu
 from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
@@ -41,6 +44,14 @@ SHAPES = (
     (1, 128, 512, 512),
 )
 GROUPS = 32
+# [B, A, N, L, K] of attention on CPUs: small denoisers at 64 and 256 tokens and with a caption, then sampling sizes.
+ATTENTION_SHAPES = (
+    (64, 6, 64, 64, 32),
+    (64, 6, 64, 44, 32),
+    (16, 6, 256, 256, 32),
+    (2, 6, 1024, 1024, 32),
+    (1, 6, 4096, 4096, 32),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Function = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 
@@ -133,11 +144,41 @@ def measure(dtype_name: str, output: Path) -> None:
     print(f"{sum(row['holds'] for row in barred)} of {len(barred)} comparisons won; written to {output.name}")
 
 
+def measure_attention(output: Path, repeats: int = 7) -> None:
+    """Time the form that is chosen at each shape beside `F.scaled_dot_product_attention`; least of `repeats` turns."""
+    rows = []
+    for batch, heads, queries, keys, width in ATTENTION_SHAPES:
+        sizes = (queries, keys, keys)
+        q, k, v = (torch.randn(batch, n, heads, width, dtype=torch.bfloat16).transpose(1, 2) for n in sizes)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        functions: dict[str, Callable[..., Tensor]] = {"chosen": attention, "torch": F.scaled_dot_product_attention}
+        for direction in ("forward", "forward+backward"):
+            times: dict[str, list[float]] = {name: [] for name in functions}
+            for _ in range(repeats + 1):
+                for name, function in functions.items():
+                    start = time.perf_counter()
+                    with torch.set_grad_enabled(direction != "forward"):
+                        out = function(q, k, v)
+                        if direction != "forward":
+                            torch.autograd.grad(out, leaves, out.detach())
+                    times[name].append((time.perf_counter() - start) * 1e3)
+            chosen, peer = (min(of[1:]) for of in times.values())
+            shape = [batch, heads, queries, keys, width]
+            name = f"Attention {direction}, bf16 on a CPU, {shape}, chosen form vs torch's function"
+            target = 1 / (1 + MARGIN)  # by which torch's must win to be chosen
+            rows.append(bench_row(name, chosen, peer, "ms", target=target, higher_is_better=False))
+            print(f"{name}: {chosen:.3g} against {peer:.3g} ms")
+    write_rows(output, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_kernels.json")
+    parser.add_argument("--cpu", action="store_true", help="attention on this CPU, and nothing else")
     arguments = parser.parse_args()
+    if arguments.cpu:
+        return measure_attention(arguments.output)
     if not torch.cuda.is_available():
         raise UserError("the kernel benchmark needs a CUDA device and a CUDA build of torch, and found none")
     measure(arguments.dtype, arguments.output)

@@ -16,9 +16,7 @@ Both sides start from the same weights, which `ldm/convert.py` writes as a diffu
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,9 +26,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.arms import Process, Step, Timing, Turns, alternate, faster, matmul, mixed, noted
-from common.errors import UserError, run_main
-from common.ledger import bench_row, write_rows
+from benchmarks.arms import (
+    Process,
+    Step,
+    Turns,
+    bench_parser,
+    chosen_devices,
+    faster,
+    fill_zero_weights,
+    keep,
+    leaner,
+    matmul,
+    mixed,
+    of_the_peak,
+    quality_rows,
+    record,
+    take_turns,
+    training_step,
+    where_of,
+)
+from common.costs import flop, parameter_count
+from common.errors import run_main
 from common.paths import REPOSITORY, RESULTS
 
 if TYPE_CHECKING:
@@ -81,12 +97,11 @@ def latent_side(config: LdmConfig) -> int:
 
 
 def build(config: LdmConfig, tokenizer: Any = None) -> tuple[LatentDiffusion, Task]:
-    """Our model with the same random weights in every process. Zero-initialised layers get small weights, because
-    both sides would otherwise agree on an output of zeros."""
+    """Our model with the same random weights in every process."""
     from common.data.sampling import TensorTable
     from ldm.first_stage import build_first_stage, freeze
+    from ldm.run import build_latent_diffusion
     from ldm.tasks import BertConditioner, Task, train_tokenizer
-    from ldm.training import build_latent_diffusion
 
     torch.manual_seed(0)
     options = config.conditioner
@@ -101,10 +116,7 @@ def build(config: LdmConfig, tokenizer: Any = None) -> tuple[LatentDiffusion, Ta
         tokenizer=tokenizer or train_tokenizer(CAPTIONS, options.vocabulary, options.tokens),
     )
     ldm = build_latent_diffusion(config, task, freeze(build_first_stage(config.first_stage, config.data.size)))
-    with torch.no_grad():
-        for parameter in ldm.model.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
+    fill_zero_weights(ldm.model)
     return ldm, task
 
 
@@ -147,23 +159,17 @@ def core_step(
     bf16: bool,
     fused: bool,
 ) -> Step:
-    """Forward, MSE, backward, clipping and AdamW on given latents; the step returns its loss."""
-    parameters = list(network.to(device).train().parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=fused or None)
+    """MSE on given latents."""
+    network.to(device)
     batches = [core_batch(config, step, device) for step in range(LOSS_STEPS)]
 
-    def step(index: int) -> Tensor:
+    def loss_of(index: int) -> Tensor:
         zt_BCHW, target_BCHW, t_B, context_BLD = batches[index % LOSS_STEPS]
         with mixed(device, bf16):
             output_BCHW = predict(zt_BCHW, t_B, context_BLD)
-        loss = torch.nn.functional.mse_loss(output_BCHW.float(), target_BCHW)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        return loss.detach()
+        return torch.nn.functional.mse_loss(output_BCHW.float(), target_BCHW)
 
-    return step
+    return training_step(network, loss_of, LEARNING_RATE, weight_decay=0.01, fused=fused)
 
 
 def our_core(config: LdmConfig, device: str, bf16: bool, compiled: bool = False) -> Step:
@@ -289,19 +295,13 @@ def start_noise(config: LdmConfig, batch: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
-def keep(path: Path, images: Tensor) -> Tensor:
-    if not path.exists():
-        torch.save(images.float().cpu(), path)
-    return images
-
-
 def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Path) -> None:
     """Our whole step as `ldm/train.py` runs it: Lightning, cached moments, joint text encoder, clipping, EMA."""
     import pytorch_lightning as pl
 
     from common.data.sampling import StepDataModule, TensorTable
     from common.training import build_trainer
-    from ldm.training import DiffusionTrainer
+    from ldm.trainer import DiffusionTrainer
 
     class TakeTurns(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -332,20 +332,14 @@ def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Pat
 
 def prepare(config: LdmConfig, folder: Path) -> dict[str, float]:
     """Write the peer's pipeline from our weights; returns what is known of the size beforehand."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from ldm.training import export_pipeline
+    from ldm.run import export_pipeline
 
     ldm, task = build(config)
     export_pipeline(ldm, task, config, folder / "pipeline", torch.float32)
     unet: Any = ldm.model.diffusion_model
     zt_BCHW, target_BCHW, t_B, context_BLD = core_batch(config, 0, "cpu")
-    # The fused attention of CPUs is not among the counted operators; the plain one has the same products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        torch.nn.functional.mse_loss(unet(zt_BCHW, t_B, context_BLD), target_BCHW).backward()
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    return {"flops": float(counter.get_total_flops()), "parameters": float(parameters)}
+    step_flop = flop(lambda: torch.nn.functional.mse_loss(unet(zt_BCHW, t_B, context_BLD), target_BCHW).backward())
+    return {"flops": float(step_flop), "parameters": float(parameter_count(unet))}
 
 
 @dataclass(frozen=True)
@@ -383,25 +377,6 @@ def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
         turns.serve(steps[arm.kind]())
 
 
-def launch(arm: Arm, folder: Path, threads: int, sampling_steps: int) -> Process:
-    """The arm's process, which runs `work`."""
-    return Process("benchmarks.ldm", arm, folder, threads, "--sampling-steps", str(sampling_steps))
-
-
-def take_turns(
-    arms: dict[str, Arm],
-    steps: dict[str, int],
-    warm_up: dict[str, int],
-    rounds: int,
-    folder: Path,
-    threads: int,
-    sampling_steps: int,
-) -> dict[str, Timing]:
-    """Run the arms alternately and summarise each."""
-    processes = {name: launch(arm, folder, threads, sampling_steps) for name, arm in arms.items()}
-    return alternate(processes, steps, warm_up, rounds)
-
-
 def training_rows(
     size: str, device: str, rounds: int, steps: int, folder: Path, threads: int, info: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
@@ -422,16 +397,16 @@ def training_rows(
     warm_up = {name: LOSS_STEPS if "core" in name or "compiled" in name else 3 for name in arms}
     products = {"peak fp32": Arm("matmul", size, device), "peak bf16": Arm("matmul", size, device, bf16=True)}
     timings = take_turns(
+        "benchmarks.ldm",
         arms | products,
-        {name: steps for name in arms} | {name: 10 for name in products},
-        warm_up | {name: 10 for name in products},
+        dict.fromkeys(arms, steps) | dict.fromkeys(products, 10),
+        warm_up | dict.fromkeys(products, 10),
         rounds,
         folder,
         threads,
-        0,
     )
     batch, side = config.trainer.batch_size, latent_side(config)
-    where = "" if device == "cpu" else f"{device} "
+    where = where_of(device)
     what = (
         f"{size}: {info['parameters'] / 1e6:.1f} M parameters, latents {side}x{side}x{config.first_stage.z_channels}, "
         f"batch {batch}"
@@ -478,42 +453,13 @@ def training_rows(
         ("U-Net only, ours bf16, peer fp32", "ours core bf16", "peer core fp32"),
         ("U-Net only, both fp32", "ours core fp32", "peer core fp32"),
     ):
-        yield noted(
-            bench_row(
-                f"{where}peak memory of training, {label} ({what})",
-                timings[ours].memory / 2**20,
-                timings[peer].memory / 2**20,
-                "MiB",
-                target=1.0,
-                higher_is_better=False,
-            ),
-            "peak resident memory of a process of its own" if device == "cpu" else "peak of torch's allocator",
-        )
-    losses = {name: statistics.fmean(t.losses[-LOSS_TAIL:]) for name, t in timings.items() if len(t.losses) > LOSS_TAIL}
-    for label, peer in (("ours in fp32", "ours core fp32"), ("peer in fp32", "peer core fp32")):
-        yield noted(
-            bench_row(
-                f"{where}quality: training loss of ours in bf16 against {label} ({what})",
-                losses["ours core bf16"],
-                losses[peer],
-                "MSE",
-                target=0.98,
-                higher_is_better=False,
-            ),
-            f"mean of the last {LOSS_TAIL} of {LOSS_STEPS} identical steps from identical weights",
-        )
+        yield leaner(f"{where}peak memory of training, {label} ({what})", timings[ours], timings[peer], device)
+    peers = {"ours in fp32": timings["ours core fp32"], "peer in fp32": timings["peer core fp32"]}
+    yield from quality_rows(where, what, timings["ours core bf16"], peers, LOSS_STEPS, LOSS_TAIL)
     for precision in ("bf16", "fp32"):
-        peak = timings[f"peak {precision}"]
-        peak_side = 2048 if device == "cpu" else 8192
-        yield noted(
-            bench_row(
-                f"{where}fraction of the matmul peak in {precision}, U-Net training step ({what})",
-                info["flops"] / timings[f"ours core {precision}"].wall / 1e9,
-                2 * peak_side**3 / peak.best / 1e9,
-                "GFLOP/s",
-            ),
-            f"peak: best of {rounds} turns of a {peak_side}x{peak_side} product in the same run",
-        )
+        name = f"{where}fraction of the matmul peak in {precision}, U-Net training step ({what})"
+        core, peak = timings[f"ours core {precision}"], timings[f"peak {precision}"]
+        yield of_the_peak(name, info["flops"], core, peak, device, rounds)
 
 
 def sampling_rows(
@@ -525,13 +471,13 @@ def sampling_rows(
             "ours": Arm("our sampling", size, device, batch=batch),
             "peer": Arm("peer sampling", size, device, batch=batch),
         }
-        calls = {name: 1 for name in arms}
-        timings = take_turns(arms, calls, calls, rounds, folder, threads, sampling_steps)
+        given = ("--sampling-steps", str(sampling_steps))
+        timings = take_turns("benchmarks.ldm", arms, 1, 1, rounds, folder, threads, *given)
         images = [torch.load(folder / f"{side}_{batch}.pt", weights_only=True) for side in ("ours", "peer")]
         difference = float((images[0] - images[1]).abs().max())
         if not difference <= IMAGE_TOLERANCE:
             raise RuntimeError(f"{size}, batch {batch}: the two sides' images differ by {difference:.2g} of 1")
-        where = "" if device == "cpu" else f"{device} "
+        where = where_of(device)
         yield faster(
             f"{where}sampling, {sampling_steps} guided DDIM steps, fp32, captions to images, batch {batch} ({size})",
             timings["ours"],
@@ -550,43 +496,28 @@ def run(
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            preparation = launch(Arm("prepare", size, "cpu"), folder, threads, sampling_steps)
+            preparation = Process("benchmarks.ldm", Arm("prepare", size, "cpu"), folder, threads)
             info = preparation.answer()
             preparation.end()
             found = list(training_rows(size, device, rounds, steps, folder, threads, info))
             found += sampling_rows(size, device, rounds, folder, threads, sampling_steps)
-        for row in found:
-            bar = "" if row["target"] is None else f"  (at least {row['target']}: {'yes' if row['holds'] else 'NO'})"
-            print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x{bar}")
-        write_rows(output, found)
+        record(found, output)
         rows += found
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["emoji64", "wide"])
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
-    parser.add_argument("--steps", type=int, default=6, help="training steps of a turn")
+    parser = bench_parser(__doc__, "bench_ldm.json", SIZES, ["emoji64", "wide"], steps=6)
     parser.add_argument("--sampling-steps", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_ldm.json")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
         work(Arm(**json.loads(options.arm)), options.folder, options.sampling_steps)
         return
-    cuda = torch.cuda.is_available()
-    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
-    if "cuda" in devices and not cuda:
-        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
-    for device in devices:
+    for device in chosen_devices(options):
         numbers = (options.rounds, options.steps, options.sampling_steps, options.threads)
         run(options.sizes, device, *numbers, options.output)
-    if cuda:
+    if torch.cuda.is_available():
         from benchmarks.kernels import measure
 
         measure("bf16", RESULTS / "bench_kernels.json")

@@ -14,7 +14,6 @@ forward and backward of both batches and both optimiser steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterator
@@ -27,10 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.arms import Process, Step, Timing, Turns, alternate, faster, noted
-from common.errors import UserError, run_main
-from common.ledger import bench_row, write_rows
-from common.paths import RESULTS
+from benchmarks.arms import (
+    Step,
+    Timing,
+    Turns,
+    bench_parser,
+    chosen_devices,
+    faster,
+    leaner,
+    noted,
+    record,
+    take_turns,
+    where_of,
+)
+from common.errors import run_main
+from common.ledger import bench_row
 
 GRADIENT_TOLERANCE = 1e-5  # of the norm of the whole gradient
 
@@ -159,11 +169,11 @@ def gradient_difference(size: str, partial: int, device: str) -> float:
 
 def kept_bytes(size: str, partial: int, batch: int) -> int:
     """Bytes that one forward pass of the batched form keeps for its backward pass."""
-    from pc_darts.counting import saved_bytes
+    from common.costs import kept_bytes
 
     network = build(size, partial, True)
     x, y, _, _ = images(size, batch, "cpu")
-    return saved_bytes(lambda: F.cross_entropy(network(x), y), list(network.parameters()))
+    return kept_bytes(lambda: F.cross_entropy(network(x), y), network.parameters())
 
 
 def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
@@ -186,9 +196,8 @@ def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threa
     }
     if find_spec("nni") is not None:
         arms["nni"] = Arm("nni", size, device, 1)
-    processes = {name: Process("benchmarks.pc_darts", arm, folder, threads) for name, arm in arms.items()}
-    found = alternate(processes, dict.fromkeys(arms, steps), dict.fromkeys(arms, 2), rounds)
-    where = "" if device == "cpu" else f"{device} "
+    found = take_turns("benchmarks.pc_darts", arms, steps, 2, rounds, folder, threads)
+    where = where_of(device)
     what = f"{size}: C={spec.channels}, {spec.cells} cells, {spec.side} px, batch {spec.batch}"
     note = "architecture and weight step; same weights and images; gradients equal to 1e-5 of their norm in float64"
 
@@ -215,16 +224,8 @@ def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threa
         yield row("search step, our DARTS (K=1) against nni's DARTS", "K=1", "nni", None, about)
         yield row("search step, K=4 against nni's DARTS", "K=4", "nni", None, about)
     for ours, peer in (("K=4", "K=1"), ("K=4", "K=4 op by op"), ("K=4 filling", "K=1")):
-        yield noted(
-            bench_row(
-                f"{where}peak memory of the search step, {ours} against {peer} ({what})",
-                found[ours].memory / 2**20,
-                found[peer].memory / 2**20,
-                "MiB",
-                higher_is_better=False,
-            ),
-            "peak resident memory of a process of its own, torch included" if device == "cpu" else "torch's allocator",
-        )
+        name = f"{where}peak memory of the search step, {ours} against {peer} ({what})"
+        yield leaner(name, found[ours], found[peer], device, target=None)
     if device == "cpu":
         yield noted(
             bench_row(
@@ -245,34 +246,20 @@ def run(sizes: list[str], device: str, rounds: int, steps: int, threads: int, ou
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             found = list(rows_of(size, device, rounds, steps, Path(name), threads))
-        for row in found:
-            bar = "" if row["target"] is None else f"  (at least {row['target']}: {'yes' if row['holds'] else 'NO'})"
-            print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x{bar}")
-        write_rows(output, found)
+        record(found, output)
         rows += found
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[size for size in SIZES if size != "tiny"])
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_pc_darts.json")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser = bench_parser(__doc__, "bench_pc_darts.json", SIZES, [size for size in SIZES if size != "tiny"], steps=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
         arm = Arm(**json.loads(options.arm))
         Turns(arm.device).serve(make_step(arm))
         return
-    cuda = torch.cuda.is_available()
-    if "cuda" in (options.devices or []) and not cuda:
-        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
-    for device in options.devices or (["cpu", "cuda"] if cuda else ["cpu"]):
+    for device in chosen_devices(options):
         run(options.sizes, device, options.rounds, options.steps, options.threads, options.output)
 
 

@@ -16,9 +16,7 @@ depth 6) on latents of that side; `xl256` and `xl1024` one block of PixArt-XL/2 
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +26,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.arms import Process, Step, Timing, Turns, alternate, faster, matmul, mixed, noted
-from common.errors import UserError, run_main
-from common.ledger import bench_row, write_rows
+from benchmarks.arms import (
+    Step,
+    Turns,
+    bench_parser,
+    chosen_devices,
+    faster,
+    fill_zero_weights,
+    keep,
+    leaner,
+    matmul,
+    mixed,
+    of_the_peak,
+    quality_rows,
+    record,
+    take_turns,
+    training_step,
+    where_of,
+)
+from common.errors import run_main
+from common.ledger import bench_row
 from common.paths import RESULTS
 
 if TYPE_CHECKING:
@@ -69,16 +84,12 @@ def configuration(size: str) -> PixArtConfig:
 
 
 def build(size: str) -> PixArt:
-    """Our network with the same random weights in every process. Zero-initialised layers get small weights, because
-    both sides would otherwise agree on an output of zeros."""
+    """Our network with the same random weights in every process."""
     from pixart.model import PixArt
 
     torch.manual_seed(0)
     net = PixArt(configuration(size))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
+    fill_zero_weights(net)
     return net
 
 
@@ -157,26 +168,19 @@ def peer_network(folder: Path, device: str, compiled: bool) -> tuple[torch.nn.Mo
     return net, predict
 
 
-def training_step(network: torch.nn.Module, predict: Predict, size: str, device: str, bf16: bool, fused: bool) -> Step:
-    """Forward, MSE on the noise, backward, clipping and AdamW on given latents; the step returns its loss."""
-    parameters = list(network.train().parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.03, fused=fused or None)
+def pretraining_step(network: torch.nn.Module, predict: Predict, arm: Arm) -> Step:
+    """MSE on the noise of given latents."""
     batches: dict[int, Batch] = {}
 
-    def step(index: int) -> Tensor:
+    def loss_of(index: int) -> Tensor:
         index %= LOSS_STEPS
-        given = batches.setdefault(index, make_batch(size, index, device))
-        with mixed(device, bf16):
+        given = batches.setdefault(index, make_batch(arm.size, index, arm.device))
+        with mixed(arm.device, arm.bf16):
             output = predict(given)
         loss = torch.nn.functional.mse_loss(output[:, :4].float(), given.target_BCHW)
-        loss = loss + 1e-3 * output[:, 4:].float().square().mean()  # the variance logits take part
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        return loss.detach()
+        return loss + 1e-3 * output[:, 4:].float().square().mean()  # the variance logits take part
 
-    return step
+    return training_step(network, loss_of, LEARNING_RATE, weight_decay=0.03, fused=arm.side == "ours")
 
 
 def forward_step(network: torch.nn.Module, predict: Predict, size: str, device: str, bf16: bool, kept: Path) -> Step:
@@ -250,11 +254,6 @@ def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, 
     return step
 
 
-def keep(path: Path, result: Tensor) -> None:
-    if not path.exists():
-        torch.save(result.float().cpu(), path)
-
-
 @dataclass(frozen=True)
 class Arm:
     """One process: `side` (ours, peer) and `kind` (training, forward, sampling), or the side "peak"."""
@@ -289,7 +288,7 @@ def make_step(arm: Arm, folder: Path) -> Step:
         network, predict = peer_network(folder, arm.device, arm.compiled)
     if arm.kind == "forward":
         return forward_step(network, predict, arm.size, arm.device, arm.bf16, kept)
-    return training_step(network, predict, arm.size, arm.device, arm.bf16, fused=arm.side == "ours")
+    return pretraining_step(network, predict, arm)
 
 
 def prepare(size: str, folder: Path) -> None:
@@ -310,14 +309,6 @@ def step_flop(size: str) -> float:
         lengths = make_batch(size, step).mask_BL.sum(1).tolist()
         total += sum(forward_flop(config, side, side, length) for length in lengths)
     return total / LOSS_STEPS
-
-
-def take_turns(
-    arms: dict[str, Arm], steps: int, warm_up: int, rounds: int, folder: Path, threads: int
-) -> dict[str, Timing]:
-    """Run the arms alternately and summarise each."""
-    processes = {name: Process("benchmarks.pixart", arm, folder, threads) for name, arm in arms.items()}
-    return alternate(processes, dict.fromkeys(arms, steps), dict.fromkeys(arms, warm_up), rounds)
 
 
 def describe(size: str) -> str:
@@ -348,10 +339,10 @@ def rows_of(
     warm_up = LOSS_STEPS if kind == "training" and not size.startswith("xl") else 2
     if kind == "sampling" and size == "xl1024" and not cuda:
         rounds, warm_up = 1, 0  # twenty passes of seconds each are their own repetition
-    timings = take_turns(arms, steps, warm_up, rounds, folder, threads)
+    timings = take_turns("benchmarks.pixart", arms, steps, warm_up, rounds, folder, threads)
     if kind != "training":
         check_same(kind, size, folder, arms["ours fp32"], arms["peer fp32"])
-    where = "" if device == "cpu" else f"{device} "
+    where = where_of(device)
     calls = {
         "training": "training step (forward, backward, clipping, AdamW)",
         "forward": "forward pass",
@@ -385,51 +376,17 @@ def rows_of(
         yield faster(label, timings["ours bf16"], timings["peer compiled"], images, None, note)
     for ours, peer in (("bf16", default), ("fp32", "fp32")):
         label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
-        yield noted(
-            bench_row(
-                f"{where}peak memory, {calls}, {label} ({what})",
-                timings[f"ours {ours}"].memory / 2**20,
-                timings[f"peer {peer}"].memory / 2**20,
-                "MiB",
-                target=1.0,
-                higher_is_better=False,
-            ),
-            "peak resident memory of a process of its own" if not cuda else "peak of torch's allocator",
-        )
-    if kind == "training":
-        yield from training_extras(size, where, what, timings, device, rounds)
-
-
-def training_extras(
-    size: str, where: str, what: str, timings: dict[str, Timing], device: str, rounds: int
-) -> Iterator[dict[str, Any]]:
-    """What a training step in bfloat16 costs in quality, and how near it comes to the processor's peak."""
+        name = f"{where}peak memory, {calls}, {label} ({what})"
+        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
+    if kind != "training":
+        return
     if len(timings["ours bf16"].losses) > LOSS_TAIL:
-        losses = {name: statistics.fmean(t.losses[-LOSS_TAIL:]) for name, t in timings.items() if t.losses}
-        for label, other in (("ours in fp32", "ours fp32"), ("peer in fp32", "peer fp32")):
-            yield noted(
-                bench_row(
-                    f"{where}quality: training loss of ours in bf16 against {label} ({what})",
-                    losses["ours bf16"],
-                    losses[other],
-                    "MSE",
-                    target=0.98,
-                    higher_is_better=False,
-                ),
-                f"mean of the last {LOSS_TAIL} of {LOSS_STEPS} identical steps from identical weights",
-            )
+        peers = {"ours in fp32": timings["ours fp32"], "peer in fp32": timings["peer fp32"]}
+        yield from quality_rows(where, what, timings["ours bf16"], peers, LOSS_STEPS, LOSS_TAIL)
     flop = 3 * step_flop(size)
-    side = 2048 if device == "cpu" else 8192
     for precision in ("bf16", "fp32"):
-        yield noted(
-            bench_row(
-                f"{where}fraction of the matmul peak in {precision}, training step ({what})",
-                flop / timings[f"ours {precision}"].wall / 1e9,
-                2 * side**3 / timings[f"peak {precision}"].best / 1e9,
-                "GFLOP/s",
-            ),
-            f"peak: best of {rounds} turns of a {side}x{side} product in the same run",
-        )
+        name = f"{where}fraction of the matmul peak in {precision}, training step ({what})"
+        yield of_the_peak(name, flop, timings[f"ours {precision}"], timings[f"peak {precision}"], device, rounds)
 
 
 def check_same(kind: str, size: str, folder: Path, ours: Arm, peer: Arm) -> None:
@@ -509,48 +466,24 @@ def run(
                 batch = {"xl256": 2, "xl1024": 1}.get(size, 4) if kind == "sampling" else 0
                 each = 1 if kind == "sampling" or size == "xl1024" else steps
                 found = list(rows_of(kind, size, device, rounds, each, folder, threads, batch))
-                for row in found:
-                    bar = "" if row["target"] is None else f"  (at least {row['target']}: {_yes(row['holds'])})"
-                    numbers = f"{row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.2f}x"
-                    print(f"{row['name']}: {numbers}{bar}", flush=True)
-                write_rows(output, found)
+                record(found, output)
                 rows += found
     return rows
 
 
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "NO"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [size for size in SIZES if size != "tiny"]
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=everything)
+    parser = bench_parser(__doc__, "bench_pixart.json", SIZES, [size for size in SIZES if size != "tiny"], steps=4)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_pixart.json")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
         arm = Arm(**json.loads(options.arm))
         Turns(arm.device).serve(make_step(arm, options.folder))
         return
-    cuda = torch.cuda.is_available()
-    devices = options.devices or (["cpu", "cuda"] if cuda else ["cpu"])
-    if "cuda" in devices and not cuda:
-        raise UserError("--devices cuda: this machine has no CUDA device, or torch was built without CUDA")
-    for device in devices:
+    for device in chosen_devices(options):
         run(options.sizes, device, options.rounds, options.steps, options.threads, options.output, options.kinds)
-    if cuda:
-        rows = list(kernel_rows())
-        write_rows(RESULTS / "bench_kernels.json", rows)
-        for row in rows:
-            print(f"{row['name']}: {row['ours']:.4f} against {row['peer']:.4f} ms, {row['ratio']:.2f}x")
+    if torch.cuda.is_available():
+        record(list(kernel_rows()), RESULTS / "bench_kernels.json")
     else:
         print("no CUDA device: the rows on CUDA are left out")
 

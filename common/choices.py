@@ -50,6 +50,7 @@ class Choices:
         default: str,
         margin: float = 0.0,
         together: bool = True,
+        pick: Callable[[Mapping[str, float]], str] | None = None,
     ) -> str:
         """The form to take: the one on record, else the fastest by measurement.
 
@@ -59,12 +60,13 @@ class Choices:
                 choose alike.
             together: all processes ask for this key at the same place of the program. Else whichever asks first
                 measures for all: the main process may be waiting for the asking one in a collective operation.
+            pick: another rule than the fastest, from the seconds by form.
         """
         record = self.kept(key)
         if record is not None:
             return str(record["chosen"])
         if self.file is None or (together and is_main_process()):
-            return self._measure(key, measure, default, margin)
+            return self._measure(key, measure, default, margin, pick)
         if together:
             return str(self._wait(key)["chosen"])
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,15 +74,22 @@ class Choices:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # a process that dies lets go
             record = self.kept(key)
-            return self._measure(key, measure, default, margin) if record is None else str(record["chosen"])
+            return self._measure(key, measure, default, margin, pick) if record is None else str(record["chosen"])
         finally:
             os.close(handle)
 
-    def _measure(self, key: str, measure: Callable[[], Mapping[str, float]], default: str, margin: float) -> str:
+    def _measure(
+        self,
+        key: str,
+        measure: Callable[[], Mapping[str, float]],
+        default: str,
+        margin: float,
+        pick: Callable[[Mapping[str, float]], str] | None,
+    ) -> str:
         seconds = dict(measure())
         fastest = min(seconds, key=lambda form: seconds[form])
         wins = seconds[default] > (1 + margin) * seconds[fastest]
-        chosen = fastest if wins else default
+        chosen = pick(seconds) if pick else fastest if wins else default
         if self.file is not None and self.file.is_file():
             self._known = self._read(self.file)  # another key may have come meanwhile
         self._known[key] = {"chosen": chosen, "seconds": seconds, "cpu": cpu_name()}

@@ -11,6 +11,11 @@ class UserError(Exception):
     """Bad input. The message names the file, line or option, what was expected and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its kind: libraries' messages run to pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main: Callable[[], Any]) -> None:
     """Run a program's `main`; a UserError becomes `error: ...` on stderr and exit status 2."""
     try:

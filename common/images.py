@@ -7,18 +7,26 @@ import io
 import math
 import os
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm"),
+)
+WHITE = (255, 255, 255)
+MAX_PIXELS = 100_000_000  # a file that unpacks to more is refused as a decompression bomb, not decoded
+LARGE_PIXELS = 16_000_000  # of pictures with more, one is open at a time
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn from 89 million on
 
 
 def as_uint8(images: Tensor | np.ndarray) -> Tensor:
@@ -46,6 +54,16 @@ def as_uint8(images: Tensor | np.ndarray) -> Tensor:
     return batch.expand(-1, 3, -1, -1).contiguous()
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float images in [-1, 1] as uint8, rounded and clamped."""
+    return x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def resize_clean(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Anti-aliased bicubic resize without quantisation: float32 [N,3,h,w] in [0,255] from uint8 [N,3,H,W].
 
@@ -63,17 +81,144 @@ def resize_uint8(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     return resize_clean(images, size).round_().to(torch.uint8)
 
 
+class CorruptImage(Exception):
+    """One picture that cannot be decoded, or a row that is none; data sets count it and go on."""
+
+
+@contextlib.contextmanager
+def decoded(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> Iterator[Image.Image]:
+    """One picture as 8-bit RGB: EXIF orientation applied, alpha laid on `background`, 16 bits scaled to 8.
+
+    This is the only decoder of the repository. Pictures above LARGE_PIXELS are open one at a time in a process, until
+    the block ends, so that many threads need no more memory than one (at most about 8 bytes a pixel).
+
+    Raises:
+        CorruptImage: no image, truncated, or more than MAX_PIXELS pixels. The message says which without the name.
+    """
+    with contextlib.ExitStack() as stack:
+        with _as_corrupt():
+            file = stack.enter_context(_opened(source))
+            if file.width * file.height > MAX_PIXELS:
+                raise CorruptImage(f"{file.width} x {file.height} pixels, the limit is {MAX_PIXELS:,}")
+            if file.width * file.height > LARGE_PIXELS:
+                stack.enter_context(_one_large_picture)
+            file.load()
+            turn = _TURNS.get(_orientation(file))
+            picture = _to_rgb(file, background)
+            if turn is not None:
+                picture = picture.transpose(turn)
+        yield picture
+
+
+def decode(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """`decoded` for a picture that is kept; raises CorruptImage."""
+    with decoded(source, background) as picture:
+        return picture
+
+
+def picture_size(source: Path | bytes) -> tuple[int, int]:
+    """(height, width) of a picture as `decode` will give it, from its header alone; raises CorruptImage."""
+    with _as_corrupt(), _opened(source) as file:
+        turned = file.format != "TIFF" and _orientation(file) >= 5  # lying on its side; Pillow turns TIFF by itself
+        return (file.width, file.height) if turned else (file.height, file.width)
+
+
 def open_rgb(path: str | Path) -> np.ndarray:
-    """One image file as uint8 [H,W,3]; alpha is composited on white. Raises UserError naming an unreadable file."""
+    """`decode` of one file, as uint8 [H,W,3]. Raises UserError naming an unreadable file."""
     try:
-        with Image.open(path) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                rgba = image.convert("RGBA")
-                canvas = Image.new("RGBA", rgba.size, "white")
-                return np.asarray(Image.alpha_composite(canvas, rgba).convert("RGB"))
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return np.asarray(decode(Path(path)))
+    except CorruptImage as error:
         raise UserError(f"{path}: not a readable image ({error}); replace or remove the file") from error
+
+
+_one_large_picture = threading.Lock()
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextlib.contextmanager
+def _as_corrupt() -> Iterator[None]:
+    try:
+        yield
+    except CorruptImage:
+        raise
+    except FileNotFoundError as error:
+        raise CorruptImage("the file is missing") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise CorruptImage(first_line(error)) from error
+
+
+def _opened(source: Path | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _orientation(file: Image.Image) -> int:
+    """1 to 8 as in EXIF; 1 (upright) where there is none or it cannot be read, which is no fault of the pixels."""
+    try:
+        value = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _to_rgb(file: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A loaded picture in RGB, in strips, so that no step needs a second whole copy in a wider form."""
+    if file.mode == "RGB" and not file.has_transparency_data:
+        return file
+    if file.width * file.height <= LARGE_PIXELS:
+        return _strip_to_rgb(file, background)
+    whole = Image.new("RGB", file.size)
+    for top in range(0, file.height, 256):
+        strip = file.crop((0, top, file.width, min(top + 256, file.height)))
+        strip.info = file.info  # the transparent colour
+        whole.paste(_strip_to_rgb(strip, background), (0, top))
+    file.close()
+    return whole
+
+
+def _strip_to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        # 16-bit greys arrive as I;16 or I; float images are taken to be in [0, 1].
+        scale = 255.0 if picture.mode == "F" else 255.0 / 65535.0
+        return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (*background, 255))
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted by path. Hidden files and folders (`.name`, the `._*` of other systems) and
+    folders like `__MACOSX` do not count; links are followed, each folder is read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(path: str) -> None:
+        real = os.path.realpath(path)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                walk(entry.path)
+            elif entry.is_file() and not entry.name.startswith("."):
+                found.append(Path(entry.path))
+
+    walk(str(folder))
+    return sorted(found)
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -81,9 +226,9 @@ def image_files(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a folder of images")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = [path for path in list_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise UserError(f"{root}: holds no image; expected files ending in {', '.join(SUFFIXES)}")
+        raise UserError(f"{root}: holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return files
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from common.choices import Choices
+from common.choices import FILE, Choices
 from common.options import TrainerOptions
+from common.processes import is_main_process
 
 FLOAT32, BF16 = "32-true", "bf16-mixed"
 MARGIN = 0.1  # bf16 must win by so much, so that equal machines choose alike
@@ -58,12 +60,70 @@ def choose_precision(
     )
 
 
+def precisions_taken(run_dir: Path, asked: str) -> str:
+    """In words, which precision a run's stages took, for cards and records: what was asked for, or what auto came to.
+
+    Args:
+        asked: `trainer.precision` of the run.
+    """
+    if asked != "auto":
+        return asked
+    records = {file.parent: Choices(file.parent).kept("precision") for file in sorted(run_dir.rglob(FILE))}
+    taken = {folder.name: record["chosen"] for folder, record in records.items() if record is not None}
+    if len(set(taken.values())) == 1:
+        return str(next(iter(taken.values())))
+    return ", ".join(f"{folder} {chosen}" for folder, chosen in taken.items()) or asked
+
+
+def affordable_steps(
+    folder: Path,
+    options: TrainerOptions,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    steps: int,
+    minutes: float,
+) -> int:
+    """How many of a stage's steps this machine does in so many minutes: all of them, or as many eighths as fit.
+
+    A recipe that ends in time on one machine then also does on a slower one, with a shorter training. Eighths, so that
+    equal machines train alike; at least one. The choice is kept in `folder` like the precision.
+
+    Args:
+        minutes: 0 for no limit.
+    """
+    if minutes <= 0:
+        return steps
+    choices = Choices(folder)
+    precision = choose_precision(folder, options, module, data, choices)
+
+    def measure() -> dict[str, float]:
+        known = (choices.kept("precision") or {}).get("seconds", {}).get(precision)
+        each = known or measure_precisions(options, module, data, (precision,))[precision]
+        return {f"{eighths}/8": each * steps * eighths / 8 for eighths in range(8, 0, -1)}
+
+    def most(seconds: Mapping[str, float]) -> str:
+        return next((share for share, taken in seconds.items() if taken <= 60 * minutes), "1/8")
+
+    eighths = int(choices.choose("steps", measure, default="8/8", pick=most).partition("/")[0])
+    taken = max(1, steps * eighths // 8)
+    if taken < steps and is_main_process():
+        print(
+            f"{folder.name}: {taken} of {steps} steps, so that this machine ends within {minutes:g} minutes; "
+            "--trainer.max_minutes 0 does all of them",
+            file=sys.stderr,
+        )
+    return taken
+
+
 def measure_precisions(
-    options: TrainerOptions, module: pl.LightningModule, data: pl.LightningDataModule
+    options: TrainerOptions,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    precisions: Sequence[str] = (FLOAT32, BF16),
 ) -> dict[str, float]:
     """Seconds of a training step by precision: the fastest of each step over `ROUNDS` turns, averaged over steps."""
     devices = list(range(torch.cuda.device_count()))
-    turns: dict[str, list[list[float]]] = {FLOAT32: [], BF16: []}
+    turns: dict[str, list[list[float]]] = {precision: [] for precision in precisions}
     with torch.random.fork_rng(devices):
         for _ in range(ROUNDS):
             for precision, kept in turns.items():
@@ -72,8 +132,9 @@ def measure_precisions(
     for precision, kept in turns.items():
         best = [min(step) for step in zip(*kept)]
         means[precision] = sum(best) / max(1, len(best))
-    shown = ", ".join(f"{precision} {seconds:.3g} s a step" for precision, seconds in means.items())
-    print(f"precision auto: {shown}", file=sys.stderr)
+    if len(means) > 1:
+        shown = ", ".join(f"{precision} {seconds:.3g} s a step" for precision, seconds in means.items())
+        print(f"precision auto: {shown}", file=sys.stderr)
     return means
 
 

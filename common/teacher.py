@@ -27,8 +27,6 @@ from common.files import read_object, refuse_code
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")  # besides text
-
-
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from common.errors import UserError
@@ -135,14 +135,6 @@ class ElectraConfig(ModelConfig):
         """ELECTRA-Large (335M)."""
         sizes = dict(embedding_size=1024, hidden_size=1024, layers=24, heads=16, intermediate_size=4096)
         return cls(**{**sizes, **changes})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ElectraConfig:
-        """From plain values; an unknown key is a UserError."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"model.{unknown[0]} is not an option; there are: {', '.join(sorted(known))}")
-        return cls(**values)
 
 
 @dataclass

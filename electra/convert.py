@@ -18,7 +18,6 @@ import json
 import re
 import shutil
 import struct
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json

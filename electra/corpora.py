@@ -16,6 +16,7 @@ a fixed 3 % of the entries.
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import importlib.util
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.data.lines import read_lines
 from common.errors import UserError
 from electra.fetch_text import find_text, wikipedia_dump
 
@@ -216,7 +218,7 @@ def join_words(words: Sequence[str]) -> str:
 def brown_sentences(path: Path) -> list[list[tuple[str, str]]]:
     """The (word, tag) pairs of every sentence of a file of the Brown corpus ("The/at jury/nn said/vbd")."""
     sentences = []
-    for line in _read_utf8(path).splitlines():
+    for _, line in read_lines(path):
         pairs = [entry.rpartition("/")[::2] for entry in line.split() if entry.rfind("/") > 0]
         if pairs:
             sentences.append(pairs)
@@ -242,7 +244,7 @@ class Synset:
 def read_synsets(path: Path) -> Iterator[Synset]:
     """The synsets of a `data.noun`, `data.verb`, `data.adj` or `data.adv` file of WordNet 3.0."""
     part = path.suffix[1:]
-    for line in _read_utf8(path).splitlines():
+    for _, line in read_lines(path):
         if line.startswith("  "):
             continue  # the licence
         head, _, text = line.partition(" | ")
@@ -342,6 +344,8 @@ def _read_text_files(files: Sequence[Path], split: Split) -> Iterator[Document]:
         with path.open("rb") as file:
             for raw in file:
                 inside = (position >= border) == (split == "held_out")
+                if position == 0:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
                 position += len(raw)
                 try:
                     line = raw.decode("utf-8").strip()

@@ -12,13 +12,13 @@ and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common.data.lines import read_lines
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def predict_lines(
 ) -> list[str]:
     """Fine-tune on the task, then label every line of a text file: "label TAB line" (a tab in the line parts a pair).
 
+    There are as many answers as lines, in their order; a blank line gets an empty label.
+
     Raises:
         UserError: the task is not one of classes or scores, or the file has no line.
     """
@@ -154,18 +156,22 @@ def predict_lines(
 
     if task.kind not in ("classification", "regression"):
         raise UserError(f"--predict needs a task with classes or scores; {task.name} is of the kind {task.kind}")
-    try:
-        lines = [line for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--predict {sentences}: cannot be read as UTF-8 text ({error})") from error
-    if not lines:
+    lines = [line for _, line in read_lines(sentences, blank=True)]
+    if not any(line.strip() for line in lines):
         raise UserError(f"--predict {sentences}: the file is empty; expected one sentence a line")
     tokenizer = load_tokenizer(vocabulary or directory)
     model, _ = finetune_model(directory, tokenizer, task, config)
-    items = [Item(line.partition("\t")[0], line.partition("\t")[2]) for line in lines]
+    items = [Item(line.partition("\t")[0], line.partition("\t")[2]) for line in lines if line.strip()]
     values = predict(model, items, task, tokenizer, config)
-    labels = [task.classes[int(v)] if task.classes else f"{v:.4f}" for v in values]
-    return [f"{label}\t{line}" for label, line in zip(labels, lines)]
+    labels = iter([task.classes[int(v)] if task.classes else f"{v:.4f}" for v in values])
+    return [f"{next(labels) if line.strip() else ''}\t{line}" for line in lines]
+
+
+def split_tasks(text: str) -> list[str]:
+    """The tasks of a list with commas; one inside the path of a `file:` task does not part it."""
+    from electra.tasks import NAMES
+
+    return re.split(rf",(?=\s*(?:(?:{'|'.join(NAMES)})\s*(?:[:,]|$)|file:|datasets:))", text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     tasks = [
         load_task(name.strip(), arguments.data_root, arguments.train_examples).first(test=arguments.test_examples)
-        for name in arguments.tasks.split(",")
+        for name in split_tasks(arguments.tasks)
         if name.strip()
     ]
     if not tasks:

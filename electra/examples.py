@@ -257,17 +257,6 @@ def _write_rows(
     )
 
 
-def iterate_rows(
-    documents: Iterable[Sequence[str]], tokenizer: Tokenizer, max_length: int, seed: int = 0, keep_overflow: bool = True
-) -> Iterator[tuple[np.ndarray, int]]:
-    """The rows of `build_store` without storing them, for a stream that is read only once."""
-    builder = ExampleBuilder(max_length, random.Random(seed), keep_overflow)
-    for document in documents:
-        for example in builder.document(ids for ids in tokenizer.ids_of_many(list(document)) if ids):
-            row, first_length = row_of(example, tokenizer.cls_id, tokenizer.sep_id)
-            yield np.asarray(row, np.int32), first_length
-
-
 def _read_manifest(folder: Path) -> dict | None:  # type: ignore[type-arg]
     path = folder / _MANIFEST
     if not path.is_file():

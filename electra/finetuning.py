@@ -8,7 +8,6 @@ Shapes: B rows, N packed tokens of a batch, M tagged words, L tokens of a row, D
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -260,18 +259,6 @@ def finetune_model(
     return model, FinetuneResult(
         task.name, seed, pretrained, task.metric, test, dev, steps, round(seconds, 3), round(loss, 5)
     )
-
-
-def finetune_seeds(
-    source: str | Path | Pretrained | ElectraConfig,
-    tokenizer: Tokenizer,
-    task: Task,
-    config: FinetuneConfig | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
-) -> tuple[float, list[FinetuneResult]]:
-    """The median headline score over the seeds (the paper: of 10 runs from one checkpoint), and all results."""
-    results = [finetune(source, tokenizer, task, config, seed) for seed in seeds]
-    return statistics.median(result.score for result in results), results
 
 
 def _device(name: str) -> str:

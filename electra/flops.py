@@ -79,7 +79,7 @@ def bert_training_flops(network: Transformer, batch: int, steps: float) -> float
 
 
 def electra_training_flops(discriminator: Transformer, generator: Transformer, batch: int, steps: float) -> float:
-    """Replaced-token detection: discriminator with its binary head, generator with its vocabulary head."""
+    """Library. Replaced-token detection: discriminator with its binary head, generator with its vocabulary head."""
     disc = 2 * batch * steps * (discriminator.encoder() + discriminator.binary_head())
     return disc + bert_training_flops(generator, batch, steps)
 

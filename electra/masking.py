@@ -185,7 +185,7 @@ def gumbel_sample(
     temperature: float = 1.0,
     disallow_M: Tensor | None = None,
 ) -> Tensor:
-    """Step 5: ids [M], argmax(logits / T + g) with g = -log(-log(u + 1e-9) + 1e-9), in float32.
+    """Library. Step 5: ids [M], argmax(logits / T + g) with g = -log(-log(u + 1e-9) + 1e-9), in float32.
 
     Args:
         disallow_M: ids that must not be sampled (the official `disallow_correct`: the true ones).
@@ -207,9 +207,3 @@ def corrupt(batch: Batch, masked: Masked, samples_M: Tensor) -> Corrupted:
     written_N = count_N > 0
     corrupted_N = torch.where(written_N, total_N // count_N.clamp_min(1), ids_N)
     return Corrupted(corrupted_N, corrupted_N != ids_N, written_N)
-
-
-def masked_as_written(batch: Batch, masked: Masked) -> Corrupted:
-    """The masked input in the same form, for networks that read [MASK]."""
-    written_N = torch.zeros_like(batch.ids_N).index_add_(0, masked.positions_M, masked.writes_M.long()) > 0
-    return Corrupted(masked.ids_N, masked.ids_N != batch.ids_N, written_N)

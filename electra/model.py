@@ -56,7 +56,7 @@ class Batch:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Tensor], types: Sequence[Tensor] | None = None, max_length: int = 0) -> Batch:
-        """Rows of ids (1-d, any integer type); types default to 0. Rows of equal length side by side attend fastest."""
+        """Library. From rows of ids (1-d); types default to 0. Rows of equal length side by side attend fastest."""
         lengths = tuple(len(row) for row in rows)
         if not rows or not min(lengths):
             raise UserError("a batch needs at least one row, and every row at least one token")
@@ -438,8 +438,3 @@ def initialise(module: nn.Module, config: ElectraConfig) -> None:
                 nn.init.zeros_(cast(Tensor, part.bias))
         elif isinstance(part, (nn.LayerNorm, RelativeBias)):
             part.reset_parameters()
-
-
-def parameter_count(*modules: nn.Module | None) -> int:
-    """Parameters of all modules together, shared ones once."""
-    return sum(p.numel() for p in {p for m in modules if m is not None for p in m.parameters()})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.kernels.vocab_head import VocabHead, vocab_head
 from electra.config import ElectraConfig
-from electra.masking import Corrupted, Draws, Masked, SpecialIds, choose, corrupt, gumbel_sample
+from electra.masking import Corrupted, Draws, Masked, SpecialIds, choose, corrupt
 from electra.model import Batch, Embeddings, Encoder, MlmHead, OutputBias, RtdHead
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm"]
@@ -47,28 +47,6 @@ class VocabularyHead(Protocol):
         temperature: float = 1.0,
         disallow_target: bool = False,
     ) -> VocabHead: ...
-
-
-def plain_vocab_head(
-    hidden_ME: Tensor,
-    table_VE: Tensor,
-    bias_V: Tensor,
-    targets_M: Tensor,
-    seeds_M: Tensor | None = None,
-    uniform_MV: Tensor | None = None,
-    temperature: float = 1.0,
-    disallow_target: bool = False,
-) -> VocabHead:
-    """The same in three lines of torch, with all logits in memory; seeds make other (equally distributed) samples."""
-    logits_MV = F.linear(hidden_ME, table_VE, bias_V).float()
-    if seeds_M is not None:
-        generator = torch.Generator(logits_MV.device).manual_seed(int(seeds_M[0]))
-        uniform_MV = torch.rand(logits_MV.shape, generator=generator, device=logits_MV.device)
-    samples_M = None
-    if uniform_MV is not None:
-        samples_M = gumbel_sample(logits_MV.detach(), uniform_MV, temperature, targets_M if disallow_target else None)
-    loss_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
-    return VocabHead(loss_M, samples_M, logits_MV.argmax(1))
 
 
 @dataclass

@@ -25,8 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from common import reproduction
 from common.errors import run_main
 from common.files import write_json

@@ -13,7 +13,8 @@
     genre                  fiction or informative prose, Brown corpus                  accuracy (`make data-text`)
     supersense             topic of a noun's gloss, 25 classes of WordNet              accuracy (`make data-text`)
     hypernym               is the second gloss that of the broader term (pairs)        accuracy (`make data-text`)
-    file:PATH              your own .tsv or .jsonl, or a folder with train and test    accuracy or Spearman
+    file:PATH[:TEXT[:SECOND[:LABEL]]]   your own .tsv, .csv or .jsonl, or a folder
+                           with train and test; the names of its columns               accuracy or Spearman
     datasets:NAME[:CONFIG[:TEXT[:SECOND]]]   a Hugging Face data set                   accuracy or Spearman
 
 CORPUS is a corpus of electra.corpora (default sotu); SOURCE is movies (default) or products. Test sentences of the
@@ -23,10 +24,10 @@ outside it. Every split is shuffled once and for all, so its first n items are a
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import lzma
+import math
 import random
 import re
 from collections import Counter
@@ -36,6 +37,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from common.data.lines import read_rows
 from common.errors import UserError
 from electra.corpora import (
     Document,
@@ -118,7 +120,7 @@ def load_task(spec: str, root: str | Path | None = None, train_size: int | None 
     """
     name, _, source = spec.partition(":")
     if name == "file":
-        task = _file_task(Path(source))
+        task = _file_task(source)
     elif name == "datasets":
         task = _datasets_task(source)
     elif name in ("sentiment", "rating"):
@@ -534,25 +536,27 @@ _WITHOUT_SOURCE: dict[str, Callable[[str | Path | None], Task]] = {
 # The user's own data
 
 
-def _file_task(path: Path) -> Task:
-    """A .tsv with a header, or a .jsonl; or a folder that holds train, test and perhaps dev in one of these formats.
+def _file_task(source: str) -> Task:
+    """A .tsv or .csv with a header, or a .jsonl; or a folder that holds train, test and perhaps dev in such a format.
 
-    Columns: `text` (or `sentence`, `text1`, `sentence1`), optionally `text2`/`sentence2`, and `label`: words for
-    classes, or numbers with a fractional part for regression. For tagging `words` and `tags` (lists, .jsonl only).
+    Columns: a text (or one of the pairs of _PAIRS) and `label`: words for classes, or numbers with a fractional part
+    for regression. For tagging `words` and `tags` (lists, .jsonl only). `file:PATH:TEXT:SECOND:LABEL` names others.
     """
+    name, *named = [source] if Path(source).exists() else source.split(":")
+    path, columns = Path(name), _Columns(*named[:3])
     if path.is_dir():
         found = {
-            n: next((p for e in ("tsv", "jsonl") if (p := path / f"{n}.{e}").is_file()), None)
+            n: next((p for e in ("tsv", "csv", "jsonl") if (p := path / f"{n}.{e}").is_file()), None)
             for n in ("train", "dev", "test")
         }
         if found["train"] is None or (found["test"] or found["dev"]) is None:
-            raise UserError(f"{path}: expected train.tsv and test.tsv (or .jsonl) in this folder")
-        rows = {name: _read_rows(p) for name, p in found.items() if p is not None}
-        rows.setdefault("test", rows.get("dev", []))
-        return _rows_task(f"file:{path}", rows["train"], rows.get("dev", []), rows["test"])
+            raise UserError(f"{path}: expected train.tsv and test.tsv (or .csv, .jsonl) in this folder")
+        rows = {name: _read_rows(p, columns) for name, p in found.items() if p is not None}
+        test = rows["test"] if "test" in rows else rows.pop("dev")
+        return _rows_task(f"file:{path}", rows["train"], rows.get("dev", []), test)
     if not path.is_file():
-        raise UserError(f"task file:{path}: no such file; give a .tsv, a .jsonl or a folder with train and test files")
-    return _rows_task(f"file:{path}", *_cut_rows(_read_rows(path)))
+        raise UserError(f"task file:{path}: no such file; give a .tsv, .csv, .jsonl or a folder with train and test")
+    return _rows_task(f"file:{path}", *_cut_rows(_read_rows(path, columns)))
 
 
 def _cut_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -565,49 +569,68 @@ def _cut_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[di
     )
 
 
-_TEXT_COLUMNS = ("text", "sentence", "text1", "sentence1", "premise", "question")
-_SECOND_COLUMNS = ("text2", "sentence2", "second", "hypothesis")
+# Columns of two texts by the names that GLUE and its kind give them, then of one.
+_PAIRS = (
+    *(("text", "text2"), ("text1", "text2"), ("sentence1", "sentence2"), ("question1", "question2")),
+    *(("premise", "hypothesis"), ("question", "sentence"), ("text", "second")),
+)
+_SINGLES = ("text", "sentence", "text1", "sentence1", "premise", "question")
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix not in (".tsv", ".jsonl"):
-        raise UserError(f"{path}: expected a .tsv or a .jsonl file")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".tsv":
-                raw: list[dict[str, Any]] = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-                first_line = 2
-            else:
-                raw, first_line = [], 1
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise UserError(f"{path} line {number}: expected a JSON object")
-                        raw.append(row)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: a line is not JSON ({error})") from error
-    if not raw:
+@dataclass(frozen=True)
+class _Columns:
+    """Names of columns that the user gave; empty ones are found by themselves."""
+
+    text: str = ""
+    second: str = ""
+    label: str = ""
+
+    def found_in(self, names: Iterable[str], where: str) -> _Columns:
+        """The columns of a table with these names; UserError naming them where a column is missing."""
+        names = [name for name in names if name]
+        text, second = self.text, self.second
+        if not text:
+            text, second = next(
+                (pair for pair in _PAIRS if set(pair) <= set(names) and second in ("", pair[1])),
+                (next((name for name in _SINGLES if name in names), "text"), second),
+            )
+        chosen = _Columns(text, second, self.label or "label")
+        for name in filter(None, (chosen.text, chosen.second, chosen.label)):
+            if name not in names:
+                raise UserError(f'{where}: "{name}" is missing; the columns are {", ".join(names) or "none"}')
+        return chosen
+
+
+def _read_rows(path: Path, columns: _Columns) -> list[dict[str, Any]]:
+    rows = list(read_rows(path))
+    if not rows:
         raise UserError(f"{path}: no rows; expected columns text, (text2,) label")
-    return [_normal_row(row, f"{path} line {number}") for number, row in enumerate(raw, first_line)]
+    return _normal_rows(rows, columns)
 
 
-def _normal_row(row: dict[str, Any], where: str, text: str = "", second: str = "") -> dict[str, Any]:
-    """{text, second, label} or {words, tags} of a raw row."""
+def _normal_rows(rows: Sequence[tuple[str, dict[str, Any]]], columns: _Columns) -> list[dict[str, Any]]:
+    """{text, second, label, where} or {words, tags} of raw rows and where they stand."""
+    if rows and not {"words", "tokens"} & set(rows[0][1]):
+        columns = columns.found_in(dict.fromkeys(name for _, row in rows for name in row), rows[0][0])
+    return [_normal_row(row, where, columns) for where, row in rows]
+
+
+def _normal_row(row: dict[str, Any], where: str, columns: _Columns) -> dict[str, Any]:
     if "words" in row or "tokens" in row:
         words, tags = row.get("words", row.get("tokens")), row.get("tags")
         if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags) or not words:
             raise UserError(f"{where}: words and tags must be lists of one length")
         return {"words": tuple(map(str, words)), "tags": tuple(tags)}
-    column = text or next((name for name in _TEXT_COLUMNS if row.get(name)), "")
-    if not row.get(column):
-        raise UserError(f'{where}: "text" is missing; expected the columns text, (text2,) label')
-    if row.get("label") is None:
-        raise UserError(f'{where}: "label" is missing; expected the columns text, (text2,) label')
-    other = second or next((name for name in _SECOND_COLUMNS if row.get(name)), "")
-    return {"text": str(row[column]), "second": str(row.get(other) or ""), "label": row["label"]}
+    for name in (columns.text, columns.label):
+        if row.get(name) is None or not str(row[name]).strip():
+            raise UserError(f'{where}: "{name}" is missing')
+    text, second, label = row[columns.text], row.get(columns.second) or "", row[columns.label]
+    for name, value in ((columns.text, text), (columns.second, second)):
+        if not isinstance(value, str):
+            raise UserError(f'{where}: "{name}" must be a string, got {value!r}')
+    if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)):
+        raise UserError(f'{where}: "{columns.label}" must be a word or a finite number, got {label!r}')
+    return {"text": text, "second": second, "label": str(label).strip(), "where": where}
 
 
 def _rows_task(name: str, train: list[dict[str, Any]], dev: list[dict[str, Any]], test: list[dict[str, Any]]) -> Task:
@@ -618,26 +641,42 @@ def _rows_task(name: str, train: list[dict[str, Any]], dev: list[dict[str, Any]]
     if rows and "words" in rows[0]:
         kind, classes = "tagging", sorted({str(tag) for row in rows for tag in row["tags"]})
         make = _tagged(classes)
-    elif _are_scores([str(row["label"]) for row in rows]):
-        kind, classes = "regression", []
-        try:
-            scores = [float(row["label"]) for row in rows]
-        except ValueError as error:
-            raise UserError(f"{name}: labels mix numbers and words ({error})") from error
-        make = _scored(min(scores), max(scores))
     else:
-        kind, classes = "classification", sorted({str(row["label"]) for row in rows})
+        scores = _unify_numbers(name, rows)
+        kind, classes = "regression" if scores else "classification", sorted({row["label"] for row in rows})
         if len(classes) < 2:
             raise UserError(f"{name}: all labels are {classes}; a task needs two classes")
-        make = _classed(classes)
+        make = _scored(min(scores), max(scores)) if scores else _classed(classes)
+        classes = [] if scores else classes
     a, b, c = (_shuffled((make(row) for row in split), name) for split in (train, dev, test))
     metric = "spearman" if kind == "regression" else "accuracy"
     return Task(name, kind, tuple(classes), a, b, c, metric, "the user's own data")
 
 
-def _are_scores(labels: Sequence[str]) -> bool:
-    """Whether labels are numbers of which some have a fractional part."""
-    return len(set(labels)) > 2 and any(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", label) for label in labels)
+def _unify_numbers(name: str, rows: list[dict[str, Any]]) -> list[float]:
+    """Give equal numbers ("1.0", "1.00") one spelling. Returns the scores of a regression, else nothing.
+
+    Labels are scores when more than two numbers differ and some have a fractional part.
+    """
+    spellings: dict[float, str] = {}
+    numbers, word = [], ""
+    for row in rows:
+        try:
+            number = float(row["label"])
+        except ValueError:
+            word = row["label"]
+            continue
+        numbers.append((row, number))
+    fractional = any(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", row["label"]) for row, _ in numbers)
+    if word:
+        if fractional and len({row["label"] for row in rows}) > 2:
+            raise UserError(f"{name}: labels mix numbers and words ({word!r})")
+        return []
+    for row, number in numbers:
+        if not math.isfinite(number):
+            raise UserError(f"{row['where']}: the label {row['label']} is not a finite number, the others are numbers")
+        row["label"] = spellings.setdefault(number, row["label"])
+    return [number for _, number in numbers] if fractional and len(spellings) > 2 else []
 
 
 def _tagged(classes: Sequence[str]) -> Callable[[dict[str, Any]], Item]:
@@ -667,7 +706,8 @@ def _datasets_task(spec: str) -> Task:
         if split is None:
             return []
         kept = (row for row in loaded[split] if row.get("label") != -1)  # hidden labels of test splits
-        return [_normal_row(row, f"datasets:{spec} {split} row {i}", text, second) for i, row in enumerate(kept)]
+        located = [(f"datasets:{spec} {split} row {i}", row) for i, row in enumerate(kept)]
+        return _normal_rows(located, _Columns(text, second))
 
     train, dev, test = rows("train"), rows("validation", "dev"), rows("test")
     if not train:

@@ -128,7 +128,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{path}: no such vocabulary; give a vocab.txt or a transformers directory")
     try:
-        vocabulary = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        vocabulary = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason}); give a WordPiece vocab.txt") from error
     return Tokenizer([piece.strip() for piece in vocabulary], lower_case, str(path))

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common.data.lines import read_json_lines, read_lines
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -136,18 +134,17 @@ def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"--captions {path}: no such file; expected COCO's captions_*.json, a .jsonl or a .txt file")
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for _, line in read_lines(path)]
         if len(lines) != len(files):
             raise UserError(f"{path}: {len(lines)} lines for {len(files)} images; expected one line an image")
         return lines
     texts: dict[str, str] = {}
     try:
         if path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                texts.setdefault(Path(row["file_name"]).name, str(row["text"]))
+            for _, row in read_json_lines(path, "file_name", "text"):
+                texts.setdefault(Path(row["file_name"]).name, row["text"])
         else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))

@@ -196,7 +196,7 @@ def rk45(
     eps: float = 1e-3,
     reverse: bool = False,
 ) -> tuple[Tensor, int]:
-    """Adaptive Runge-Kutta from eps to 1, or from 1 to eps with `reverse` (image to noise); also evaluations used."""
+    """Library. Adaptive Runge-Kutta from eps to 1, or back with `reverse` (image to noise); also evaluations used."""
     from scipy.integrate import solve_ivp
 
     def slope(t: float, flat: Any) -> Any:

@@ -13,11 +13,8 @@ continues where it stopped; another teacher starts afresh.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import reproduction
 from common.cpu import tune_allocator

@@ -11,11 +11,8 @@ Image i of a run depends on (--seed, i) and its prompt alone.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_main
 

@@ -17,10 +17,6 @@ from instaflow.flow import UNetFlow
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")
-STABLE_DIFFUSION_PARAMETERS = 859_520_964
-STACKED_PARAMETERS = (
-    1_719_017_924  # 2 x 859,520,964 - (640 + 11,524) - 11,840: InstaFlow-1.7B (appendix B, our reading)
-)
 
 
 def make_student(teacher: Teacher, init: str = "wrapped") -> UNetFlow:
@@ -104,11 +100,6 @@ class StackedUNet(nn.Module):
         hidden = self.first(sample, timestep, encoder_hidden_states, return_dict=False)[0]
         return self.second(hidden, timestep, encoder_hidden_states, return_dict=return_dict)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, in both halves."""
-        self.first.enable_gradient_checkpointing()
-        self.second.enable_gradient_checkpointing()
-
 
 def _shell(unet: Any) -> Any:
     """A module of its own over the same sub-modules and parameters."""
@@ -146,11 +137,6 @@ def unique_state(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Parameters, those shared between modules counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def stable_diffusion_unet() -> Any:
     """The U-Net of Stable Diffusion 1.x (859,520,964 parameters); build it under `torch.device("meta")` to count."""
     from diffusers import UNet2DConditionModel
@@ -166,4 +152,19 @@ def stable_diffusion_unet() -> Any:
         norm_num_groups=32,
         down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    )
+
+
+def stable_diffusion_vae() -> Any:
+    """The autoencoder of Stable Diffusion 1.x."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+        scaling_factor=0.18215,
     )

@@ -17,13 +17,10 @@ comparison.png.
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.cli import parse_config
 from common.errors import UserError, run_main

@@ -29,10 +29,6 @@ class ClassEmbedder(nn.Module):
         self.key = key
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    @property
-    def null_class(self) -> int:
-        return self.embedding.num_embeddings - 1
-
     def forward(self, classes_B: Tensor) -> Tensor:
         return self.embedding(classes_B)[:, None]
 
@@ -319,7 +315,7 @@ class LayoutTokenizer:
 def layout_tokens(
     annotations: Sequence[Mapping[str, Any]], tokenizer: LayoutTokenizer, crop: Box | None = None, flip: bool = False
 ) -> list[int]:
-    """Tokens of annotations in the authors' form: dictionaries with `category_no`, `bbox` and attribute flags."""
+    """Library. Tokens of annotations in the authors' form: dicts with `category_no`, `bbox` and attribute flags."""
     attributes = ("is_group_of", "is_occluded", "is_depiction", "is_inside")
     objects = [
         LayoutObject(int(a["category_no"]), tuple(a["bbox"]), *(a.get(name) is True for name in attributes))
@@ -339,7 +335,7 @@ class Retrieved:
 
 
 def retrieve(query_BLD: Tensor, database_ND: Tensor, k: int, chunk: int = 262_144) -> Retrieved:
-    """Exact search of the `k` nearest database entries by cosine similarity (retrieval-augmented, arXiv 2204.11824).
+    """Library. Exact search of the `k` nearest database entries by cosine (retrieval-augmented, arXiv 2204.11824).
 
     The context is the query's tokens, as given, followed by the neighbours at unit norm; the unconditional context is
     zeros. The database is read in chunks of `chunk` rows, so it may live on disk (memory-mapped).

@@ -23,7 +23,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 def warmup_cosine(
     warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int
 ) -> Multiplier:
-    """Linear from lr_start to lr_max, then half a cosine to lr_min at max_decay_steps (inpainting configuration)."""
+    """Library. Linear from lr_start to lr_max, then half a cosine to lr_min at max_decay_steps (inpainting config)."""
 
     def multiplier(step: int) -> float:
         if step < warm_up_steps:
@@ -41,7 +41,7 @@ def warmup_cycles(
     cycle_lengths: Sequence[float],
     decay: Literal["linear", "cosine"] = "linear",
 ) -> Multiplier:
-    """Cycles, each a linear warm-up from f_start to f_max and then a decay towards f_min at the cycle's end.
+    """Library. Cycles, each a linear warm-up from f_start to f_max and then a decay towards f_min at the cycle's end.
 
     With one endless cycle and f_min = f_max it is a plain warm-up (LSUN-Churches and text-to-image configurations).
     A step on a boundary belongs to the earlier cycle; after the last cycle its final value stays.

@@ -100,21 +100,8 @@ def random_mask(
     )
 
 
-def segmentation_mask(labels_HW: Tensor, seed: int, ignore: Sequence[int] = ()) -> Tensor:
-    """The region of one randomly chosen label (an object to be removed); float [H, W].
-
-    Args:
-        ignore: labels never chosen, e.g. the background's.
-    """
-    candidates = [int(label) for label in torch.unique(labels_HW) if int(label) not in ignore]
-    if not candidates:
-        raise UserError(f"the label map has no label other than the ignored {sorted(ignore)}")
-    chosen = candidates[np.random.default_rng(seed).integers(len(candidates))]
-    return (labels_HW == chosen).float()
-
-
 def signed_mask(hole: Tensor) -> Tensor:
-    """{0, 1} -> {-1, +1}, the form in which the denoiser sees a mask."""
+    """Library. {0, 1} -> {-1, +1}, the form in which the denoiser sees a mask."""
     return hole * 2.0 - 1.0
 
 
@@ -123,18 +110,13 @@ def resize_mask(mask_B1HW: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(mask_B1HW.float(), size=tuple(size), mode="nearest")
 
 
-def inpainting_inputs(image_BCHW: Tensor, hole_B1HW: Tensor) -> dict[str, Tensor]:
-    """Batch entries of an inpainting model: `masked_image` with the hole black (-1), and the signed `mask`."""
-    return {"masked_image": torch.where(hole_B1HW > 0.5, -1.0, image_BCHW), "mask": signed_mask(hole_B1HW)}
-
-
 def paste_known(painted_BCHW: Tensor, image_BCHW: Tensor, hole_B1HW: Tensor) -> Tensor:
     """The result with the known pixels of the image put back."""
     return torch.where(hole_B1HW > 0.5, painted_BCHW, image_BCHW)
 
 
 def outpainting_canvas(image_CHW: Tensor, size: tuple[int, int], top: int, left: int) -> tuple[Tensor, Tensor]:
-    """Place an image on a larger black canvas; returns the canvas [C, H', W'] and the hole around it [1, H', W']."""
+    """Library. Place an image on a larger black canvas [C, H', W']; also the hole around it [1, H', W']."""
     height, width = image_CHW.shape[-2:]
     if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
         raise UserError(f"a {height}x{width} image at ({top}, {left}) does not fit a {size[0]}x{size[1]} canvas")

@@ -1,7 +1,7 @@
 """Training on shards that do not fit one disk: a stream in place of a table, with exact resume.
 
 Nothing about the whole set is known but its number of rows: no latents are cached, the tokenizer learns from the first
-captions, and held out is a shard of its own.
+captions, and held out are shards of their own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from common.data.folders import ShardedImages
-from common.data.sampling import StepDataModule, Table, generator_step
+from common.data.rows import LEFT_OUT
+from common.data.sampling import StepDataModule, Table, TensorTable, generator_step
+from common.data.shards import ShardedImages
 from common.errors import UserError
 from ldm.config import DataConfig
 
@@ -100,10 +101,14 @@ class StreamDataModule(pl.LightningDataModule):
 def data_module(
     data: Table | ShardStream, batch_size: int, steps: int, seed: int, workers: int = 0, accumulate: int = 1
 ) -> pl.LightningDataModule:
-    """The batches of a table (`StepDataModule`) or of a stream, whose order has its own seed and workers."""
+    """The batches of a table (`StepDataModule`) or of a stream, whose order has its own seed and workers.
+
+    Args:
+        workers: loader processes for data that are not in memory.
+    """
     if isinstance(data, ShardStream):
         return StreamDataModule(data, batch_size, accumulate)
-    return StepDataModule(data, batch_size, steps, seed, workers, accumulate)
+    return StepDataModule(data, batch_size, steps, seed, 0 if isinstance(data, TensorTable) else workers, accumulate)
 
 
 def open_shards(data: DataConfig, task: str, seed: int) -> tuple[ShardedImages, list[dict[str, Any]]]:
@@ -116,18 +121,17 @@ def open_shards(data: DataConfig, task: str, seed: int) -> tuple[ShardedImages, 
         raise UserError(
             "data.name shards needs --data.path, for example 'shards/*.parquet' or hf://datasets/user/name/*"
         )
-    options: dict[str, Any] = {
-        "size": data.size,
-        "seed": seed,
-        "caption_column": "text" if task == "text" else None,
-        "label_column": "label" if task == "class" else None,
-    }
-    images = ShardedImages(data.path, batch_size=1, **options)
-    held_out = data.eval_path
-    if held_out is None:
-        if len(images.shards) < 2:
-            raise UserError(f"--data.path {data.path}: one shard only, none to hold out; give --data.eval_path")
-        held_out = images.shards[-1].name
-        images.shards = images.shards[:-1]
-    test = ShardedImages(held_out, batch_size=1, buffer=1, repeat=False, **options)
-    return images, list(itertools.islice(test, data.eval_images))
+    images = ShardedImages(
+        [path for path in (data.path, data.eval_path) if path is not None],
+        data.size,
+        batch_size=1,
+        seed=seed,
+        image_column=data.image_column,
+        caption_column=data.text_column if task == "text" else LEFT_OUT,
+        label_column=data.label_column if task == "class" else LEFT_OUT,
+        need={"text": ["caption"], "class": ["label"]}.get(task, []),
+    )
+    if data.eval_path is None and len(images.shards) < 2:
+        raise UserError(f"--data.path {data.path}: one shard only, none to hold out; give --data.eval_path")
+    train, held_out = images.hold_out(data.eval_path)
+    return train, list(itertools.islice(held_out, data.eval_images))

@@ -13,27 +13,32 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.data.folders import ShardedImages
 from common.data.photos import CATEGORIES
+from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, hold_out
 from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
 from common.data.shapes import COLOURS, SHAPES
+from common.data.shards import ShardedImages
 from common.errors import UserError
+from common.images import to_unit
 from ldm.conditioners import ClassEmbedder, LayoutTokenizer, SpatialRescaler, TransformerEmbedder
 from ldm.config import ConditionerConfig, DataConfig, LdmConfig
 from ldm.degradation import low_resolution
 from ldm.masks import random_mask
 from ldm.streaming import ShardStream, open_shards
+
+if TYPE_CHECKING:
+    from common.data.folders import Images
 
 NO_OBJECT = -1  # class of the padding rows in `classes`
 PHOTO_SPLITS = {"train": "train", "test": "scene"}  # held out: pairs of a known object and a known background
@@ -67,54 +72,43 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
         return FashionMNIST(split, root=data.path, pad_to=data.size)  # type: ignore[arg-type]
     if data.path is None:
         raise UserError(f"data.name {data.name} needs --data.path (a folder, or a data set's name)")
-    return user_images(data.path, data.size, split, seed)
+    columns = {"image": data.image_column, "text": data.text_column, "label": data.label_column}
+    return user_images(data.path, data.size, split, seed, **columns)
 
 
-HELD_OUT_SHARE, FEWEST_IMAGES = 10, 20  # one in ten; of fewer images nothing can be said
+class UserImages(Dataset[dict[str, Any]]):
+    """A part of the user's images, with `captions` and `classes`."""
 
+    def __init__(self, images: Images) -> None:
+        self.images, self.classes, self.about = images, images.classes, images.source.about
 
-class Part(Dataset[dict[str, Any]]):
-    """Some items of the user's images, with their captions."""
-
-    def __init__(self, images: Any, rows: Sequence[int]) -> None:
-        self.images, self.rows, self.classes = images, list(rows), images.classes
-
-    @property
+    @cached_property
     def captions(self) -> list[str]:
-        everything = self.images.captions()
-        return [everything[row] for row in self.rows]
+        return self.images.captions()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.images[self.rows[index]]
+        return self.images[index]
 
 
-def user_images(where: str, size: int, split: str, seed: int) -> Part:
-    """The user's images; those that come without a test split are divided: one in ten, by the hash of its file name
-    (of its row where there is none), is held out."""
-    from common.data.folders import open_images
+def user_images(where: str, size: int, split: str, seed: int, **columns: str | None) -> UserImages:
+    """The user's images of a part, train or test, which share none (`hold_out`).
 
-    path = Path(where)
-    if (path / "dataset_dict.json").is_file() or not path.exists():
-        try:
-            named = open_images(where, size, split=split, seed=seed)
-            return Part(named, range(len(named)))
-        except UserError:
-            if split == "train":
-                raise  # else there is no test split
-    images = open_images(where, size, split="train", seed=seed)
-    if len(images) < FEWEST_IMAGES:
+    Args:
+        columns: image, text and label, for `open_source`.
+    """
+    from common.data.folders import Framing, Images, open_source
+
+    source = open_source(where, **columns)
+    rows, held_out = hold_out(source)
+    if not held_out:
         raise UserError(
-            f"--data.path {where}: {len(images)} images are too few; at least {FEWEST_IMAGES} are needed, one in "
+            f"--data.path {where}: {len(source)} images are too few; at least {FEWEST_IMAGES} are needed, one in "
             f"{HELD_OUT_SHARE} of which is held out for the metrics"
         )
-    records = getattr(images.source, "records", None)
-    names = [r.path.relative_to(path).as_posix() for r in records] if records else [str(i) for i in range(len(images))]
-    by_hash = sorted(range(len(images)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    held_out = set(by_hash[: -(-len(images) // HELD_OUT_SHARE)])
-    return Part(images, [i for i in range(len(images)) if (i in held_out) == (split == "test")])
+    return UserImages(Images(source, Framing(size), seed).part(rows if split == "train" else held_out))
 
 
 @dataclass
@@ -265,8 +259,10 @@ def plain_captions(dataset: Any, n: int) -> list[str]:
     captions = getattr(dataset, "captions", None)
     plain = list(captions[:n]) if captions is not None else [dataset[i]["caption"] for i in range(n)]
     if not any(plain):
+        found = f" ({dataset.about})" if hasattr(dataset, "about") else ""
         raise UserError(
-            'task text needs captions: give every image a "text" in metadata.jsonl, or choose --task unconditional'
+            'task text needs captions: give every image a "text" in metadata.jsonl, name their column with '
+            f"--data.text_column, or choose --task unconditional{found}"
         )
     return plain
 
@@ -536,3 +532,42 @@ def _need(item: dict[str, Any], key: str, config: LdmConfig) -> Any:
             f'task {config.task} needs "{key}" for every image, which data.name {config.data.name} does not have'
         )
     return item[key]
+
+
+def null_input(task: Task) -> Tensor | None:
+    """The raw condition that means "none": the empty caption, the null class; None means zeros."""
+    if task.name == "class":
+        assert task.num_classes is not None
+        return torch.tensor([task.num_classes - 1])
+    if task.name == "text":
+        if isinstance(task.conditioner, StateTable):
+            return torch.tensor([task.conditioner.null])
+        return tokenize(task.tokenizer, [""])
+    return None
+
+
+def raw_condition(task_name: str, columns: Mapping[str, Tensor], pick_B: Tensor | None = None) -> dict[str, Tensor]:
+    """The batch entries that `LatentDiffusion.conditioning` reads, from a table's columns.
+
+    Args:
+        pick_B: numbers in [0, 1) that choose among the phrasings of each caption; None takes the first.
+    """
+    if task_name == "text":
+        tokens = columns["tokens"]
+        if pick_B is None:
+            return {"condition": tokens[:, 0]}
+        rows = (pick_B * tokens.shape[1]).long().clamp_(max=tokens.shape[1] - 1)
+        return {"condition": tokens[torch.arange(len(tokens), device=tokens.device), rows]}
+    if task_name == "class":
+        return {"condition": columns["label"]}
+    if task_name == "layout":
+        return {"condition": columns["layout"]}
+    if task_name == "semantic":
+        return {"condition": columns["label_map"]}
+    if task_name == "superres":
+        return {"condition": to_unit(columns["low"])}
+    if task_name == "inpaint":
+        hole_B1HW = columns["hole"]
+        # Unknown pixels are black before encoding; the mask itself enters as -1 (known) and +1 (to be painted).
+        return {"condition": torch.where(hole_B1HW > 0.5, -1.0, to_unit(columns["image"])), "mask": hole_B1HW * 2 - 1}
+    return {}

@@ -14,14 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from safetensors import SafetensorError, safe_open

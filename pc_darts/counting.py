@@ -1,4 +1,4 @@
-"""Sizes and costs: parameters, multiply-adds, and the bytes that a forward pass keeps for the backward pass.
+"""Sizes and costs: parameters and multiply-adds.
 
 Source of the definitions: arXiv 1907.05737 tables 1 and 2; one multiply-add (MAC) is one product and one sum.
 
@@ -7,7 +7,6 @@ Shape suffixes: B batch, C channels, H W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -75,25 +74,6 @@ def multiply_adds(network: nn.Module, x_BCHW: Tensor) -> tuple[int, int]:
         if isinstance(network, SearchNetwork):
             network.set_fused(fused)
     return products, norms
-
-
-def saved_bytes(compute: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Bytes that `compute()` keeps for its backward pass; without parameters, shared storage counted once."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()
-    del result
-    return sum(kept.values())
 
 
 def size_cap(

@@ -7,16 +7,12 @@ python pc_darts/drawing.py genotype.json cells/ --dot     # prints dot for graph
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_main
 from common.files import write_atomically

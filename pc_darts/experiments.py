@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from common.costs import kept_bytes
 from common.data.augmentation import Augmentation
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
@@ -25,7 +26,6 @@ from common.files import write_json
 from common.study import Study as CommonStudy
 from pc_darts.baselines import darts_options, random_genotype
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
-from pc_darts.counting import saved_bytes
 from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
@@ -139,7 +139,7 @@ def search_network_bytes(sizes: Sizes, partial: int, seed: int) -> int:
     )
     side = sizes.memory_side
     x_BCHW, y_B = torch.randn(2, 3, side, side), torch.tensor([0, 1])
-    kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
+    kept = kept_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), network.parameters())
     return kept // len(x_BCHW)
 
 

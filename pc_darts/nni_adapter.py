@@ -139,7 +139,7 @@ class DartsSpace(ModelSpace, label_prefix="cell"):  # type: ignore[call-arg]
 
 
 def genotype_of(sample: Mapping[str, Any], nodes: int = 4) -> Genotype:
-    """The cell that a sample of `DartsSpace` stands for.
+    """Library. The cell that a sample of `DartsSpace` stands for.
 
     Raises:
         UserError: a label is missing, or a chosen edge carries `none`, which no cell has.

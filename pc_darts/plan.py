@@ -19,44 +19,30 @@ Every row is one half of a config in pc_darts/configs (cifar.yaml, imagenet.yaml
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common import costs
 from common.errors import UserError, run_main
 from pc_darts.config import CONFIGS, RetrainOptions, RunConfig, SearchOptions, read_config
-from pc_darts.counting import count, saved_bytes
+from pc_darts.counting import count
 from pc_darts.genotypes import PUBLISHED
 from pc_darts.losses import final_loss
 from pc_darts.model import FinalNetwork
 from pc_darts.search_space import SearchConfig, SearchNetwork
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in GB and float32 peak in TFLOP/s (the makers' data sheets)."""
-
-    memory_gb: float
-    peak_tflops: float
-
-
+# Peaks in float32 (the makers' data sheets), in which these networks are trained.
 GPUS = {
-    "1080ti": Gpu(11, 11.3),
-    "v100": Gpu(16, 15.7),
-    "a100": Gpu(80, 19.5),
-    "h100": Gpu(80, 67),
-    "h200": Gpu(141, 67),
+    "1080ti": costs.Gpu(11, 11.3),
+    "v100": costs.Gpu(16, 15.7),
+    "a100": costs.Gpu(80, 19.5),
+    "h100": costs.Gpu(80, 67),
+    "h200": costs.Gpu(141, 67),
 }
 # (config, half, classes, training pictures, cell, paper's GPU-days, what the paper says)
 RUNS: dict[str, tuple[str, str, int, int, str, float | None, str]] = {
@@ -100,134 +86,113 @@ def search_flop(options: SearchOptions, macs: int, pictures: int) -> float:
     return float(one_pass * (options.epochs + passes * (options.epochs - options.warmup_epochs)))
 
 
-def _search(config: RunConfig, classes: int, pictures: int) -> tuple[int, int, int, float, int]:
-    """(parameters, macs, pictures of an epoch, FLOP, bytes a picture)."""
-    options = config.search
-    shape = SearchConfig(options.channels, options.cells, options.nodes, classes, options.partial, stem=options.stem)
-    torch.manual_seed(0)
-    network = SearchNetwork(shape, fused=False)
-    counts = count(network, config.data.size)
-    halves = tuple(round(share * pictures) for share in config.data.halves)
-    side = config.data.size
-    x_BCHW, y_B = torch.randn(2, 3, side, side), torch.zeros(2, dtype=torch.long)
-    kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
-    flop = search_flop(options, counts.macs, halves[0])
-    return counts.parameters, counts.macs, sum(halves), flop, kept // 2
-
-
-def _final(
-    options: RetrainOptions, side: int, classes: int, pictures: int, cell: str
-) -> tuple[int, int, int, float, int]:
-    torch.manual_seed(0)
-    network = FinalNetwork(PUBLISHED[cell], options.channels, options.layers, classes, options.stem, True)
-    counts = count(network, side)
-    x_BCHW, y_B = torch.randn(2, 3, side, side), torch.zeros(2, dtype=torch.long)
-
-    def loss() -> torch.Tensor:
-        logits_BK, auxiliary_BK = network.train().forward_with_auxiliary(x_BCHW)
-        return final_loss(logits_BK, auxiliary_BK, y_B, options.auxiliary, options.smoothing)
-
-    kept = saved_bytes(loss, list(network.parameters()))
-    flop = 3.0 * 2 * counts.macs * pictures * options.epochs
-    return counts.parameters_with_auxiliary, counts.macs, pictures, flop, kept // 2
+class Costs(NamedTuple):
+    parameters: int
+    macs: int
+    pictures: int  # of an epoch
+    flop: float  # of the run
+    kept: int  # bytes a picture
 
 
 @cache
-def _costs(name: str) -> tuple[int, int, int, float, int]:
-    """(parameters, MACs, pictures of an epoch, FLOP of the run, bytes a picture) of one of RUNS."""
+def _costs(name: str) -> Costs:
+    """Costs of one of RUNS, counted on the meta device."""
     file, half, classes, pictures, cell, _, _ = RUNS[name]
     config = _config(file)
-    if half == "search":
-        return _search(config, classes, pictures)
-    return _final(config.retrain, config.data.size, classes, pictures, cell)
+    side, search, final = config.data.size, config.search, config.retrain
+    with torch.device("meta"):
+        x_BCHW, y_B = torch.empty(2, 3, side, side), torch.zeros(2, dtype=torch.long)
+        if half == "search":
+            halves = [round(share * pictures) for share in config.data.halves]
+            shape = SearchConfig(search.channels, search.cells, search.nodes, classes, search.partial, stem=search.stem)
+            supernet = SearchNetwork(shape, fused=False)
+            counts = count(supernet, side)
+            kept = costs.kept_bytes(lambda: F.cross_entropy(supernet(x_BCHW), y_B), supernet.parameters())
+            flop = search_flop(search, counts.macs, halves[0])
+            return Costs(counts.parameters, counts.macs, sum(halves), flop, kept // 2)
+        network = FinalNetwork(PUBLISHED[cell], final.channels, final.layers, classes, final.stem, True)
+        counts = count(network, side)
+
+        def loss() -> torch.Tensor:
+            logits_BK, auxiliary_BK = network.train().forward_with_auxiliary(x_BCHW)
+            return final_loss(logits_BK, auxiliary_BK, y_B, final.auxiliary, final.smoothing)
+
+        kept = costs.kept_bytes(loss, network.parameters())
+    flop = 3.0 * 2 * counts.macs * pictures * final.epochs
+    return Costs(counts.parameters_with_auxiliary, counts.macs, pictures, flop, kept // 2)
 
 
 def paper_utilisation() -> float:
     """Share of a GTX 1080 Ti's peak that 0.1 GPU-days for the CIFAR-10 search mean."""
     days = RUNS["cifar-search"][5]
     assert days is not None
-    return _costs("cifar-search")[3] / (days * 86400) / (GPUS["1080ti"].peak_tflops * 1e12)
+    return _costs("cifar-search").flop / (days * 86400) / (GPUS["1080ti"].peak_tflops * 1e12)
 
 
-def plan(name: str, gpu: str = "1080ti", gpus: int = 1, utilisation: float | None = None) -> Plan:
-    """Cost of one of RUNS on `gpus` x `gpu`.
+def cluster(gpu: str = "1080ti", gpus: int = 1, utilisation: float | None = None) -> costs.Cluster:
+    """By default with `paper_utilisation`."""
+    return costs.Cluster(gpu, gpus, paper_utilisation() if utilisation is None else utilisation, GPUS)
+
+
+def plan(name: str, on: costs.Cluster) -> Plan:
+    """Cost of one of RUNS on a cluster.
 
     Raises:
-        UserError: no such run or GPU, or numbers out of range.
+        UserError: no such run.
     """
     if name not in RUNS:
         raise UserError(f"no run {name!r}; there are: {', '.join(RUNS)}")
-    if gpu not in GPUS:
-        raise UserError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
-    if gpus < 1 or (utilisation is not None and not 0 < utilisation <= 1):
-        raise UserError(f"--gpus must be at least 1 and --utilisation in (0, 1], got {gpus} and {utilisation}")
     file, half, _, _, _, days, source = RUNS[name]
     config = _config(file)
     options: SearchOptions | RetrainOptions = config.search if half == "search" else config.retrain
-    parameters, macs, epoch, flop, kept = _costs(name)
-    used = paper_utilisation() if utilisation is None else utilisation
-    share = math.ceil(options.batch_size / gpus)
+    cost = _costs(name)
     return Plan(
         name,
-        parameters,
-        macs,
+        cost.parameters,
+        cost.macs,
         options.batch_size,
         options.epochs,
-        epoch,
-        flop / 1e15,
-        kept,
-        (12 * parameters + share * kept) / 1e9,
-        flop / (GPUS[gpu].peak_tflops * 1e12 * used) / 86400,
+        cost.pictures,
+        cost.flop / 1e15,
+        cost.kept,
+        (12 * cost.parameters + on.share(options.batch_size) * cost.kept) / 1e9,
+        on.gpu_days(cost.flop),
         days,
         source,
     )
 
 
-def table(plans: Sequence[Plan], gpu: str, gpus: int, utilisation: float) -> str:
+def table(plans: Sequence[Plan], on: costs.Cluster) -> str:
     """The plans as aligned text."""
     head = "run|params M|MMAC|batch|epochs|pictures|PFLOP|MB/picture|GB/GPU|GPU-days|paper"
-    rows = [head.split("|")]
-    for p in plans:
-        rows.append(
-            [
-                p.name,
-                f"{p.parameters / 1e6:.2f}",
-                f"{p.macs / 1e6:,.1f}",
-                f"{p.batch_size:,}",
-                str(p.epochs),
-                f"{p.pictures:,}",
-                f"{p.pflop:,.1f}",
-                f"{p.bytes_per_picture / 1e6:,.1f}",
-                f"{p.memory_gb_per_gpu:,.1f}" + ("" if p.memory_gb_per_gpu < GPUS[gpu].memory_gb else " too large"),
-                f"{p.gpu_days:,.2f}",
-                "-" if p.paper_gpu_days is None else f"{p.paper_gpu_days} ({p.source})",
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i in (0, 10) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
+    rows = [
+        [
+            p.name,
+            f"{p.parameters / 1e6:.2f}",
+            f"{p.macs / 1e6:,.1f}",
+            f"{p.batch_size:,}",
+            str(p.epochs),
+            f"{p.pictures:,}",
+            f"{p.pflop:,.1f}",
+            f"{p.bytes_per_picture / 1e6:,.1f}",
+            f"{p.memory_gb_per_gpu:,.1f}" + ("" if p.memory_gb_per_gpu < on.card.memory_gb else " too large"),
+            f"{p.gpu_days:,.2f}",
+            "-" if p.paper_gpu_days is None else f"{p.paper_gpu_days} ({p.source})",
+        ]
+        for p in plans
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    card = GPUS[gpu]
-    cluster = f"{gpus} x {gpu} ({card.memory_gb:.0f} GB, {card.peak_tflops} TFLOP/s float32) at {utilisation:.1%}"
-    return "\n".join([f"cluster: {cluster} of peak; '-': the paper does not say", *(line.rstrip() for line in lines)])
+    text = costs.aligned([head.split("|"), *rows], left=(0, 10))
+    return f"cluster: {on.describe('float32')}; '-': the paper does not say\n{text}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = costs.plan_parser(__doc__, costs.Cluster("1080ti", 1, 1, GPUS))
+    parser.set_defaults(utilisation=None)
     parser.add_argument("runs", nargs="*", help=f"of {', '.join(RUNS)} (default: all)")
-    parser.add_argument("--gpu", default="1080ti", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--utilisation", type=float, help="share of the peak that is reached")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    options: Any = parser.parse_args(arguments)
-    used = paper_utilisation() if options.utilisation is None else options.utilisation
-    plans = [plan(name, options.gpu, options.gpus, used) for name in options.runs or list(RUNS)]
-    if options.json:
-        print(json.dumps([asdict(p) for p in plans], indent=2))
-    else:
-        print(table(plans, options.gpu, options.gpus, used))
+    options = parser.parse_args(arguments)
+    on = cluster(options.gpu, options.gpus, options.utilisation)
+    plans = [plan(name, on) for name in options.runs or list(RUNS)]
+    costs.show(plans, table(plans, on), options.json)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ run continues where it stopped; arms are shared between claims (PC3, PC5 and PC6
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common import reproduction
 from common.errors import UserError, run_main

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.costs import kept_bytes
 from common.data.augmentation import Augmentation, Batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
@@ -29,7 +30,6 @@ from common.errors import UserError
 from common.files import write_json
 from pc_darts.architect import Architect
 from pc_darts.config import SearchOptions
-from pc_darts.counting import saved_bytes
 from pc_darts.drawing import draw_cell, draw_weights
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.schedules import rate
@@ -325,7 +325,7 @@ class Searcher:
         x_BCHW, y_B = self.validation.batch(0)
         network.train()
         running = {name: value.clone() for name, value in network.named_buffers()}
-        kept = saved_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), list(network.parameters()))
+        kept = kept_bytes(lambda: F.cross_entropy(network(x_BCHW), y_B), network.parameters())
         for name, value in network.named_buffers():
             value.copy_(running[name])
         weights = sum(p.numel() * p.element_size() for p in network.weights())

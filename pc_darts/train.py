@@ -14,12 +14,8 @@ drawings of every epoch and trained network.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import run_main
 from pc_darts.config import read_config

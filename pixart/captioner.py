@@ -17,15 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
-from common.errors import UserError, run_main
+from common.data.lines import read_json_lines
+from common.errors import UserError, first_line, run_main
 from common.files import write_json
 
 if TYPE_CHECKING:
@@ -87,7 +85,7 @@ class Captioner:
                 self._tokenizer.padding_side = "left"  # answers start where the question ends, in every row
             model = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, dtype), **local)
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{path}: no image-text-to-text model that transformers can read ({reason})") from error
         self._model: Any = model.eval().to(device)
 
@@ -139,16 +137,12 @@ def caption_folder(
     """
     from tqdm import tqdm
 
-    from common.data.folders import IMAGE_SUFFIXES, CorruptImage, decode
+    from common.images import CorruptImage, decode, image_files
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not names:
-        raise UserError(f"{folder}: no images in it")
+    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []
@@ -191,19 +185,8 @@ def _begun(captioner: Captioner, output: Path) -> set[str]:
     else:
         write_json(sidecar, record)
         return set()
-    names: set[str] = set()
-    whole = 0
-    with output.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break  # the run was stopped while it wrote this line
-            try:
-                names.add(json.loads(line)["file_name"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{output} line {number}: not an object with "file_name" and "text"') from error
-            whole += len(line)
-    os.truncate(output, whole)
-    return names
+    os.truncate(output, output.read_bytes().rfind(b"\n") + 1)  # a stopped run may have begun a line
+    return {row["file_name"] for _, row in read_json_lines(output, "file_name", "text")}
 
 
 def _append(output: Path, records: list[dict[str, str]]) -> None:

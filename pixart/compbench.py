@@ -35,7 +35,7 @@ SCORES = ("shape", "color", "texture", "spatial", "count", "complex")
 
 
 def binding_scores(images: ArrayLike, columns: Mapping[str, Any]) -> dict[str, float]:
-    """The table's scores of images made for the scenes that `columns` describe, and how many of each were judged.
+    """Library. The table's scores of images made for the scenes that `columns` describe, and how many were judged.
 
     Args:
         images: uint8 [N, 3, H, H].

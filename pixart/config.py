@@ -29,7 +29,11 @@ class DataConfig:
 
     Args:
         name: shapes (procedural scenes with exact captions), emoji (embedded artwork with captions), folder (your own).
-        path: the image folder: metadata.jsonl with "file_name" and "text" (and "label"), or one subfolder per class.
+        path: the image folder (metadata.jsonl with "file_name" and "text" (and "label"), a .txt beside each picture, or
+            one subfolder per class), parquet files, or a data set saved by `datasets`.
+        image_column: the column of the pictures in a table; None takes `image`, or the one that may be it.
+        text_column: the column of the captions, likewise `text` by default.
+        label_column: the column of the classes, likewise `label` by default.
         size: side of the square images in pixels; other buckets have about as many pixels.
         images: how many scenes to draw (shapes), or at most how many images to use; None means all there are.
         eval_images: held-out images that the metrics compare with.
@@ -47,6 +51,9 @@ class DataConfig:
 
     name: Literal["shapes", "emoji", "folder"] = "shapes"
     path: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
     size: int = 32
     images: int | None = None
     eval_images: int = 500
@@ -169,6 +176,8 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         max_steps: optimiser steps of the stage.
+        max_minutes: of the stage's training: a machine that would take longer does as many eighths of max_steps as fit
+            (measured at the start, kept in the stage's folder); 0 sets no limit.
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
@@ -177,6 +186,7 @@ class TrainerConfig(TrainerOptions):
     """
 
     max_steps: int = 1000
+    max_minutes: float = 0.0
     batch_size: int = 64
     gradient_checkpointing: bool = False
     attention: Attention = "auto"

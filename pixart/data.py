@@ -22,16 +22,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from common.data import shapes as scenes
 from common.data.cache import fingerprint_strings
-from common.data.folders import MAX_CORRUPT_SHARE, CorruptImage, Record, decode, read_class_folders, read_metadata
+from common.data.folders import broken_rows, need_words, open_source
+from common.data.rows import LEFT_OUT, hold_out
 from common.data.sampling import StepDataModule
 from common.data.shapes import Scene, Spec
 from common.errors import UserError
+from common.images import CorruptImage, decoded, picture_size
 from pixart.buckets import (
     Bucket,
     BucketBatchSampler,
@@ -54,8 +55,6 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hq": (("single", "two", "count", "color", "position", "attr", "three"), scenes.TEXTURES),
 }
 _TRANSPOSED = {"above": "left of", "below": "right of", "left of": "above", "right of": "below"}
-HELD_OUT_EVERY = 20  # of an image folder with at least MIN_FOLDER images, one in so many is held out
-MIN_FOLDER = 200
 
 
 @dataclass
@@ -314,19 +313,24 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     if config.path is None:
         raise UserError("data.path is missing: give a folder with metadata.jsonl, or with one subfolder per class")
     root = Path(config.path)
-    if not root.is_dir():
+    if not root.exists():
         raise UserError(f"data.path {root}: no such folder")
-    records, classes = _records(root, config)
-    sizes_of = _picture_sizes(root, records)
-    readable = [i for i, size in enumerate(sizes_of) if size is not None]
-    if not readable:
-        raise UserError(f"{root}: none of its pictures can be read")
-    kept = [readable[i] for i in usable_shapes(torch.tensor([sizes_of[i] for i in readable]))]
-    if not kept:
+    text = config.text_column if config.prompt is None else LEFT_OUT  # one caption for all needs no other
+    source = open_source(root, config.image_column, text, config.label_column)
+    broken = broken_rows(source)
+    readable = [i for i in range(len(source)) if i not in broken]
+    if config.prompt is None:
+        need_words(source, readable)
+    sizes_of = {i: picture_size(source.raw(i)) for i in readable}
+    usable = {readable[i] for i in usable_shapes(torch.tensor([sizes_of[i] for i in readable]))}
+    if not usable:
         raise UserError(f"{root}: every picture is longer than four times its width")
-    if len(kept) >= MIN_FOLDER:
-        kept = [i for i in kept if _held_out(records[i].path.relative_to(root)) == (part == "test")]
-    kept = kept[:limit]
+    train, held_out = hold_out(source)
+    if part == "test" and not held_out:
+        warnings.warn(f"{root}: too few pictures to hold some out; the metrics see those of the training", stacklevel=3)
+    kept = [i for i in (held_out if part == "test" and held_out else train) if i in usable][:limit]
+    if not kept:
+        raise UserError(f"{root}: no usable picture is left for the part {part}")
     buckets = stage_buckets(config, multiple)
     originals_N2 = torch.tensor([sizes_of[i] for i in kept])
     bucket_N = torch.from_numpy(assign_buckets(buckets, originals_N2))
@@ -334,58 +338,23 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     def draw(indices: list[int]) -> Tensor:
         framed = []
         for i in indices:
-            path = records[kept[i]].path
             try:
-                framed.append(fit_to_bucket(decode(path), buckets[int(bucket_N[i])]))
+                with decoded(source.raw(kept[i])) as picture:
+                    framed.append(fit_to_bucket(picture, buckets[int(bucket_N[i])]))
             except CorruptImage as error:
-                raise UserError(f"{path}: {error}; remove it from the folder") from None
+                raise UserError(f"{source.where(kept[i])}: {error}; remove it from the folder") from None
         return torch.stack(framed)
 
-    labels = [records[i].label for i in kept]
-    files = [records[i].path for i in kept]
-    facts = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    labels = [source.label(i)[1] for i in kept]
+    sizes = json.dumps([vars(bucket) for bucket in buckets])
     return Pictures(
         name=str(root),
-        captions=[records[i].caption for i in kept],
+        captions=[source.label(i)[0] for i in kept],
         labels_N=torch.tensor(labels),
-        classes=len(classes) or max(labels) + 1,
+        classes=len(source.classes) or max(source.label(i)[1] for i in readable) + 1,
         bucket_N=bucket_N,
         buckets=buckets,
         originals_N2=originals_N2,
         draw=draw,
-        fingerprint=fingerprint_strings([json.dumps([vars(bucket) for bucket in buckets]), *facts]),
+        fingerprint=fingerprint_strings([sizes, source.fingerprint, repr(kept)]),
     )
-
-
-def _records(root: Path, config: DataConfig) -> tuple[list[Record], list[str]]:
-    if (root / "metadata.jsonl").is_file():
-        return read_metadata(root)
-    from common.images import image_files
-
-    if config.prompt is not None:  # one caption for all: a bare folder of pictures will do
-        return [Record(path, config.prompt) for path in image_files(root)], []
-    return read_class_folders(root)
-
-
-def _picture_sizes(root: Path, records: list[Record]) -> list[tuple[int, int] | None]:
-    """Height and width of every picture as it will be decoded; None for one that cannot be read."""
-    found: list[tuple[int, int] | None] = []
-    for record in records:
-        try:
-            with Image.open(record.path) as picture:
-                width, height = picture.size
-                turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientation: lying on its side
-            found.append((width, height) if turned else (height, width))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            warnings.warn(f"skipped {record.path}: {error}", stacklevel=2)
-            found.append(None)
-    broken = sum(size is None for size in found)
-    if broken > MAX_CORRUPT_SHARE * len(records):
-        first = records[found.index(None)].path
-        raise UserError(f"{root}: {broken} of {len(records)} pictures cannot be read, the first is {first}")
-    return found
-
-
-def _held_out(name: Path) -> bool:
-    digest = hashlib.sha1(name.as_posix().encode(), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:4], "big") % HELD_OUT_EVERY == 0

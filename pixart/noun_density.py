@@ -23,11 +23,9 @@ modern parser will give slightly other figures), so compare sets counted with th
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import json
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,8 +36,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common.data.lines import read_lines, read_rows
 from common.errors import UserError, run_main
 from common.files import write_atomically
 
@@ -136,35 +133,24 @@ def noun_density(captions: Iterable[str]) -> NounDensity:
 
 
 def read_captions(path: Path) -> Iterator[str]:
-    """Captions of a .txt (one a line), .jsonl or .csv file (`text` column); empty ones are skipped.
+    """Captions of a .txt (one a line), .jsonl, .csv or .tsv file (`text` column); empty ones are skipped.
 
     Raises:
         UserError: no such file, another suffix, no `text` column, or a line that is no JSON object.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a .txt, .jsonl or .csv file, shapes:dense, shapes:web or emoji")
-    if path.suffix not in (".txt", ".jsonl", ".csv"):
-        raise UserError(f"{path}: captions are read from .txt, .jsonl or .csv files")
-    with path.open(encoding="utf-8", errors="replace", newline="" if path.suffix == ".csv" else None) as file:
-        if path.suffix == ".csv":
-            rows = csv.DictReader(file)
-            if "text" not in (rows.fieldnames or []):
-                raise UserError(f'{path}: there is no "text" column; the first line must name the columns')
-            yield from (row["text"] for row in rows if (row["text"] or "").strip())
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            if path.suffix == ".txt":
-                yield line.strip()
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number}: not JSON ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'{path} line {number}: "text" is missing')
-            yield record["text"]
+    if path.suffix == ".txt":
+        yield from (line.strip() for _, line in read_lines(path))
+        return
+    if path.suffix not in (".jsonl", ".csv", ".tsv"):
+        raise UserError(f"{path}: captions are read from .txt, .jsonl, .csv or .tsv files")
+    for where, row in read_rows(path):
+        text = row.get("text", row)
+        if text is row or not isinstance(text, str | None):
+            raise UserError(f'{where}: "text" is missing; there is no "text" column, or it holds no strings')
+        if text and text.strip():
+            yield text
 
 
 def captions_of(source: str, count: int = 20_000) -> list[str]:
@@ -199,7 +185,7 @@ def _brown(folder: Path, test: bool) -> Iterator[tuple[list[str], list[bool]]]:
     for number, path in enumerate(files):
         if (number % 10 == 9) != test:
             continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for _, line in read_lines(path):
             pairs = [token.rpartition("/") for token in line.split()]
             tokens = [_POSSESSIVE.sub("", word.lower()) or word.lower() for word, _, _ in pairs]
             # nn and nns nouns, np and nps names, nr adverbial nouns; "+" joins contractions, "-" marks headlines.

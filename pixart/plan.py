@@ -21,23 +21,20 @@ CO2 at the stated price, power and carbon intensity, beside the paper's 753 A100
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common import costs
 from common.errors import UserError, run_main
 from pixart.config import PixArtConfig
-from pixart.model import FREQUENCIES, DiT, PixArt
+from pixart.model import DiT, PixArt
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 STAGES = CONFIGS / "paper"
@@ -54,24 +51,9 @@ CAPTION_CHANNELS = 4096  # T5-XXL
 CODEC_FACTOR = 8
 IMAGENET_CLASSES = 1000
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in GB, dense half-precision peak in TFLOP/s and board power in watts (the makers' data sheets)."""
-
-    memory_gb: float
-    peak_tflops: float
-    watts: float
-
-
-GPUS = {
-    "v100": Gpu(32, 125, 300),
-    "a100": Gpu(80, 312, 400),
-    "h100": Gpu(80, 989, 700),
-    "h200": Gpu(141, 989, 700),
-}
-# Fraction of the peak that transformers of this width reach; --utilisation overrides it.
-UTILISATION = 0.4
+# Utilisation: what transformers of this width reach.
+DEFAULT = costs.Cluster("a100", 64, 0.4)
+WATTS = {"v100": 300, "a100": 400, "h100": 700, "h200": 700}  # of a board, the maker's data sheets
 # Dollars an A100-hour that the paper's $28,400 for 753 days mean.
 PRICE = DOLLARS / A100_DAYS / 24
 # kg CO2e a kWh (about the world's average electricity) and power of the data centre a watt of GPU: assumptions.
@@ -104,26 +86,23 @@ class Plan:
     command: str
 
 
+@cache
+def network(config: PixArtConfig) -> DiT | PixArt:
+    with torch.device("meta"):
+        return DiT(config) if config.classes else PixArt(config)
+
+
+@cache
 def forward_flop(config: PixArtConfig, rows: int, columns: int, caption_tokens: int = 0) -> int:
-    """FLOP of a forward pass of one image in closed form (matrix products only, 2 FLOP a multiply-add)."""
-    n, d, text = rows * columns, config.width, caption_tokens
-    patch = config.patch_size**2
-    hidden = int(d * config.mlp_ratio)
-    block = n * (3 * d * d + d * d) + 2 * n * n * d + 2 * n * d * hidden  # self-attention, MLP
-    outer = n * patch * config.in_channels * d + n * d * patch * config.out_channels
-    outer += FREQUENCIES * d + d * d  # time
-    per_block_modulation = bool(config.classes) or config.adaln == "block"
-    if not config.classes:
-        block += 2 * n * d * d + text * 2 * d * d + 2 * n * text * d  # cross-attention
-        outer += text * (config.caption_channels * d + d * d)
-    if per_block_modulation:
-        block += 6 * d * d
-        outer += 2 * d * d
-    else:
-        outer += 6 * d * d
-    if config.multi_scale:
-        outer += 3 * (FREQUENCIES * (d // 3) + (d // 3) ** 2)  # height, width, ratio
-    return 2 * (config.depth * block + outer)
+    """FLOP of a forward pass of one image of `rows` x `columns` tokens; padding of captions is not work."""
+    net, p = network(config), config.patch_size
+    with torch.device("meta"), torch.no_grad():
+        x_BCHW, t_B = torch.empty(1, config.in_channels, rows * p, columns * p), torch.empty(1)
+        if isinstance(net, DiT):
+            return costs.flop(lambda: net(x_BCHW, t_B, torch.zeros(1, dtype=torch.long)))
+        more = {"size_B2": torch.ones(1, 2), "ratio_B1": torch.ones(1, 1)} if config.multi_scale else {}
+        caption_BLC = torch.empty(1, caption_tokens, config.caption_channels)
+        return costs.flop(lambda: net(x_BCHW, t_B, caption_BLC, **more))
 
 
 def activation_bytes(config: PixArtConfig, tokens: int, caption_tokens: int, checkpointing: bool) -> int:
@@ -178,47 +157,27 @@ def stage_network(stage: dict[str, Any]) -> PixArtConfig:
     )
 
 
-def count_parameters(config: PixArtConfig) -> int:
-    with torch.device("meta"):
-        network = DiT(config) if config.classes else PixArt(config)
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def plan(name: str, gpu: str = "a100", gpus: int = 64, utilisation: float = UTILISATION, strategy: str = "ddp") -> Plan:
-    """Cost of one stage on a cluster of `gpus` x `gpu`.
+def plan(name: str, cluster: costs.Cluster = DEFAULT, strategy: str = "ddp") -> Plan:
+    """Cost of one stage on a cluster.
 
     Raises:
-        UserError: no such stage, GPU or strategy, or numbers out of range.
+        UserError: no such stage or strategy, or one image does not fit.
     """
-    if gpu not in GPUS:
-        raise UserError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
     if strategy not in STRATEGIES:
         raise UserError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
-    if gpus < 1 or not 0 < utilisation <= 1:
-        raise UserError(f"--gpus must be at least 1 and --utilisation in (0, 1], got {gpus} and {utilisation}")
     stage = load_stage(name)
     config = stage_network(stage)
     side = config.input_size // config.patch_size
     text = 0 if config.classes else config.caption_tokens
-    parameters, flop = count_parameters(config), forward_flop(config, side, side, text)
+    parameters, flop = costs.parameter_count(network(config)), forward_flop(config, side, side, text)
     batch, steps = stage["trainer"]["batch_size"], stage["trainer"]["max_steps"]
-    state = state_bytes(parameters, gpus, strategy)
-    share = math.ceil(batch / gpus)
-    room = 0.9 * GPUS[gpu].memory_gb * 1e9  # a tenth for the allocator, workspaces and the batch itself
-    needs_checkpointing, micro_batches = False, 1
-    per_image = activation_bytes(config, side * side, text, False)
-    if state + share * per_image > room:
-        needs_checkpointing = True
-        per_image = activation_bytes(config, side * side, text, True)
-        fits = int((room - state) // per_image)
-        if fits < 1:
-            raise UserError(f"{name}: one image does not fit a {gpu} with strategy {strategy}; try --strategy fsdp")
-        micro_batches = math.ceil(share / fits)
-    at_once = math.ceil(share / micro_batches)
-    step_flop = 3 * flop * batch
-    work = step_flop * steps * (4 / 3 if needs_checkpointing else 1)
+    state = state_bytes(parameters, cluster.gpus, strategy)
+    kept, recomputed = (activation_bytes(config, side * side, text, again) for again in (False, True))
+    sample = f"one image of {name} with --strategy {strategy} (fsdp shares most)"
+    held = costs.fit(cluster, batch, state, kept, recomputed, what=sample)
+    work = 3 * flop * batch * steps
     v100_days = V100_DAYS.get(name)
-    nodes = max(1, gpus // 8)
+    nodes, devices = max(1, cluster.gpus // 8), min(cluster.gpus, 8)
     return Plan(
         name=name,
         pixels=stage["data"]["size"],
@@ -227,102 +186,80 @@ def plan(name: str, gpu: str = "a100", gpus: int = 64, utilisation: float = UTIL
         forward_flop=flop,
         batch_size=batch,
         steps=steps,
-        train_step_flop=step_flop,
+        train_step_flop=3 * flop * batch,
         state_bytes=state,
-        activation_bytes_per_image=per_image,
-        memory_gb_per_gpu=(state + at_once * per_image) / 1e9,
-        needs_checkpointing=needs_checkpointing,
-        micro_batches=micro_batches,
-        gpu_days=work / (GPUS[gpu].peak_tflops * 1e12 * utilisation) / 86400,
+        activation_bytes_per_image=recomputed if held.recomputed else kept,
+        memory_gb_per_gpu=held.memory_gb,
+        needs_checkpointing=held.recomputed,
+        micro_batches=held.micro_batches,
+        gpu_days=cluster.gpu_days(work * (4 / 3 if held.recomputed else 1)),
         paper_v100_days=v100_days,
         paper_a100_days=None if v100_days is None else v100_days / V100_PER_A100,
-        paper_implied_tflops=None if v100_days is None else step_flop * steps / (v100_days * 86400) / 1e12,
-        command=f"torchrun --nnodes {nodes} --nproc-per-node {min(gpus, 8)} pixart/train.py "
+        paper_implied_tflops=None if v100_days is None else work / (v100_days * 86400) / 1e12,
+        command=f"torchrun --nnodes {nodes} --nproc-per-node {devices} pixart/train.py "
         f"--config pixart/configs/paper/{name}.yaml --config pixart/configs/cluster/{strategy}.yaml "
-        f"--trainer.devices {min(gpus, 8)} --trainer.num_nodes {nodes}"
-        + (f" --trainer.accumulate {micro_batches}" if micro_batches > 1 else ""),
+        f"--trainer.devices {devices} --trainer.num_nodes {nodes}"
+        + (f" --trainer.accumulate {held.micro_batches}" if held.micro_batches > 1 else ""),
     )
 
 
 def bill(gpu_days: float, gpu: str, price: float, carbon: float = CARBON) -> tuple[float, float]:
     """(dollars, kg CO2e) of so many GPU-days."""
     hours = 24 * gpu_days
-    return hours * price, hours * GPUS[gpu].watts / 1000 * OVERHEAD * carbon
+    return hours * price, hours * WATTS[gpu] / 1000 * OVERHEAD * carbon
 
 
-def table(plans: Sequence[Plan], gpu: str, gpus: int, utilisation: float, strategy: str, price: float) -> str:
+def table(plans: Sequence[Plan], cluster: costs.Cluster, strategy: str, price: float) -> str:
     """The plans, their sum and the bill as aligned text."""
-
-    def number(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:,.{digits}f}"
-
+    number = costs.number
     head = "stage|px|tokens|params M|GFLOP/img|batch|steps|TFLOP/step|GB/GPU|GPU-days|A100-days (paper)|implied TFLOP/s"
-    rows = [head.split("|")]
-    for p in plans:
-        memory = number(p.memory_gb_per_gpu) + (" +ckpt" if p.needs_checkpointing else "")
-        rows.append(
-            [
-                p.name,
-                str(p.pixels),
-                str(p.tokens),
-                number(p.parameters / 1e6),
-                number(p.forward_flop / 1e9),
-                number(p.batch_size, 0),
-                number(p.steps, 0),
-                number(p.train_step_flop / 1e12),
-                memory + (f" x {p.micro_batches}" if p.micro_batches > 1 else ""),
-                number(p.gpu_days),
-                number(p.paper_a100_days),
-                number(p.paper_implied_tflops),
-            ]
-        )
+    rows = [
+        [
+            p.name,
+            str(p.pixels),
+            str(p.tokens),
+            number(p.parameters / 1e6),
+            number(p.forward_flop / 1e9),
+            number(p.batch_size, 0),
+            number(p.steps, 0),
+            number(p.train_step_flop / 1e12),
+            str(costs.Fit(p.memory_gb_per_gpu, p.needs_checkpointing, p.micro_batches)),
+            *(number(value) for value in (p.gpu_days, p.paper_a100_days, p.paper_implied_tflops)),
+        ]
+        for p in plans
+    ]
     days = sum(p.gpu_days for p in plans)
     paper = [p.paper_a100_days for p in plans if p.paper_a100_days is not None]
-    total = ["together", *[""] * (len(rows[0]) - 4), number(days), number(sum(paper)) if paper else "-", ""]
-    rows.append(total)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    card = GPUS[gpu]
-    cluster = (
-        f"{gpus} x {gpu} ({card.memory_gb:.0f} GB, {card.peak_tflops:.0f} TFLOP/s peak) at {utilisation:.0%} of peak"
-    )
-    dollars, kilograms = bill(days, gpu, price)
+    total = ["together", *[""] * 8, number(days), number(sum(paper)) if paper else "-", ""]
+    dollars, kilograms = bill(days, cluster.gpu, price)
     _, paper_kilograms = bill(A100_DAYS, "a100", PRICE)
     _, sd_kilograms = bill(SD_A100_DAYS, "a100", PRICE)
-    lines += [
-        "",
-        f"time: {days / gpus:,.1f} days on this cluster",
-        f"bill: ${dollars:,.0f} at ${price:.2f} a GPU-hour, {kilograms / 1000:,.1f} t CO2e at {card.watts:.0f} W a "
-        f"GPU, {OVERHEAD} overhead and {CARBON} kg a kWh",
-        f"paper: {A100_DAYS} A100 days, ${DOLLARS:,} (${PRICE:.2f} an hour); at the same power "
-        f"{paper_kilograms / 1000:,.1f} t CO2e, {paper_kilograms / sd_kilograms:.0%} of Stable Diffusion v1.5's "
-        f"{SD_A100_DAYS:,} days (${SD_DOLLARS:,}, {sd_kilograms / 1000:,.1f} t)",
-        "",
-        *(p.command for p in plans),
-    ]
-    return "\n".join([f"cluster: {cluster}, {strategy}; '-': the paper does not say", *lines])
+    return "\n".join(
+        [
+            f"cluster: {cluster.describe()}, {strategy}; '-': the paper does not say",
+            costs.aligned([head.split("|"), *rows, total]),
+            "",
+            f"time: {days / cluster.gpus:,.1f} days on this cluster",
+            f"bill: ${dollars:,.0f} at ${price:.2f} a GPU-hour, {kilograms / 1000:,.1f} t CO2e at {WATTS[cluster.gpu]} "
+            f"W a GPU, {OVERHEAD} overhead and {CARBON} kg a kWh",
+            f"paper: {A100_DAYS} A100 days, ${DOLLARS:,} (${PRICE:.2f} an hour); at the same power "
+            f"{paper_kilograms / 1000:,.1f} t CO2e, {paper_kilograms / sd_kilograms:.0%} of Stable Diffusion v1.5's "
+            f"{SD_A100_DAYS:,} days (${SD_DOLLARS:,}, {sd_kilograms / 1000:,.1f} t)",
+            "",
+            *(p.command for p in plans),
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = costs.plan_parser(__doc__, DEFAULT)
     parser.add_argument("stages", nargs="*", help="names in pixart/configs/paper (default: all five)")
-    parser.add_argument("--gpu", default="a100", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="fraction of the peak that is reached")
     parser.add_argument("--strategy", default="ddp", help=f"one of {', '.join(STRATEGIES)}, files in configs/cluster")
     parser.add_argument("--price", type=float, default=PRICE, help="dollars a GPU-hour (default: the paper's for A100)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args(arguments)
-    cluster = options.gpu, options.gpus, options.utilisation, options.strategy
-    plans = [plan(name, *cluster) for name in options.stages or stage_names()]
-    if options.json:
-        print(json.dumps([asdict(p) for p in plans], indent=2))
-    else:
-        print(table(plans, *cluster, options.price))
+    cluster = costs.cluster_of(options)
+    plans = [plan(name, cluster, options.strategy) for name in options.stages or stage_names()]
+    costs.show(plans, table(plans, cluster, options.strategy, options.price), options.json)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import torch
 from common.errors import UserError
 from common.files import write_json
 from common.images import save_grid
-from common.options import check_trainer, free_options
+from common.options import at_least, check_trainer, free_options
 from common.paths import existing_path
+from common.precision import affordable_steps
 from common.processes import is_main_process
 from common.training import EveryNSteps, open_run_folder, train
 from common.weights import save_weights
@@ -139,6 +140,8 @@ class Stage:
             ema_decay=config.optimiser.ema_decay,
             grad_clip=config.optimiser.grad_clip,
         )
+        at_least("trainer.max_steps", trainer.max_steps, 1)
+        at_least("trainer.max_minutes", trainer.max_minutes, 0)
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         start = starting_weights(config, names)
@@ -223,12 +226,15 @@ class Stage:
             workers=trainer_config.workers if config.data.cache else 0,
             accumulate=trainer_config.accumulate,
         )
+        minutes = trainer_config.max_minutes
+        steps = affordable_steps(self.folder, trainer_config, module, data, trainer_config.max_steps, minutes)
+        trainer_config.max_steps = data.steps = steps  # which the learning rate's schedule reads as well
         trainer = train(
             self.folder,
             module,
             data,
             trainer_config,
-            steps=trainer_config.max_steps,
+            steps=steps,
             batch_size=trainer_config.batch_size,
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,

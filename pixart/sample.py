@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from common.errors import UserError, run_main
 from common.paths import REPOSITORY, cache_dir, existing_path
 from pixart.config import SamplingConfig

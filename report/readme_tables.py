@@ -8,6 +8,7 @@ A table stands between two markers, each alone on its line, in README.md or <fol
     <!-- claims:ldm -->    the claims of results/ldm.json
     <!-- bench:ldm -->     the side-by-side rows of results/bench_ldm.json
     <!-- papers -->        the thirteen papers and what was measured of each
+    <!-- runs -->          how long the default runs took, on CPUs with and without bf16 instructions
     <!-- start -->         the commands that train the papers built so far
     <!-- figures:ldm -->   the pictures of results/figures/ldm with their captions
     <!-- text:NAME -->     the file results/NAME.txt (as it is printed) or results/NAME.md, which a program has written
@@ -19,6 +20,7 @@ Without a results file the table says "not measured yet". Equal results give equ
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -33,10 +35,11 @@ from common.paths import REPOSITORY, RESULTS
 from report.build import Findings, load
 from report.papers import Paper, all_papers
 from report.plots import number, spread
+from report.record_run import WITHOUT_BF16
 
 END = "<!-- end -->"
 NOT_MEASURED = "not measured yet"
-_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers|start|text|figures)(?::(?P<name>\w+))? *-->")
+_MARKER = re.compile(r"<!-- *(?P<kind>claims|bench|papers|runs|start|text|figures)(?::(?P<name>\w+))? *-->")
 
 
 def readme_files(root: Path) -> list[Path]:
@@ -80,9 +83,11 @@ def table(
     kind: str, name: str | None, root: Path, folder: Path, found: Mapping[str, Findings], where: str
 ) -> list[str]:
     """Lines of one table; `folder` is the README's, from which links lead."""
-    if kind in ("papers", "start"):
+    if kind in ("papers", "start", "runs"):
         if name is not None:
             raise UserError(f"{where}: {kind} takes no name, found {name!r}")
+        if kind == "runs":
+            return runs_table(root / "results" / "runs")
         return papers_table(root, folder, found) if kind == "papers" else start_commands()
     if name is None:
         raise UserError(f"{where}: {kind} needs a name, for example <!-- {kind}:ldm -->")
@@ -155,6 +160,27 @@ def papers_table(root: Path, folder: Path, found: Mapping[str, Findings]) -> lis
         title = f"{paper.title} ([arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}){venue})"
         rows.append([key, title, paper.idea, _state(paper, root, found.get(paper.key, Findings()))])
     return _markdown(["folder", "paper", "claim", "measured here"], rows)
+
+
+def runs_table(folder: Path) -> list[str]:
+    """One row a default run on record: minutes on both kinds of CPU, and in which precision."""
+    rows = []
+    for paper in all_papers():
+        name = f"{paper.key}-small"
+        cells = [_taken(folder / f"{name}{kind}.json") for kind in ("", WITHOUT_BF16)]
+        if any(cell != NOT_MEASURED for cell in cells):
+            rows.append([f"`make {paper.key}-train`", *cells])
+    return _markdown(["default run", "with bf16 instructions", "without (AVX2 only)"], rows) if rows else [NOT_MEASURED]
+
+
+def _taken(file: Path) -> str:
+    if not file.is_file():
+        return NOT_MEASURED
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if "seconds" not in run:
+        return NOT_MEASURED
+    seconds = run["seconds"]["total"] if isinstance(run["seconds"], dict) else run["seconds"]
+    return ", ".join([f"{seconds / 60:.0f} min", *(run[key] for key in ("precision", "hardware") if key in run)])
 
 
 def start_commands() -> list[str]:

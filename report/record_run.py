@@ -6,7 +6,8 @@
 
 Writes results/run_<paper>.md (the run's table.md and a line on time and machine), results/runs/<folder's name>.json
 (the run's metrics.json with the machine, versions and commit) and, for every --figure FILE,
-results/figures/<paper>/default_run_<name>. Nothing is computed here.
+results/figures/<paper>/default_run_<name>. Nothing is computed here. On a CPU without bf16 instructions (or with
+ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json is written.
 """
 
 from __future__ import annotations
@@ -18,11 +19,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
 from common.paths import RESULTS
+from common.precision import bf16_possible, precisions_taken
 from report.papers import all_papers
+
+WITHOUT_BF16 = "-without-bf16"  # in the name of a record from a CPU that lacks these instructions
+
+
+def _precision(run_dir: Path) -> str | None:
+    """Which precision the run trained in; None for a program that has no choice."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text()) if (run_dir / "config.yaml").is_file() else {}
+    asked = config.get("trainer", {}).get("precision", "auto" if list(run_dir.rglob("choices.json")) else None)
+    return None if asked is None else precisions_taken(run_dir, asked)
 
 
 def _seconds(metrics: dict[str, Any], path: Path) -> float:
@@ -34,7 +47,7 @@ def _seconds(metrics: dict[str, Any], path: Path) -> float:
 
 
 def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path = RESULTS) -> Path:
-    """Write the run's table and numbers below `results`; returns the Markdown file.
+    """Write the run's table and numbers below `results`; returns the file (the Markdown one, if both).
 
     Args:
         figures: pictures to copy, relative to `run_dir`.
@@ -50,10 +63,18 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     minutes = _seconds(metrics, run_dir / "metrics.json") / 60
     kept = {"hardware": hardware(), "versions": versions(), "commit": commit()} | metrics
+    if not bf16_possible("cpu"):
+        kept["bf16_instructions"] = False
+    if (precision := _precision(run_dir)) is not None:
+        kept["precision"] = precision
     text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
     text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
     target = results / f"run_{paper}.md"
     (results / "runs").mkdir(parents=True, exist_ok=True)
+    if not kept.get("bf16_instructions", True):  # the other kind of CPU: its time stands beside the record
+        path = results / "runs" / f"{run_dir.name}{WITHOUT_BF16}.json"
+        write_json(path, kept)
+        return path
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"))
     write_json(results / "runs" / f"{run_dir.name}.json", kept)
     for figure in figures:

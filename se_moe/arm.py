@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.data.lines import read_lines
 from common.errors import UserError
 from common.files import write_json
 from common.ledger import peak_resident
@@ -48,7 +49,7 @@ def log_file(path: Path, first_step: int, write: bool) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for _, line in read_lines(path):
             with contextlib.suppress(ValueError):  # the last line of a killed process may be cut off
                 if json.loads(line)["step"] < first_step:
                     kept.append(line)
@@ -179,7 +180,7 @@ def highest(value: int, groups: ParallelGroups) -> int:
 
 def summary(log: Path, tokens: int, ranks: int) -> dict[str, Any]:
     """Speed and loss from a log: medians of the steps after the first ten, mean loss of the last tenth."""
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for _, line in read_lines(log)]
     timed = [e for e in entries[10:] if "profiled" not in e] or entries
     seconds = sorted(e["seconds"] for e in timed)[len(timed) // 2]
     cpu = sorted(e["cpu_seconds"] for e in timed)[len(timed) // 2]

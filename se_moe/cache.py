@@ -112,6 +112,7 @@ class SparseCache(Generic[Key]):
         return list(self._entries)
 
     def hits_of(self, key: Key) -> float:
+        """Library. The hits of an entry as they have decayed."""
         return self._entries[key].hits
 
     def request(self, key: Key, pinned: Collection[Key] = ()) -> Decision[Key]:
@@ -180,9 +181,6 @@ class SparseCache(Generic[Key]):
     def mark_dirty(self, key: Key) -> None:
         """The entry's bytes have changed since they were read."""
         self._entries[key].dirty = True
-
-    def is_dirty(self, key: Key) -> bool:
-        return key in self._entries and self._entries[key].dirty
 
     def dirty_keys(self) -> list[Key]:
         return [key for key, entry in self._entries.items() if entry.dirty]

@@ -41,7 +41,6 @@ from se_moe.training import Trainer
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-(\d+)")
-_EXPERT_FILE = re.compile(r"layer(\d+)\.expert(\d+)\.safetensors")
 
 
 def expert_file(folder: Path, key: ExpertKey) -> Path:

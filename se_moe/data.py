@@ -243,7 +243,7 @@ class TextData:
         return _pair(rows[rank::ranks])
 
     def task_batch(self, task: int, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-        """`batch` sequences of one task, the same for every layout of ranks: int64 [batch, L] twice."""
+        """Library. `batch` sequences of one task, the same for every layout of ranks: int64 [batch, L] twice."""
         generator = np.random.default_rng([seed, step, task])
         ids = self.tasks[task].train
         starts = generator.integers(0, len(ids) - self.sequence, size=batch)

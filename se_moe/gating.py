@@ -153,7 +153,7 @@ def _balance(probs_TE: Tensor, counted_E: Tensor) -> Tensor:
 
 
 def load_importance_loss(scores_TE: Tensor, kth_logit_T: Tensor, gate_noise: float) -> Tensor:
-    """Mean of the squared variation coefficients of importance and load (Shazeer et al. 2017, appendix A; Tutel).
+    """Library. Mean of the squared variation coefficients of importance and load (Shazeer et al. 2017, A; Tutel).
 
     Args:
         scores_TE: softmax probabilities.
@@ -315,7 +315,7 @@ def topk_routing(
 
 
 def selected_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(experts, weights), [T, k] each: softmax over the k chosen logits alone (fastmoe's NaiveGate, Mixtral)."""
+    """Library. (experts, weights), [T, k] each: softmax over the k chosen logits (fastmoe's NaiveGate, Mixtral)."""
     _check(logits_TE, k)
     value_TK, expert_TK = logits_TE.float().topk(k, dim=1)
     return expert_TK, torch.softmax(value_TK, dim=1)

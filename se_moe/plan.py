@@ -21,14 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
+from common import costs
 from common.errors import UserError, run_main
 from se_moe.planner import (
     FLOAT32,
@@ -41,7 +38,7 @@ from se_moe.planner import (
     storage_plan,
 )
 
-GPUS = {"v100": 32e9, "a100-40": 40e9, "a100": 80e9, "h100": 80e9, "h200": 141e9}  # bytes, the maker's data sheets
+GPUS = {"a100-40": costs.Gpu(40, 312), **costs.GPUS}
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -50,9 +47,10 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"unknown GPU {options.gpu!r}; known: {', '.join(GPUS)}")
     cost = FLOAT32 if options.precision == "float32" else MIXED_PRECISION
     share = {"host_bytes": options.host_gb * 1e9, "file_bytes": options.file_gb * 1e9}
+    device_bytes = GPUS[options.gpu].memory_gb * 1e9
     models = []
     for model, gpus, paper in paper_models():
-        machine = Machine(GPUS[options.gpu], **share, devices=gpus)
+        machine = Machine(device_bytes, **share, devices=gpus)
         bytes_needed = storage_plan(model.dense, model.sparse, model.layers, options.alpha, machine, cost)
         models.append(
             {
@@ -66,7 +64,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
                 **asdict(bytes_needed),
             }
         )
-    machine = Machine(GPUS[options.gpu], **share, devices=options.gpus)
+    machine = Machine(device_bytes, **share, devices=options.gpus)
     largest = largest_model(options.dense, options.layers, options.alpha, machine, cost)
     return {
         "gpu": options.gpu,
@@ -91,15 +89,12 @@ def table(content: dict[str, Any]) -> str:
                 f"{m['ring_bytes'] / 1e9:.1f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
     found = content["largest"]
     limits = ", ".join(f"{tier} {value / 1e9:,.1f}B" for tier, value in found["sparse_by_tier"].items())
     return "\n".join(
         [
-            f"{content['gpu']} ({GPUS[content['gpu']] / 1e9:.0f} GB), alpha {content['alpha']:g}; bytes per device",
-            *lines,
+            f"{content['gpu']} ({GPUS[content['gpu']].memory_gb:g} GB), alpha {content['alpha']:g}; bytes per device",
+            costs.aligned(rows, left=()),
             "",
             f"largest model on {found['gpus']} x {content['gpu']} with {found['dense'] / 1e9:g}B dense parameters and "
             f"{found['layers']} MoE layers: {found['total'] / 1e9:,.1f}B, the {found['binding']} tier binds",

@@ -447,11 +447,6 @@ class FileTier:
         """Bytes of the current version of every record."""
         return len(self.versions) * self.layout.file_bytes
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes on disk now, versions of earlier manifests included."""
-        return sum(path.stat().st_size for path in self.folder.iterdir() if _FILE.fullmatch(path.name))
-
     def path(self, key: ExpertKey, version: int | None = None) -> Path:
         version = self.versions[key] if version is None else version
         return self.folder / f"layer{key.layer:03d}.expert{key.expert:04d}.v{version:06d}.safetensors"

@@ -25,8 +25,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path[0:0] = [] if __package__ else [str(Path(__file__).resolve().parents[1])]
-
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from se_moe.config import Switches, TrainConfig, read_config

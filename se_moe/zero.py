@@ -155,11 +155,6 @@ class DenseSharding:
         held = sum(b.full.untyped_storage().nbytes() for b in buffers)
         return held + sum(b.gradient.nbytes for b in buffers if b.gradient is not None)
 
-    @property
-    def shard_bytes(self) -> int:
-        """Bytes of this rank's slices (without gradients and optimizer state)."""
-        return sum(shard.nbytes for shard in self.shards())
-
     def _start(self, unit: _Unit) -> None:
         """Begin to gather a unit, unless it is there or on its way."""
         for buffer in unit.buffers:

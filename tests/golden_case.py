@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -84,8 +85,13 @@ def fill_by_rule(named_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return filled
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    """max|diff| <= tolerance * max(1, max|expected|), the criterion of the goldens' README."""
+def assert_close(
+    actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5, argument_error: float = 0.0
+) -> None:
+    """max|diff| <= tolerance * max(1, max|expected|), the criterion of the goldens' README.
+
+    `argument_error` comes on top: what is not known of the value, because its argument is not (`assert_timed_close`).
+    """
     assert tuple(actual.shape) == tuple(expected.shape), (
         f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     )
@@ -94,7 +100,69 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
         return
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     difference = float((actual.detach().double() - expected.double()).abs().max()) if expected.numel() else 0.0
-    assert difference <= tolerance * scale, f"{what}: max difference {difference:.3e}, allowed {tolerance * scale:.3e}"
+    allowed = tolerance * scale + argument_error
+    assert difference <= allowed, f"{what}: max difference {difference:.3e}, allowed {allowed:.3e}"
+
+
+@contextmanager
+def exp_moved(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Float32 `torch.exp`, from which the frequencies of sinusoids come, followed by `change`."""
+    exp = torch.exp
+
+    def moved(*args: Any, **options: Any) -> Tensor:
+        value = exp(*args, **options)
+        return change(value) if value.dtype == torch.float32 else value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "exp", moved)
+        yield
+
+
+def ulp_up(value: Tensor) -> Tensor:
+    return torch.nextafter(value, torch.full_like(value, math.inf))
+
+
+def ulp_down(value: Tensor) -> Tensor:
+    return torch.nextafter(value, torch.full_like(value, -math.inf))
+
+
+def assert_sinusoids_close(actual: Tensor, expected: Tensor, argument: Tensor, what: str) -> None:
+    """Sines and cosines of `argument`, each to 1e-5 and what float32 knows of its argument.
+
+    Intel's, AMD's and ARM's float32 `exp` differ in the last bit, each from the exact value and two machines by twice
+    that: argument x 2^-22.
+    """
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    excess = (actual.double() - expected.double()).abs() - 1e-5 - argument.abs().double() * 2.0**-22
+    assert float(excess.max()) <= 0, f"{what}: {float(excess.max()):.3e} more than 1e-5 + argument x 2^-22"
+
+
+def assert_timed_close(compute: Callable[[], Tensor], expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """`assert_close` of a network's output that hangs on sinusoids of a large time.
+
+    To the tolerance comes what the uncertainty of their argument makes of this very output: how far it moves with
+    every frequency one ulp up, and one down (`assert_sinusoids_close`).
+    """
+    actual = compute()
+    error = 0.0
+    for change in (ulp_up, ulp_down):
+        with exp_moved(change):
+            error += float((compute() - actual).detach().abs().max())
+    assert_close(actual, expected, what, tolerance, error)
+
+
+def load(module: nn.Module, case: Case, more: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Recorded weights (`more` beside them), or those of the parameter rule beside the module's own buffers."""
+    weights = {**case.group("param"), **(more or {})}
+    if case.config.get("params") == "rule":
+        weights = {**module.state_dict(), **fill_by_rule(dict(module.named_parameters())), **weights}
+    module.load_state_dict(weights, strict=True)
+    return module
+
+
+def kind(stem: str, source: str) -> Callable[[Case], bool]:
+    """Cases whose file's name begins with `stem` and whose source names `source`."""
+    return lambda case: case.stem.startswith(stem) and source in case.source
 
 
 @dataclass(frozen=True)

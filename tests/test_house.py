@@ -135,4 +135,4 @@ def test_no_file_of_ours_hides_a_library() -> None:
 
 def test_no_program_changes_the_path() -> None:
     for file in modules(REPOSITORY).values():
-        assert "sys.path[" not in file.read_text(encoding="utf-8"), file
+        assert "sys.path" not in file.read_text(encoding="utf-8"), file

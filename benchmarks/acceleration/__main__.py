@@ -14,7 +14,6 @@ other prompts than those reported; a try of a learning rate gets a quarter of th
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from common.errors import UserError, run_main
@@ -82,12 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         content = write_results(options.results / "acceleration.json", runs, runner)
     shown = runner.yardstick(EVALUATION_SEED, settings.images).prompts.prompts[:SHOWN]
     write_json(runner.folder / "shown.json", shown)
-    captions = report.draw_tables(content, figures) | report.draw_curves(content, figures)
-    captions |= report.draw_sheets(runner, list(known), {n: m.title for n, m in known.items()}, figures)
-    listing = figures / "captions.json"
-    earlier = json.loads(listing.read_text()) if listing.is_file() else {}
-    merged = {**captions, **earlier, **captions}  # tables and curves first: the page shows them in this order
-    write_json(listing, {k: v for k, v in merged.items() if (figures / k).is_file()})
+    report.draw_tables(content, figures)
+    report.draw_curves(content, figures)
+    report.draw_sheets(runner, list(known), {n: m.title for n, m in known.items()}, figures)
     rows = report.expected_order(content)
     if rows:
         write_rows(options.results / "bench_acceleration.json", rows)

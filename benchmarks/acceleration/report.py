@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.acceleration.runner import Runner
+from common.costs import aligned
+from common.figures import keep_captions, panels, save_figure
 from common.images import make_grid, save_png
 from common.ledger import bench_row
 
@@ -52,89 +54,51 @@ def expected_order(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """FD against steps, and one-step FD against training cost; returns captions by file name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    captions: dict[str, str] = {}
+def draw_curves(content: Mapping[str, Any], folder: Path) -> None:
+    """FD against steps, and one-step FD against training cost."""
     titles = {row["method"]: row["title"] for row in content["summary"]}
-    colours = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(sorted(titles))}
+    colours = {method: f"C{i % 10}" for i, method in enumerate(sorted(titles))}
 
-    def save(name: str, figure: Any, caption: str) -> None:
-        figure.tight_layout()
-        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-        plt.close(figure)
-        captions[name] = caption
+    def draw(axis: Any, method: str, metric: str, x: str, wanted: Callable[..., bool]) -> None:
+        """One method's line, with its finite values."""
+        rows = [r for r in content["summary"] if r["method"] == method and wanted(r)]
+        rows = sorted((r for r in rows if r["metrics"][metric]["mean"] is not None), key=lambda r: r[x])
+        if rows:
+            mean, spread = ([r["metrics"][metric][key] for r in rows] for key in ("mean", "std"))
+            style = {"marker": "o", "capsize": 3, "color": colours[method], "label": titles[method]}
+            axis.errorbar([r[x] for r in rows], mean, spread, **style)
 
     for budget in content["settings"]:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-        for axis, metric, title in (
-            (axes[0], "fd_data", "FD to held-out data"),
-            (axes[1], "fd_teacher", "FD to the teacher's 50-step samples"),
-        ):
-            for method, title_of in titles.items():
-                rows = sorted(
-                    (r for r in content["summary"] if (r["budget"], r["method"]) == (budget, method)),
-                    key=lambda r: r["steps"],
-                )
-                rows = [r for r in rows if r["metrics"][metric]["mean"] is not None]
-                if rows:
-                    axis.errorbar(
-                        [r["steps"] for r in rows],
-                        [r["metrics"][metric]["mean"] for r in rows],
-                        [r["metrics"][metric]["std"] for r in rows],
-                        marker="o",
-                        capsize=3,
-                        color=colours[method],
-                        label=title_of,
-                    )
+        figure, axes = panels(2, 5, 4, sharex=True)
+        shown = {"fd_data": "FD to held-out data", "fd_teacher": "FD to the teacher's 50-step samples"}
+        for axis, (metric, title) in zip(axes, shown.items()):
+            for method in titles:
+                draw(axis, method, metric, "steps", lambda r, budget=budget: r["budget"] == budget)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks([1, 2, 4, 8, 25], ["1", "2", "4", "8", "25"])
             axis.set_xlabel("steps")
             axis.set_title(title)
         axes[1].legend(fontsize=7)
-        save(f"fd_against_steps_{budget}.png", figure, f"Budget {budget}: Frechet distance against steps.")
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for method, title_of in titles.items():
-        rows = sorted(
-            (r for r in content["summary"] if r["method"] == method and r["steps"] == 1 and r["training_forwards"] > 0),
-            key=lambda r: r["training_forwards"],
-        )
-        rows = [r for r in rows if r["metrics"]["fd_data"]["mean"] is not None]
-        if rows:
-            axis.errorbar(
-                [r["training_forwards"] for r in rows],
-                [r["metrics"]["fd_data"]["mean"] for r in rows],
-                [r["metrics"]["fd_data"]["std"] for r in rows],
-                marker="o",
-                capsize=3,
-                color=colours[method],
-                label=title_of,
-            )
+        caption = f"Budget {budget}: Frechet distance against steps."
+        save_figure(figure, folder / f"fd_against_steps_{budget}.png", caption)
+    figure, (axis,) = panels(width=6, height=4)
+    for method in titles:
+        draw(axis, method, "fd_data", "training_forwards", lambda r: r["steps"] == 1 and r["training_forwards"] > 0)
     if axis.get_legend_handles_labels()[0]:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("training cost, U-Net forward-equivalent samples")
         axis.set_title("one-step FD to held-out data")
         axis.legend(fontsize=7)
-        save(
-            "fd_against_cost.png",
-            figure,
-            "One-step Frechet distance against what the training cost, pairs included (mean and spread over seeds).",
+        caption = (
+            "One-step Frechet distance against what the training cost, pairs included (mean and spread over seeds)."
         )
-    else:
-        plt.close(figure)
-    return captions
+        save_figure(figure, folder / "fd_against_cost.png", caption)
 
 
-def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
+def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str], folder: Path) -> None:
     """One picture a number of steps: a row a method, a column a prompt, the same noises throughout."""
-    captions: dict[str, str] = {}
     seed = runner.settings.seeds[0]
     prompts = json.loads((runner.folder / "shown.json").read_text())
     for steps in (1, 2, 4, 8, 25):
@@ -149,8 +113,8 @@ def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str],
             file = f"same_noise_{runner.bench.level}_{steps}.png"
             grid = make_grid(torch.cat(rows), len(prompts), labels, 96, caption_lines=3)
             save_png(grid, folder / file)
-            captions[file] = f"Budget {runner.bench.level}, {steps} step{'s' * (steps > 1)}: same noises, same prompts."
-    return captions
+            caption = f"Budget {runner.bench.level}, {steps} step{'s' * (steps > 1)}: same noises, same prompts."
+            keep_captions(folder, {file: caption})
 
 
 def table_cells(content: Mapping[str, Any], budget: str, metric: str = "fd_data") -> list[list[str]]:
@@ -175,37 +139,26 @@ def table_cells(content: Mapping[str, Any], budget: str, metric: str = "fd_data"
 
 def table(content: Mapping[str, Any], budget: str) -> str:
     """`table_cells` of FD to held-out data, as aligned text."""
-    lines = table_cells(content, budget)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    cells = table_cells(content, budget)
+    return aligned(cells, left=range(len(cells[0])))
 
 
-def draw_tables(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The table of every budget as a picture, for FD to data and for the accuracy; returns captions by file name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    captions = {}
+def draw_tables(content: Mapping[str, Any], folder: Path) -> None:
+    """The table of every budget as a picture, for FD to data and for the accuracy."""
     for budget, setting in content["settings"].items():
         for metric, words in (
             ("fd_data", "Frechet distance to held-out data"),
             ("accuracy", "accuracy of the prompts"),
         ):
             head, *rows = table_cells(content, budget, metric)
-            figure, axis = plt.subplots(figsize=(12, 0.5 + 0.3 * len(rows)))
+            figure, (axis,) = panels(width=12, height=0.5 + 0.3 * len(rows))
             axis.axis("off")
             drawn = axis.table(rows, colLabels=head, loc="center", cellLoc="left", colLoc="left")
             drawn.auto_set_font_size(False)
             drawn.set_fontsize(8)
             drawn.auto_set_column_width(list(range(len(head))))
-            name = f"table_{budget}_{metric}.png"
-            figure.savefig(folder / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
-            plt.close(figure)
-            captions[name] = (
+            caption = (
                 f"Budget {budget} ({setting['forward_equivalents']:,} forward-equivalents): {words}, methods x steps, "
                 f"{setting['images']} images (mean ± standard deviation over seeds)."
             )
-    return captions
+            save_figure(figure, folder / f"table_{budget}_{metric}.png", caption, bbox_inches="tight")

@@ -47,7 +47,7 @@ def fingerprint_strings(strings: Sequence[str]) -> str:
     """SHA-256 of a sequence of strings, order and borders included (32 hexadecimal digits)."""
     digest = hashlib.sha256()
     for text in strings:
-        data = text.encode()
+        data = text.encode("utf-8", "surrogatepass")  # names of files may be no text
         digest.update(struct.pack("<q", len(data)))
         digest.update(data)
     return digest.hexdigest()[:32]

@@ -367,35 +367,34 @@ def _cifar_rows(path: Path, width: int, classes: int, head: int) -> np.ndarray:
 
 def _folder(request: _Request) -> _Read:
     """The user's class folders, with train/ and test/ (or val/) above them or without: then a sixth is held out."""
+    from common.data.folders import open_images
+    from common.data.rows import LEFT_OUT, hold_out
+
     if request.path is None:
         raise UserError("data.name folder needs --data.path, a folder with one subfolder of pictures per class")
     root = existing_path(request.path)
     if not root.is_dir():
         raise UserError(f"data.path {request.path}: no such folder; expected one subfolder of pictures per class")
-    train_root = root / "train"
-    test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
-    if train_root.is_dir() and test_root is not None:
-        classes, train = _class_folder(train_root, request)
-        test_classes, test = _class_folder(test_root, request)
-        if test_classes != classes:
-            odd = sorted(set(classes) ^ set(test_classes))
-            raise UserError(f"{test_root}: its classes differ from those of {train_root} ({', '.join(odd[:3])})")
-        return _Read(root.name, classes, train, test, 0.0)
-    classes, everything = _class_folder(root, request)
-    fitting, held_out = per_class_sample(everything.labels_N, [5 / 6, 1 / 6], seed=0)
-    return _Read(root.name, classes, everything.part(fitting), everything.part(held_out), 0.0)
-
-
-def _class_folder(root: Path, request: _Request) -> tuple[tuple[str, ...], Pictures]:
-    from common.data.folders import open_images
-
     side = round(request.size * MARGIN) if request.margin else request.size
-    opened = open_images(root.absolute(), side)
-    if not opened.classes:
+    opened = open_images(root.absolute(), side, split=None, caption_column=LEFT_OUT)
+    classes = tuple(opened.classes)
+    if not classes:
         raise UserError(f"{root}: its pictures have no classes; expected one subfolder of pictures per class")
-    labels_N = torch.tensor([opened.source.label(k)[1] for k in range(len(opened))])
-    good_N = torch.nonzero(~opened.corrupt).squeeze(1)
     source: Source = OnDisk(opened)
     if len(opened) * side * side * 3 <= MEMORY_LIMIT:
         source = InMemory(torch.cat([source.take(part) for part in torch.arange(len(opened)).split(256)]))
-    return tuple(opened.classes), Pictures(source, good_N, labels_N[good_N])
+
+    def pictures(rows: Sequence[int]) -> Pictures:
+        good = [row for row in rows if not opened.corrupt[row]]
+        return Pictures(source, torch.tensor(good), torch.tensor([opened.source.label(row)[1] for row in good]))
+
+    if {"test", "validation"} & set(opened.source.splits):
+        parts = [pictures(rows) for rows in hold_out(opened.source)]
+        odd = set(parts[0].labels_N.tolist()) ^ set(parts[1].labels_N.tolist())
+        if odd:
+            names = ", ".join(classes[label] for label in sorted(odd)[:3])
+            raise UserError(f"{root}: its classes differ between training and test ({names})")
+    else:
+        everything = pictures(range(len(opened)))
+        parts = [everything.part(some) for some in per_class_sample(everything.labels_N, [5 / 6, 1 / 6], seed=0)]
+    return _Read(root.name, classes, parts[0], parts[1], 0.0)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.data.lines import read_json_lines, read_lines
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically, write_json
@@ -57,19 +58,16 @@ class PairSource(Protocol):
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; blank lines are not allowed, since line numbers are prompt ids."""
+    """One prompt per line; blank lines between prompts are not allowed, since line numbers are prompt ids."""
     if not path.is_file():
         raise UserError(f"prompt file {path}: no such file; expected one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text ({error}); expected one prompt per line") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise UserError(f"{path} line {number} is empty; expected one prompt per line")
-    if not lines:
+    numbered = list(read_lines(path))
+    for expected, (number, _) in enumerate(numbered, 1):
+        if number != expected:
+            raise UserError(f"{path} line {expected} is empty; expected one prompt per line")
+    if not numbered:
         raise UserError(f"prompt file {path} is empty; expected one prompt per line")
-    return lines
+    return [line for _, line in numbered]
 
 
 def prompt_list(name: str, count: int) -> list[str]:
@@ -93,13 +91,10 @@ def prompt_list(name: str, count: int) -> list[str]:
     if not path.is_file():
         raise UserError(f'prompt file {path}: no such file; expected one JSON object a line with the field "text"')
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
+    for where, row in read_json_lines(path):
+        text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{path} line {number}: "text" is missing or empty; expected {{"text": PROMPT}}')
+            raise UserError(f'{where}: "text" is missing or empty; expected {{"text": PROMPT}}')
         prompts.append(" ".join(text.split()))
     return prompts
 

@@ -496,7 +496,7 @@ def render(scene: Scene, size: int) -> NDArray[np.uint8]:
 
 
 def instance_masks(scene: Scene, size: int) -> NDArray[np.bool_]:
-    """Masks bool [number of objects, size, size]: pixels of which the object covers at least half."""
+    """Library. Masks bool [number of objects, size, size]: pixels of which the object covers at least half."""
     return _draw(scene, size)[1] == np.arange(1, len(scene.objects) + 1, dtype=np.uint8)[:, None, None]
 
 

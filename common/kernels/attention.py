@@ -11,8 +11,8 @@ class of shapes (sizes rounded up to powers of two), in some tens of millisecond
 (`common.choices`). Forms round differently, hence a run goes on with the forms that it began with. Not measured:
 
 - on GPUs, where torch's function is the fastest;
-- small shapes, where the forms are within noise, and float32 without gradients, where the fused kernel is as fast as
-  any: a default, so that such results are equal on all machines;
+- float32, where the fused kernel is as fast as any but for a few tokens;
+- small shapes, where the forms are within noise: a default, so that such results are equal on all machines;
 - compiled code, which takes the default;
 - what `fix_form` or the environment's REPRO_ATTENTION names: a form, or `unmeasured` for the default at every shape.
 
@@ -23,6 +23,7 @@ Shape suffixes: B batch, A heads, N queries, L keys, K width of a head.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -46,14 +47,13 @@ ENVIRONMENT = "REPRO_ATTENTION"
 UNMEASURED = "unmeasured"
 
 MARGIN = 0.15  # a form must win by so much over the default, so that equal machines choose alike
-# Scores a head and sample that may be kept for a backward pass, 512 x 512 and 128 x 128: with more, weights take most
-# of a block's memory, which is what the fused kernel is there to avoid.
-_KEPT_SCORES = {torch.bfloat16: 1 << 18, torch.float32: 1 << 14}
+# Scores a head and sample, 512 x 512, that may be written out for a backward pass, which keeps their weights: more of
+# them would take most of a block's memory, which is what the fused kernel is there to avoid.
+_KEPT_SCORES = 1 << 18
 _SMALL_SCORES = 1 << 18  # scores of all heads and samples up to which nothing is measured
 _PART_SCORES = 1 << 21  # of a part: 4 MiB in bfloat16
-_MEASURED_SCORES = 1 << 20  # more are measured by fewer samples, heads and queries
-_LAGS = (4.0, 2.0, 1.5, 1.5)  # a form has another turn while it is not this many times slower than the fastest,
-_SHORT = 0.002  # or took less than these seconds
+_MEASURED_SCORES, _MEASURED_QUERIES = 1 << 19, 512  # beyond both, fewer samples, heads and queries are measured
+_LAGS = (math.inf, 2.0, 1.5, 1.5)  # a form has another turn unless it was this many times slower than the fastest
 _HALF = (torch.bfloat16, torch.float16)
 
 _choices = Choices()
@@ -166,8 +166,8 @@ def _in_parts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, part_scores: int
 ) -> Tensor:
     batch, heads, queries, _ = q.shape
-    samples = max(1, min(batch, part_scores // (heads * queries * k.shape[2])))
-    rows = queries if samples > 1 else max(1, min(queries, part_scores // (heads * k.shape[2])))
+    samples = max(1, part_scores // max(1, heads * queries * k.shape[2]))
+    rows = queries if samples > 1 else max(1, min(queries, part_scores // max(1, heads * k.shape[2])))
     k, v = k.contiguous(), v.contiguous()  # lest every part's product makes a copy of its own
     attend: Any = _written_out
     if _needs_gradients(q, k, v, mask):
@@ -226,19 +226,14 @@ def _candidates(q: Tensor, k: Tensor, gradients: bool, bare: bool) -> list[Form]
     Args:
         bare: neither dropout nor a mask with gradients, with which the fused kernel keeps all weights too.
     """
-    batch, heads, queries, _ = q.shape
-    one_part = batch * heads * queries * k.shape[2] <= _PART_SCORES
-    if q.dtype is torch.bfloat16 and gradients:
-        fits = not bare or queries * k.shape[2] <= _KEPT_SCORES[q.dtype]
-        forms: list[Form] = ["written_out", "fused_float32", "fused"] if fits else ["fused_float32", "fused"]
-        return forms if one_part else [*forms, "parts"]
-    if q.dtype is torch.bfloat16:
+    if q.dtype is not torch.bfloat16:
+        return ["fused_float32" if q.dtype is torch.float16 else "fused"]  # products of q and k leave float16's range
+    scores = q.shape[2] * k.shape[2]
+    one_part = q.shape[0] * q.shape[1] * scores <= _PART_SCORES
+    if not gradients:
         return ["written_out" if one_part else "parts", "fused_float32", "fused"]
-    if q.dtype is torch.float16:  # products of q and k leave its range
-        return ["fused_float32"]
-    if q.dtype is torch.float32 and gradients and (not bare or queries * k.shape[2] <= _KEPT_SCORES[q.dtype]):
-        return ["fused", "written_out"]
-    return ["fused"]
+    forms: list[Form] = ["fused_float32", "fused"] if one_part else ["fused_float32", "fused", "parts"]
+    return ["written_out", *forms] if scores <= _KEPT_SCORES or not bare else forms
 
 
 def _measure(
@@ -265,10 +260,11 @@ def _timed(
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter  # without the time that other processes take
     # Fewer samples, heads and queries take proportionally less time in all forms; the keys are what matters.
-    keys, spare = k.shape[2], _MEASURED_SCORES // k.shape[2]
-    queries = max(1, min(q.shape[2], spare // threads))
-    heads = max(1, min(q.shape[1], spare // queries))
-    batch = max(1, min(q.shape[0], spare // (queries * heads)))
+    keys = k.shape[2]
+    rows = max(_MEASURED_SCORES // keys, _MEASURED_QUERIES * threads)
+    queries = min(q.shape[2], rows // threads)
+    heads = min(q.shape[1], max(1, rows // queries))
+    batch = min(q.shape[0], max(1, rows // (queries * heads)))
     part_scores = max(1, _PART_SCORES * heads // q.shape[1])  # so that a part has as many queries as in use
 
     def like(x: Tensor, rows: int) -> Tensor:  # laid out as projections of tokens are
@@ -294,7 +290,7 @@ def _timed(
     for lag in _LAGS:
         least = min(seconds.values())
         for form in candidates:
-            if seconds[form] < max(lag * least, _SHORT):
+            if seconds[form] < lag * least:
                 seconds[form] = min(seconds[form], run(form))
     return seconds
 

@@ -167,13 +167,6 @@ class AlignmentScorer:
         return self.score_features(extract(images, self.images), captions, candidates)
 
 
-def alignment_score(
-    images: Tensor | np.ndarray, captions: Sequence[str], scorer: AlignmentScorer | None = None
-) -> Scores:  # fmt: skip
-    """Text-image alignment of uint8 images [N,3,H,W]: see `AlignmentScorer.score`."""
-    return (scorer or AlignmentScorer()).score(images, captions)
-
-
 def contrastive_loss(cosines_TI: Tensor, matches_TI: Tensor, log_scale: Tensor) -> Tensor:
     """Symmetric cross-entropy over captions x images where several images may match one caption (and the reverse).
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.data.folders import read_folder
 from common.errors import UserError, run_main
 from common.images import image_files
 from common.metrics.alignment import AlignmentScorer
@@ -197,30 +198,18 @@ def _retrieval(score: Record) -> str:
 
 
 def folder_captions(folder: Path, files: Sequence[Path]) -> list[str] | None:
-    """Captions of `files` from FOLDER/metadata.jsonl (keys file_name, text); None when there is no such file.
+    """Captions of `files` from the folder's metadata or the .txt beside them; None when it has neither.
 
     Raises UserError naming a bad line or an image without caption.
     """
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
+    found = read_folder(folder)
+    if not found.captions_from:
         return None
-    texts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error.msg}); expected one object per line") from error
-        for key in ("file_name", "text"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise UserError(f'{path} line {number}: "{key}" is missing or not a string')
-        texts[row["file_name"]] = row["text"]
-    names = [file.relative_to(folder).as_posix() for file in files]
-    bare = [name for name in names if name not in texts]
+    texts = {record.path: record.caption for record in found.records}
+    bare = [file.relative_to(folder).as_posix() for file in files if file not in texts]
     if bare:
-        raise UserError(f"{path}: no line for {bare[0]} ({len(bare)} such images); add its file_name and text")
-    return [texts[name] for name in names]
+        raise UserError(f"{found.captions_from}: no line for {bare[0]} ({len(bare)} such images); add its caption")
+    return [texts[file] for file in files]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import ldm as bench
-from benchmarks.arms import Timing, Turns
+from benchmarks.arms import Process, Timing, Turns
 from benchmarks.ldm import Arm
 from common.cpu import tune_allocator
 
@@ -50,7 +50,7 @@ def test_images_that_differ_stop_the_benchmark(monkeypatch, tmp_path):
     for side, level in (("ours", 0.2), ("peer", 0.3)):
         torch.save(torch.full((1, 3, 4, 4), level), tmp_path / f"{side}_1.pt")
     timing = Timing(1.0, 1.0, 1, [], 1.0)
-    monkeypatch.setattr(bench, "take_turns", lambda arms, *_: {name: timing for name in arms})
+    monkeypatch.setattr(bench, "take_turns", lambda _, arms, *rest: {name: timing for name in arms})
     with pytest.raises(RuntimeError, match="images differ"):
         list(bench.sampling_rows("tiny", "cpu", 1, tmp_path, 1, 4))
 
@@ -75,7 +75,7 @@ def test_rows_say_what_was_compared(monkeypatch, tmp_path):
     """Every arm of the plan appears, ratios point the right way and the bars are those of the issue."""
     seen: dict[str, Arm] = {}
 
-    def pretend(arms, steps, warm_up, rounds, folder, threads, sampling_steps):
+    def pretend(module, arms, steps, warm_up, rounds, folder, threads):
         seen.update(arms)
         assert set(arms) == set(steps) == set(warm_up)
         seconds = {name: 1.0 if name.startswith("ours") else 2.0 for name in arms}
@@ -116,7 +116,7 @@ def test_a_turn_is_exactly_the_steps_that_were_asked_for(monkeypatch, capsys):
 
 
 def test_an_arm_that_fails_is_reported_with_its_last_words(tmp_path):
-    process = bench.launch(Arm("no such kind", "tiny", "cpu"), tmp_path, 1, 4)
+    process = Process("benchmarks.ldm", Arm("no such kind", "tiny", "cpu"), tmp_path, 1)
     with pytest.raises(RuntimeError, match="no such kind"):
         process.turn(1)
     process.end()

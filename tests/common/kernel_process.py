@@ -15,10 +15,46 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from common.paths import REPOSITORY
 
 SHARED_MEMORY_HOPPER = 227 * 1024
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of the kernels as they run on the machine's own GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def opcheck(calls: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> dict[str, str]:
+    """Outcome of every check of torch.library, for each named call of an op."""
+    return {
+        f"{name}.{check}": str(outcome)
+        for name, (op, arguments) in calls.items()
+        for check, outcome in torch.library.opcheck(op, arguments, raise_exception=False).items()
+    }
+
+
+def assert_obeys_torch_library(outcomes: Mapping[str, str]) -> None:
+    assert outcomes and set(outcomes.values()) == {"SUCCESS"}, outcomes
+
+
+def compile_difference(function: Callable[[Any], Tensor], given: Any) -> float:
+    """Largest difference to the eager result after compilation into one graph; fails where the graph breaks."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    return (compiled(given) - function(given)).abs().max().item()
+
+
+def compiled_for_hopper(module: str, count: int) -> dict[str, dict[str, Any]]:
+    """What `module` found of its `count` kernels when it compiled them; each fits a block's shared memory."""
+    compiled = findings(module, "compile")
+    assert len(compiled) == count
+    for name, found in compiled.items():
+        assert found["cubin_bytes"] > 0, name
+        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+    return compiled
 
 
 def findings(module: str, mode: str) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from common.kernels import adaln_modulate as kernel
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    answer,
+    assert_obeys_torch_library,
+    compile_difference,
+    compile_for_hopper,
+    compiled_for_hopper,
+    on_gpu,
+    opcheck,
+)
 
 
 class Case(NamedTuple):
@@ -93,17 +101,13 @@ def errors(case: Case, device: str) -> dict[str, Any]:
 
 
 def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+    calls = {}
     for name in ("odd_width", "float32_residual_of_bfloat16_branches"):
         given = {key: value.detach().requires_grad_() for key, value in _inputs(CASES[name], device).items()}
-        calls = {
-            "modulate": (kernel._modulate_op, (given["x"], given["shift"], given["scale"], 1e-6, given["y"].dtype)),
-            "gate": (kernel._gate_op, (given["x"], given["y"], given["gate"])),
-        }
-        for label, (op, arguments) in calls.items():
-            for check, outcome in torch.library.opcheck(op, arguments, raise_exception=False).items():
-                results[f"{name}.{label}.{check}"] = str(outcome)
-    return results
+        modulated = given["x"], given["shift"], given["scale"], 1e-6, given["y"].dtype
+        calls[f"{name}.modulate"] = kernel._modulate_op, modulated
+        calls[f"{name}.gate"] = kernel._gate_op, (given["x"], given["y"], given["gate"])
+    return opcheck(calls)
 
 
 def _compiles_without_graph_break(device: str) -> float:
@@ -113,8 +117,7 @@ def _compiles_without_graph_break(device: str) -> float:
         h = adaln_modulate(x, given["shift"], given["scale"])
         return gated_residual(x, torch.tanh(h), given["gate"])
 
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    return (compiled(given["x"]) - block(given["x"])).abs().max().item()
+    return compile_difference(block, given["x"])
 
 
 def _interpret() -> dict[str, Any]:
@@ -163,11 +166,6 @@ def _aot_type(argument: str) -> str:
     return "fp32" if argument == "eps" else "i32"
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 def _assert_matches(found: dict[str, Any], case: Case) -> None:
     assert found["used_kernels"], "the plain torch path ran instead of the kernels"
     other = case.branch_dtype or case.dtype
@@ -185,8 +183,7 @@ def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dic
 
 
 def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
 def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
@@ -204,11 +201,7 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    compiled = findings(__name__, "compile")
-    assert len(compiled) == 4
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+    compiled_for_hopper(__name__, 4)
 
 
 def test_on_cpu_the_public_functions_are_the_plain_torch_expressions() -> None:
@@ -237,15 +230,13 @@ def test_programs_of_the_backward_pass_cover_every_token_once() -> None:
         assert each <= kernel.MOST_TOKENS
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("shape", [(8, 256, 1152), (1, 4096, 1152), (64, 64, 192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_at_pixarts_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -253,10 +244,9 @@ def test_native_kernels_match_float64_at_pixarts_shapes(shape: tuple[int, int, i
     _assert_matches(errors(case, "cuda"), case)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_native_ops_obey_the_rules_of_torch_library() -> None:
-    assert set(_opcheck("cuda").values()) == {"SUCCESS"}
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

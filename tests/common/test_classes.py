@@ -78,6 +78,10 @@ def test_class_folders_with_and_without_a_test_folder(tmp_path: Path, monkeypatc
     data = open_classes("folder", 16, str(plain), validation=0.2)
     assert data.classes == ("cat", "dog") and len(data.test) == 6 and len(data.train) + len(data.validation) == 30
     assert isinstance(data.train.source, InMemory) and data.train.source.images_NCHW.shape[1:] == (3, 16, 16)
+    used = [set(part.index_N.tolist()) for part in (data.train, data.validation, data.test)]
+    assert len(set.union(*used)) == sum(map(len, used)) == 36, "no picture is in two parts"
+    class_folder(tmp_path / "only" / "train", {"cat": 12, "dog": 24})
+    assert open_classes("folder", 16, str(tmp_path / "only")).classes == ("cat", "dog"), "train is a split, no class"
     split = tmp_path / "split"
     for name, count in (("train", 10), ("val", 4)):
         class_folder(split / name, {"cat": count, "dog": count})

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from cleanfid.resize import make_resizer
-from PIL import Image
+from PIL import Image, ImageOps
 
+from common import images as module
 from common.errors import UserError
 from common.images import (
+    CorruptImage,
     as_uint8,
+    decode,
+    decoded,
     folder_batches,
     image_files,
     make_grid,
     open_rgb,
+    picture_size,
     resize_clean,
     resize_uint8,
     save_grid,
+    to_uint8,
+    to_unit,
 )
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def test_bytes_survive_the_way_to_floats_and_back():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    x = to_unit(images)
+    assert (x.min(), x.max()) == (-1, 1) and torch.equal(to_uint8(x), images)
+    assert to_uint8(torch.tensor([-3.0, 0.5 / 127.5 - 1 + 1e-4, 7.0])).tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (112, 112), (40, 24)])
@@ -124,3 +142,127 @@ def test_grids_that_cannot_be_made_or_saved_are_explained(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the picture"):
         save_grid(noise(1, 8, 8), tmp_path / "file" / "grid.png")
+
+
+def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_alpha_is_laid_on_the_background() -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(out, "PNG")
+    assert decode(out.getvalue(), (255, 255, 255)).getpixel((1, 1)) == (255, 204, 204)
+    assert decode(out.getvalue(), (0, 0, 0)).getpixel((1, 1)) == (51, 0, 0)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    out = io.BytesIO()
+    palette.save(out, "PNG", transparency=0)
+    assert decode(out.getvalue(), (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_grey_16_bit_cmyk_and_float_become_8_bit_rgb() -> None:
+    def through(picture: Image.Image, form: str) -> tuple[int, ...]:
+        out = io.BytesIO()
+        picture.save(out, form)
+        result = decode(out.getvalue())
+        assert result.mode == "RGB"
+        return result.getpixel((2, 2))  # type: ignore[return-value]
+
+    assert through(Image.new("L", (4, 4), 77), "PNG") == (77,) * 3
+    assert through(Image.fromarray(np.full((4, 4), 257 * 77, np.uint16)), "PNG") == (77,) * 3
+    assert through(Image.new("1", (4, 4), 1), "PNG") == (255,) * 3
+    assert through(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "TIFF") == (51,) * 3
+    red, green, blue = through(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_exif_orientation_turns_the_picture() -> None:
+    picture = Image.new("RGB", (8, 4))
+    picture.paste((255, 255, 255), (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn it 90 degrees clockwise
+    out = io.BytesIO()
+    picture.save(out, "PNG", exif=exif)
+    upright = decode(out.getvalue())
+    assert upright.size == (4, 8) and upright.getpixel((1, 1)) == (255,) * 3 and upright.getpixel((1, 6)) == (0,) * 3
+
+
+def turned(orientation: int, form: str = "PNG") -> tuple[bytes, Image.Image]:
+    """A file with this EXIF orientation, and the picture as Pillow turns it."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    picture.save(out, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    upright = ImageOps.exif_transpose(Image.open(out))
+    assert upright is not None
+    return out.getvalue(), upright.convert("RGB")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(form: str, orientation: int) -> None:
+    data, upright = turned(orientation, form)
+    assert decode(data).size == upright.size and decode(data).tobytes() == upright.tobytes()
+    assert picture_size(data) == (upright.height, upright.width)
+
+
+@pytest.mark.parametrize("value", [0, 9, 77])
+def test_an_orientation_that_means_nothing_turns_nothing(value: int) -> None:
+    data, _ = turned(value)
+    assert decode(data).tobytes() == decode(turned(1)[0]).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_bad_exif_is_no_fault_of_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (9, 6), "red").save(out, "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff broken")
+    for data in (out.getvalue(), png(7)):
+        assert decode(data).width == picture_size(data)[1]
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+    assert decode(out.getvalue()).size == (9, 6) and picture_size(out.getvalue()) == (6, 9)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16", "1", "CMYK"])
+def test_large_pictures_are_converted_in_strips_to_the_same_bytes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        picture = Image.fromarray(rng.integers(0, 65536, (700, 30), np.uint16))
+    else:
+        picture = Image.fromarray(rng.integers(0, 256, (700, 30, 4), np.uint8), "RGBA").convert(mode)
+    out = io.BytesIO()
+    picture.save(out, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    small = decode(out.getvalue(), (9, 99, 199)).tobytes()
+    monkeypatch.setattr(module, "LARGE_PIXELS", 100)
+    assert decode(out.getvalue(), (9, 99, 199)).tobytes() == small
+
+
+def test_one_large_picture_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_PIXELS", 10)
+    threads, most = 0, 0
+
+    def look(_: int) -> None:
+        nonlocal threads, most
+        with decoded(png(1)):
+            threads += 1
+            most = max(most, threads)
+            time.sleep(0.01)
+            threads -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
+    assert most == 1
+
+
+def test_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PIXELS", 63)
+    with pytest.raises(CorruptImage, match="8 x 8 pixels, the limit is 63"):
+        decode(png(1))
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", png(1, (64, 64))[:-30], b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_broken_bytes_are_corrupt_images(data: bytes) -> None:
+    with pytest.raises(CorruptImage):
+        decode(data)

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from common.kernels import group_norm_silu as kernel
 from common.kernels.group_norm_silu import group_norm_silu
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    answer,
+    assert_obeys_torch_library,
+    compile_difference,
+    compile_for_hopper,
+    compiled_for_hopper,
+    on_gpu,
+    opcheck,
+)
 
 
 class Case(NamedTuple):
@@ -87,13 +95,12 @@ def errors(case: Case, device: str) -> dict[str, Any]:
 
 
 def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+    calls = {}
     for name in ("one_tile_channels_last", "bfloat16"):
         x, weight, bias, _ = _inputs(CASES[name], device)
         args = (x.requires_grad_(), CASES[name].groups, weight.requires_grad_(), bias.requires_grad_(), 1e-5)
-        for check, outcome in torch.library.opcheck(kernel._op, args, raise_exception=False).items():
-            results[f"{name}.{check}"] = str(outcome)
-    return results
+        calls[name] = kernel._op, args
+    return opcheck(calls)
 
 
 def _compiles_without_graph_break(device: str) -> float:
@@ -103,8 +110,7 @@ def _compiles_without_graph_break(device: str) -> float:
     def double(x: Tensor) -> Tensor:
         return 2 * group_norm_silu(x, case.groups, weight, bias)
 
-    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
-    return (compiled(x) - double(x)).abs().max().item()
+    return compile_difference(double, x)
 
 
 def _interpret() -> dict[str, Any]:
@@ -172,11 +178,6 @@ def _aot_type(argument: str) -> str:
     return "fp32" if argument == "eps" else "i32"
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dict[str, Any], name: str) -> None:
     _assert_matches(interpreted["cases"][name], CASES[name])
@@ -193,8 +194,7 @@ def _assert_matches(found: dict[str, Any], case: Case) -> None:
 
 
 def test_the_op_obeys_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
 def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
@@ -206,11 +206,7 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    compiled = findings(__name__, "compile")
-    assert len(compiled) == 6
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+    for name, found in compiled_for_hopper(__name__, 6).items():
         assert found["wide_loads"] or found["channels_last"], f"{name} does not read 16 bytes a thread from NCHW"
 
 
@@ -258,15 +254,13 @@ def test_geometry_covers_every_element_once() -> None:
             assert geo.block_c * geo.block_hw <= (kernel.WHOLE_GROUP_LIMIT if geo.whole else kernel.TILE)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("shape", [(2, 320, 64, 64), (2, 1280, 8, 8), (1, 128, 512, 512), (2, 1920, 16, 16)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_native_kernels_match_float64_at_stable_diffusions_shapes(shape: tuple[int, ...], channels_last: bool) -> None:
@@ -274,10 +268,9 @@ def test_native_kernels_match_float64_at_stable_diffusions_shapes(shape: tuple[i
     _assert_matches(errors(case, "cuda"), case)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_native_op_obeys_the_rules_of_torch_library() -> None:
-    assert set(_opcheck("cuda").values()) == {"SUCCESS"}
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from common.metrics.measures import (
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.images import resize_clean, resize_uint8
-from common.metrics.distribution import kid
-from common.metrics.evaluate import compare_features, evaluate_generator, flatten, format_report, main
-from common.metrics.features import Lite0Extractor, extract
+from common.images import image_files, resize_clean, resize_uint8
+from common.metrics.distribution import fid, kid
+from common.metrics.evaluate import (
+    compare_features,
+    evaluate_generator,
+    flatten,
+    folder_captions,
+    format_report,
+    main,
+)
+from common.metrics.features import Lite0Extractor, extract, folder_features, load_extractor
 
 SIDE = 48
 COUNT = 80
@@ -143,6 +152,34 @@ def test_the_program_compares_two_folders_and_writes_json(tmp_path, capsys):
     result = json.loads(output.read_text())
     assert (result["n_real"], result["n_fake"]) == (21, 10)
     assert "alignment" not in result
+
+
+def test_turned_16_bit_and_transparent_copies_are_the_same_pictures(tmp_path: Path) -> None:
+    """One decoder: the distance to copies that differ in how the pixels are stored is that of equal features."""
+    judge = load_extractor("lite0@32")
+    folders = {name: tmp_path / name for name in ("grey", "turned", "deep", "clear")}
+    for folder in folders.values():
+        folder.mkdir()
+    for index, image in enumerate(drawings(20, 0)):
+        grey = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
+        grey.save(folders["grey"] / f"{index}.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise
+        grey.transpose(Image.Transpose.ROTATE_90).save(folders["turned"] / f"{index}.png", exif=exif)
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folders["deep"] / f"{index}.png")
+        alpha = Image.new("L", grey.size, 255)
+        Image.merge("LA", (grey, alpha)).save(folders["clear"] / f"{index}.png")
+    features = {name: folder_features(image_files(folder), judge) for name, folder in folders.items()}
+    for name in ("turned", "deep", "clear"):
+        assert torch.equal(features[name], features["grey"])
+        assert fid(features[name], features["grey"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_captions_beside_generated_pictures_keep_separators(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "fake", drawings(2, 0), ["a\u2028b", "c"])
+    lines = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text("\ufeff" + lines.replace("\\u2028", "\u2028"), encoding="utf-8")
+    assert folder_captions(folder, image_files(folder)) == ["a\u2028b", "c"]
 
 
 def test_the_program_explains_bad_folders_and_captions(tmp_path):

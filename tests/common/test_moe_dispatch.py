@@ -13,7 +13,15 @@ from torch import Tensor
 
 from common.kernels import moe_dispatch as kernel
 from common.kernels.moe_dispatch import combine_rows, grouped_linear, permute_rows
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    answer,
+    assert_obeys_torch_library,
+    compile_difference,
+    compile_for_hopper,
+    compiled_for_hopper,
+    on_gpu,
+    opcheck,
+)
 
 
 class Case(NamedTuple):
@@ -124,20 +132,15 @@ def errors(case: Case, device: str) -> dict[str, Any]:
 
 
 def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name in ("dropped_routes", "bfloat16"):
         given = _given(CASES[name], device)
         x, weight_TK, weight_GFD = (t.clone().requires_grad_() for t in (given.x, given.weight_TK, given.weight_GFD))
         rows = permute_rows(given.x, given.route_N, given.row_TK).clone().requires_grad_()
-        calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "permute": (kernel._permute_op, (x, given.route_N, given.row_TK)),
-            "combine": (kernel._combine_op, (rows, weight_TK, given.route_N, given.row_TK)),
-            "linear": (kernel._linear_op, (rows, weight_GFD, given.bias_GF, given.starts_G1)),
-        }
-        for label, (op, arguments) in calls.items():
-            for check, outcome in torch.library.opcheck(op, arguments, raise_exception=False).items():
-                results[f"{name}.{label}.{check}"] = str(outcome)
-    return results
+        calls[f"{name}.permute"] = kernel._permute_op, (x, given.route_N, given.row_TK)
+        calls[f"{name}.combine"] = kernel._combine_op, (rows, weight_TK, given.route_N, given.row_TK)
+        calls[f"{name}.linear"] = kernel._linear_op, (rows, weight_GFD, given.bias_GF, given.starts_G1)
+    return opcheck(calls)
 
 
 def _compiles_without_graph_break(device: str) -> float:
@@ -148,8 +151,7 @@ def _compiles_without_graph_break(device: str) -> float:
         out = grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1)
         return combine_rows(torch.tanh(out), given.weight_TK, given.route_N, given.row_TK)
 
-    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
-    return (compiled(given.x) - chain(given.x)).abs().max().item()
+    return compile_difference(chain, given.x)
 
 
 def _interpret() -> dict[str, Any]:
@@ -211,11 +213,6 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
     return compiled
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted["cases"][name]
@@ -231,8 +228,7 @@ def _assert_matches(found: dict[str, Any], case: Case) -> None:
 
 
 def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
 def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
@@ -240,11 +236,7 @@ def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    compiled = findings(__name__, "compile")
-    assert len(compiled) == 10
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+    compiled = compiled_for_hopper(__name__, 10)
     for name in ("_grouped_linear_kernel.bf16", "_weight_gradient_kernel.bf16"):
         assert compiled[name]["tensor_cores"], f"{name} does not use Hopper's tensor cores"
 
@@ -269,15 +261,13 @@ def test_cpu_autocast_multiplies_in_the_autocast_dtype() -> None:
         assert grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1).dtype == torch.bfloat16
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_with_whole_tiles(dtype: torch.dtype) -> None:
     case = Case(300, 2, (150, 0, 257, 193), 256, 384, dtype, tile=(64, 64, 32))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.data import pairs as module
-from common.data.pairs import PairDataset, StateTable, default_folder, generate_pairs, noise, read_prompts
+from common.data.pairs import PairDataset, StateTable, default_folder, generate_pairs, noise, prompt_list, read_prompts
 from common.errors import UserError
 from common.solvers import DiffusionSource, stock_pipeline
 from tests.common.tiny_teacher import tiny_teacher
@@ -186,6 +186,11 @@ def test_prompt_files_are_checked_line_by_line(tmp_path: Path) -> None:
     path.write_text("a star\n\na ring\n")
     with pytest.raises(UserError, match="line 2 is empty"):
         read_prompts(path)
+    path.write_bytes("\ufeffa star\u2028and\x85more\r\na ring\r\n\r\n".encode())
+    assert read_prompts(path) == prompt_list(str(path), 1) == ["a star\u2028and\x85more", "a ring"]
+    lines = path.with_suffix(".jsonl")
+    lines.write_text('\ufeff{"text": "a star\u2028and more"}\n\n{"text": "a ring"}\n', encoding="utf-8")
+    assert prompt_list(str(lines), 2) == ["a star and more", "a ring"]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         read_prompts(path)

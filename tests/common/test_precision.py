@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,23 @@ from torch import Tensor, nn
 from common.choices import Choices
 from common.data.sampling import StepDataModule, TensorTable
 from common.options import TrainerOptions
-from common.precision import bf16_possible, choose_precision
+from common.precision import affordable_steps, bf16_possible, choose_precision
 from common.training import train
 
 AUTO = TrainerOptions(precision="auto", accelerator="cpu", progress=False, log_every=1)
+
+
+class Clock:
+    """Time passes where a step says so, however busy the machine is."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        self.seconds += 0.01
+        return self.seconds
+
+
+CLOCK = Clock()
 
 
 class Slow(pl.LightningModule):
@@ -35,7 +47,7 @@ class Slow(pl.LightningModule):
         out = self.layer(batch["x"])
         self.seen.add(out.dtype)
         if out.dtype == (torch.bfloat16 if self.slow_in == "bf16" else torch.float32):
-            time.sleep(0.05)
+            CLOCK.seconds += 1.0
         return out.float().square().mean()
 
 
@@ -46,6 +58,7 @@ def data() -> StepDataModule:
 @pytest.fixture
 def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.precision.bf16_possible", lambda *_: True)
+    monkeypatch.setattr("common.precision.time", CLOCK)
 
 
 @pytest.mark.parametrize(("slow_in", "chosen"), [("bf16", "32-true"), ("float32", "bf16-mixed")])
@@ -86,3 +99,17 @@ def test_a_precision_that_was_asked_for_is_taken(tmp_path: Path) -> None:
 def test_bf16_is_possible_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not bf16_possible("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "minutes", "expected"), [(0.6, 1, 100), (1.0, 1, 50), (1.0, 0, 100), (60.0, 1, 12)]
+)
+def test_a_slower_machine_does_as_many_eighths_of_the_steps_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, minutes: float, expected: int
+) -> None:
+    """100 steps of 0.6 s take a minute; of 1 s, 4/8 of them take 50 s; an eighth is done in any case."""
+    monkeypatch.setattr("common.precision.bf16_possible", lambda *_: False)
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: {"32-true": seconds})
+    assert affordable_steps(tmp_path, AUTO, Slow("bf16"), data(), 100, minutes) == expected
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: pytest.fail("measured again"))
+    assert affordable_steps(tmp_path, AUTO, Slow("bf16"), data(), 100, minutes) == expected

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from common.kernels import vocab_head as kernel
 from common.kernels.vocab_head import hashed_uniform, vocab_head
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    answer,
+    assert_obeys_torch_library,
+    compile_difference,
+    compile_for_hopper,
+    compiled_for_hopper,
+    on_gpu,
+    opcheck,
+)
 
 
 class Case(NamedTuple):
@@ -105,15 +113,14 @@ def errors(case: Case, device: str) -> dict[str, Any]:
 
 
 def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+    calls = {}
     for name in ("seeds", "uniform", "bfloat16"):
         inputs = _inputs(CASES[name], device)
         leaves = (inputs[key].requires_grad_() for key in ("hidden_ME", "table_VE", "bias_V"))
         noise = inputs.get("seeds_M"), inputs.get("uniform_MV")
         args = (*leaves, inputs["targets_M"], *noise, 1.0, False, torch.float32)
-        for check, outcome in torch.library.opcheck(kernel._op, args, raise_exception=False).items():
-            results[f"{name}.{check}"] = str(outcome)
-    return results
+        calls[name] = kernel._op, args
+    return opcheck(calls)
 
 
 def _compiles_without_graph_break(device: str) -> float:
@@ -122,8 +129,7 @@ def _compiles_without_graph_break(device: str) -> float:
     def mean(inputs: dict[str, Any]) -> Tensor:
         return vocab_head(**inputs).loss_M.mean()
 
-    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
-    return (compiled(inputs) - mean(inputs)).abs().item()
+    return compile_difference(mean, inputs)
 
 
 def _interpret() -> dict[str, Any]:
@@ -168,11 +174,6 @@ def _aot_type(pointer: str, argument: str) -> str:
     return "fp32" if argument == "inverse_temperature" else "i32"
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 def _assert_matches(found: dict[str, Any], case: Case, kernels: bool) -> None:
     assert found["used_kernels"] is kernels
     for tensor, error in found["errors"].items():
@@ -193,8 +194,7 @@ def test_plain_torch_matches_float64_forward_and_backward(name: str) -> None:
 
 
 def test_the_op_obeys_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
 def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
@@ -202,11 +202,7 @@ def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
 
 
 def test_both_kernels_compile_for_hopper_within_a_blocks_shared_memory() -> None:
-    compiled = findings(__name__, "compile")
-    assert len(compiled) == 8
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+    for name, found in compiled_for_hopper(__name__, 8).items():
         assert found["tensor_cores"] is found["half_precision"], f"{name}: tensor cores are for half precision"
 
 
@@ -283,15 +279,13 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
         vocab_head(**(inputs | change))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name], kernels=True)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("width", [128, 768])
 def test_native_kernels_match_float64_at_the_published_sizes(width: int) -> None:
     case = Case(600, 30522, width, dtype=torch.bfloat16, programs=528, chunk=1 << 22)
@@ -299,10 +293,9 @@ def test_native_kernels_match_float64_at_the_published_sizes(width: int) -> None
     assert found["argmax_same"] and max(found["errors"].values()) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 def test_native_op_obeys_the_rules_of_torch_library() -> None:
-    assert set(_opcheck("cuda").values()) == {"SUCCESS"}
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,32 @@ TOLERANCE = 1e-5  # relative to the magnitude of the tensor, at least 1
 OFFICIAL_DEFAULTS = {"mask_prob": 0.15, "generator_hidden_size": 0.25, "electra_objective": True}
 
 
-def close(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert_close(actual.detach().float().reshape(expected.shape), expected, what, TOLERANCE)
+# Sums taken in another order move the gradients of a whole step by up to 0.8e-5; the records are as far from those in
+# float64 (0.6e-5 in tf_step_small, 0.3e-5 in tf_step_disallow_temp) as ours are on one CPU or another.
+GRADIENT = 2 * TOLERANCE
+
+
+def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    assert_close(actual.detach().float().reshape(expected.shape), expected, what, tolerance)
 
 
 # Full pre-training steps (tf_step_*)
+
+
+def sizes_of(hparams: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's options as ours are called, without dropout."""
+    sizes = hparams["model_hparam_overrides"]
+    return {
+        "vocab_size": hparams["vocab_size"],
+        "embedding_size": hparams.get("embedding_size") or sizes["hidden_size"],
+        "hidden_size": sizes["hidden_size"],
+        "layers": sizes["num_hidden_layers"],
+        "heads": sizes["num_attention_heads"],
+        "intermediate_size": sizes["intermediate_size"],
+        "max_position": sizes["max_position_embeddings"],
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
 
 
 def step_model(case: Case) -> ElectraPretrainer:
@@ -43,15 +64,7 @@ def step_model(case: Case) -> ElectraPretrainer:
         tying, hparams["generator_hidden_size"] = "all", 1.0
     generator_hidden = round(sizes["hidden_size"] * hparams["generator_hidden_size"])
     config = ElectraConfig(
-        vocab_size=hparams["vocab_size"],
-        embedding_size=hparams.get("embedding_size") or sizes["hidden_size"],
-        hidden_size=sizes["hidden_size"],
-        layers=sizes["num_hidden_layers"],
-        heads=sizes["num_attention_heads"],
-        intermediate_size=sizes["intermediate_size"],
-        max_position=sizes["max_position_embeddings"],
-        dropout=0.0,
-        attention_dropout=0.0,
+        **sizes_of(hparams),
         generator_factor=hparams["generator_hidden_size"],
         generator_heads=max(1, generator_hidden // 64),
         generator_intermediate_size=4 * generator_hidden,
@@ -124,7 +137,7 @@ def check_step(case: Case) -> None:
     recorded_gradients = case.group("out/grad")
     assert set(recorded_gradients) <= set(gradients)
     for name, gradient in recorded_gradients.items():
-        close(gradients[name], gradient, f"gradient of {name}")
+        close(gradients[name], gradient, f"gradient of {name}", GRADIENT)
     for name in set(gradients) - set(recorded_gradients):
         assert not gradients[name].any(), f"{name} has a gradient, officially it has none"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from electra.examples import ExampleBuilder, ExampleStore, build_store, iterate_rows, row_of
+from electra.examples import ExampleBuilder, ExampleStore, build_store, row_of
 from electra.wordpiece import Tokenizer, train_wordpiece
 
 DOCUMENTS = [
@@ -64,7 +64,10 @@ def test_too_short_a_maximum_is_refused() -> None:
 
 def test_a_store_holds_the_rows_of_the_stream(tmp_path: Path, tokenizer: Tokenizer) -> None:
     store = build_store(tmp_path / "rows", DOCUMENTS, "docs", tokenizer, 32, seed=5)
-    stream = list(iterate_rows(DOCUMENTS, tokenizer, 32, seed=5))
+    builder = ExampleBuilder(32, random.Random(5), keep_overflow=True)
+    pieces = [[ids for ids in tokenizer.ids_of_many(document) if ids] for document in DOCUMENTS]
+    examples = [example for document in pieces for example in builder.document(document)]
+    stream = [row_of(example, tokenizer.cls_id, tokenizer.sep_id) for example in examples]
     assert len(store) == len(stream)
     for i, (ids, first_length) in enumerate(stream):
         stored, stored_first = store[i]

@@ -221,6 +221,12 @@ def test_the_program_scores_a_saved_encoder_beside_scratch_and_labels_lines(
     (tmp_path / "lines.txt").write_text("w1 good w2\nbad w3\n")
     evaluate_main([*options, "--layer_decay", "1.0", "--predict", str(tmp_path / "lines.txt")])
     assert capsys.readouterr().out == "good\tw1 good w2\nbad\tbad w3\n"
+    odd = ["w1\u2028good w2", "", "bad w3\f", "good\x85"]
+    (tmp_path / "lines.txt").write_bytes(("\ufeff" + "\r\n".join(odd)).encode())
+    evaluate_main([*options, "--layer_decay", "1.0", "--predict", str(tmp_path / "lines.txt")])
+    answers = [line.split("\t") for line in capsys.readouterr().out.removesuffix("\n").split("\n")]
+    assert [line for _, line in answers] == odd
+    assert [label for label, _ in answers] == ["good", "", "bad", "good"]
 
 
 def test_the_table_shows_the_median_and_the_spread() -> None:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.costs import parameter_count
 from common.errors import UserError
 from electra import model as model_file
 from electra.config import ElectraConfig
 from electra.masking import SpecialIds
-from electra.model import Batch, Encoder, RelativeBias, attend, parameter_count
+from electra.model import Batch, Encoder, RelativeBias, attend
 from electra.objectives import ElectraPretrainer
 
 TINY = ElectraConfig(
@@ -213,12 +214,6 @@ def test_a_row_longer_than_the_position_table_is_refused() -> None:
 def test_empty_rows_are_refused() -> None:
     with pytest.raises(UserError, match="at least one token"):
         Batch.from_rows([torch.tensor([1, 2]), torch.tensor([], dtype=torch.long)])
-
-
-def test_unknown_options_of_a_configuration_are_named() -> None:
-    with pytest.raises(UserError, match="depth is not an option"):
-        ElectraConfig.from_dict({"depth": 3})
-    assert ElectraConfig.from_dict({"layers": 3}).layers == 3
 
 
 def test_bfloat16_autocast_stays_close_to_float32() -> None:

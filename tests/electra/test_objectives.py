@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from common.kernels.vocab_head import VocabHead
 from electra.masking import Draws, Masked, SpecialIds, choose, corrupt, gumbel_sample, slots_per_row
 from electra.model import Batch, Encoder
-from electra.objectives import OBJECTIVES, ElectraPretrainer, auc, metrics, plain_vocab_head, rtd_counters
+from electra.objectives import OBJECTIVES, ElectraPretrainer, auc, metrics, rtd_counters
 from tests.electra.test_model import TINY
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
@@ -160,6 +161,24 @@ def test_every_parameter_of_an_objective_learns(objective: Any) -> None:
     model(texts([20, 20, 7]), generator=rng()).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def plain_vocab_head(
+    hidden_ME: Tensor,
+    table_VE: Tensor,
+    bias_V: Tensor,
+    targets_M: Tensor,
+    seeds_M: Tensor | None = None,
+    uniform_MV: Tensor | None = None,
+    temperature: float = 1.0,
+    disallow_target: bool = False,
+) -> VocabHead:
+    """The fused head in three lines of torch, with all logits in memory."""
+    logits_MV = F.linear(hidden_ME, table_VE, bias_V).float()
+    samples_M = None
+    if uniform_MV is not None:
+        samples_M = gumbel_sample(logits_MV.detach(), uniform_MV, temperature, targets_M if disallow_target else None)
+    return VocabHead(F.cross_entropy(logits_MV, targets_M, reduction="none"), samples_M, logits_MV.argmax(1))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -63,7 +63,6 @@ def tiny_study(folder: Path, sizes: Sizes = TINY) -> Study:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    torch.set_num_threads(1)
     return tiny_study(tmp_path_factory.mktemp("electra-tiny"))
 
 

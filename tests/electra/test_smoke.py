@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from common.cli import parse_config
+from common.costs import parameter_count
 from common.errors import UserError
 from common.paths import REPOSITORY
 from electra.config import ElectraRun
 from electra.masking import SpecialIds
-from electra.model import parameter_count
 from electra.objectives import ElectraPretrainer
 from electra.train import CONFIGS, main
 

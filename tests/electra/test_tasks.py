@@ -11,6 +11,7 @@ import pytest
 from common.errors import UserError
 from electra.build_rated_sentences import KEPT
 from electra.corpora import load_corpus
+from electra.evaluate import split_tasks
 from electra.tasks import POS_TAGS, Task, corrupt_sentence, load_task, rated_sentences, universal_tag
 from tests.electra.test_corpora import BROWN_LINE
 
@@ -193,6 +194,13 @@ def test_your_own_tags_and_given_splits_are_kept(tmp_path: Path) -> None:
         ("text\tlabel\nonly text\n", 'line 2: "label" is missing'),
         ("body\tlabel\nx\ty\n", 'line 2: "text" is missing'),
         ("text\tlabel\n", "no rows"),
+        ("body\tlabel\nx\ty\n", "the columns are body, label"),
+        ("text\tlabel\na\t\n", 'line 2: "label" is missing'),
+        ("text\tlabel\na\tx\nb\ty\tz\n", "line 3: 3 cells, but the first line names 2 columns"),
+        ("text\tlabel\na\t1.0\nb\t1.00\nc\t1.000\n", "two classes"),
+        ("text\tlabel\na\t1.0\nb\t1.00\n", "two classes"),
+        ("text\tlabel\na\t0.5\nb\t1.5\nc\tnan\n", "line 4: the label nan is not a finite number"),
+        ("text\tlabel\na\t0\nb\t1\nc\tinf\n", "line 4: the label inf is not a finite number"),
         ("text\tlabel\na\tx\nb\tx\n", "two classes"),
     ],
 )
@@ -201,6 +209,55 @@ def test_a_malformed_table_is_refused_by_line(tmp_path: Path, content: str, mess
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_task(f"file:{path}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "label": [0]}, r'line 2: "label" must be a word or a finite number, got \[0\]'),
+        ({"text": "a", "label": {}}, 'line 2: "label" must be a word'),
+        ({"text": 3, "label": "x"}, 'line 2: "text" must be a string, got 3'),
+        ({"text": " ", "label": "x"}, 'line 2: "text" is missing'),
+    ],
+)
+def test_cells_of_another_kind_are_refused_by_line(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": "x"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        load_task(f"file:{path}")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("question", "sentence"),
+        ("question1", "question2"),
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+    ],
+)
+def test_pairs_are_known_by_the_names_of_glue(tmp_path: Path, pair: tuple[str, str]) -> None:
+    path = tmp_path / "mine.tsv"
+    rows = "".join(f"{i}\tsecond {i}\tfirst {i}\t {'ab'[i % 2]}\n" for i in range(100))
+    path.write_bytes(f"\ufeffindex\t{pair[1]}\t{pair[0]}\tlabel\r\n{rows}".encode())
+    task = load_task(f"file:{path}")
+    assert task.classes == ("a", "b") and len({*task.train, *task.dev, *task.test}) == 100
+    assert all(item.second == item.text.replace("first", "second") for item in task.train)
+    with pytest.raises(UserError, match='"answer" is missing; the columns are index'):
+        load_task(f"file:{path}:{pair[0]}:answer")
+
+
+def test_columns_of_any_name_are_named_after_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "a, b: c.csv"
+    path.write_text("body,kind\n" + "".join(f'"row, {i}",{"ab"[i % 2]}\n' for i in range(100)))
+    (tmp_path / "mine.csv").write_text(path.read_text())
+    task = load_task(f"file:{tmp_path}/mine.csv:body::kind")
+    assert task.classes == ("a", "b") and task.train[0].text.startswith("row, ")
+    with pytest.raises(UserError, match="the columns are body, kind"):
+        load_task(f"file:{path}")
+    assert split_tasks(f"pos,file:{path}:body, datasets:x:y,coherence:sotu,era") == [
+        *("pos", f"file:{path}:body", " datasets:x:y", "coherence:sotu", "era")
+    ]
 
 
 @pytest.mark.parametrize("spec", ["nothing", "sentiment:poems", "file:absent.tsv", "era:brown"])

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.training import load_checkpoint, read_logs
@@ -23,45 +18,16 @@ from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer
 from electra.run import check_options
 from electra.trainer import global_weights
+from tests.drills import kill, same_weights, succeed
 from tests.electra.tiny_run import arguments, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 3e-5}
 
-KILLED_AT = """
-import os, signal, sys
-import pytorch_lightning as pl
-import common.training
-from common.training import build_trainer
-from electra.train import main
-
-step = int(sys.argv.pop(1))
-
-class Kill(pl.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def with_kill(folder, *rest, **options):
-    options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, *rest, **options)
-
-common.training.build_trainer = with_kill
-main()
-"""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 @pytest.fixture(scope="module")
 def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never interrupted, one process."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run")
 
 
@@ -69,33 +35,21 @@ def losses(folder: Path, arm: str = "electra") -> dict[int, float]:
     return read_logs(folder / arm)["train/loss"]
 
 
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def python(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=600)
-
-
 def test_killed_run_continues_with_the_same_losses_and_weights_dropout_included(cache: None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model__dropout": 0.1, "model__attention_dropout": 0.1, "data__workers": 0}
     whole = train(tmp_path / "whole", **options)
     folder = tmp_path / "run"
-    killed = python("-c", KILLED_AT, "5", *arguments(folder, **options))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill("electra.train", "electra", 5, arguments(folder, **options))
     assert load_checkpoint(folder / "electra" / "checkpoints" / "last.ckpt")["global_step"] == 4
     train(folder, **options)
     assert losses(folder) == losses(whole) and len(losses(folder)) == 6
     for part in ("discriminator", "generator"):
-        assert same_weights(folder / "electra" / part, whole / "electra" / part)
+        assert same_weights(*(run / "electra" / part / "model.safetensors" for run in (folder, whole)))
 
 
 def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -> None:
     two: dict[str, Any] = {"trainer__devices": 2, "trainer__strategy": "ddp"}
-    done = python("-m", "electra.train", *arguments(tmp_path / "run", **two))
-    assert done.returncode == 0, done.stderr
+    succeed("-m", "electra.train", *arguments(tmp_path / "run", **two))
     ours, whole = (read_logs(folder / "electra") for folder in (tmp_path / "run", reference))
     for key in ("train/loss", "train/mlm_loss", "train/main_loss", "train/rtd_accuracy"):
         assert ours[key] == pytest.approx(whole[key], **CLOSE), key
@@ -159,7 +113,7 @@ def test_training_goes_on_from_saved_encoders(reference: Path, tmp_path: Path) -
     start = reference / "electra"
     folder = train(tmp_path / "run", init_from=start, trainer__max_steps=1)  # the only step has rate 0
     for part in ("discriminator", "generator"):
-        assert same_weights(folder / "electra" / part, start / part)
+        assert same_weights(*(place / part / "model.safetensors" for place in (folder / "electra", start)))
     with pytest.raises(UserError, match=r"--init_from .*does not fit --model"):
         train(tmp_path / "other", init_from=start, model__layers=2)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.drills import words
+
 CONFIG = """
 arms: [electra]
 data: {{corpus: {corpus}, vocabulary_size: 120, length: 24}}
@@ -40,8 +42,7 @@ def arguments(folder: Path, **options: Any) -> list[str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.parent / "tiny.yaml"
     file.write_text(CONFIG.format(corpus=corpus(folder.parent)))
-    words = ["--config", str(file), "--run_dir", str(folder)]
-    return words + [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
+    return ["--config", str(file), "--run_dir", str(folder), *words(**options)]
 
 
 def train(folder: Path, **options: Any) -> Path:

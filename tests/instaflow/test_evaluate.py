@@ -23,7 +23,6 @@ from tests.instaflow.tiny_run import PROMPTS, train, write_teacher
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -95,6 +94,16 @@ def test_pipeline_is_compared_with_images_and_coco_captions(run: Path, images: P
 def test_first_caption_of_each_image_is_taken(images: Path) -> None:
     files = sorted(images.iterdir())
     assert evaluate.read_captions(coco(images), files, images)[:3] == PROMPTS[:3]
+
+
+def test_captions_keep_separators_and_lose_the_byte_order_mark(images: Path, tmp_path: Path) -> None:
+    files = sorted(images.iterdir())
+    captions = [f"picture\u2028number {i}" for i in range(24)]
+    (tmp_path / "c.txt").write_text("\ufeff" + "\r\n".join(captions) + "\r\n\r\n", encoding="utf-8", newline="")
+    rows = [json.dumps({"file_name": f.name, "text": c}, ensure_ascii=False) for f, c in zip(files, captions)]
+    (tmp_path / "c.jsonl").write_text("\ufeff" + "\n\n".join(rows) + "\n", encoding="utf-8")
+    for name in ("c.txt", "c.jsonl"):
+        assert evaluate.read_captions(tmp_path / name, files, images) == captions
 
 
 def test_captions_that_do_not_fit_are_refused_by_name(images: Path, tmp_path: Path) -> None:

@@ -89,7 +89,6 @@ def chain() -> list[Velocity]:
 
 @pytest.fixture(scope="module")
 def noise() -> Tensor:
-    torch.set_num_threads(1)
     return eight_gaussians(COUNT, torch.Generator().manual_seed(11))
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +14,8 @@ from common.errors import UserError
 from common.training import load_checkpoint
 from instaflow.run import WEIGHTS
 from instaflow.trainer import StudentTrainer
+from tests.drills import kill, same_weights, succeed
 from tests.instaflow.tiny_run import PROMPTS, STAGES, arguments, losses, train, write_teacher
-
-KILLED_AT = """
-import os, signal, sys
-import instaflow.trainer
-from instaflow.trainer import StudentTrainer
-from instaflow.train import main
-
-stage, step = sys.argv.pop(1), int(sys.argv.pop(1))
-optimise = instaflow.trainer.optimise
-step_of = StudentTrainer.training_step
-
-def watched(flow, loss, data, states, stage_config, optimiser, seed, folder, *rest, **options):
-    def killing(self, batch, batch_idx):
-        if folder.name == stage and self.trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step_of(self, batch, batch_idx)
-    StudentTrainer.training_step = killing
-    return optimise(flow, loss, data, states, stage_config, optimiser, seed, folder, *rest, **options)
-
-instaflow.trainer.optimise = watched
-main()
-"""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +26,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cache: None, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages, never interrupted."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run", teacher)
-
-
-def same_weights(a: Path, b: Path, stages: tuple[str, ...] = STAGES) -> bool:
-    for stage in stages:
-        first, second = load_file(a / stage / WEIGHTS), load_file(b / stage / WEIGHTS)
-        if first.keys() != second.keys() or not all(torch.equal(first[k], second[k]) for k in first):
-            return False
-    return True
-
-
-def python(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_run_killed_inside_two_stages_continues_with_the_same_losses_and_weights(
@@ -80,15 +34,14 @@ def test_run_killed_inside_two_stages_continues_with_the_same_losses_and_weights
 ) -> None:
     folder = tmp_path / "run"
     for stage in ("reflow_1", "distil"):
-        killed = python("-c", KILLED_AT, stage, "5", *arguments(folder, teacher))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kill("instaflow.train", stage, 5, arguments(folder, teacher))
         state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")
         assert state["global_step"] == 4 == int(state["state_dict"]["ema.num_updates"])
         assert not (folder / stage / WEIGHTS).exists()
     train(folder, teacher)
     for stage in STAGES:
         assert losses(folder, stage) == losses(reference, stage) and len(losses(folder, stage)) in (4, 6)
-    assert same_weights(folder, reference)
+    assert all(same_weights(folder / stage / WEIGHTS, reference / stage / WEIGHTS) for stage in STAGES)
 
 
 def test_finished_stages_are_not_trained_again(reference: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +60,7 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(
 
 def test_two_processes_give_the_losses_of_one(reference: Path, teacher: Path, tmp_path: Path) -> None:
     options = {"trainer__devices": 2, "trainer__strategy": "ddp", "stages": "[pairs,reflow,distil]"}
-    done = python("-m", "instaflow.train", *arguments(tmp_path / "two", teacher, **options))
-    assert done.returncode == 0, done.stderr
+    succeed("-m", "instaflow.train", *arguments(tmp_path / "two", teacher, **options))
     for stage in ("reflow_1", "distil"):
         assert losses(tmp_path / "two", stage) == pytest.approx(losses(reference, stage), rel=1e-3)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from common.training import read_logs
+from tests.drills import words
 
 CONFIG = """
 pairs: {prompts: PROMPTS, count: 24, solver: DDIMScheduler, steps: 3, guidance: 2.0, batch_size: 8, shard_size: 8}
@@ -99,8 +101,7 @@ def arguments(folder: Path, teacher: Path, **options: Any) -> list[str]:
     prompts.write_text("\n".join(PROMPTS) + "\n")
     config = folder.parent / "tiny.yaml"
     config.write_text(CONFIG.replace("PROMPTS", str(prompts)))
-    given = [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
-    return ["--config", str(config), "--teacher", str(teacher), "--run_dir", str(folder), *given]
+    return ["--config", str(config), "--teacher", str(teacher), "--run_dir", str(folder), *words(**options)]
 
 
 def train(folder: Path, teacher: Path, **options: Any) -> Path:
@@ -112,11 +113,5 @@ def train(folder: Path, teacher: Path, **options: Any) -> Path:
 
 
 def losses(folder: Path, stage: str) -> dict[int, float]:
-    """Loss by step over all starts of a stage (a later start replaces what it did again)."""
-    found: dict[int, float] = {}
-    paths = (folder / stage).glob("logs/version_*/metrics.csv")
-    for path in sorted(paths, key=lambda p: int(p.parent.name.split("_")[1])):
-        for row in csv.DictReader(path.open()):
-            if row.get("train/loss"):
-                found[int(float(row["step"]))] = float(row["train/loss"])
-    return found
+    """Loss by step over all starts of a stage."""
+    return read_logs(folder / stage).get("train/loss", {})

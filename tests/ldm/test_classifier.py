@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from ldm import sample
 from ldm.classifier import BANDS, accuracy_by_noise, class_run, load_classifier
+from ldm.run import Run
 from ldm.train_classifier import main
-from ldm.training import Run
+from tests.drills import kill, same_weights, words
 from tests.ldm.tiny_run import logged, train
 
 CONFIG = """
@@ -31,30 +28,10 @@ trainer:
    progress: false}
 """
 
-KILLED = """
-import os, signal
-import common.training
-from common.training import build_trainer
-from ldm.train_classifier import main
-import pytorch_lightning as pl
-
-class Kill(pl.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def with_kill(folder, *rest, **options):
-    return build_trainer(folder, *rest, **{**options, "callbacks": [Kill()]})
-
-common.training.build_trainer = with_kill
-main()
-"""
-
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional run on three colours of picture, whose denoiser has hardly been trained."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("class")
     generator = torch.Generator().manual_seed(0)
     for channel, name in enumerate(("blue", "green", "red")):
@@ -63,25 +40,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
             pixels = torch.randint(0, 60, (16, 16, 3), generator=generator, dtype=torch.uint8)
             pixels[..., 2 - channel] += 190
             Image.fromarray(pixels.numpy()).save(folder / "images" / name / f"{number}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield train(
-            folder / "run",
-            task="class",
-            data__name="folder",
-            data__path=folder / "images",
-            data__train_images="null",
-            first_stage__steps=60,
-            first_stage__disc_weight=0,
-            trainer__max_steps=2,
-        )
+    return train(
+        folder / "run",
+        task="class",
+        data__name="folder",
+        data__path=folder / "images",
+        data__train_images="null",
+        first_stage__steps=60,
+        first_stage__disc_weight=0,
+        trainer__max_steps=2,
+    )
 
 
 def arguments(model: Path, folder: Path, **options: Any) -> list[str]:
     config = folder.parent / "classifier.yaml"
     config.write_text(CONFIG)
-    given = [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
-    return ["--config", str(config), "--model", str(model), "--run_dir", str(folder), *given]
+    return ["--config", str(config), "--model", str(model), "--run_dir", str(folder), *words(**options)]
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +80,11 @@ def test_classifier_killed_in_mid_training_continues_with_the_same_losses_and_we
 ) -> None:
     short = {"trainer__max_steps": 10}
     main(arguments(model, tmp_path / "whole", **short))
-    command = [sys.executable, "-c", KILLED, *arguments(model, tmp_path / "parts", **short)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill("ldm.train_classifier", "parts", 7, arguments(model, tmp_path / "parts", **short))
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     main(arguments(model, tmp_path / "parts", **short))
     assert logged(tmp_path / "parts", "train/loss") == logged(tmp_path / "whole", "train/loss")
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole")]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[1])
+    assert same_weights(*(tmp_path / name / "model.safetensors" for name in ("parts", "whole")))
 
 
 def test_micro_batches_give_the_losses_of_the_whole_batch(model: Path, tmp_path: Path) -> None:
@@ -167,13 +137,13 @@ def test_classifier_of_another_latent_space_is_refused(model: Path, classifier: 
     ldm.scale_factor.mul_(1.5)
     with pytest.raises(UserError, match=r"trained on latents of another model: .* train_classifier.py --model"):
         load_classifier(classifier, run, ldm)
-    with pytest.raises(UserError, match=r"--classifier .*config.yaml: no such file"):
+    with pytest.raises(UserError, match=r"--classifier .*: no config.yaml there"):
         load_classifier(tmp_path, run, ldm)
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "config.yaml").write_text((classifier / "config.yaml").read_text().replace("channels: 16", "channels: 32"))
     save_file(load_file(classifier / "model.safetensors"), copy / "model.safetensors")
-    with pytest.raises(UserError, match="is of another network"):
+    with pytest.raises(UserError, match=r"does not fit .*config.yaml: .* has the shape"):
         load_classifier(copy, run, ldm)
 
 

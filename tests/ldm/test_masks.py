@@ -9,12 +9,10 @@ import torch
 
 from common.errors import UserError
 from ldm.masks import (
-    inpainting_inputs,
     outpainting_canvas,
     paste_known,
     random_mask,
     resize_mask,
-    segmentation_mask,
     signed_mask,
 )
 
@@ -47,23 +45,14 @@ def test_bad_requests_are_refused() -> None:
         random_mask(32, 0, "boxes", coverage=(0.999, 1.0))
 
 
-def test_segmentation_masks_are_one_whole_object() -> None:
-    labels = torch.tensor([[0, 1, 1], [0, 2, 2], [0, 0, 2]])
-    for seed in range(5):
-        mask = segmentation_mask(labels, seed, ignore=[0])
-        assert any(torch.equal(mask, (labels == label).float()) for label in (1, 2))
-    with pytest.raises(UserError, match="no label"):
-        segmentation_mask(torch.zeros(2, 2, dtype=torch.long), 0, ignore=[0])
-
-
 def test_painted_pixels_are_black_and_their_mask_is_plus_one() -> None:
     image = torch.rand(2, 3, 16, 16)
     hole = torch.stack([random_mask(16, seed) for seed in (0, 1)])[:, None]
-    inputs = inpainting_inputs(image, hole)
+    masked_image, mask = paste_known(torch.full_like(image, -1.0), image, hole), signed_mask(hole)
     painted = hole.expand_as(image) == 1
-    assert (inputs["masked_image"][painted] == -1).all()
-    assert torch.equal(inputs["masked_image"][~painted], image[~painted])
-    assert (inputs["mask"][hole == 1] == 1).all() and (inputs["mask"][hole == 0] == -1).all()
+    assert (masked_image[painted] == -1).all()
+    assert torch.equal(masked_image[~painted], image[~painted])
+    assert (mask[hole == 1] == 1).all() and (mask[hole == 0] == -1).all()
 
 
 def test_a_resized_mask_stays_binary() -> None:

@@ -13,7 +13,8 @@ from common.errors import UserError
 from ldm.first_stage import load_first_stage
 from ldm.optimisers import MuonAdam, orthogonalise
 from ldm.publish import logged_seconds
-from tests.ldm.test_train import KILLED_AT, first_stage_of, python
+from tests.drills import kill, same_weights
+from tests.ldm.test_train import first_stage_of
 from tests.ldm.tiny_run import arguments, config_of, logged, losses, train
 
 
@@ -119,23 +120,19 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def muon_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return train(tmp_path_factory.mktemp("muon") / "run", **OPTIONS)
+def muon_run(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("muon") / "run", **OPTIONS)
 
 
 def test_run_with_muon_killed_in_both_stages_continues_exactly(muon_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for stage in ("first_stage", "diffusion"):
-        assert python("-c", KILLED_AT, stage, "5", *arguments(folder, **OPTIONS)).returncode == -9
+        kill("ldm.train", stage, 5, arguments(folder, **OPTIONS))
     train(folder, **OPTIONS)
     of = [logged(f / "first_stage", "first_stage/total_loss", "step_count") for f in (folder, muon_run)]
     assert of[0] == of[1] and len(of[0]) == 8
     assert losses(folder) == losses(muon_run)
-    one, two = load_file(first_stage_of(folder)), load_file(first_stage_of(muon_run))
-    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert same_weights(first_stage_of(folder), first_stage_of(muon_run))
 
 
 def test_decoder_alone_keeps_the_latents(muon_run: Path, tmp_path: Path) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +15,27 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.training import load_checkpoint
 from ldm.diffusion import LatentDiffusion
+from tests.drills import kill, same_weights, succeed
 from tests.ldm.tiny_run import arguments, logged, losses, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step; 1e-5 holds at the small lr of the tiny run.
 CLOSE = {"rel": 2e-5}
 
-KILLED_AT = """
-import os, signal, sys
-import pytorch_lightning as pl
-import common.training
-from common.data.sampling import generator_step
-from common.training import build_trainer
-from ldm.train import main
-
-stage, step = sys.argv.pop(1), int(sys.argv.pop(1))
-
-class Kill(pl.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if generator_step(trainer) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def with_kill(folder, *rest, **options):
-    if folder.name == stage:
-        options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, *rest, **options)
-
-common.training.build_trainer = with_kill
-main()
-"""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 @pytest.fixture(scope="module")
 def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages, never interrupted, one process, latents cached."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run")
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = weights_of(a), weights_of(b)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def first_stage_of(folder: Path) -> Path:
     return folder / "first_stage" / "first_stage.safetensors"
 
 
-def python(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
-
-
 def test_run_killed_in_both_stages_continues_with_the_same_losses_and_weights(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for stage, kept in (("first_stage", 3), ("diffusion", 3)):
-        killed = python("-c", KILLED_AT, stage, "5", *arguments(folder))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kill("ldm.train", stage, 5, arguments(folder))
         state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")["state_dict"]
         assert int(state.get("_steps", state.get("ema.num_updates"))) == kept
     train(folder)
@@ -93,7 +44,7 @@ def test_run_killed_in_both_stages_continues_with_the_same_losses_and_weights(re
         assert of[0] == of[1] and len(of[0]) == (5 if column == "disc_loss" else 8)
     assert losses(folder) == losses(reference) and sorted(losses(folder)) == list(range(8))
     assert torch.equal(*(load_file(first_stage_of(f))["decoder.conv_out.weight"] for f in (folder, reference)))
-    assert same_weights(folder, reference)
+    assert same_weights(*(run / "model.safetensors" for run in (folder, reference)))
 
 
 def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp_path: Path) -> None:
@@ -115,7 +66,7 @@ def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     train(tmp_path / "parts", **options)
     assert losses(tmp_path / "parts") == losses(whole)
-    assert same_weights(tmp_path / "parts", whole)
+    assert same_weights(*(run / "model.safetensors" for run in (tmp_path / "parts", whole)))
 
 
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(reference: Path, tmp_path: Path) -> None:
@@ -127,8 +78,7 @@ def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -
     # The discriminator's batch statistics are each process's own, so the comparison leaves it out.
     one = train(tmp_path / "one", first_stage__disc_weight=0)
     ddp = {"trainer__devices": 2, "trainer__strategy": "ddp", "first_stage__disc_weight": 0}
-    done = python("-m", "ldm.train", *arguments(tmp_path / "two", **ddp))
-    assert done.returncode == 0, done.stderr
+    done = succeed("-m", "ldm.train", *arguments(tmp_path / "two", **ddp))
     stages = [logged(tmp_path / name / "first_stage", "first_stage/total_loss") for name in ("two", "one")]
     assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == 8
     assert losses(tmp_path / "two") == pytest.approx(losses(one), **CLOSE)
@@ -200,7 +150,7 @@ def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
     assert [p.name for p in checkpoints.iterdir()] == ["last.ckpt"]
     assert load_checkpoint(checkpoints / "last.ckpt")["global_step"] == 3
     train(tmp_path / "run", first_stage__weights=weights)
-    assert same_weights(tmp_path / "run", reference)
+    assert same_weights(*(run / "model.safetensors" for run in (tmp_path / "run", reference)))
 
 
 def test_unwritable_run_folder_is_one_sentence(cache: None, tmp_path: Path) -> None:

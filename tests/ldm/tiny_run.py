@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.config import LdmConfig
 from ldm.train import main
+from tests.drills import words
 
 CONFIG = """
 task: text
@@ -35,8 +36,7 @@ def config_file(folder: Path) -> Path:
 def arguments(folder: Path, **options: Any) -> list[str]:
     """Command line of the tiny run in `folder`; options are written with `__` for the dot."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    given = [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
-    return ["--config", str(config_file(folder.parent)), "--run_dir", str(folder), *given]
+    return ["--config", str(config_file(folder.parent)), "--run_dir", str(folder), *words(**options)]
 
 
 def train(folder: Path, **options: Any) -> Path:
@@ -60,6 +60,6 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def config_of(folder: Path) -> LdmConfig:
-    from ldm.training import Run
+    from ldm.run import Run
 
     return Run.existing(folder).config

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.costs import kept_bytes
 from common.errors import UserError
-from pc_darts.counting import saved_bytes
 from pc_darts.operations import FactorizedReduce, frozen_statistics, rearrange, synchronised_statistics
 from pc_darts.search_space import MixedOp, SearchConfig, SearchNetwork
 
@@ -129,7 +129,7 @@ def test_saved_activations_fall_with_k() -> None:
     sizes = []
     for partial in (1, 2, 4):
         network = SearchNetwork(SearchConfig(8, 2, partial=partial), fused=False).double()
-        sizes.append(saved_bytes(lambda: F.cross_entropy(network(x), y), list(network.parameters())))  # noqa: B023
+        sizes.append(kept_bytes(lambda: F.cross_entropy(network(x), y), network.parameters()))  # noqa: B023
     assert sizes[0] > sizes[1] > sizes[2]
     assert sizes[2] < 0.45 * sizes[0]
 

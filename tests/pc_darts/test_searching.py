@@ -20,7 +20,6 @@ from tests.pc_darts.tiny_run import SEARCH, forked, kill_after, on_two_processes
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never interrupted, one process."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("search")
     searcher(folder, draw=True).run()
     return folder

@@ -19,7 +19,6 @@ from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, forked, kill
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("retrain")
     training(folder)
     return folder

@@ -10,7 +10,6 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
 from pc_darts.searching import Searcher
 from pc_darts.training import Machine
+from tests.drills import PATIENCE
 
 DATA = DataConfig(name="digits", size=8, images=120, padding=1, flip=False, validation=0.2)
 SEARCH = SearchOptions(channels=8, cells=3, nodes=2, epochs=3, warmup_epochs=1, batch_size=16)
@@ -92,8 +92,7 @@ def on_two_processes(work: Callable[[Machine], object], store: Path) -> None:
     """Run `work` on two processes of a gloo group that meet at the file `store`."""
 
     def one(rank: int) -> None:
-        patience = timedelta(seconds=120)
-        dist.init_process_group("gloo", f"file://{store}", patience, world_size=2, rank=rank)
+        dist.init_process_group("gloo", f"file://{store}", PATIENCE, world_size=2, rank=rank)
         work(Machine(rank=rank, world=2))
         dist.destroy_process_group()
 

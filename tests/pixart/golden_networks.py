@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +25,17 @@ from pixart.model import (
     position_embedding,
     sinusoids,
 )
-from tests.golden_case import Case, Check, assert_close, fill_by_rule
+from tests.golden_case import (
+    Case,
+    Check,
+    assert_close,
+    assert_sinusoids_close,
+    assert_timed_close,
+    kind,
+    load,
+)
 
 TOLERANCE = 1e-5
-
-
-def kind(stem: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(stem) and source in case.source
 
 
 # How the recorded configurations call what ours calls otherwise.
@@ -50,20 +54,10 @@ def our_config(recorded: dict[str, Any], **more: Any) -> PixArtConfig:
     return PixArtConfig(**{**known, **more})
 
 
-def load(module: nn.Module, case: Case) -> None:
-    """Recorded weights, or those of the goldens' parameter rule beside the recorded buffers; names are strict."""
-    weights = case.group("param")
-    if case.config.get("params") == "rule":
-        weights |= fill_by_rule(dict(module.named_parameters()))
-        weights.setdefault("pos_embed", module.state_dict()["pos_embed"])
-    module.load_state_dict(weights, strict=True)
-    module.eval()
-
-
 @torch.no_grad()
 def check_block(case: Case) -> None:
     block = PixArtBlock(our_config(case.config, depth=1))
-    load(block, case)
+    load(block, case).eval()
     given, expected = case.group("in"), case.group("out")
     lengths = given["text_lens"].tolist()
     context = CaptionContext(given["y_packed"][0], len(lengths), *padded_rows(lengths), None)
@@ -98,11 +92,16 @@ def check_embedders(case: Case) -> None:
             ),
         }
     )
-    load(parts, case)
-    assert_close(sinusoids(given["timesteps"]), expected["t_freq"], "t_freq", TOLERANCE)
-    assert_close(parts["t_embedder"](given["timesteps"]), expected["t_emb"], "t_emb", TOLERANCE)
-    assert_close(parts["size_embedder"](given["size_hw"]), expected["csize_emb"], "csize_emb", TOLERANCE)
-    assert_close(parts["size_embedder"](given["ar"]), expected["ar_emb"], "ar_emb", TOLERANCE)
+    load(parts, case).eval()
+    half = expected["t_freq"].shape[1] // 2
+    argument_BE = given["timesteps"].double()[:, None] * 10000.0 ** (-torch.arange(2 * half) % half / half)
+    assert_sinusoids_close(sinusoids(given["timesteps"]), expected["t_freq"], argument_BE, "t_freq")
+    for part, argument, name in (
+        ("t_embedder", "timesteps", "t_emb"),
+        ("size_embedder", "size_hw", "csize_emb"),
+        ("size_embedder", "ar", "ar_emb"),
+    ):
+        assert_timed_close(partial(parts[part], given[argument]), expected[name], name, TOLERANCE)
     assert_close(parts["final_layer"](given["x"], given["t"]), expected["final"], "final", TOLERANCE)
     embedder, caption_BLC = parts["y_embedder"], given["caption"][:, 0]
     assert isinstance(embedder, CaptionEmbedder)
@@ -124,29 +123,31 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def check_net(case: Case) -> None:
     net = PixArt(our_config(case.config))
-    load(net, case)
+    load(net, case).eval()
     recorded = case.group("param").get("pos_embed")
     if recorded is not None:
         assert_close(PixArt(net.config).pos_embed, recorded, "pos_embed", TOLERANCE)
     x, t, y, mask = _inputs(case)
     expected = case.group("out")
-    assert_close(net(x, t, y, mask), expected["pred"], "pred", TOLERANCE)
-    assert_close(net(x, t, y), expected["pred_no_mask"], "pred_no_mask", TOLERANCE)
-    eps, _ = net(x, t, net.encode_caption(y, mask)).chunk(2, dim=1)
-    assert_close(eps, expected["dpmsolver"], "dpmsolver", TOLERANCE)
+    assert_timed_close(lambda: net(x, t, y, mask), expected["pred"], "pred", TOLERANCE)
+    assert_timed_close(lambda: net(x, t, y), expected["pred_no_mask"], "pred_no_mask", TOLERANCE)
+    caption = net.encode_caption(y, mask)
+    assert_timed_close(lambda: net(x, t, caption).chunk(2, dim=1)[0], expected["dpmsolver"], "dpmsolver", TOLERANCE)
     with torch.enable_grad():  # the path of training computes keys and values block by block
-        assert_close(net(x, t, y, mask), expected["pred"], "pred with gradients", TOLERANCE)
+        assert_timed_close(lambda: net(x, t, y, mask), expected["pred"], "pred with gradients", TOLERANCE)
 
 
 @torch.no_grad()
 def check_net_ms(case: Case) -> None:
     net = PixArt(our_config(case.config, multi_scale=True))
-    load(net, case)
+    load(net, case).eval()
     x, t, y, mask = _inputs(case)
     given, expected = case.group("in"), case.group("out")
-    out = net(x, t, y, mask, size_B2=given["img_hw"], ratio_B1=given["aspect_ratio"])
-    assert_close(out, expected["pred"], "pred", TOLERANCE)
-    assert_close(out.chunk(2, dim=1)[0], expected["dpmsolver"], "dpmsolver", TOLERANCE)
+    size = {"size_B2": given["img_hw"], "ratio_B1": given["aspect_ratio"]}
+    assert_timed_close(lambda: net(x, t, y, mask, **size), expected["pred"], "pred", TOLERANCE)
+    assert_timed_close(
+        lambda: net(x, t, y, mask, **size).chunk(2, dim=1)[0], expected["dpmsolver"], "dpmsolver", TOLERANCE
+    )
 
 
 def check_positions(case: Case) -> None:
@@ -161,13 +162,13 @@ def check_positions(case: Case) -> None:
 def check_controlnet(case: Case) -> None:
     config = our_config(case.config, multi_scale=case.config.get("ms", False))
     net = ControlPixArt(PixArt(config), case.config["copy_blocks_num"])
-    load(net, case)
+    load(net, case).eval()
     x, t, y, mask = _inputs(case)
     given, expected = case.group("in"), case.group("out")
     context = net.encode_caption(y, mask)
     for caption in (context, net.base_model.project_caption(y, mask, None)):
-        assert_close(net(x, t, caption, control_BCHW=given["hint_latent"]), expected["pred"], "pred", TOLERANCE)
-        assert_close(net(x, t, caption), expected["pred_without_hint"], "pred_without_hint", TOLERANCE)
+        for name, hint in (("pred", {"control_BCHW": given["hint_latent"]}), ("pred_without_hint", {})):
+            assert_timed_close(partial(net, x, t, caption, **hint), expected[name], name, TOLERANCE)
 
 
 @torch.no_grad()
@@ -180,17 +181,28 @@ def check_reparameterisation(case: Case) -> None:
     assert not problems.unexpected_keys
     x, selected = given["x"], case.config["t_selected"]
     t_selected, t_others = torch.full((len(x),), selected), torch.tensor([100.0, 900.0])
-    assert_close(dit(x, t_selected), expected["dit_without_class_t500"], "DiT", TOLERANCE)
-    assert_close(dit(x, t_others), expected["dit_without_class_t100_t900"], "DiT at other times", TOLERANCE)
+    at_others = "dit_without_class_t100_t900"
+    assert_timed_close(lambda: dit(x, t_selected), expected["dit_without_class_t500"], "DiT", TOLERANCE)
+    assert_timed_close(lambda: dit(x, t_others), expected[at_others], "DiT at other times", TOLERANCE)
     net = PixArt(our_config(case.config))
     net.t_block.load_state_dict({key: given[f"t_block.{key}"] for key in ("1.weight", "1.bias")})
-    reparameterise(dit, net, selected)
-    tables = torch.stack([net.get_parameter(f"blocks.{i}.scale_shift_table") for i in range(len(net.blocks))])
-    assert_close(tables, expected["table_blocks"], "tables of the blocks", TOLERANCE)
-    assert_close(net.final_layer.scale_shift_table, expected["table_final"], "table of the final layer", TOLERANCE)
     caption, mask = given["y"][:, 0], given["mask"][:, 0, 0]
-    assert_close(net(x, t_selected, caption, mask), expected["dit_without_class_t500"], "at t_selected", TOLERANCE)
-    assert_close(net(x, t_others, caption, mask), expected["pixart_t100_t900"], "at other times", TOLERANCE)
+
+    def reparameterised() -> PixArt:
+        reparameterise(dit, net, selected)  # the tables hang on the sinusoids of t_selected
+        return net
+
+    def tables() -> Tensor:
+        filled = reparameterised()
+        return torch.stack([filled.get_parameter(f"blocks.{i}.scale_shift_table") for i in range(len(net.blocks))])
+
+    for what, compute, recorded in (
+        ("tables of the blocks", tables, "table_blocks"),
+        ("table of the final layer", lambda: reparameterised().final_layer.scale_shift_table.clone(), "table_final"),
+        ("at t_selected", lambda: reparameterised()(x, t_selected, caption, mask), "dit_without_class_t500"),
+        ("at other times", lambda: reparameterised()(x, t_others, caption, mask), "pixart_t100_t900"),
+    ):
+        assert_timed_close(compute, expected[recorded], what, TOLERANCE)
 
 
 @torch.no_grad()
@@ -204,7 +216,7 @@ def check_diffusers(case: Case) -> None:
         size = {"size_B2": given["resolution"], "ratio_B1": given["aspect_ratio"]}
     inputs = given["hidden_states"], given["timestep"], given["encoder_hidden_states"], given["encoder_attention_mask"]
     for name in ("sample", "official"):
-        assert_close(net(*inputs, **size), expected[name], name, TOLERANCE)
+        assert_timed_close(lambda: net(*inputs, **size), expected[name], name, TOLERANCE)
     back, back_config = to_diffusers(net.state_dict(), config)
     assert back.keys() == case.group("param").keys()
     for key, value in case.group("param").items():

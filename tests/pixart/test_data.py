@@ -153,6 +153,54 @@ def test_large_folder_keeps_some_pictures_apart(tmp_path: Path) -> None:
     assert not set(train.captions) & set(test.captions)
 
 
+@pytest.mark.parametrize("count", [25, 3])
+def test_given_splits_are_kept_apart_and_else_a_tenth_is_held_out(count: int, tmp_path: Path) -> None:
+    def parts(root: Path) -> list[set[str]]:
+        config = DataConfig(name="folder", path=str(root), size=16)
+        return [set(open_pictures(config, part, 0, 8).captions) for part in ("train", "test")]  # type: ignore[arg-type]
+
+    for name in ("train", "test"):
+        folder_of(tmp_path / "split" / name, [(8, 8)] * count)
+        rows = (tmp_path / "split" / name / "metadata.jsonl").read_text()
+        (tmp_path / "split" / name / "metadata.jsonl").write_text(rows.replace("picture", name))
+    train, test = parts(tmp_path / "split")
+    assert train == {f"train {i}" for i in range(count)} and test == {f"test {i}" for i in range(count)}
+    root = folder_of(tmp_path / "whole", [(8, 8)] * count)
+    if count < 20:  # DreamBooth's handful: nothing can be held out, which is said
+        with pytest.warns(UserWarning, match="too few pictures to hold some out"):
+            assert parts(root) == [{f"picture {i}" for i in range(count)}] * 2
+    else:
+        train, test = parts(root)
+        assert len(train) == count - 3 and len(test) == 3 and not train & test
+
+
+def test_tables_of_pictures_are_read_as_folders_are(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = folder_of(tmp_path / "photos", [(40, 40), (30, 60), (90, 45)])
+    cells = [{"bytes": (root / f"{i}.png").read_bytes(), "path": None} for i in range(3)]
+    english, german = [f"picture {i}" for i in range(3)], [f"Bild {i}" for i in range(3)]
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.table({"image": cells, "en": english, "de": german}), tmp_path / "table" / "train-0.parquet")
+    options: dict[str, Any] = {"name": "folder", "size": 64, "ratios": [0.5, 1.0, 2.0]}
+    ours = open_pictures(DataConfig(path=str(tmp_path / "table"), text_column="de", **options), "train", 0, 8)
+    theirs = open_pictures(DataConfig(path=str(root), **options), "train", 0, 8)
+    assert ours.captions == german and theirs.captions == english
+    for i in range(3):
+        assert torch.equal(ours.images([i]), theirs.images([i]))
+    with pytest.raises(UserError, match=r"no captions|no metadata.jsonl"):
+        open_pictures(DataConfig(path=str(tmp_path / "table"), **options), "train", 0, 8)
+
+
+def test_a_truncated_picture_of_many_is_left_out(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", [(8, 8)] * 120)
+    (root / "7.png").write_bytes((root / "7.png").read_bytes()[:-30])  # its header can be read
+    with pytest.warns(UserWarning, match=r"skipped .*7\.png"):
+        pictures = open_pictures(DataConfig(name="folder", path=str(root), size=16), "train", 0, 8)
+    assert "picture 7" not in pictures.captions and len(pictures.images(range(len(pictures)))) == len(pictures)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -174,7 +222,7 @@ def test_bad_data_options_are_refused(options: dict[str, Any], sentence: str) ->
 def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 4)
     (root / "2.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"skipped .*2.png"), pytest.raises(UserError, match="1 of 4 pictures cannot"):
+    with pytest.warns(UserWarning, match=r"skipped .*2.png"), pytest.raises(UserError, match="1 of 4 images cannot"):
         open_pictures(DataConfig(name="folder", path=str(root), size=16), "train", 0, 8)
 
 

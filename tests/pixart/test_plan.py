@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import parse_config
-from common.errors import UserError, run_main
+from common.costs import GPUS, Cluster
+from common.errors import run_main
 from pixart.config import PixArtConfig, StageConfig
 from pixart.model import DiT, PixArt
 from pixart.plan import (
     CLUSTERS,
-    GPUS,
     PRICE,
     STAGES,
     STRATEGIES,
@@ -42,7 +42,7 @@ TINY = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=1
     [{}, {"multi_scale": True}, {"adaln": "block"}, {"classes": 4}, {"patch_size": 4}, {"learn_sigma": False}],
     ids=str,
 )
-def test_the_formula_counts_what_a_real_forward_pass_multiplies(change: dict) -> None:
+def test_the_count_is_what_a_real_forward_pass_multiplies(change: dict) -> None:
     """A forward pass with numbers in it, on a grid that is not square, under torch's counter."""
     config = replace(TINY, **change)
     x_BCHW, t_B = torch.randn(1, 4, 8, 16), torch.tensor([3.0])
@@ -94,7 +94,7 @@ def test_the_stages_are_table_4s() -> None:
 
 
 def test_plan_follows_its_formulas() -> None:
-    p = plan("stage3b", gpu="h200", gpus=64, utilisation=0.5)
+    p = plan("stage3b", Cluster("h200", 64, 0.5))
     assert p.train_step_flop == 3 * p.forward_flop * 40 * 64
     assert not p.needs_checkpointing
     assert p.gpu_days == pytest.approx(p.train_step_flop * 100_000 / (0.5 * GPUS["h200"].peak_tflops * 1e12) / 86400)
@@ -105,7 +105,7 @@ def test_plan_follows_its_formulas() -> None:
 
 
 def test_what_does_not_fit_is_recomputed_then_split() -> None:
-    many, few = plan("stage2", gpu="v100", gpus=512), plan("stage2", gpu="v100", gpus=8)
+    many, few = (plan("stage2", Cluster("v100", gpus, 0.4)) for gpus in (512, 8))
     assert few.needs_checkpointing and few.micro_batches > 1 and "--trainer.accumulate" in few.command
     assert few.memory_gb_per_gpu < GPUS["v100"].memory_gb
     assert many.micro_batches == 1
@@ -140,5 +140,3 @@ def test_unknown_names_are_explained(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit):
             run_main(partial(main, arguments))
         assert message in capsys.readouterr().err
-    with pytest.raises(UserError, match="--utilisation"):
-        plan("stage1", utilisation=40)

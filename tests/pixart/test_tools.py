@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.data.folders import read_metadata
+from common.data.folders import read_folder
 from common.errors import UserError
 from pixart import noun_density
 from pixart.captioner import PROMPT, Captioner, caption_folder
@@ -62,6 +62,11 @@ def test_captions_are_read_from_three_kinds_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n1,a cat\n2,"a dog"\n3,\n')
     for name in ("a.txt", "metadata.jsonl", "a.csv"):
         assert list(read_captions(tmp_path / name)) == ["a cat", "a dog"]
+    (tmp_path / "a.txt").write_text("\ufeffa cat\u2028on a mat\n", encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text('\ufeff{"text": "a cat\u2028on a mat"}\n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text("\ufefftext,id\na cat\u2028on a mat,1\n", encoding="utf-8")
+    for name in ("a.txt", "metadata.jsonl", "a.csv"):
+        assert list(read_captions(tmp_path / name)) == ["a cat\u2028on a mat"]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def photos(tmp_path: Path) -> Path:
 def test_every_image_gets_a_line_that_the_data_loader_reads(vision_encoder_decoder: Path, photos: Path) -> None:
     captioner = Captioner(vision_encoder_decoder, max_new_tokens=4)
     assert caption_folder(captioner, photos, batch_size=2, progress=False) == 3
-    records, _ = read_metadata(photos)
+    records = read_folder(photos).records
     assert [record.path.name for record in records] == ["a.png", "b.png", "c.png"]
     assert records[0].caption == captioner([Image.open(photos / "a.png")])[0]
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,74 +18,36 @@ from pixart.convert import load_dit, load_transformer, reparameterise
 from pixart.diffusion import Diffusion
 from pixart.model import PixArt
 from pixart.trainer import rate_factor
+from tests.drills import kill, same_weights, succeed
 from tests.pixart.tiny_run import arguments, losses, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 2e-5}
 
-KILLED_AT = """
-import os, signal, sys
-import pytorch_lightning as pl
-import common.training
-from common.training import build_trainer
-from pixart.train import main
-
-stage, step = sys.argv.pop(1), int(sys.argv.pop(1))
-
-class Kill(pl.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def with_kill(folder, *rest, **options):
-    if folder.name == stage:
-        options["callbacks"] = [*options["callbacks"], Kill()]
-    return build_trainer(folder, *rest, **options)
-
-common.training.build_trainer = with_kill
-main()
-"""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 @pytest.fixture(scope="module")
 def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three stages, never interrupted, one process, features cached."""
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("reference") / "run")
 
 
+WEIGHTS = Path("model", "model.safetensors")  # below a stage
+
+
 def weights_of(stage: Path) -> dict[str, torch.Tensor]:
-    return load_file(stage / "model" / "model.safetensors")
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = weights_of(a), weights_of(b)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def python(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+    return load_file(stage / WEIGHTS)
 
 
 def test_recipe_killed_in_its_second_stage_continues_with_the_same_losses_and_weights(
     reference: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    killed = python("-c", KILLED_AT, "stage2", "5", *arguments(folder))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill("pixart.train", "stage2", 5, arguments(folder))
     assert load_checkpoint(folder / "stage2" / "checkpoints" / "last.ckpt")["global_step"] == 4
     train(folder)
     for stage, steps in (("stage1", 6), ("stage2", 6), ("stage3", 4)):
         assert losses(folder / stage) == losses(reference / stage) and len(losses(folder / stage)) == steps
-        assert same_weights(folder / stage, reference / stage)
+        assert same_weights(folder / stage / WEIGHTS, reference / stage / WEIGHTS)
 
 
 def test_each_stage_starts_from_the_one_before(reference: Path, tmp_path: Path) -> None:
@@ -153,8 +111,7 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(reference:
 
 def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -> None:
     two: dict[str, Any] = {"trainer__devices": 2, "trainer__strategy": "ddp"}
-    done = python("-m", "pixart.train", *arguments(tmp_path / "run", **two))
-    assert done.returncode == 0, done.stderr
+    succeed("-m", "pixart.train", *arguments(tmp_path / "run", **two))
     for stage in ("stage1", "stage2", "stage3"):
         assert losses(tmp_path / "run" / stage) == pytest.approx(losses(reference / stage), **CLOSE)
 
@@ -295,7 +252,8 @@ def test_controlnet_stage_trains_its_branch_alone_and_is_steered_by_edges(refere
     start = reference / "stage2"
     options = {"kind": "controlnet", "optimiser__lr": 0.05, "trainer__sample_every": 6}
     folder = train(tmp_path / "run", "stage2", init_from=start, **options)
-    assert same_weights(folder / "stage2", start) and (folder / "stage2" / "samples" / "step_000006.png").is_file()
+    assert same_weights(folder / "stage2" / WEIGHTS, start / WEIGHTS)
+    assert (folder / "stage2" / "samples" / "step_000006.png").is_file()
     painter = open_painter(folder / "stage2")
     network: Any = painter.network
     assert all(part.after_proj.weight.abs().max() > 0 for part in network.branches())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+
+from common.training import read_logs
+from tests.drills import words
 
 SHARED = """
 run_dir: runs/tiny
@@ -64,9 +66,8 @@ def recipe(folder: Path) -> Path:
 def arguments(folder: Path, stage: str | None = None, **options: Any) -> list[str]:
     """Command line of the tiny recipe with run_dir `folder`; options are written with `__` for the dot."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    words = ["--config", str(recipe(folder.parent)), "--run_dir", str(folder)]
-    words += ["--stage", stage] if stage else []
-    return words + [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
+    chosen = ["--stage", stage] if stage else []
+    return ["--config", str(recipe(folder.parent)), "--run_dir", str(folder), *chosen, *words(**options)]
 
 
 def train(folder: Path, stage: str | None = None, **options: Any) -> Path:
@@ -78,10 +79,5 @@ def train(folder: Path, stage: str | None = None, **options: Any) -> Path:
 
 
 def losses(stage: Path, column: str = "train/loss") -> dict[int, float]:
-    """A logged quantity by step, over all starts of a stage (a later start replaces what it did again)."""
-    found: dict[int, float] = {}
-    for path in sorted(stage.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        for row in csv.DictReader(path.open()):
-            if row.get(column):
-                found[int(float(row["step"]))] = float(row[column])
-    return found
+    """A logged quantity by step, over all starts of a stage."""
+    return read_logs(stage).get(column, {})

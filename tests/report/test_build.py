@@ -80,14 +80,14 @@ def _page(results: Path) -> str:
 
 def test_every_paper_is_listed_and_those_without_results_are_shown_as_not_built(results: Path) -> None:
     page = _page(results)
-    assert len(all_papers()) == 13
+    assert len(all_papers()) >= 13
     for paper in all_papers():
         assert paper.title in page
-    assert page.count("not built yet") == 12
+    assert page.count("not built yet") == len(all_papers()) - 1
     (results.parent / "pixart").mkdir()
     (results.parent / "pixart" / "model.py").touch()
     page = _page(results)
-    assert (page.count("not built yet"), page.count("built, not yet measured")) == (11, 1)
+    assert (page.count("not built yet"), page.count("built, not yet measured")) == (len(all_papers()) - 2, 1)
 
 
 def test_claims_rows_and_verdicts_are_on_the_page(results: Path) -> None:

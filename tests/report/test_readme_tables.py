@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from common.errors import UserError
 from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
 from common.paths import REPOSITORY, papers
 from report.papers import all_papers
-from report.readme_tables import filled, main, readme_files
+from report.readme_tables import NOT_MEASURED, filled, main, readme_files, runs_table
 
 README = """# Front door
 Before.
@@ -218,3 +219,14 @@ def test_a_room_says_how_it_is_called_and_takes_the_place_of_its_plan(tmp_path: 
     (room / "paper.yaml").write_text("title: HiPA\nvenue: arXiv\narxiv: 1\nidea: fast\nstart: go\n", encoding="utf-8")
     found = all_papers(tmp_path)
     assert found[0].title == "HiPA" and [paper.key for paper in found].count("hipa") == 1
+
+
+def test_a_default_run_has_its_time_on_both_kinds_of_cpu(tmp_path: Path) -> None:
+    assert runs_table(tmp_path) == [NOT_MEASURED]
+    fast = {"seconds": {"total": 1020.0}, "precision": "bf16-mixed", "hardware": "A, 2 cores"}
+    (tmp_path / "ldm-small.json").write_text(json.dumps(fast))
+    (tmp_path / "ldm-small-without-bf16.json").write_text(json.dumps({"seconds": 1800, "hardware": "B"}))
+    (tmp_path / "pixart-small.json").write_text(json.dumps({"seconds": {"total": 90}}))
+    *_, ldm, pixart = runs_table(tmp_path)
+    assert ldm == "| `make ldm-train` | 17 min, bf16-mixed, A, 2 cores | 30 min, B |"
+    assert pixart == f"| `make pixart-train` | 2 min | {NOT_MEASURED} |"

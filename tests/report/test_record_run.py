@@ -18,7 +18,8 @@ def finished_run(folder: Path, seconds: object) -> Path:
 
 
 @pytest.mark.parametrize("seconds", [90.0, {"total": 90.0}])
-def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds):
+def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds, monkeypatch):
+    monkeypatch.setattr("report.record_run.bf16_possible", lambda *_: True)
     run = finished_run(tmp_path / "electra-small", seconds)
     text = record("electra", run, ["curves.png"], tmp_path / "results").read_text()
     assert text == "| arm |\n|---|\n| ours |\n\n1.5 minutes in all on a laptop.\n"
@@ -40,3 +41,16 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"table\.md is missing"):
         record("electra", run, results=tmp_path)
     assert not (tmp_path / "run_electra.md").exists()
+
+
+def test_a_run_on_a_cpu_without_bf16_stands_beside_the_record(tmp_path, monkeypatch):
+    run = finished_run(tmp_path / "electra-small", 90.0)
+    stage = run / "electra"
+    stage.mkdir()
+    (run / "config.yaml").write_text("trainer: {precision: auto}")
+    (stage / "choices.json").write_text('{"precision": {"chosen": "32-true"}}')
+    monkeypatch.setattr("report.record_run.bf16_possible", lambda *_: False)
+    path = record("electra", run, results=tmp_path / "results")
+    assert path.name == "electra-small-without-bf16.json" and not (tmp_path / "results/run_electra.md").exists()
+    kept = json.loads(path.read_text())
+    assert (kept["bf16_instructions"], kept["precision"], kept["seconds"]) == (False, "32-true", 90.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+from tests.drills import PATIENCE
 
 
 def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -24,7 +25,7 @@ def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], argu
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=ranks,
-            timeout=timedelta(seconds=120),
+            timeout=PATIENCE,
         )
         result = function(rank, *arguments)
         torch.save(result, f"{folder}/result{rank}")

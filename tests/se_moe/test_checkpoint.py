@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,14 @@ from se_moe import checkpoint
 from se_moe.config import Switches, TrainConfig
 from se_moe.data import TextData
 from se_moe.training import Trainer, make_run_groups
+from tests.drills import running, succeed, wait_for
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
 
+PROGRAM = str(REPOSITORY / "se_moe" / "train.py")
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def _open(run: TrainConfig, step: Path | None) -> Trainer:
@@ -159,59 +158,55 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
 
 
-def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouched_one(tmp_path: Path) -> None:
-    run = replace(
-        tiny_run.config(tmp_path), arms=["ours"], steps=16, checkpoint_every=6, switches=Switches(partition=False)
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        options = write_config(tmp_path / f"{name}.yaml", replace(run, run_dir=str(tmp_path / name)))
-        command = [sys.executable, str(REPOSITORY / "se_moe" / "train.py"), "--config", str(options)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    whole = start("whole")
-    killed = start("killed")
-    deadline = time.monotonic() + 120
-    while len(_log(tmp_path / "killed" / "ours")) < 8 and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    # The workers' numbers stand in the run folder; killed at once, no rank can tidy up.
-    for pid in json.loads((tmp_path / "killed" / "ours" / "workers.json").read_text())["pids"]:
-        os.kill(pid, signal.SIGKILL)
-    assert killed.wait(60) != 0
-    interrupted = len(_log(tmp_path / "killed" / "ours"))
-    assert 8 <= interrupted < 16
-    assert start("killed").wait(120) == 0
-    assert whole.wait(120) == 0
-    logs = [_log(tmp_path / name / "ours") for name in ("whole", "killed")]
-    losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log] for log in logs]
-    assert len(losses[0]) == 16
-    assert losses[0] == losses[1]
+def _numbers(folder: Path) -> list[tuple[int, float, float]]:
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in _log(folder / "ours")]
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(tmp_path: Path) -> None:
-    run = replace(
-        tiny_run.config(tmp_path), arms=["ours"], steps=16, checkpoint_every=6, switches=Switches(partition=False)
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = write_config(tmp_path / "elastic.yaml", replace(run, run_dir=str(tmp_path / "elastic")))
+@pytest.fixture(scope="module")
+def drill(cache: None, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("drill")
+    switches = Switches(partition=False)
+    return replace(tiny_run.config(folder), arms=["ours"], steps=16, checkpoint_every=6, switches=switches)
+
+
+@pytest.fixture(scope="module")
+def untouched(drill: TrainConfig) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of two ranks that nobody killed."""
+    succeed(PROGRAM, "--config", str(write_config(Path(drill.run_dir).parent / "run.yaml", drill)))
+    found = _numbers(Path(drill.run_dir))
+    assert [step for step, *_ in found] == list(range(16))
+    return found
+
+
+# Held before their tenth step (`held/`), so that how fast anyone is does not matter.
+HELD = {"HELD_AFTER": "9", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "held"), str(REPOSITORY)])}
+
+
+def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouched_one(
+    drill: TrainConfig, untouched: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
+    options = str(write_config(tmp_path / "killed.yaml", replace(drill, run_dir=str(tmp_path / "run"))))
+    with running([sys.executable, PROGRAM, "--config", options], **HELD) as killed:
+        wait_for(lambda: len(_log(tmp_path / "run" / "ours")) == 9, killed)
+        # The workers' numbers stand in the run folder; killed at once, no rank can tidy up.
+        for pid in json.loads((tmp_path / "run" / "ours" / "workers.json").read_text())["pids"]:
+            os.kill(pid, signal.SIGKILL)
+        assert killed.wait() != 0
+    assert len(_log(tmp_path / "run" / "ours")) == 9
+    succeed(PROGRAM, "--config", options)
+    assert _numbers(tmp_path / "run") == untouched
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(
+    drill: TrainConfig, untouched: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
+    options = write_config(tmp_path / "elastic.yaml", replace(drill, run_dir=str(tmp_path / "run")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--max-restarts", "1", "--monitor-interval", "0.2", str(REPOSITORY / "se_moe" / "train.py")]
-    elastic = subprocess.Popen(
-        [*launch, "--config", str(options)], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 150
-    while len(_log(tmp_path / "elastic" / "ours")) < 8 and elastic.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    workers = psutil.Process(elastic.pid).children()
-    assert len(workers) == 2
-    workers[1].kill()
-    assert elastic.wait(150) == 0, "the elastic agent starts both workers again"
-    whole = replace(run, run_dir=str(tmp_path / "whole"))
-    command = [sys.executable, str(REPOSITORY / "se_moe" / "train.py"), "--config"]
-    command.append(str(write_config(tmp_path / "whole.yaml", whole)))
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=150)
-    logs = [_log(tmp_path / name / "ours") for name in ("whole", "elastic")]
-    losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log] for log in logs]
-    assert len(losses[0]) == 16
-    assert losses[0] == losses[1]
+    launch += ["--max-restarts", "1", "--monitor-interval", "0.2", PROGRAM, "--config", str(options)]
+    with running(launch, **HELD) as elastic:
+        wait_for(lambda: len(_log(tmp_path / "run" / "ours")) == 9, elastic)
+        workers = psutil.Process(elastic.pid).children()
+        assert len(workers) == 2
+        workers[1].kill()
+        assert elastic.wait() == 0, "the elastic agent starts both workers again"
+    assert _numbers(tmp_path / "run") == untouched

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,7 +32,7 @@ def test_deepspeed_and_ours_have_the_same_loss_curve(tmp_path: Path, stage: Lite
     run = replace(run, parallel=replace(run.parallel, zero_stage=stage))
     command = [sys.executable, str(REPOSITORY / "se_moe" / "train.py")]
     command += ["--config", str(write_config(tmp_path / "run.yaml", run))]
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True)
     curves = [json.loads((Path(run.run_dir) / arm / "metrics.json").read_text())["losses"] for arm in run.arms]
     assert len(curves[0]) == 12
     assert max(abs(a - b) for a, b in zip(*curves)) <= 1e-3

@@ -65,7 +65,7 @@ def _train_on_rank(rank: int, sliced: bool, prefetch: bool, fused: bool, micro: 
         found |= {
             "left": zero.full_bytes,
             "peak": zero.peak_full_bytes,
-            "shards": zero.shard_bytes,
+            "shards": sum(shard.nbytes for shard in zero.shards()),
             "prefetched": zero.prefetched,
         }
         with torch.no_grad():

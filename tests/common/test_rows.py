@@ -1,0 +1,225 @@
+"""Tables of pictures: which columns are taken, what cells may hold, and that held-out rows are never trained on."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from common.data.folders import Images, broken_rows, open_images, open_source
+from common.data.rows import LEFT_OUT, caption_of, hold_out, label_of, picture_of, split_of
+from common.data.shards import ShardedImages
+from common.errors import UserError
+from common.images import CorruptImage
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def png(value: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(out, "PNG")
+    return out.getvalue()
+
+
+def pictures(numbers: range) -> list[dict[str, Any]]:
+    return [{"bytes": png(i), "path": None} for i in numbers]
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def levels(images: Images) -> list[int]:
+    return [int(images[i]["image"][0, 0, 0]) for i in range(len(images))]
+
+
+def parts(where: Path) -> list[list[int]]:
+    """Grey levels of the pictures to train on and of those held out."""
+    source = open_source(where)
+    everything = Images(source, open_images(where, 4).framing)
+    return [levels(everything.part(rows)) for rows in hold_out(source)]
+
+
+def test_a_saved_data_set_with_only_a_train_split_is_divided_once(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": pictures(range(60)), "text": [f"grey {i}" for i in range(60)]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
+    train, held_out = parts(tmp_path / "saved")
+    assert len(held_out) == 6 and sorted(train + held_out) == list(range(60))
+    table.save_to_disk(tmp_path / "plain")
+    assert parts(tmp_path / "plain") == [train, held_out]
+    datasets.DatasetDict({"train": table.select(range(50)), "validation": table.select(range(50, 60))}).save_to_disk(
+        tmp_path / "split"
+    )
+    assert parts(tmp_path / "split") == [list(range(50)), list(range(50, 60))]
+
+
+def test_parquet_files_of_splits_stay_apart(tmp_path: Path) -> None:
+    """As on the hub: data/train-00000-of-00002.parquet beside data/test-00000-of-00001.parquet."""
+    for name, numbers in (("train-00000-of-00002", range(30)), ("train-00001-of-00002", range(30, 50))):
+        parquet(tmp_path / "t/data" / f"{name}.parquet", image=pictures(numbers), text=["x"] * len(numbers))
+    parquet(tmp_path / "t/data/test-00000-of-00001.parquet", image=pictures(range(50, 60)), text=["y"] * 10)
+    assert parts(tmp_path / "t") == [list(range(50)), list(range(50, 60))]
+    shards = ShardedImages(str(tmp_path / "t/data/*.parquet"), size=4, batch_size=1, repeat=False)
+    train, held_out = ([int(item["image"][0, 0, 0]) for item in part] for part in shards.hold_out())
+    assert sorted(train) == list(range(50)) and held_out == list(range(50, 60))
+
+
+def test_shards_to_hold_out_leave_the_training_wherever_they_are_named(tmp_path: Path) -> None:
+    for shard in range(3):
+        parquet(tmp_path / f"part-{shard}.parquet", image=pictures(range(10 * shard, 10 * shard + 10)))
+    shards = ShardedImages(str(tmp_path / "*.parquet"), size=4, batch_size=1, repeat=False)
+    for named, first in ((None, 20), (tmp_path / "part-1.parquet", 10)):
+        train, held_out = ({int(item["image"][0, 0, 0]) for item in part} for part in shards.hold_out(named))
+        assert held_out == set(range(first, first + 10)) and train == set(range(30)) - held_out
+    with pytest.raises(UserError, match="no shard is left to train on"):
+        shards.hold_out(str(tmp_path / "*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "taken"),
+    [
+        ({"image": "picture", "text": "string", "label": "int"}, ("image", "text", "label")),
+        ({"jpg": "picture", "caption": "string", "url": "string", "id": "int"}, ("jpg", "caption", None)),
+        ({"photo": "bytes", "says": "strings", "category": "string"}, ("photo", "says", "category")),
+        ({"image_path": "path", "prompt": "string", "artist": "string"}, ("image_path", "prompt", None)),
+        ({"image": "path", "en": "string", "de": "string", "class_id": "int"}, ("image", None, "class_id")),
+    ],
+)
+def test_the_only_candidate_of_a_kind_is_found(
+    columns: dict[str, str], taken: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    cells: dict[str, list[Any]] = {
+        "picture": pictures(range(2)),
+        "bytes": [png(0), png(1)],
+        "path": ["0.png", "1.png"],
+        "string": ["a", "b"],
+        "strings": [["a", "c"], ["b"]],
+        "int": [0, 1],
+    }
+    path = parquet(tmp_path / "table.parquet", **{name: cells[kind] for name, kind in columns.items()})
+    _, text, label = taken
+    wanted = [(0, "a" if text else "", 0 if label else -1), (1, "b" if text else "", 1 if label else -1)]
+    source = open_source(path)
+    assert (source.columns.image, source.columns.text, source.columns.label) == taken  # type: ignore[attr-defined]
+    whole = Images(source, open_images(path, 4, caption_column=columns.get("en") and "en").framing)
+    assert [(int(i["image"][0, 0, 0]), i["caption"], i["label"]) for i in map(whole.__getitem__, range(2))] == wanted
+    stream = ShardedImages(path, size=4, batch_size=1, buffer=1, label_column=None, repeat=False)
+    assert [(int(item["image"][0, 0, 0]), item["caption"], item["label"]) for item in stream] == wanted
+
+
+def test_columns_that_cannot_be_told_are_named_with_the_option(tmp_path: Path) -> None:
+    two = parquet(tmp_path / "two.parquet", left=pictures(range(2)), right=pictures(range(2)))
+    with pytest.raises(UserError, match=r"left and right may be the image column; .*--data.image_column"):
+        open_source(two)
+    none = parquet(tmp_path / "none.parquet", number=[1, 2], text=["a", "b"])
+    with pytest.raises(UserError, match=r"no image column was found; its columns are number, text"):
+        open_source(none)
+    with pytest.raises(UserError, match=r"no caption column was found; its columns are left, right; .*text_column"):
+        ShardedImages(two, size=4, batch_size=1, image_column="left", need=["caption"])
+    assert open_source(two, image="right", text=LEFT_OUT).label(1) == ("", -1)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_broken_cells_are_counted_as_broken_pictures_are(tmp_path: Path) -> None:
+    images = pictures(range(200))
+    texts: list[Any] = [[f"grey {i}", "another"] for i in range(200)]
+    images[7], texts[8] = None, None  # type: ignore[call-overload]
+    path = parquet(tmp_path / "table.parquet", image=images, text=texts, label=[f"c{i % 3}" for i in range(200)])
+    with pytest.warns(UserWarning, match="row 7: it has no picture"):
+        data = open_images(path, 4)
+    assert data.classes == ["c0", "c1", "c2"] and data[6]["caption"] == "grey 6" and data[7]["label"] == 2
+    assert data[8]["caption"] == "" and levels(data)[6:9] == [6, 8, 8]
+    stream = ShardedImages(path, size=4, batch_size=1, buffer=1, label_column=None, repeat=False)
+    items = {int(item["image"][0, 0, 0]): (item["caption"], item["label"]) for item in stream}
+    assert len(items) == 199 and items[6] == ("grey 6", 0) and items[8] == ("", 2) and stream.class_count() == 3
+    images[3:6] = [None] * 3  # type: ignore[list-item]
+    path = parquet(tmp_path / "many.parquet", image=images, text=texts)
+    with pytest.raises(UserError, match=r"4 of 200 images cannot be read"):
+        open_images(path, 4)
+    with pytest.raises(UserError, match=r"3 of 200 images cannot be read"):
+        list(ShardedImages(path, size=4, batch_size=1, repeat=False))
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_one_broken_row_of_a_small_held_out_shard_does_not_end_the_run(tmp_path: Path) -> None:
+    for shard in range(2):
+        images = pictures(range(100 * shard, 100 * shard + (10 if shard else 100)))
+        parquet(tmp_path / f"{shard}.parquet", image=[None, *images[1:]] if shard else images)
+    _, held_out = ShardedImages(str(tmp_path / "*.parquet"), size=4, batch_size=1).hold_out()
+    assert [int(item["image"][0, 0, 0]) for item in held_out] == list(range(101, 110))
+
+
+def test_class_names_mean_one_number_in_all_shards_and_splits(tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", image=pictures(range(3)), label=["cat", "emu", "cat"])
+    parquet(tmp_path / "test.parquet", image=pictures(range(3, 5)), label=["dog", "emu"])
+    shards = ShardedImages(str(tmp_path / "*.parquet"), size=4, batch_size=1, label_column=None, repeat=False)
+    train, held_out = shards.hold_out()
+    assert [item["label"] for item in held_out] == [1, 2] and sorted(item["label"] for item in train) == [0, 0, 2]
+    table = open_source(tmp_path)
+    assert table.classes == ["cat", "dog", "emu"]
+    labels = {table.where(i): table.label(i) for i in range(5)}
+    assert labels == {
+        f"{tmp_path} (train) row 0": ("cat", 0),
+        f"{tmp_path} (train) row 1": ("emu", 2),
+        f"{tmp_path} (train) row 2": ("cat", 0),
+        f"{tmp_path} (test) row 0": ("dog", 1),
+        f"{tmp_path} (test) row 1": ("emu", 2),
+    }
+
+
+@pytest.mark.parametrize("cell", [3, 1.5, b"a", {"text": "a"}, [3]])
+def test_captions_of_another_kind_are_broken_rows(cell: Any) -> None:
+    with pytest.raises(CorruptImage, match='"text" must be a string'):
+        caption_of(cell)
+
+
+@pytest.mark.parametrize("cell", [True, 1.5, -2, 10**18, "unknown", [0], b"0", float("inf")])
+def test_labels_of_another_kind_are_broken_rows(cell: Any) -> None:
+    with pytest.raises(CorruptImage, match='"label" must be an integer'):
+        label_of(cell, {"cat": 0})
+
+
+def test_cells_that_are_right_or_empty(tmp_path: Path) -> None:
+    assert [caption_of(cell) for cell in (None, "", [], ["", "a"], [None], ("b",))] == ["", "", "", "a", "", "b"]
+    assert [label_of(cell, {"cat": 4}) for cell in (None, 0, 3.0, float("nan"), "cat", -1)] == [-1, 0, 3, -1, 4, -1]
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert picture_of("a.png", tmp_path) == tmp_path / "a.png"
+    assert picture_of({"bytes": None, "path": "/x/b.png"}) == Path("/x/b.png") and picture_of(b"y") == b"y"
+    for cell in (None, "", b"", {}, {"bytes": None, "path": None}, [1, 2], "../secret.png", "x/../../secret.png"):
+        with pytest.raises(CorruptImage):
+            picture_of(cell, tmp_path)
+
+
+def test_splits_are_words_of_a_path() -> None:
+    names = {
+        "a/train/x": ("train", 1),
+        "val2017/x": ("validation", 0),
+        "Test-1": ("test", 0),
+        "trainer/contest": ("", -1),
+    }
+    assert {name: split_of(name.split("/")) for name in names} == names
+
+
+def test_what_is_broken_is_remembered(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", image=[*pictures(range(120)), None], text=["a"] * 121)
+    with pytest.warns(UserWarning, match="skipped"):
+        first = broken_rows(open_source(path))
+    with pytest.warns(UserWarning, match="skipped"):
+        assert broken_rows(open_source(path)) == first == {120: "it has no picture"}

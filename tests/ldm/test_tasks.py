@@ -111,7 +111,7 @@ def test_grey_images_become_rgb(weights: Path, tmp_path: Path) -> None:
         folder = train(
             tmp_path / task, task=task, trainer__max_steps=1, first_stage__weights=weights, conditioner__scale=2, **data
         )
-        run = check(folder, size=32)
+        run, _ = check(folder, size=32)
         assert run.task.train.__getitems__([0])["image"].shape == (1, 3, 32, 32) and len(run.task.train) == 16
 
 
@@ -169,7 +169,7 @@ def test_own_images_train_with_a_held_out_tenth(own_images: Path, weights: Path,
     moved = own_images.rename(tmp_path / "elsewhere")
     assert user_images(str(moved), 16, "test", seed=0).captions == parts["test"].captions
     options = {"data__name": "folder", "data__path": moved, "trainer__max_steps": 1, "first_stage__weights": weights}
-    run = check(train(tmp_path / "run", **options))
+    run, _ = check(train(tmp_path / "run", **options))
     assert len(run.task.train) == 27 and len(run.task.reference) == 3
 
 
@@ -204,7 +204,7 @@ def test_class_folders_train_class_conditionally(weights: Path, tmp_path: Path) 
     for i in range(24):
         picture(tmp_path / "own" / ("cats" if i % 2 else "dogs") / f"{i}.png", (i, i, i))
     options = {"data__name": "folder", "data__path": tmp_path / "own", "first_stage__weights": weights}
-    run = check(train(tmp_path / "run", task="class", trainer__max_steps=1, **options))
+    run, _ = check(train(tmp_path / "run", task="class", trainer__max_steps=1, **options))
     assert run.task.num_classes == 3, "two classes and the null class"
 
 

@@ -39,13 +39,7 @@ class AdversarialPretrainer(ElectraPretrainer):
         self._rewards_2: Tensor | None = None  # sum and number since the last update
 
     def _rtd_loss(
-        self,
-        losses: Losses,
-        batch: Batch,
-        masked: Masked,
-        generated: Generated,
-        corrupted: Corrupted,
-        chosen: bool,
+        self, losses: Losses, batch: Batch, masked: Masked, generated: Generated, corrupted: Corrupted, chosen: bool
     ) -> None:
         """And the policy gradient; counters also hold sums of -log p of the samples and of their rewards."""
         super()._rtd_loss(losses, batch, masked, generated, corrupted, chosen)

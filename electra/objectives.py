@@ -265,13 +265,7 @@ class ElectraPretrainer(nn.Module):
         return losses
 
     def _rtd_loss(
-        self,
-        losses: Losses,
-        batch: Batch,
-        masked: Masked,
-        generated: Generated,
-        corrupted: Corrupted,
-        chosen: bool,
+        self, losses: Losses, batch: Batch, masked: Masked, generated: Generated, corrupted: Corrupted, chosen: bool
     ) -> None:
         """Binary cross-entropy over all tokens, or over those that a sample was written to."""
         logits_N = self.discriminate(batch, corrupted.ids_N)

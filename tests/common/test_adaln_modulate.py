@@ -6,6 +6,7 @@ Also a program, see kernel_process.py: `python -m tests.common.test_adaln_modula
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from common.kernels import adaln_modulate as kernel
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    KernelFacts,
+    answer,
+    compile_for_hopper,
+    difference_when_compiled,
+    native,
+    opcheck,
+    relative_errors,
+)
 
 
 class Case(NamedTuple):
@@ -70,11 +79,9 @@ FUNCTIONS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of outputs and gradients of both functions against float64."""
-    programs = kernel.BACKWARD_PROGRAMS
-    kernel.BACKWARD_PROGRAMS = case.programs or programs
     given = _inputs(case, device)
     found: dict[str, Any] = {"errors": {}, "dtypes": {}, "used_kernels": True}
-    try:
+    with patch.object(kernel, "BACKWARD_PROGRAMS", case.programs or kernel.BACKWARD_PROGRAMS):
         for name, (function, exact, arguments) in FUNCTIONS.items():
             ours = [given[a].detach().requires_grad_() for a in arguments]
             out = function(*ours)
@@ -82,52 +89,38 @@ def errors(case: Case, device: str) -> dict[str, Any]:
             theirs = [given[a].detach().double().requires_grad_() for a in arguments]
             expected = exact(*theirs)
             exact_gradients = torch.autograd.grad(expected, theirs, given["dout"].double())
-            labels = ("out", *(f"d{a}" for a in arguments))
-            for label, a, b in zip(labels, (out, *gradients), (expected, *exact_gradients), strict=True):
-                found["errors"][f"{name}.{label}"] = ((a.double() - b).abs().max() / b.abs().max()).item()
-                found["dtypes"][f"{name}.{label}"] = str(a.dtype)
+            labels = [f"{name}.{label}" for label in ("out", *(f"d{a}" for a in arguments))]
+            found["errors"] |= relative_errors(labels, (out, *gradients), (expected, *exact_gradients))
+            found["dtypes"] |= {label: str(a.dtype) for label, a in zip(labels, (out, *gradients))}
             found["used_kernels"] &= name in out.grad_fn.name()
-    finally:
-        kernel.BACKWARD_PROGRAMS = programs
     return found
 
 
-def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+def opchecks(device: str) -> dict[str, str]:
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name in ("odd_width", "float32_residual_of_bfloat16_branches"):
         given = {key: value.detach().requires_grad_() for key, value in _inputs(CASES[name], device).items()}
-        calls = {
-            "modulate": (kernel._modulate_op, (given["x"], given["shift"], given["scale"], 1e-6, given["y"].dtype)),
-            "gate": (kernel._gate_op, (given["x"], given["y"], given["gate"])),
-        }
-        for label, (op, arguments) in calls.items():
-            for check, outcome in torch.library.opcheck(op, arguments, raise_exception=False).items():
-                results[f"{name}.{label}.{check}"] = str(outcome)
-    return results
+        modulated = given["x"], given["shift"], given["scale"], 1e-6, given["y"].dtype
+        calls[f"{name}.modulate"] = kernel._modulate_op, modulated
+        calls[f"{name}.gate"] = kernel._gate_op, (given["x"], given["y"], given["gate"])
+    return opcheck(calls)
 
 
-def _compiles_without_graph_break(device: str) -> float:
-    given = _inputs(CASES["odd_width"], device)
-
-    def block(x: Tensor) -> Tensor:
-        h = adaln_modulate(x, given["shift"], given["scale"])
-        return gated_residual(x, torch.tanh(h), given["gate"])
-
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    return (compiled(given["x"]) - block(given["x"])).abs().max().item()
+def _block(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    return gated_residual(x, torch.tanh(adaln_modulate(x, shift, scale)), gate)
 
 
 def _interpret() -> dict[str, Any]:
     """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
-    given = _inputs(CASES["power_of_two"], "cpu")
+    given, odd = (_inputs(CASES[name], "cpu") for name in ("power_of_two", "odd_width"))
     with torch.autocast("cpu", torch.bfloat16):
         autocast = adaln_modulate(given["x"], given["shift"], given["scale"])
         residual = gated_residual(given["x"], given["y"].bfloat16(), given["gate"])
     strided = torch.randn(2, 8, 6).transpose(1, 2)
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": _opcheck("cpu"),
-        "compile_difference": _compiles_without_graph_break("cpu"),
+        "opcheck": opchecks("cpu"),
+        "compile_difference": difference_when_compiled(_block, *(odd[k] for k in ("x", "shift", "scale", "gate"))),
         "autocast_dtypes": [str(autocast.dtype), str(residual.dtype)],
         "strided_error": (
             adaln_modulate(strided, given["shift"][:, :8], given["scale"][:, :8])
@@ -163,11 +156,6 @@ def _aot_type(argument: str) -> str:
     return "fp32" if argument == "eps" else "i32"
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 def _assert_matches(found: dict[str, Any], case: Case) -> None:
     assert found["used_kernels"], "the plain torch path ran instead of the kernels"
     other = case.branch_dtype or case.dtype
@@ -184,15 +172,6 @@ def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dic
     _assert_matches(interpreted["cases"][name], CASES[name])
 
 
-def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
-
-
-def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
-    assert interpreted["compile_difference"] < 1e-6
-
-
 def test_under_autocast_the_norm_feeds_linear_layers_and_the_residual_keeps_its_precision(
     interpreted: dict[str, Any],
 ) -> None:
@@ -203,12 +182,8 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
     assert interpreted["strided_error"] < 1e-5
 
 
-def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
-    compiled = findings(__name__, "compile")
-    assert len(compiled) == 4
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
+class TestKernels(KernelFacts):
+    builds = 4
 
 
 def test_on_cpu_the_public_functions_are_the_plain_torch_expressions() -> None:
@@ -237,26 +212,18 @@ def test_programs_of_the_backward_pass_cover_every_token_once() -> None:
         assert each <= kernel.MOST_TOKENS
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@native
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@native
 @pytest.mark.parametrize("shape", [(8, 256, 1152), (1, 4096, 1152), (64, 64, 192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_at_pixarts_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = Case(shape, dtype, torch.bfloat16, slices=True)
     _assert_matches(errors(case, "cuda"), case)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_native_ops_obey_the_rules_of_torch_library() -> None:
-    assert set(_opcheck("cuda").values()) == {"SUCCESS"}
 
 
 if __name__ == "__main__":

@@ -74,14 +74,6 @@ def test_image_folder_yields_image_caption_and_label(tmp_path: Path) -> None:
     assert data.captions() == [f"grey {i}" for i in range(5)]
 
 
-def test_labels_in_metadata_become_classes(tmp_path: Path) -> None:
-    root = captioned(tmp_path / "d", 3)
-    rows = [{"file_name": f"{i:03d}.png", "text": "", "label": name} for i, name in enumerate(["dog", "cat", "dog"])]
-    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = open_images(root, size=4)
-    assert data.classes == ["cat", "dog"] and [data[i]["label"] for i in range(3)] == [1, 0, 1]
-
-
 def test_class_folders_give_label_and_caption(tmp_path: Path) -> None:
     for name, value in (("red_fox", 10), ("lynx", 20)):
         (tmp_path / "d" / name / "deep").mkdir(parents=True)

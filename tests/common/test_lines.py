@@ -18,13 +18,7 @@ def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path: P
     path = tmp_path / "prompts.txt"
     path.write_bytes(("\ufefffirst\r\n" + ODD + "\n\n  \nlast \ufeff").encode())
     assert list(read_lines(path)) == [(1, "first"), (2, ODD), (5, "last \ufeff")]
-    assert list(read_lines(path, blank=True)) == [
-        (1, "first"),
-        (2, ODD),
-        (3, ""),
-        (4, "  "),
-        (5, "last \ufeff"),
-    ]
+    assert list(read_lines(path, blank=True)) == [(1, "first"), (2, ODD), (3, ""), (4, "  "), (5, "last \ufeff")]
     path.write_bytes(b"")
     assert list(read_lines(path, blank=True)) == []
 

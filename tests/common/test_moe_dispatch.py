@@ -6,6 +6,7 @@ Also a program, see kernel_process.py: `python -m tests.common.test_moe_dispatch
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from common.kernels import moe_dispatch as kernel
 from common.kernels.moe_dispatch import combine_rows, grouped_linear, permute_rows
-from tests.common.kernel_process import SHARED_MEMORY_HOPPER, answer, compile_for_hopper, findings
+from tests.common.kernel_process import (
+    KernelFacts,
+    answer,
+    compile_for_hopper,
+    difference_when_compiled,
+    findings,
+    native,
+    opcheck,
+    relative_errors,
+)
 
 
 class Case(NamedTuple):
@@ -93,71 +103,53 @@ def _exact(given: Given, x: Tensor, weight_TK: Tensor, weight_GFD: Tensor, bias_
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of the chain permute, grouped product, combine and of all its gradients against float64."""
-    limits = kernel.FLOAT_TILES, kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER, kernel.COPY_TILE
-    kernel.FLOAT_TILES = case.tile
-    kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER = case.tile
-    kernel.COPY_TILE = 16
+    tiles = dict(zip(("TILE_ROWS", "TILE_COLUMNS", "TILE_INNER"), case.tile))
     given = _given(case, device)
-    try:
-        leaves = [given.x, given.weight_TK, given.weight_GFD, *([given.bias_GF] if given.bias_GF is not None else [])]
-        ours = [leaf.detach().requires_grad_() for leaf in leaves]
-        bias = ours[3] if case.bias else None
+    leaves = [given.x, given.weight_TK, given.weight_GFD, *([given.bias_GF] if given.bias_GF is not None else [])]
+    ours = [leaf.detach().requires_grad_() for leaf in leaves]
+    bias = ours[3] if case.bias else None
+    with patch.multiple(kernel, FLOAT_TILES=case.tile, COPY_TILE=16, **tiles):
         rows = permute_rows(ours[0], given.route_N, given.row_TK)
         out = grouped_linear(rows, ours[2], bias, given.starts_G1)
         y = combine_rows(out, ours[1], given.route_N, given.row_TK)
         gradients = torch.autograd.grad(y, ours, given.dy)
-    finally:
-        (kernel.FLOAT_TILES, kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER, kernel.COPY_TILE) = limits
     theirs = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = _exact(given, theirs[0], theirs[1], theirs[2], theirs[3] if case.bias else None)
     if expected.requires_grad:
         exact_gradients = torch.autograd.grad(expected, theirs, given.dy.double())
     else:
         exact_gradients = tuple(torch.zeros_like(leaf) for leaf in theirs)
-    labels = ("y", "dx", "dcombine", "dweight", "dbias")
-    found = {
-        label: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-        for label, a, b in zip(labels, (y, *gradients), (expected, *exact_gradients))
-    }
+    labels = ("y", "dx", "dcombine", "dweight", "dbias")[: 1 + len(ours)]
+    found = relative_errors(labels, (y, *gradients), (expected, *exact_gradients), least=1e-30)
     names = [t.grad_fn.name() for t in (rows, out, y) if t.grad_fn is not None]
     return {"errors": found, "dtypes": [str(y.dtype), *(str(g.dtype) for g in gradients)], "nodes": names}
 
 
-def _opcheck(device: str) -> dict[str, str]:
-    results = {}
+def opchecks(device: str) -> dict[str, str]:
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name in ("dropped_routes", "bfloat16"):
         given = _given(CASES[name], device)
         x, weight_TK, weight_GFD = (t.clone().requires_grad_() for t in (given.x, given.weight_TK, given.weight_GFD))
         rows = permute_rows(given.x, given.route_N, given.row_TK).clone().requires_grad_()
-        calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "permute": (kernel._permute_op, (x, given.route_N, given.row_TK)),
-            "combine": (kernel._combine_op, (rows, weight_TK, given.route_N, given.row_TK)),
-            "linear": (kernel._linear_op, (rows, weight_GFD, given.bias_GF, given.starts_G1)),
-        }
-        for label, (op, arguments) in calls.items():
-            for check, outcome in torch.library.opcheck(op, arguments, raise_exception=False).items():
-                results[f"{name}.{label}.{check}"] = str(outcome)
-    return results
+        calls[f"{name}.permute"] = kernel._permute_op, (x, given.route_N, given.row_TK)
+        calls[f"{name}.combine"] = kernel._combine_op, (rows, weight_TK, given.route_N, given.row_TK)
+        calls[f"{name}.linear"] = kernel._linear_op, (rows, weight_GFD, given.bias_GF, given.starts_G1)
+    return opcheck(calls)
 
 
-def _compiles_without_graph_break(device: str) -> float:
-    given = _given(CASES["dropped_routes"], device)
+def _interpret() -> dict[str, Any]:
+    """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
+    given = _given(CASES["dropped_routes"], "cpu")
 
     def chain(x: Tensor) -> Tensor:
         rows = permute_rows(x, given.route_N, given.row_TK)
         out = grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1)
         return combine_rows(torch.tanh(out), given.weight_TK, given.route_N, given.row_TK)
 
-    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
-    return (compiled(given.x) - chain(given.x)).abs().max().item()
-
-
-def _interpret() -> dict[str, Any]:
-    """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": _opcheck("cpu"),
-        "compile_difference": _compiles_without_graph_break("cpu"),
+        "opcheck": opchecks("cpu"),
+        "compile_difference": difference_when_compiled(chain, given.x),
     }
 
 
@@ -211,11 +203,6 @@ def _compile_for_hopper() -> dict[str, dict[str, Any]]:
     return compiled
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return findings(__name__, "interpret")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted["cases"][name]
@@ -230,21 +217,12 @@ def _assert_matches(found: dict[str, Any], case: Case) -> None:
     assert found["dtypes"] == [str(dtype) for dtype in expected]
 
 
-def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
-    assert interpreted["opcheck"]
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
+class TestKernels(KernelFacts):
+    builds = 10
 
 
-def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
-    assert interpreted["compile_difference"] < 1e-6
-
-
-def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
+def test_products_in_half_precision_run_on_tensor_cores() -> None:
     compiled = findings(__name__, "compile")
-    assert len(compiled) == 10
-    for name, found in compiled.items():
-        assert found["cubin_bytes"] > 0, name
-        assert found["shared"] < SHARED_MEMORY_HOPPER, name
     for name in ("_grouped_linear_kernel.bf16", "_weight_gradient_kernel.bf16"):
         assert compiled[name]["tensor_cores"], f"{name} does not use Hopper's tensor cores"
 
@@ -269,15 +247,13 @@ def test_cpu_autocast_multiplies_in_the_autocast_dtype() -> None:
         assert grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1).dtype == torch.bfloat16
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@native
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_with_whole_tiles(dtype: torch.dtype) -> None:
     case = Case(300, 2, (150, 0, 257, 193), 256, 384, dtype, tile=(64, 64, 32))

@@ -12,6 +12,7 @@ from electra.config import ElectraConfig
 from electra.convert import from_official
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
 from electra.model import Batch, Encoder
+from tests.electra.golden_pretraining import official_sizes
 from tests.golden_case import Case, Check, assert_close
 
 TOLERANCE = 1e-5
@@ -22,22 +23,6 @@ ANSWER_LAYERS = {
     "impossible_hidden": "dense_2",
     "impossible": "dense_3",
 }
-
-
-def _config(case: Case) -> ElectraConfig:
-    values = case.config["hparams"]
-    sizes = values["model_hparam_overrides"]
-    return ElectraConfig(
-        vocab_size=values["vocab_size"],
-        embedding_size=values.get("embedding_size") or sizes["hidden_size"],
-        hidden_size=sizes["hidden_size"],
-        layers=sizes["num_hidden_layers"],
-        heads=sizes["num_attention_heads"],
-        intermediate_size=sizes["intermediate_size"],
-        max_position=sizes["max_position_embeddings"],
-        dropout=0.0,
-        attention_dropout=0.0,
-    )
 
 
 def _head_variables(case: Case) -> dict[str, Tensor]:
@@ -57,7 +42,7 @@ class _Inputs:
         ids_BL = case.tensors["in/input_ids"].long()
         self.mask_BL = case.tensors["in/input_mask"].long()
         self.types_BL = case.tensors["in/segment_ids"].long()
-        self.encoder = Encoder(_config(case)).eval()
+        self.encoder = Encoder(ElectraConfig(**official_sizes(case.config["hparams"]))).eval()
         state = from_official({f"electra/{k}": v for k, v in case.group("param/electra").items()})
         self.encoder.load_state_dict({name.removeprefix("electra."): value for name, value in state.items()})
         batch = Batch.from_padded(ids_BL, self.mask_BL, self.types_BL)

@@ -58,10 +58,7 @@ def randomised(model: ElectraPretrainer) -> ElectraPretrainer:
         ("electra.embeddings.LayerNorm.weight", "electra/embeddings/LayerNorm/gamma"),
         ("electra.embeddings.LayerNorm.bias", "electra/embeddings/LayerNorm/beta"),
         ("generator.embeddings_project.weight", "generator/embeddings_project/kernel"),
-        (
-            "electra.encoder.layer.11.attention.self.query.bias",
-            "electra/encoder/layer_11/attention/self/query/bias",
-        ),
+        ("electra.encoder.layer.11.attention.self.query.bias", "electra/encoder/layer_11/attention/self/query/bias"),
         ("electra.encoder.layer.0.output.dense.weight", "electra/encoder/layer_0/output/dense/kernel"),
         ("discriminator_predictions.dense.bias", "discriminator_predictions/dense/bias"),
         ("discriminator_predictions.dense_prediction.weight", "discriminator_predictions/dense_1/kernel"),

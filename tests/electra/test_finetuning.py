@@ -10,15 +10,7 @@ from common.errors import UserError
 from electra.config import ElectraConfig, FinetuneConfig
 from electra.evaluate import format_table
 from electra.evaluate import main as evaluate_main
-from electra.finetuning import (
-    FinetuneModel,
-    answer_f1,
-    encode_items,
-    evaluate,
-    finetune,
-    finetune_model,
-    predict,
-)
+from electra.finetuning import FinetuneModel, answer_f1, encode_items, evaluate, finetune, finetune_model, predict
 from electra.heads import AnswerBeams, QuestionAnsweringHead, answer_candidates, best_span
 from electra.model import Encoder
 from electra.optim import parameter_groups

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
+from common.files import read_object
 from common.paths import cache_dir, existing_path
 from pixart.config import DataConfig
 from pixart.data import Pictures
@@ -56,12 +57,9 @@ class Codec:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        folder = existing_path(str(path))
-        if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-            folder = folder / "vae"
-        if not (folder / "config.json").is_file():
-            raise UserError(f"vae {path}: expected a diffusers AutoencoderKL directory (config.json and weights)")
         from diffusers import AutoencoderKL
+
+        folder = codec_folder(path)
 
         try:
             vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
@@ -71,7 +69,7 @@ class Codec:
         self._vae: Any = vae.eval().requires_grad_(False).to(self.device)
         config = vae.config
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.factor = codec_factor(path)
         self.scaling_factor = float(config.scaling_factor)
 
     @property
@@ -102,6 +100,20 @@ class Codec:
             for z in z_nChw.split(ENCODE_BATCH)
         ]
         return torch.cat(parts)
+
+
+def codec_folder(path: str | Path) -> Path:
+    """The AutoencoderKL directory itself, for one or for a pipeline with one; UserError where there is none."""
+    given = existing_path(path)
+    for folder in (given, given / "vae"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"vae {path}: expected a diffusers AutoencoderKL directory (config.json and weights)")
+
+
+def codec_factor(path: str | Path) -> int:
+    """Between picture and latent sides, by the codec's config alone."""
+    return 2 ** (len(read_object(codec_folder(path) / "config.json")["block_out_channels"]) - 1)
 
 
 def edge_map(images_n3HW: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ Without --weights: pixart/pretrained/shapes where it exists, else the newest fin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.paths import REPOSITORY, cache_dir, existing_path
 from pixart.config import SamplingConfig
 
@@ -207,7 +207,7 @@ def open_painter(
     folder = weights / "model" if (weights / "model" / "config.json").is_file() else weights
     about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():
-        about = read_json(folder / ABOUT)
+        about = read_object(folder / ABOUT)
     elif folder.is_dir() and is_diffusers(folder):
         vae = vae or (str(folder / "vae") if (folder / "vae").is_dir() else None)
         if text_encoder is None and (folder / "text_encoder").is_dir():
@@ -242,17 +242,6 @@ def open_painter(
     return Painter(network.eval().to(device), codec, encoder, config.input_size * codec.factor)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError names a damaged one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def joined_text_encoder(pipeline: Path) -> Path:
     """One folder with the links to a pipeline's `text_encoder` and `tokenizer`, as the text encoder wants it."""
     import hashlib
@@ -273,7 +262,7 @@ def default_weights() -> Path:
         return PRETRAINED
     roots = {Path("runs").resolve(), (REPOSITORY / "runs").resolve()}
     found = [path for root in roots for path in root.glob(f"*/*/model/{ABOUT}")]
-    found = [path for path in found if read_json(path).get("kind") == "text"]
+    found = [path for path in found if read_object(path).get("kind") == "text"]
     if not found:
         raise UserError(
             "--weights is missing, and no trained network was found below runs/: make one with "

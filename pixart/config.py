@@ -6,9 +6,9 @@ A stage is one YAML file with the options of `StageConfig`. A recipe is a YAML f
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -272,11 +272,16 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     Raises:
         UserError: a missing or unreadable file, an unknown stage or option, a value of the wrong type.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=SMALL)
+    parser.add_argument("--stage")
+    try:
+        own, arguments = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name} needs a value") from None
+    file, wanted = own.config, own.stage
     if "--help" in arguments or "-h" in arguments:
         parse_config(StageConfig, None, description, ["--help"])
-    file = Path(_take(arguments, "--config") or SMALL)
-    wanted = _take(arguments, "--stage")
     _refuse_unknown(arguments)
     content = _read_yaml(file)
     if "stages" not in content:
@@ -333,25 +338,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'--config {file}: expected options ("data:", "trainer:", ...) or a list of "stages:"')
     return content
-
-
-def _take(arguments: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from a command line; the last one counts."""
-    value = None
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        if word.startswith(f"{option}="):
-            value = word.split("=", 1)[1]
-            del arguments[position]
-        elif word == option:
-            if position + 1 == len(arguments):
-                raise UserError(f"{option} needs a value")
-            value = arguments[position + 1]
-            del arguments[position : position + 2]
-        else:
-            position += 1
-    return value
 
 
 def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:

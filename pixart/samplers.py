@@ -56,8 +56,8 @@ def guided(
     mask_BL: Tensor | None,
     scale: float,
     *,
-    size_B2: Tensor | None = None,
-    ratio_B1: Tensor | None = None,
+    null: tuple[Tensor, Tensor] | None = None,
+    **conditions: Tensor | None,
 ) -> Network:
     """A PixArt network with its captions as a sampler's model: both branches in one batch, captions encoded once.
 
@@ -67,16 +67,23 @@ def guided(
     Args:
         network: `pixart.model.PixArt` (encode_caption and forward).
         caption_BLD, mask_BL: features and mask of the prompts (`pixart.text.TextEncoder`); mask None = all tokens.
-        size_B2, ratio_B1: micro-conditioning of the multi-scale network (target height and width in pixels, ratio).
+        null: features [1, L, D] and mask [1, L] to take the null caption's place: those of the empty caption, which
+            weights without a null caption (diffusers') were meant for.
+        conditions: of both branches: `size_B2` and `ratio_B1`, the micro-conditioning of the multi-scale network
+            (target height and width in pixels, ratio); `control_BCHW` of a control network.
     """
     if scale == 1:
         context = network.encode_caption(caption_BLD, mask_BL)
-        return lambda x_BCHW, t_B: network(x_BCHW, t_B, context, size_B2=size_B2, ratio_B1=ratio_B1)
+        return lambda x_BCHW, t_B: network(x_BCHW, t_B, context, **conditions)
     batch = caption_BLD.shape[0]
-    drop_2B = torch.arange(2 * batch, device=caption_BLD.device) < batch
-    context = network.encode_caption(_twice(caption_BLD), _twice(mask_BL), drop_2B)
-    size, ratio = _twice(size_B2), _twice(ratio_B1)
-    return guide(lambda x, t: network(x, t, context, size_B2=size, ratio_B1=ratio), scale)
+    if null is None:
+        drop_2B = torch.arange(2 * batch, device=caption_BLD.device) < batch
+        context = network.encode_caption(_twice(caption_BLD), _twice(mask_BL), drop_2B)
+    else:
+        features, mask = (x.to(caption_BLD.device).expand(batch, *x.shape[1:]) for x in null)
+        context = network.encode_caption(torch.cat([features, caption_BLD]), torch.cat([mask, mask_BL]))
+    both = {name: _twice(value) for name, value in conditions.items()}
+    return guide(lambda x, t: network(x, t, context, **both), scale)
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:

@@ -130,7 +130,7 @@ def test_null_branch_keeps_the_prompts_mask_and_captions_are_encoded_once() -> N
     assert torch.equal(mask_4L, torch.cat([mask, mask]))
     assert drop_4.tolist() == [True, True, False, False]
     assert [call["batch"] for call in network.calls] == [4, 4, 4]
-    assert network.calls[0]["size_B2"].shape == (4, 2) and network.calls[0]["ratio_B1"] is None
+    assert network.calls[0]["size_B2"].shape == (4, 2) and "ratio_B1" not in network.calls[0]
 
 
 def test_one_batch_of_both_branches_equals_two_separate_calls_of_the_network() -> None:

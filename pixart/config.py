@@ -18,7 +18,7 @@ import yaml
 
 from common.cli import parse_config
 from common.errors import UserError
-from common.options import Attention, TrainerOptions
+from common.options import TrainerOptions
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
@@ -181,7 +181,6 @@ class TrainerConfig(TrainerOptions):
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
-        attention: which of its equal forms attention takes; auto measures them on this machine, once per shape.
         workers: loader processes for features that are not in memory.
     """
 
@@ -189,7 +188,6 @@ class TrainerConfig(TrainerOptions):
     max_minutes: float = 0.0
     batch_size: int = 64
     gradient_checkpointing: bool = False
-    attention: Attention = "auto"
     checkpoint_every: int = 250
     sample_every: int = 0
     workers: int = 0

@@ -72,10 +72,6 @@ class ControlPixArt(nn.Module):
         """The copies with their zero Linears."""
         return (part for part in self.controlnet.children() if isinstance(part, ControlBlock))
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the control branch."""
-        return self.controlnet.parameters()
-
     def encode_caption(
         self, caption_BLC: Tensor, mask_BL: Tensor | None = None, drop_B: Tensor | None = None
     ) -> CaptionContext:

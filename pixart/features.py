@@ -23,6 +23,7 @@ from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strin
 from common.errors import UserError
 from common.files import read_object
 from common.paths import cache_dir, existing_path
+from common.teacher import decode_latents, to_uint8
 from pixart.config import DataConfig
 from pixart.data import Pictures
 from pixart.text import TextEncoder
@@ -31,16 +32,6 @@ ENCODE_BATCH = 64
 TEXT_SHARD, LATENT_SHARD = 512, 1024
 
 Rows = Callable[[list[int]], dict[str, Tensor]]
-
-
-def to_unit(image_uint8: Tensor) -> Tensor:
-    """uint8 images to float in [-1, 1]."""
-    return image_uint8.float() / 127.5 - 1.0
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, rounded and clamped."""
-    return x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Codec:
@@ -83,7 +74,7 @@ class Codec:
         """Mean and standard deviation of the posterior, float32 [n, 2C, h, w], not scaled."""
         parts = []
         for images in images_n3HW.split(ENCODE_BATCH):
-            posterior = self._vae.encode(to_unit(images.to(self.device))).latent_dist
+            posterior = self._vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
             parts.append(torch.cat([posterior.mean, posterior.std], dim=1).float().cpu())
         return torch.cat(parts)
 
@@ -95,11 +86,8 @@ class Codec:
     @torch.no_grad()
     def decode(self, z_nChw: Tensor) -> Tensor:
         """Scaled latents to uint8 pictures [n, 3, H, W]."""
-        parts = [
-            to_uint8(self._vae.decode(z.to(self.device, torch.float32) / self.scaling_factor).sample).cpu()
-            for z in z_nChw.split(ENCODE_BATCH)
-        ]
-        return torch.cat(parts)
+        parts = (decode_latents(self._vae, z.to(self.device)) for z in z_nChw.split(ENCODE_BATCH))
+        return torch.cat([to_uint8(images).cpu() for images in parts])
 
 
 def codec_folder(path: str | Path) -> Path:

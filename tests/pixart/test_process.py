@@ -14,7 +14,7 @@ from common.errors import UserError
 from pixart.config import PixArtConfig
 from pixart.diffusion import Diffusion, discretised_gaussian_nll, respaced_steps
 from pixart.model import PixArt
-from pixart.samplers import diffusers_sampler, dpm_solver, guide, guided, iddpm, recorded_noise, sa_solver, seeded_noise
+from pixart.samplers import diffusers_sampler, dpm_solver, guide, guided, iddpm, sa_solver, seeded_noise
 
 SHAPE = (3, 4, 2, 2)
 
@@ -80,7 +80,7 @@ def test_network_is_told_the_original_step_of_a_respaced_chain() -> None:
         return torch.zeros(3, 8, 2, 2)
 
     chain = Diffusion().respaced(20)
-    chain.training_losses(model, torch.zeros(SHAPE), torch.tensor([0, 7, 19]))
+    chain.training_losses(model, torch.zeros(SHAPE), torch.tensor([0, 7, 19]), torch.zeros(SHAPE))
     assert told[0].tolist() == [chain.timestep_map[i] for i in (0, 7, 19)]
 
 
@@ -209,5 +209,3 @@ def test_bad_sampler_input_is_refused() -> None:
         sa_solver(gaussian_model(), x, 5, predictor_order=4)
     with pytest.raises(UserError, match="learned variance"):
         iddpm(lambda x, t: x, x, 5)
-    with pytest.raises(UserError, match="recorded noise ended"):
-        iddpm(gaussian_model(), x, 5, noise=recorded_noise([x, x]))

@@ -181,9 +181,6 @@ class SparseCache(Generic[Key]):
         """The entry's bytes have changed since they were read."""
         self._entries[key].dirty = True
 
-    def is_dirty(self, key: Key) -> bool:
-        return key in self._entries and self._entries[key].dirty
-
     def dirty_keys(self) -> list[Key]:
         return [key for key, entry in self._entries.items() if entry.dirty]
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from se_moe.communication import Group, all_to_all_rows, group_rank, plan_from_counts
 
 
 @dataclass(frozen=True)
@@ -394,50 +393,6 @@ class TaskMoE(nn.Module):
         return tagged
 
 
-def by_task(
-    x_BD: Tensor,
-    task_B: Tensor,
-    layout: Layout,
-    function: Callable[[Tensor, int], Tensor],
-    group: Group,
-) -> Tensor:
-    """Run every row on a rank that hosts its task: AlltoAll there, `function(rows, task)`, AlltoAll back.
-
-    For batches whose tasks are mixed on every rank. A task's rows are dealt out evenly to its ranks. Differentiable; a
-    collective call, like its backward pass.
-
-    Args:
-        x_BD: this rank's rows, any number of them.
-        task_B: int64 task of each row.
-        group: all ranks of the layout; None: one process.
-
-    Returns:
-        The results in the order of the rows.
-    """
-    rank = group_rank(group)
-    host_B = torch.empty_like(task_B)
-    for task in range(layout.tasks):
-        mine = (task_B == task).nonzero()[:, 0]
-        hosts = torch.tensor(layout.group(task), device=task_B.device)
-        # Ranks start dealing at different hosts, so that few rows of many ranks do not all meet on the first.
-        host_B[mine] = hosts[(torch.arange(mine.numel(), device=task_B.device) + rank) % hosts.numel()]
-    queue_B = host_B * layout.tasks + task_B
-    order_B = torch.sort(queue_B, stable=True).indices
-    counts_RX = torch.bincount(queue_B, minlength=layout.ranks * layout.tasks).view(layout.ranks, layout.tasks)
-    plan, arriving_RX = plan_from_counts(counts_RX, group, None)
-    rows_ND = all_to_all_rows(x_BD[order_B], plan, group)
-    blocks = list(torch.split(rows_ND, arriving_RX.flatten().tolist()))  # by source rank, then task
-    for task in range(layout.tasks):
-        own = blocks[task :: layout.tasks]
-        if any(len(block) for block in own):
-            done = function(torch.cat(own), task)
-            blocks[task :: layout.tasks] = list(torch.split(done, [len(block) for block in own]))
-    results_BD = all_to_all_rows(torch.cat(blocks), plan.reverse(), group)
-    place_B = torch.empty_like(order_B)
-    place_B[order_B] = torch.arange(order_B.numel(), device=order_B.device)
-    return results_BD[place_B]
-
-
 def tagged_parameters(model: nn.Module) -> list[tuple[nn.Parameter, int | None]]:
     """(parameter, task or None) of a whole model: what is not inside a TaskMoE's exclusive part is shared."""
     task_of: dict[Hashable, int | None] = {}
@@ -448,7 +403,7 @@ def tagged_parameters(model: nn.Module) -> list[tuple[nn.Parameter, int | None]]
 
 
 def hosted_state(states: Sequence[Mapping[str, Tensor]], hosted: Sequence[int]) -> dict[str, Tensor]:
-    """The state of a rank that hosts `hosted`, taken from the states of all ranks of another layout.
+    """The state of a rank that hosts `hosted`, taken from the states of all ranks of another layout (library).
 
     Raises:
         UserError: no rank has the expert of a task.

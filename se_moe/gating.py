@@ -152,7 +152,7 @@ def _balance(probs_TE: Tensor, counted_E: Tensor) -> Tensor:
 
 
 def load_importance_loss(scores_TE: Tensor, kth_logit_T: Tensor, gate_noise: float) -> Tensor:
-    """Mean of the squared variation coefficients of importance and load (Shazeer et al. 2017, appendix A; Tutel).
+    """Mean squared variation coefficient of importance and load (library: Shazeer et al. 2017, appendix A; Tutel).
 
     Args:
         scores_TE: softmax probabilities.
@@ -314,7 +314,7 @@ def topk_routing(
 
 
 def selected_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(experts, weights), [T, k] each: softmax over the k chosen logits alone (fastmoe's NaiveGate, Mixtral)."""
+    """(experts, weights), [T, k] each: softmax over the k chosen logits (library: fastmoe, Mixtral)."""
     _check(logits_TE, k)
     value_TK, expert_TK = logits_TE.float().topk(k, dim=1)
     return expert_TK, torch.softmax(value_TK, dim=1)

@@ -13,11 +13,7 @@ and moments). Training in float32 has no separate master: 16 D, 16 and 12 stay, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from common.errors import UserError
 
@@ -156,21 +152,6 @@ def ring_bytes(dense: float, sparse: float, layers: int, sections: int, bytes_pe
     return bytes_per_parameter * (dense + sparse * min(sections, layers) / layers)
 
 
-def largest_served(
-    dense: float, layers: int, sections: int, device_bytes: float, host_bytes: float, bytes_per_parameter: int = 2
-) -> LargestModel:
-    """The most expert parameters that ring offload can serve on one device, all experts being in host memory."""
-    room = device_bytes / bytes_per_parameter - dense
-    if room <= 0:
-        raise UserError(
-            f"the dense parameters alone take {bytes_per_parameter * dense:.4g} bytes and the device has "
-            f"{device_bytes:.4g}; use a larger device or a smaller dense part"
-        )
-    by_tier = {"device": room * layers / min(sections, layers), "host": host_bytes / bytes_per_parameter}
-    binding = min(by_tier, key=by_tier.__getitem__)
-    return LargestModel(by_tier[binding], dense, binding, by_tier)
-
-
 @dataclass(frozen=True)
 class GptMoE:
     """The paper's language model: every layer has an MoE block with expert FFNs of 4 x hidden."""
@@ -204,21 +185,3 @@ def paper_models() -> list[tuple[GptMoE, int, float]]:
     """Rows of the paper's training table: (model, GPUs, parameters in billions that the paper states)."""
     rows = [(8, 13.9), (16, 26.8), (32, 52.6), (64, 104.1), (128, 207.2)]
     return [(GptMoE(f"{p:g}B", 12, 4096, 50304, e), e, p) for e, p in rows]
-
-
-def measured_alpha(counts_SE: Tensor) -> float:
-    """alpha as measured: the mean over steps (or steps x layers) of the fraction of experts with any token.
-
-    Args:
-        counts_SE: tokens per expert [steps, experts], any number type.
-    """
-    return float((counts_SE > 0).double().mean())
-
-
-def expected_alpha(popularity: Sequence[float], tokens: int) -> float:
-    """alpha for `tokens` independent routes with expert probabilities `popularity`: mean of 1 - (1 - p)^tokens.
-
-    It is close to 1 as soon as a batch has a few routes per expert: then the host tier gains nothing over 16 S.
-    """
-    total = sum(popularity)
-    return sum(-math.expm1(tokens * math.log1p(-p / total)) if p < total else 1.0 for p in popularity) / len(popularity)

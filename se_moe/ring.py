@@ -36,7 +36,7 @@ class CompletionTimes:
 def completion_times(
     layers: int, sections: int, compute: float, copy: float, preloaded: bool = True, passes: int = 1
 ) -> CompletionTimes:
-    """The ring's timetable: start_i = max(end_(i-1), copied_i), copied_j = max(copied_(j-1), end_(j-K)) + copy.
+    """Timetable (library): start_i = max(end_(i-1), copied_i), copied_j = max(copied_(j-1), end_(j-K)) + copy.
 
     Args:
         compute: time of one layer; copy: time to copy one layer; any unit.

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from se_moe.elastic import (
     TaskGroups,
     TaskMoE,
     allocate,
-    by_task,
     gradient_group,
     gumbel_hard,
     hosted_state,
@@ -179,42 +177,6 @@ def test_parameters_after_20_steps_do_not_depend_on_the_layout(ranks: int) -> No
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name} differs")
             hosted.add(name)
     assert hosted == set(expected)
-
-
-ROWS = [5, 0, 7]  # on three ranks
-
-
-def mixed_rows(rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    x_BD = torch.randn(ROWS[rank], 8, generator=generator)
-    return x_BD, torch.randint(0, 4, (ROWS[rank],), generator=generator)
-
-
-def full_block() -> TaskMoE:
-    torch.manual_seed(1)
-    return TaskMoE(8, 16, tasks=4, policy="exclusive")
-
-
-def dispatch(rank: int, layout: Layout) -> list[Tensor]:
-    block = TaskMoE(8, 16, tasks=4, hosted=sorted(layout.allocation.shares[rank]), policy="exclusive")
-    block.load_state_dict(hosted_state([full_block().state_dict()], [int(t) for t in block.exclusive]))
-    x_BD, task_B = mixed_rows(rank)
-    x_BD.requires_grad_()
-    y_BD = by_task(x_BD, task_B, layout, block, dist.group.WORLD)
-    y_BD.square().sum().backward()
-    assert x_BD.grad is not None
-    return [y_BD.detach(), x_BD.grad]
-
-
-def test_mixed_batches_reach_the_ranks_of_their_tasks_and_come_back() -> None:
-    block = full_block()
-    for rank, (y_BD, gradient_BD) in enumerate(run_ranks(3, dispatch, Layout.of(BATCHES, 3))):
-        x_BD, task_B = mixed_rows(rank)
-        x_BD.requires_grad_()
-        expected = torch.stack([block(x[None], int(t))[0] for x, t in zip(x_BD, task_B)]) if len(x_BD) else x_BD * 1
-        expected.square().sum().backward()
-        torch.testing.assert_close(y_BD, expected.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient_BD, x_BD.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpoint_of_one_layout_serves_another() -> None:

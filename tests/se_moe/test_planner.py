@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from common.errors import UserError
 from se_moe import plan
@@ -13,10 +12,7 @@ from se_moe.planner import (
     FLOAT32,
     GptMoE,
     Machine,
-    expected_alpha,
     largest_model,
-    largest_served,
-    measured_alpha,
     paper_models,
     ring_bytes,
     storage_plan,
@@ -52,19 +48,9 @@ def test_counts_match_a_hand_count() -> None:
     assert model.dense == 2 * (4 * 16 + 16 + 16 + 12) + 15 * 4 + 8
 
 
-def test_alpha_is_the_fraction_of_experts_with_tokens() -> None:
-    counts = torch.tensor([[3, 0, 1, 0], [1, 1, 1, 1]])
-    assert measured_alpha(counts) == 0.75
-    assert expected_alpha([1.0] * 4, 1) == pytest.approx(0.25)
-    assert expected_alpha([1.0] * 8, 1000) == pytest.approx(1.0)
-    assert expected_alpha([1.0], 5) == 1.0
-
-
 def test_ring_serving_needs_k_of_l_layers() -> None:
     assert ring_bytes(1e6, 12e6, 12, 3) == 2 * (1e6 + 3e6)
     assert ring_bytes(1e6, 12e6, 12, 99) == 2 * 13e6
-    found = largest_served(1e6, 12, 2, device_bytes=10e6, host_bytes=1e9)
-    assert found.binding == "device" and ring_bytes(1e6, found.sparse, 12, 2) == pytest.approx(10e6)
 
 
 def test_impossible_questions_are_refused() -> None:

@@ -100,8 +100,8 @@ def build(config: LdmConfig, tokenizer: Any = None) -> tuple[LatentDiffusion, Ta
     """Our model with the same random weights in every process."""
     from common.data.sampling import TensorTable
     from ldm.first_stage import build_first_stage, freeze
+    from ldm.run import build_latent_diffusion
     from ldm.tasks import BertConditioner, Task, train_tokenizer
-    from ldm.training import build_latent_diffusion
 
     torch.manual_seed(0)
     options = config.conditioner
@@ -301,7 +301,7 @@ def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Pat
 
     from common.data.sampling import StepDataModule, TensorTable
     from common.training import build_trainer
-    from ldm.training import DiffusionTrainer
+    from ldm.trainer import DiffusionTrainer
 
     class TakeTurns(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -332,7 +332,7 @@ def serve_our_training(config: LdmConfig, device: str, turns: Turns, folder: Pat
 
 def prepare(config: LdmConfig, folder: Path) -> dict[str, float]:
     """Write the peer's pipeline from our weights; returns what is known of the size beforehand."""
-    from ldm.training import export_pipeline
+    from ldm.run import export_pipeline
 
     ldm, task = build(config)
     export_pipeline(ldm, task, config, folder / "pipeline", torch.float32)

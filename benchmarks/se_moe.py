@@ -31,9 +31,9 @@ from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
 from se_moe.config import DataConfig, ModelOptions, Switches, TrainConfig
 from se_moe.deepspeed_arm import INSTALL, available
+from se_moe.launch import start_ranks
 from se_moe.ring import RingOffload
 from se_moe.storage import DeviceArena
-from se_moe.train import start_ranks
 
 PARTS = ("deepspeed", "ablation", "ring")
 ABLATED = ("prefetch", "cache", "fusion", "overlap", "partition", "hierarchical")

@@ -57,6 +57,21 @@ def parse_config(
     return config_class(**{k: v for k, v in values.items() if k != "config"}), parser.dump(plain, skip_none=False)
 
 
+def read_run_config(config_class: type[Config], folder: Path, option: str = "") -> Config:
+    """The configuration that a run's folder was made with.
+
+    Args:
+        option: that named the folder, for messages.
+
+    Raises:
+        UserError: the folder is not a run's, or its config.yaml has an option that is unknown or of another type.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{option} {folder}: no config.yaml there; expected the folder of a finished run".strip())
+    return parse_config(config_class, None, "", ["--config", str(file)])[0]
+
+
 def _config_files(arguments: Sequence[str]) -> list[str]:
     """The files named by `--config FILE` or `--config=FILE`."""
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]

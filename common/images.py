@@ -54,6 +54,16 @@ def as_uint8(images: Tensor | np.ndarray) -> Tensor:
     return batch.expand(-1, 3, -1, -1).contiguous()
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float images in [-1, 1] as uint8, rounded and clamped."""
+    return x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def resize_clean(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Anti-aliased bicubic resize without quantisation: float32 [N,3,h,w] in [0,255] from uint8 [N,3,H,W].
 

@@ -131,7 +131,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
-        tiers = entry["tiers"] if isinstance(entry["tiers"], dict) else {key: {} for key in entry["tiers"]}
+        tiers = entry["tiers"] if isinstance(entry["tiers"], dict) else {str(key): {} for key in entry["tiers"]}
         for other, changes in tiers.items():
             if other not in content["tiers"]:
                 raise UserError(
@@ -247,10 +247,11 @@ def _whole(values: Any, where: str, least: int) -> tuple[int, ...]:
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both mappings; where both have a mapping, both of those; else the second's value."""
-    both = {
-        key: _merged(first[key], second[key]) for key in first.keys() & second.keys() if isinstance(first[key], dict)
-    }
-    return {**first, **second, **both}
+    found = {**first, **second}
+    for key in first.keys() & second.keys():
+        if isinstance(first[key], dict) and isinstance(second[key], dict):
+            found[key] = _merged(first[key], second[key])
+    return found
 
 
 def record(

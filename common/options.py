@@ -24,7 +24,24 @@ Attention = Literal["auto", "fused", "fused_float32", "written_out", "parts"]
 
 
 @dataclass
-class TrainerOptions:
+class RunOptions:
+    """How any loop runs, Lightning's or a paper's own.
+
+    Args:
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of the logs.
+        threads: CPU threads of a process; 0 leaves torch's default.
+        progress: show how far it is.
+    """
+
+    checkpoint_every: int = 500
+    log_every: int = 20
+    threads: int = 0
+    progress: bool = True
+
+
+@dataclass
+class TrainerOptions(RunOptions):
     """How to run: passed to Lightning's Trainer.
 
     Args:
@@ -38,10 +55,7 @@ class TrainerOptions:
         compile: compile the network with torch.compile.
         attention: the form that attention is computed in (common/kernels/attention.py); auto: on CPUs the one that is
             measured to be the fastest, shape by shape.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between lines of the logs.
-        threads: CPU threads; 0 leaves torch's default.
-        progress: show a progress bar.
+        checkpoint_every, log_every, threads, progress: see `RunOptions`.
     """
 
     accumulate: int = 1
@@ -52,10 +66,6 @@ class TrainerOptions:
     strategy: str = "auto"
     compile: bool = False
     attention: Attention = "auto"
-    checkpoint_every: int = 500
-    log_every: int = 20
-    threads: int = 0
-    progress: bool = True
 
 
 FREE_TRAINER_OPTIONS = (
@@ -71,10 +81,21 @@ FREE_TRAINER_OPTIONS = (
 )
 
 
-def free_options(*own: str) -> tuple[str, ...]:
+def free_options(*own: str, section: str = "trainer.") -> tuple[str, ...]:
     """What two starts of one run may disagree on, since it changes no weight: the trainer's free options and a paper's
-    own, dotted (`data.workers`) or whole sections (`sampling`)."""
-    return ("run_dir", "resume", *own, *(f"trainer.{name}" for name in FREE_TRAINER_OPTIONS))
+    own, dotted (`data.workers`) or whole sections (`sampling`).
+
+    Args:
+        section: where the trainer's options stand; "" for a run whose `RunOptions` are its own.
+    """
+    return ("run_dir", "resume", *own, *(f"{section}{name}" for name in FREE_TRAINER_OPTIONS))
+
+
+def check_run(options: RunOptions, section: str = "") -> None:
+    """Refuse numbers that no loop can use; `section` stands before the options' names."""
+    at_least(f"{section}checkpoint_every", options.checkpoint_every, 1)
+    at_least(f"{section}log_every", options.log_every, 1)
+    at_least(f"{section}threads", options.threads, 0)
 
 
 def check_trainer(
@@ -94,9 +115,9 @@ def check_trainer(
     Raises:
         UserError: naming the option and what was expected.
     """
-    for name in ("accumulate", "devices", "num_nodes", "checkpoint_every", "log_every"):
+    for name in ("accumulate", "devices", "num_nodes"):
         at_least(f"trainer.{name}", getattr(options, name), 1)
-    at_least("trainer.threads", options.threads, 0)
+    check_run(options, "trainer.")
     at_least("trainer.sample_every", getattr(options, "sample_every", 0), 0)
     within("optimiser.ema_decay", ema_decay, 0, 1)
     at_least("optimiser.grad_clip", grad_clip, 0)

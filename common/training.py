@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -57,16 +58,26 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     return content
 
 
+def save_checkpoint(path: Path, checkpoint: dict[str, Any], weights: Mapping[str, Any], step: int | None) -> None:
+    """Replace a checkpoint of tensors and plain values in one step.
+
+    Args:
+        weights: those in it; one that is not finite leaves the earlier checkpoint as it is.
+
+    Raises:
+        UserError: a weight is not finite, or the disk is full.
+    """
+    bad = [k for k, v in weights.items() if _is_float(v) and not torch.isfinite(v).all()]
+    if bad:
+        raise UserError(f"step {step}: {bad[0]} is not finite; {path.name} not overwritten")
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints replaced in one step and read without unpickling code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        bad = [k for k, v in checkpoint.get("state_dict", {}).items() if _is_float(v) and not torch.isfinite(v).all()]
-        if bad:
-            raise UserError(
-                f"step {checkpoint.get('global_step')}: {bad[0]} is not finite; {Path(path).name} not overwritten"
-            )
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        save_checkpoint(Path(path), checkpoint, checkpoint.get("state_dict", {}), checkpoint.get("global_step"))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         content = load_checkpoint(Path(path), map_location or "cpu")
@@ -83,6 +94,23 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def stop_if_not_finite(loss: float, step: int, last: Path | None, advice: str, what: str = "loss") -> None:
+    """End a run whose loss is NaN or infinite, before its next checkpoint.
+
+    Args:
+        last: the latest checkpoint, if there is one.
+        advice: what the user should try.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    found = last is not None and last.exists()
+    kept = f"the last good checkpoint is {last}" if found else "no checkpoint had been written yet"
+    raise UserError(f"the {what} became {loss} at step {step}: stopped; {kept}. Try {advice}")
+
+
 class StopOnNonFinite(Callback):
     """A NaN or infinite loss ends the run before it can reach the weights' next checkpoint."""
 
@@ -97,11 +125,8 @@ class StopOnNonFinite(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and not torch.isfinite(loss.detach()).all():
             last = self.checkpoints / LAST_CHECKPOINT
-            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
-            raise UserError(
-                f"the loss became {float(loss.detach())} at step {generator_step(trainer)}: stopped; {kept}. "
-                "Try a lower optimiser.lr or precision 32-true"
-            )
+            advice = "a lower optimiser.lr or precision 32-true"
+            stop_if_not_finite(float(loss.detach()), generator_step(trainer), last, advice)
 
 
 class SaveEvery(Callback):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.kernels.attention import attention
 from common.kernels.group_norm_silu import group_norm_silu
+from ldm.config import AutoencoderOptions
 from ldm.model import normalise
 from ldm.norm import group_count, limit_groups
 
@@ -74,11 +75,6 @@ class AttnBlock(nn.Module):
         )
         h_B1NC = attention(q_B1NC, k_B1NC, v_B1NC)  # one head: its scale is C^-0.5
         return x_BCHW + self.proj_out(h_B1NC.squeeze(1).transpose(1, 2).reshape(x_BCHW.shape))
-
-
-def attention_block(channels: int, attn_type: str) -> nn.Module:
-    """`vanilla` or, in the attention-free first stage, nothing at all (also in the middle)."""
-    return AttnBlock(channels) if attn_type == "vanilla" else nn.Identity()
 
 
 class Downsample(nn.Module):
@@ -135,59 +131,40 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Res, attention, Res at the lowest resolution."""
+    """Res, attention (in the attention-free first stage nothing at all), Res at the lowest resolution."""
 
-    def __init__(self, channels: int, attn_type: str, dropout: float) -> None:
+    def __init__(self, channels: int, attends: bool, dropout: float) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = attention_block(channels, attn_type)
+        self.attn_1 = AttnBlock(channels) if attends else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, dropout)
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h_BCHW)))
 
 
-def _checked_attn_type(attn_type: str) -> str:
-    if attn_type not in ("vanilla", "none"):
-        raise UserError(f'ddconfig: attn_type is "{attn_type}"; expected "vanilla" or "none"')
-    return attn_type
-
-
 class Encoder(nn.Module):
-    """Image [B, in_channels, H, W] to features [B, z_channels, H/f, W/f], f = 2^(levels-1); double_z doubles C.
+    """Image [B, in_channels, H, W] to features [B, out_channels, H/f, W/f], f = 2^(levels-1).
 
     Attention is placed where the NOMINAL running resolution (from `resolution`) is in `attn_resolutions`: the network
-    stays the same on other image sizes. Keys of the authors' `ddconfig`; `out_ch` is the decoder's and unused here.
+    stays the same on other image sizes.
     """
 
     def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: list[int] | tuple[int, ...],
-        num_res_blocks: int,
-        attn_resolutions: list[int] | tuple[int, ...],
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        double_z: bool = True,
-        dropout: float = 0.0,
-        attn_type: str = "vanilla",
-        out_ch: int | None = None,
+        self, options: AutoencoderOptions, resolution: int, in_channels: int, out_channels: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        _checked_attn_type(attn_type)
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, options.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            attends = attn_type != "none" and resolution // 2**i in attn_resolutions
-            last = i == len(ch_mult) - 1
-            self.down.append(Level(width, ch * mult, num_res_blocks, attends, dropout, downsample=not last))
-            width = ch * mult
-        self.mid = Middle(width, attn_type, dropout)
+        width, last = options.ch, len(options.ch_mult) - 1
+        for i, mult in enumerate(options.ch_mult):
+            attends = options.attention and resolution // 2**i in options.attn_resolutions
+            blocks = options.num_res_blocks
+            self.down.append(Level(width, options.ch * mult, blocks, attends, dropout, downsample=i < last))
+            width = options.ch * mult
+        self.mid = Middle(width, options.attention, dropout)
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.conv_in(x_BCHW)
@@ -197,38 +174,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, z_channels, H/f, W/f] to image [B, out_ch, H, W], no tanh: the mirror, one more block per level."""
+    """Features [B, z_channels, H/f, W/f] to image [B, out_channels, H, W]: the mirror with one more block a level."""
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        ch_mult: list[int] | tuple[int, ...],
-        num_res_blocks: int,
-        attn_resolutions: list[int] | tuple[int, ...],
-        resolution: int,
-        z_channels: int,
-        dropout: float = 0.0,
-        attn_type: str = "vanilla",
-        in_channels: int | None = None,
-        double_z: bool | None = None,
-    ) -> None:
+    def __init__(self, options: AutoencoderOptions, resolution: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        _checked_attn_type(attn_type)
-        width = ch * ch_mult[-1]
-        nominal = resolution // 2 ** (len(ch_mult) - 1)
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = Middle(width, attn_type, dropout)
+        width = options.ch * options.ch_mult[-1]
+        self.conv_in = nn.Conv2d(options.z_channels, width, 3, padding=1)
+        self.mid = Middle(width, options.attention, dropout)
         levels: list[Level] = []
-        for i in reversed(range(len(ch_mult))):
-            attends = attn_type != "none" and nominal in attn_resolutions
-            levels.append(Level(width, ch * ch_mult[i], num_res_blocks + 1, attends, dropout, upsample=i > 0))
-            width = ch * ch_mult[i]
-            nominal *= 2
+        for i, mult in reversed(list(enumerate(options.ch_mult))):
+            attends = options.attention and resolution // 2**i in options.attn_resolutions
+            blocks = options.num_res_blocks + 1
+            levels.append(Level(width, options.ch * mult, blocks, attends, dropout, upsample=i > 0))
+            width = options.ch * mult
         self.up = nn.ModuleList(reversed(levels))  # up.i is level i, the highest i runs first
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         h_BCHW = self.mid(self.conv_in(z_BCHW))
@@ -334,37 +295,40 @@ def codebook_usage(indices: Tensor, n_e: int) -> tuple[Tensor, Tensor]:
     return perplexity, (frequency_K > 0).sum().float()
 
 
-def _build(ddconfig: dict[str, Any]) -> tuple[Encoder, Decoder]:
-    try:
-        return Encoder(**ddconfig), Decoder(**ddconfig)
-    except TypeError as error:
-        raise UserError(f"ddconfig: {str(error).split('.__init__() ')[-1]}; see ldm.autoencoder.PUBLISHED") from None
+class Autoencoder(nn.Module):
+    """What the two regularised first stages share.
 
+    Args:
+        resolution: nominal side of the images, which decides where attention is placed.
+        embed_dim: channels of z; None for options.z_channels.
+    """
 
-def _check_image_size(x_BCHW: Tensor, f: int) -> None:
-    height, width = x_BCHW.shape[-2:]
-    if height % f or width % f:
-        raise UserError(
-            f"image size {height}x{width} is not a multiple of the autoencoder's downsampling factor {f}; "
-            f"crop or resize to, for example, {max(f, height // f * f)}x{max(f, width // f * f)}"
-        )
+    moments_per_channel = 1
 
-
-class AutoencoderKL(nn.Module):
-    """The KL-regularised first stage. `ddconfig` as in the authors' YAML files, `embed_dim` = channels of z;
-    `norm_groups` limits the GroupNorms' groups (the authors' networks have 32)."""
-
-    def __init__(self, ddconfig: dict[str, Any], embed_dim: int, norm_groups: int = 32) -> None:
+    def __init__(
+        self,
+        options: AutoencoderOptions,
+        resolution: int,
+        *,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        embed_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        if not ddconfig.get("double_z", True):
-            raise UserError("ddconfig: a KL autoencoder needs double_z: true (mean and log variance)")
-        self.embed_dim = embed_dim
-        self.encoder, self.decoder = _build(ddconfig)
-        self.norm_groups = norm_groups
-        limit_groups(self, norm_groups)
-        self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        each, z_channels = self.moments_per_channel, options.z_channels
+        self.embed_dim = z_channels if embed_dim is None else embed_dim
+        self.encoder = Encoder(options, resolution, in_channels, each * z_channels, dropout)
+        self.decoder = Decoder(options, resolution, out_channels, dropout)
+        self.norm_groups = options.norm_groups
+        limit_groups(self, options.norm_groups)
+        self.downsampling = 2 ** (len(options.ch_mult) - 1)
+        self.add_regulariser(options)
+        self.quant_conv = nn.Conv2d(each * z_channels, each * self.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.embed_dim, z_channels, 1)
+
+    def add_regulariser(self, options: AutoencoderOptions) -> None:
+        """What regularises the latent, where it has parameters."""
 
     @property
     def last_layer(self) -> Tensor:
@@ -372,24 +336,38 @@ class AutoencoderKL(nn.Module):
         return self.decoder.conv_out.weight
 
     def moments(self, x_BCHW: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [-1, 1] to [B, 2e, H/f, W/f]: mean, then unclamped log variance."""
-        _check_image_size(x_BCHW, self.downsampling)
+        """Image [B, 3, H, W] in [-1, 1] to what is known of z [B, moments_per_channel * e, H/f, W/f]."""
+        f, (height, width) = self.downsampling, x_BCHW.shape[-2:]
+        if height % f or width % f:
+            raise UserError(
+                f"image size {height}x{width} is not a multiple of the autoencoder's downsampling factor {f}; "
+                f"crop or resize to, for example, {max(f, height // f * f)}x{max(f, width // f * f)}"
+            )
         return self.quant_conv(self.encoder(x_BCHW))
+
+    def latent_from_moments(self, moments_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def encode_latent(self, x_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Image to the z that diffusion sees, before its scale factor [B, e, H/f, W/f]."""
+        return self.latent_from_moments(self.moments(x_BCHW), noise)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Latent [B, e, h, w] (of a VQ model: codebook vectors) to image [B, out_channels, h*f, w*f], about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z_BCHW.to(self.post_quant_conv.weight.dtype)))
+
+
+class AutoencoderKL(Autoencoder):
+    """The KL-regularised first stage; its moments are mean, then unclamped log variance."""
+
+    moments_per_channel = 2
 
     def encode(self, x_BCHW: Tensor) -> DiagonalGaussian:
         return DiagonalGaussian(self.moments(x_BCHW))
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """Latent [B, e, h, w] to image [B, out_ch, h*f, w*f], about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z_BCHW.to(self.post_quant_conv.weight.dtype)))
-
     def latent_from_moments(self, moments_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """One posterior sample, not the mode (the paper trains the second stage on samples)."""
         return DiagonalGaussian(moments_BCHW).sample(noise)
-
-    def encode_latent(self, x_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Image to the z that diffusion sees, before its scale factor: a posterior sample [B, e, H/f, W/f]."""
-        return self.latent_from_moments(self.moments(x_BCHW), noise)
 
     def decode_latent(self, z_BCHW: Tensor) -> Tensor:
         return self.decode(z_BCHW)
@@ -400,55 +378,19 @@ class AutoencoderKL(nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
 
-class VQModel(nn.Module):
-    """The VQ-regularised first stage. Diffusion sees z BEFORE the quantiser, which is the first layer of decoding."""
+class VQModel(Autoencoder):
+    """The VQ-regularised first stage. Diffusion sees z BEFORE the quantiser, which is the first layer of decoding; its
+    moments are that z (nothing random in it)."""
 
-    def __init__(
-        self,
-        ddconfig: dict[str, Any],
-        embed_dim: int,
-        n_embed: int,
-        beta: float = 0.25,
-        legacy: bool = True,
-        norm_groups: int = 32,
-    ) -> None:
-        super().__init__()
-        if ddconfig.get("double_z", False):
-            raise UserError("ddconfig: a VQ autoencoder needs double_z: false")
-        ddconfig = {**ddconfig, "double_z": False}
-        self.embed_dim = embed_dim
-        self.encoder, self.decoder = _build(ddconfig)
-        self.norm_groups = norm_groups
-        limit_groups(self, norm_groups)
-        self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.quantize = VectorQuantizer(n_embed, embed_dim, beta, legacy)
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
-
-    @property
-    def last_layer(self) -> Tensor:
-        """W of the adaptive weight: the last decoder convolution's weight."""
-        return self.decoder.conv_out.weight
-
-    def moments(self, x_BCHW: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [-1, 1] to the vector before quantisation [B, e, H/f, W/f] (nothing random in it)."""
-        _check_image_size(x_BCHW, self.downsampling)
-        return self.quant_conv(self.encoder(x_BCHW))
+    def add_regulariser(self, options: AutoencoderOptions) -> None:
+        self.quantize = VectorQuantizer(options.n_embed, self.embed_dim, legacy=options.legacy_beta)
 
     def encode(self, x_BCHW: Tensor) -> Quantized:
         return self.quantize(self.moments(x_BCHW))
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """Codebook vectors [B, e, h, w] to image [B, out_ch, h*f, w*f]; does not quantise."""
-        return self.decoder(self.post_quant_conv(z_BCHW.to(self.post_quant_conv.weight.dtype)))
-
     def latent_from_moments(self, moments_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """The pre-quantisation vector itself; `noise` is for the common interface and unused."""
         return moments_BCHW.float()
-
-    def encode_latent(self, x_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Image to the z that diffusion sees: the vector before quantisation [B, e, H/f, W/f]."""
-        return self.latent_from_moments(self.moments(x_BCHW), noise)
 
     def decode_latent(self, z_BCHW: Tensor) -> Tensor:
         """Quantise, then decode."""
@@ -485,56 +427,4 @@ class IdentityFirstStage(nn.Module):
         return x_BCHW
 
 
-def _published(
-    z_channels: int, ch_mult: list[int], attn: tuple[int, ...] = (), n_embed: int | None = None, **more: Any
-) -> dict[str, Any]:
-    ddconfig = {
-        "double_z": n_embed is None,
-        "z_channels": z_channels,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 128,
-        "ch_mult": ch_mult,
-        "num_res_blocks": 2,
-        "attn_resolutions": list(attn),
-        "dropout": 0.0,
-        **more,
-    }
-    return {"ddconfig": ddconfig, "embed_dim": z_channels, "n_embed": n_embed}
-
-
-# models/first_stage_models/*/config.yaml of the authors' code: everything `first_stage` needs, by archive name.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "kl-f4": _published(3, [1, 2, 4]),
-    "kl-f8": _published(4, [1, 2, 4, 4]),
-    "kl-f16": _published(16, [1, 1, 2, 2, 4], (16,)),
-    "kl-f32": _published(64, [1, 1, 2, 2, 4, 4], (16, 8)),
-    "vq-f4": _published(3, [1, 2, 4], n_embed=8192),
-    "vq-f4-noattn": _published(3, [1, 2, 4], n_embed=8192, attn_type="none"),
-    "vq-f8": _published(4, [1, 2, 2, 4], (32,), n_embed=16384),
-    "vq-f8-n256": _published(4, [1, 2, 2, 4], (32,), n_embed=256),
-    "vq-f16": _published(8, [1, 1, 2, 2, 4], (16,), n_embed=16384),
-}
-
-# Rows of table 8 whose YAML was never published: f, codebook and channels are the table's, the widths are ours.
-TABLE_8_ONLY: dict[str, dict[str, Any]] = {
-    "kl-f2": _published(2, [1, 2]),
-    "vq-f2": _published(2, [1, 2], n_embed=2048),
-    "vq-f32": _published(16, [1, 1, 2, 2, 4, 4], (16, 8), n_embed=16384),
-}
-
 FirstStage = AutoencoderKL | VQModel | IdentityFirstStage
-
-
-def first_stage(name: str) -> FirstStage:
-    """A published first stage (untrained) by name: a key of PUBLISHED or TABLE_8_ONLY, or `pixels` (f = 1)."""
-    if name == "pixels":
-        return IdentityFirstStage()
-    known = {**PUBLISHED, **TABLE_8_ONLY}
-    if name not in known:
-        raise UserError(f'first stage "{name}" is unknown; expected one of: {", ".join(["pixels", *known])}')
-    entry = known[name]
-    if entry["n_embed"] is None:
-        return AutoencoderKL(entry["ddconfig"], entry["embed_dim"])
-    return VQModel(entry["ddconfig"], entry["embed_dim"], entry["n_embed"])

@@ -50,8 +50,31 @@ class DataConfig:
 
 
 @dataclass
-class FirstStageConfig:
-    """The autoencoder (paper section 3.1, appendix G).
+class AutoencoderOptions:
+    """The autoencoder's network (appendix G).
+
+    Args:
+        ch: width of the first level; ch_mult multiplies it per level, and f = 2 ** (levels - 1).
+        norm_groups: groups of every GroupNorm (32 in the paper's networks; narrow ones need fewer).
+        n_embed: codebook entries (vq). legacy_beta: put beta on the codebook term as the published models do.
+        attn_resolutions: sides of the feature maps, for images of the nominal size, at which every block attends.
+        attention: False removes every attention, also the middle one (`attn_type: none`).
+    """
+
+    ch: int = 32
+    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
+    num_res_blocks: int = 1
+    norm_groups: int = 8
+    z_channels: int = 8
+    n_embed: int = 1024
+    legacy_beta: bool = True
+    attn_resolutions: list[int] = field(default_factory=list)
+    attention: bool = True
+
+
+@dataclass
+class FirstStageConfig(AutoencoderOptions):
+    """The first stage and its training (paper section 3.1, appendix G).
 
     Args:
         kind: kl, vq, or pixels (f = 1, no autoencoder: the paper's LDM-1).
@@ -59,10 +82,6 @@ class FirstStageConfig:
         init_from: the same kinds of path, but training goes on from there.
         train: all, or decoder alone (kl): the latents stay what they are, so a denoiser trained on them stays valid.
         ema_decay: the moving average of the weights that is saved (0: the last weights, as in the paper).
-        ch: width of the first level; ch_mult multiplies it per level, and f = 2 ** (levels - 1).
-        norm_groups: groups of every GroupNorm (32 in the paper's networks; narrow ones need fewer).
-        n_embed: codebook entries (vq). legacy_beta: put beta on the codebook term as the published models do.
-        attention: False removes every attention, also the middle one (`attn_type: none`).
         perceptual: weight of the LPIPS-form distance; perceptual_trunk: trained (the repository's own small VGG),
             random (same, untrained), or the path of official LPIPS weights.
         optimiser: adam, as in the paper, or muon (ldm/optimisers.py); the discriminator always has Adam.
@@ -75,15 +94,6 @@ class FirstStageConfig:
     init_from: str | None = None
     train: Literal["all", "decoder"] = "all"
     ema_decay: float = 0.0
-    ch: int = 32
-    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
-    num_res_blocks: int = 1
-    norm_groups: int = 8
-    z_channels: int = 8
-    n_embed: int = 1024
-    legacy_beta: bool = True
-    attn_resolutions: list[int] = field(default_factory=list)
-    attention: bool = True
     kl_weight: float = 1e-6
     perceptual: float = 1.0
     perceptual_trunk: str = "trained"
@@ -101,10 +111,16 @@ class FirstStageConfig:
 
 @dataclass
 class UNetOptions:
-    """The denoiser (paper section 3.2; official names: attention_resolutions are down-sampling factors).
+    """The denoiser (paper section 3.2).
 
     Args:
+        model_channels: width of the first level; level i has model_channels * channel_mult[i].
+        num_res_blocks: per level going down (one more going up).
         norm_groups: groups of every GroupNorm (32 in the paper's networks; narrow ones need fewer).
+        attention_resolutions: DOWN-SAMPLING FACTORS (1, 2, 4, ...) at which attention follows each ResBlock.
+        num_heads: heads at every level (of width channels / num_heads), or -1 with num_head_channels, their width.
+        transformer_depth: blocks of each transformer, where tokens enter by cross-attention.
+        resblock_updown: resample inside ResBlocks.
     """
 
     model_channels: int = 64

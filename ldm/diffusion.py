@@ -8,8 +8,7 @@ Shape suffixes: B batch, C channels, H and W latent height and width, T number o
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from common.ema import Ema
 from common.errors import UserError
+from common.images import to_unit
+from common.steps import StepDraws
 
 Prediction = Literal["eps", "x0", "v"]
 # What the denoiser is conditioned on: nothing, one tensor (its place follows from the conditioning key), or the
@@ -455,91 +456,15 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"the checkpoint does not fit this configuration: {', '.join(problems[:4])}{more}")
 
 
-def from_compvis_config(
-    config: Mapping[str, Any], *, cond_drop: float = 0.1, logits_head: bool = False
-) -> LatentDiffusion:
-    """Library. Build the model that one of the authors' YAML configurations describes (random weights).
-
-    Args:
-        config: the whole file ({"model": {"params": ...}}), its `model` entry, or its `params`.
-        logits_head: give tau_theta the authors' logits head, which nothing reads (for exact parameter counts).
-
-    Raises:
-        UserError: a part that this package does not have.
-    """
-    from ldm import autoencoder, conditioners
-    from ldm.model import ConditionedUNet, UNet
-
-    params: Mapping[str, Any] = config
-    for key in ("model", "params"):
-        if isinstance(params.get(key), Mapping):
-            params = params[key]
-
-    def build(entry: Mapping[str, Any], known: Mapping[str, Any], what: str) -> nn.Module:
-        name = str(entry["target"]).rsplit(".", 1)[-1]
-        if name not in known:
-            raise UserError(f"{what} {entry['target']!r} is not available: this package has {sorted(known)}")
-        options = {k: v for k, v in dict(entry.get("params") or {}).items() if k not in _FOREIGN_OPTIONS}
-        return known[name](**options)
-
-    first_stage = build(
-        params["first_stage_config"],
-        {
-            "AutoencoderKL": autoencoder.AutoencoderKL,
-            "VQModelInterface": autoencoder.VQModel,
-            "VQModel": autoencoder.VQModel,
-            "IdentityFirstStage": autoencoder.IdentityFirstStage,
-        },
-        "first stage",
-    )
-    tau = functools.partial(conditioners.TransformerEmbedder, logits_head=logits_head)
-    cond_config = params.get("cond_stage_config", "__is_unconditional__")
-    cond_stage: nn.Module | Literal["first_stage"] | None
-    if cond_config == "__is_unconditional__":
-        cond_stage = None
-    elif cond_config == "__is_first_stage__":
-        cond_stage = "first_stage"
-    else:
-        cond_stage = build(
-            cond_config,
-            {
-                "ClassEmbedder": conditioners.ClassEmbedder,
-                "TransformerEmbedder": tau,
-                "BERTEmbedder": tau,
-                "SpatialRescaler": conditioners.SpatialRescaler,
-                "Identity": nn.Identity,
-            },
-            "conditioner",
-        )
-    conditioning_key = params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
-    if cond_stage is None:
-        conditioning_key = None
-    return LatentDiffusion(
-        first_stage,
-        ConditionedUNet(UNet(**params["unet_config"]["params"]), conditioning_key),
-        cond_stage,
-        conditioning_key=conditioning_key,
-        first_stage_key=params.get("first_stage_key", "image"),
-        cond_stage_key=params.get("cond_stage_key", "image"),
-        train_cond_stage=params.get("cond_stage_trainable", False),
-        schedule=NoiseSchedule(
-            params.get("beta_schedule", "linear"),
-            params.get("timesteps", 1000),
-            params.get("linear_start", 1e-4),
-            params.get("linear_end", 2e-2),
-            cosine_s=params.get("cosine_s", 8e-3),
-            v_posterior=params.get("v_posterior", 0.0),
-            prediction=params.get("parameterization", "eps"),
-        ),
-        loss=params.get("loss_type", "l2"),
-        simple_weight=params.get("l_simple_weight", 1.0),
-        elbo_weight=params.get("original_elbo_weight", 0.0),
-        learn_logvar=params.get("learn_logvar", False),
-        logvar_init=params.get("logvar_init", 0.0),
-        scale_factor=params.get("scale_factor", 1.0),
-        cond_drop=cond_drop,
-    )
-
-
-# Options of the authors' configurations that concern their trainer, not the network.
-_FOREIGN_OPTIONS: Sequence[str] = ("lossconfig", "monitor", "ckpt_path", "device", "use_tokenizer", "use_checkpoint")
+def draw_latents(
+    ldm: LatentDiffusion, batch: Mapping[str, Tensor], draws: StepDraws
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled posterior samples z [B, C, H, W] of a batch's images (or cached moments), steps t [B], noise like z, and
+    two more uniform numbers a sample [2, B]."""
+    first_stage: Any = ldm.first_stage_model
+    uniform_3B = draws.uniform(3)
+    with torch.no_grad():
+        moments_BCHW = batch["moments"] if "moments" in batch else first_stage.moments(to_unit(batch["image"]))
+    posterior_noise, noise_BCHW = draws.normals(2, first_stage.embed_dim, *moments_BCHW.shape[2:])
+    z_BCHW = ldm.scale_factor * first_stage.latent_from_moments(moments_BCHW, posterior_noise)
+    return z_BCHW, (uniform_3B[0] * ldm.schedule.timesteps).long(), noise_BCHW, uniform_3B[1:]

@@ -29,7 +29,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     """
     import torch
 
-    from common.images import save_grid
+    from common.images import save_grid, to_unit
     from common.metrics.evaluate import compare_features, flatten
     from common.metrics.features import extract, load_extractor
     from common.metrics.image import psnr, ssim
@@ -66,7 +66,6 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
         save_grid(pairs, folder / "reconstruction.png", columns=len(spread), tile=64 if size < 64 else None)
     if task.name in ("superres", "inpaint"):
         from common.metrics.perceptual import perceptual_distance
-        from ldm.first_stage import to_unit
 
         distance = perceptual_distance("trained")
         metrics["paired"] = {
@@ -115,12 +114,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
     options = parser.parse_args(argv)
-    from ldm.training import Run
+    from common.training import write_metrics
+    from ldm.run import Run
 
     run = Run.existing(options.run_dir)
     started = time.perf_counter()
-    run.load()
-    run.evaluate(seconds=time.perf_counter() - started)
+    metrics = evaluate_run(run.load(), run.task, run.config, run.folder)
+    write_metrics(run.folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.images import to_uint8, to_unit
 from common.ledger import Tier, read_claims
 from common.metrics.distribution import fid
 from common.metrics.image import psnr, ssim
@@ -34,11 +35,13 @@ from ldm.config import (
     UNetOptions,
 )
 from ldm.diffusion import LatentDiffusion
-from ldm.first_stage import build_first_stage, freeze, reconstruct, to_uint8, to_unit, train_first_stage
+from ldm.first_stage import build_first_stage, freeze, reconstruct
 from ldm.model import UNet
+from ldm.run import build_latent_diffusion
 from ldm.sample import condition_columns, draw
-from ldm.tasks import Task, prepare
-from ldm.training import MASKS, DiffusionTrainer, build_latent_diffusion, first_batch_scale, mask_bank
+from ldm.tasks import Task, mask_bank, prepare
+from ldm.train import MASKS, first_batch_scale, train_first_stage
+from ldm.trainer import DiffusionTrainer
 
 AUTOENCODER_SHARE = 0.5  # of an arm's budget, in L1 and L2
 FACTORS = {1: 3, 2: 3, 4: 4, 8: 16}  # down-sampling factor f to latent channels
@@ -276,16 +279,7 @@ class Regression(nn.Module):
 
     def __init__(self, config: LdmConfig) -> None:
         super().__init__()
-        options = config.unet
-        self.unet = UNet(
-            in_channels=3,
-            out_channels=3,
-            model_channels=options.model_channels,
-            channel_mult=options.channel_mult,
-            num_res_blocks=options.num_res_blocks,
-            attention_resolutions=options.attention_resolutions,
-            num_head_channels=options.num_head_channels,
-        )
+        self.unet = UNet(dataclasses.replace(config.unet, norm_groups=32), in_channels=3, out_channels=3)
 
     def forward(self, low_BCHW: Tensor, size: int) -> Tensor:
         """Low-resolution image in [-1, 1] to [B, 3, size, size]: the bicubic enlargement plus a learned residual."""

@@ -11,7 +11,9 @@ E width of the time embedding (4 x model_channels), K heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.kernels.attention import attention
 from common.kernels.group_norm_silu import group_norm_silu
+from ldm.config import ClassifierNetwork, UNetOptions
 from ldm.context_memory import ContextMemory
 from ldm.norm import group_count, limit_groups
 
@@ -110,9 +113,9 @@ class ResBlock(nn.Module):
     def __init__(
         self,
         channels: int,
-        emb_channels: int,
-        dropout: float,
         out_channels: int,
+        emb_channels: int,
+        dropout: float = 0.0,
         use_scale_shift_norm: bool = False,
         resample: Literal["up", "down"] | None = None,
         use_checkpoint: bool = False,
@@ -310,28 +313,26 @@ def _time_embed(model_channels: int) -> nn.Sequential:
 
 
 def _down_path(
+    options: UNetOptions | ClassifierNetwork,
     in_channels: int,
-    model_channels: int,
-    num_res_blocks: int,
-    attention_resolutions: Sequence[int],
-    channel_mult: Sequence[int],
     resblock_updown: bool,
     res_block: Callable[..., ResBlock],
     attention: Callable[[int], nn.Module],
 ) -> tuple[nn.ModuleList, list[int], int]:
     """The contracting path: its stages, the width after each, and the final down-sampling factor."""
-    stages = [Stage(nn.Conv2d(in_channels, model_channels, 3, padding=1))]
-    widths = [model_channels]
-    width, factor = model_channels, 1
-    for level, multiplier in enumerate(channel_mult):
-        for _ in range(num_res_blocks):
-            layers: list[nn.Module] = [res_block(width, multiplier * model_channels)]
-            width = multiplier * model_channels
-            if factor in attention_resolutions:
+    width, factor = options.model_channels, 1
+    stages = [Stage(nn.Conv2d(in_channels, width, 3, padding=1))]
+    widths = [width]
+    for level, multiplier in enumerate(options.channel_mult):
+        for _ in range(options.num_res_blocks):
+            wide = multiplier * options.model_channels
+            layers: list[nn.Module] = [res_block(width, wide)]
+            width = wide
+            if factor in options.attention_resolutions:
                 layers.append(attention(width))
             stages.append(Stage(*layers))
             widths.append(width)
-        if level != len(channel_mult) - 1:
+        if level != len(options.channel_mult) - 1:
             down = res_block(width, width, resample="down") if resblock_updown else Downsample(width, width)
             stages.append(Stage(down))
             widths.append(width)
@@ -342,115 +343,86 @@ def _down_path(
 class UNet(nn.Module):
     """The epsilon- (or x0-, v-) predicting U-Net of tables 12-15.
 
-    Arguments carry the names of the authors' YAML files:
-      in_channels, out_channels  latent channels; in_channels is larger when the condition is concatenated
-      model_channels             width of the first level; level i has model_channels * channel_mult[i]
-      num_res_blocks             per level going down (one more going up)
-      attention_resolutions      DOWN-SAMPLING FACTORS (1, 2, 4, ...) at which attention follows each ResBlock
-      num_heads                  number of heads at every level (head width = channels / num_heads), or -1 with
-      num_head_channels          width of each head (number of heads = channels / width)
-      use_spatial_transformer    transformer blocks with cross-attention to `context` instead of plain self-attention
-      transformer_depth, context_dim  blocks per transformer; width of the context tokens (None: no context)
-      num_classes                adds a label embedding to the time embedding ("adm" conditioning)
-      legacy                     head width channels // number of heads even when num_head_channels is given
-      image_size                 nominal latent side; recorded only, the network runs on any size
-      use_checkpoint             recompute activations of blocks in the backward pass to save memory
-      norm_groups                most groups of a GroupNorm (32 in every published network)
+    Args:
+        in_channels, out_channels: of the latent; in_channels is larger when the condition is concatenated.
+        use_spatial_transformer: transformer blocks with cross-attention to `context` instead of plain self-attention.
+        context_dim: width of the context tokens (None: no context).
+        num_classes: adds a label embedding to the time embedding ("adm" conditioning).
+        legacy: head width channels // number of heads even when num_head_channels is given.
+        image_size: nominal latent side; recorded only, the network runs on any size.
+        use_checkpoint: recompute activations of blocks in the backward pass to save memory.
     """
 
     def __init__(
         self,
+        options: UNetOptions,
         in_channels: int,
-        model_channels: int,
         out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
+        *,
         use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
         context_dim: int | None = None,
         num_classes: int | None = None,
         legacy: bool = True,
         image_size: int | None = None,
         use_checkpoint: bool = False,
-        norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        if num_heads == -1 and num_head_channels == -1:
+        if options.num_heads == -1 and options.num_head_channels == -1:
             raise ValueError("give either num_heads or num_head_channels")
         if context_dim is not None and not use_spatial_transformer:
             raise ValueError("context_dim is given, but cross-attention needs use_spatial_transformer=True")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.model_channels = model_channels
-        self.image_size = image_size
-        self.num_classes = num_classes
-        # What convert.py needs to describe the network to diffusers: the head layout cannot be read off the weights.
+        self.model_channels, self.num_classes = options.model_channels, num_classes
+        # In the authors' names, for convert.py: the head layout, for one, cannot be read off the weights.
         self.config: dict[str, Any] = {
+            **asdict(options),
             "in_channels": in_channels,
-            "norm_groups": norm_groups,
-            "model_channels": model_channels,
             "out_channels": out_channels,
-            "num_res_blocks": num_res_blocks,
-            "attention_resolutions": list(attention_resolutions),
-            "dropout": dropout,
-            "channel_mult": list(channel_mult),
-            "num_heads": num_heads,
-            "num_head_channels": num_head_channels,
-            "use_scale_shift_norm": use_scale_shift_norm,
-            "resblock_updown": resblock_updown,
             "use_spatial_transformer": use_spatial_transformer,
-            "transformer_depth": transformer_depth,
             "context_dim": context_dim,
             "num_classes": num_classes,
             "legacy": legacy,
             "image_size": image_size,
         }
-
-        def res_block(width: int, out: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-            return ResBlock(width, 4 * model_channels, dropout, out, use_scale_shift_norm, resample, use_checkpoint)
+        res_block = partial(
+            ResBlock,
+            emb_channels=4 * options.model_channels,
+            dropout=options.dropout,
+            use_scale_shift_norm=options.use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+        )
 
         def attention(width: int) -> nn.Module:
-            heads = num_heads if num_head_channels == -1 else width // num_head_channels
+            given = options.num_head_channels
+            heads = options.num_heads if given == -1 else width // given
             if not use_spatial_transformer:
                 return AttentionBlock(width, heads, use_checkpoint)
-            dim_head = width // heads if legacy or num_head_channels == -1 else num_head_channels
-            return SpatialTransformer(width, heads, dim_head, transformer_depth, context_dim, use_checkpoint)
+            dim_head = width // heads if legacy or given == -1 else given
+            return SpatialTransformer(width, heads, dim_head, options.transformer_depth, context_dim, use_checkpoint)
 
-        self.time_embed = _time_embed(model_channels)
+        self.time_embed = _time_embed(options.model_channels)
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+            self.label_emb = nn.Embedding(num_classes, 4 * options.model_channels)
         self.input_blocks, widths, factor = _down_path(
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            resblock_updown,
-            res_block,
-            attention,
+            options, in_channels, options.resblock_updown, res_block, attention
         )
         width = widths[-1]
         self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
         output_blocks = []
-        for level, multiplier in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                layers: list[nn.Module] = [res_block(width + widths.pop(), multiplier * model_channels)]
-                width = multiplier * model_channels
-                if factor in attention_resolutions:
+        for level, multiplier in reversed(list(enumerate(options.channel_mult))):
+            for i in range(options.num_res_blocks + 1):
+                skip, wide = widths.pop(), multiplier * options.model_channels
+                layers: list[nn.Module] = [res_block(width + skip, wide)]
+                width = wide
+                if factor in options.attention_resolutions:
                     layers.append(attention(width))
-                if level and i == num_res_blocks:
-                    layers.append(res_block(width, width, resample="up") if resblock_updown else Upsample(width, width))
+                if level and i == options.num_res_blocks:
+                    updown = options.resblock_updown
+                    layers.append(res_block(width, width, resample="up") if updown else Upsample(width, width))
                     factor //= 2
                 output_blocks.append(Stage(*layers))
         self.output_blocks = nn.ModuleList(output_blocks)
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), _zero(nn.Conv2d(width, out_channels, 3, padding=1)))
-        limit_groups(self, norm_groups)
+        limit_groups(self, options.norm_groups)
 
     def forward(
         self, x_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor | None = None, y_B: Tensor | None = None
@@ -480,12 +452,11 @@ class ConditionedUNet(nn.Module):
     The U-Net sits under `diffusion_model`, as in the authors' checkpoints.
     """
 
-    def __init__(self, unet: UNet | Mapping[str, Any], conditioning_key: ConditioningKey | str | None) -> None:
-        """`unet`: the network, or the arguments to build it with."""
+    def __init__(self, unet: UNet, conditioning_key: ConditioningKey | str | None) -> None:
         super().__init__()
         if conditioning_key not in (None, "concat", "crossattn", "hybrid", "adm"):
             raise ValueError(f"conditioning_key {conditioning_key!r}: expected None, concat, crossattn, hybrid or adm")
-        self.diffusion_model = unet if isinstance(unet, UNet) else UNet(**unet)
+        self.diffusion_model = unet
         self.conditioning_key = conditioning_key
 
     def forward(
@@ -541,57 +512,49 @@ class AttentionPool2d(nn.Module):
 class EncoderUNet(nn.Module):
     """Classifier p(y | z_t) on noisy latents for classifier guidance (LDM-8-G, appendix D.4): the U-Net's down path.
 
-    `pool` turns the last features into logits: "attention" (needs latents of exactly image_size), "adaptive" (average),
-    "spatial" or "spatial_v2" (averages after every stage, then an MLP).
+    `options.pool` turns the last features into logits: "attention" (needs latents of exactly image_size), "adaptive"
+    (average), "spatial" or "spatial_v2" (averages after every stage, then an MLP).
+
+    Args:
+        in_channels: of the latent; out_channels: classes.
+        num_heads: where options.num_head_channels is -1.
     """
 
     def __init__(
         self,
+        options: ClassifierNetwork,
         image_size: int,
         in_channels: int,
-        model_channels: int,
         out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        *,
         num_heads: int = 1,
-        num_head_channels: int = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
-        pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention",
         use_checkpoint: bool = False,
-        norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        self.model_channels = model_channels
-        self.pool = pool
-
-        def res_block(width: int, out: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-            return ResBlock(width, 4 * model_channels, dropout, out, use_scale_shift_norm, resample, use_checkpoint)
+        self.model_channels, self.pool, pool = options.model_channels, options.pool, options.pool
+        res_block = partial(
+            ResBlock,
+            emb_channels=4 * options.model_channels,
+            dropout=options.dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+        )
 
         def attention(width: int) -> AttentionBlock:
-            heads = num_heads if num_head_channels == -1 else width // num_head_channels
+            heads = num_heads if options.num_head_channels == -1 else width // options.num_head_channels
             return AttentionBlock(width, heads, use_checkpoint)
 
-        self.time_embed = _time_embed(model_channels)
-        self.input_blocks, widths, factor = _down_path(
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            resblock_updown,
-            res_block,
-            attention,
-        )
+        self.time_embed = _time_embed(options.model_channels)
+        self.input_blocks, widths, factor = _down_path(options, in_channels, resblock_updown, res_block, attention)
         width = widths[-1]
         self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
         features = sum(widths) + width
         if pool == "attention":
-            if num_head_channels == -1:
+            if options.num_head_channels == -1:
                 raise ValueError("pool: attention needs num_head_channels")
-            head = AttentionPool2d(image_size // factor, width, num_head_channels, out_channels)
+            head = AttentionPool2d(image_size // factor, width, options.num_head_channels, out_channels)
             self.out = nn.Sequential(group_norm(width), nn.SiLU(), head)
         elif pool == "adaptive":
             last = _zero(nn.Conv2d(width, out_channels, 1))
@@ -604,7 +567,7 @@ class EncoderUNet(nn.Module):
             )
         else:
             raise ValueError(f"pool {pool!r}: expected attention, adaptive, spatial or spatial_v2")
-        limit_groups(self, norm_groups)
+        limit_groups(self, options.norm_groups)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Class logits [B, out_channels] of noisy latents [B, C, H, W] at timesteps [B]."""

@@ -32,7 +32,7 @@ from common.errors import UserError, run_main
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.conditioners import ClassEmbedder, SpatialRescaler, TransformerEmbedder
 from ldm.convert import read_config
-from ldm.model import UNet
+from ldm.official import autoencoder_of, unet_of
 
 PAPER_CONFIGS = Path(__file__).resolve().parent / "configs" / "paper"
 FIRST_STAGES = PAPER_CONFIGS / "first_stages.yaml"
@@ -95,9 +95,7 @@ def context_tokens(options: dict[str, Any] | None) -> int:
 
 
 def build_first_stage(options: dict[str, Any]) -> AutoencoderKL | VQModel:
-    if options.get("n_embed"):
-        return VQModel(options["ddconfig"], options["embed_dim"], options["n_embed"])
-    return AutoencoderKL(options["ddconfig"], options["embed_dim"])
+    return autoencoder_of(options["ddconfig"], options["embed_dim"], options.get("n_embed"))
 
 
 class Costs(NamedTuple):
@@ -126,7 +124,7 @@ def count(name: str) -> Costs:
     with torch.device("meta"):
         x_BCHW = torch.empty(1, options["in_channels"], options["image_size"], options["image_size"])
         inputs = x_BCHW, torch.zeros(1), torch.empty(1, tokens, width) if width else None
-        unet, checkpointed = (UNet(**{**options, "use_checkpoint": again}).train() for again in (False, True))
+        unet, checkpointed = (unet_of({**options, "use_checkpoint": again}).train() for again in (False, True))
         with torch.no_grad():
             unet_flop = costs.flop(lambda: unet(*inputs))
         conditioner = build_conditioner(config["conditioner"])

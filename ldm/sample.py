@@ -52,10 +52,10 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from ldm.first_stage import to_uint8
+    from common.images import to_uint8, to_unit
     from ldm.masks import paste_known
     from ldm.samplers import Denoiser, classifier_guided, sample, sample_generators, seeded_noise
-    from ldm.training import raw_condition
+    from ldm.tasks import raw_condition
 
     f = ldm.first_stage_model.downsampling
     channels = ldm.first_stage_model.embed_dim
@@ -84,8 +84,6 @@ def draw(
             )
             images = ldm.decode(z_BCHW)
             if task_name == "inpaint":
-                from ldm.first_stage import to_unit
-
                 images = paste_known(images, to_unit(rows["image"]), rows["hole"])
             parts.append(to_uint8(images).cpu())
     return torch.cat(parts)
@@ -263,7 +261,7 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
 
 def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str] | None]:
     from ldm.config import SamplingConfig
-    from ldm.training import Run
+    from ldm.run import Run
 
     run = Run.existing(options.model)
     config, ldm = run.config, run.load()

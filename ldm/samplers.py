@@ -284,6 +284,25 @@ def _paste_known(schedule: NoiseSchedule, z_BCHW: Tensor, known: KnownRegion | N
     return torch.lerp(z_BCHW, noisy_BCHW, known.mask_B1HW.to(z_BCHW.dtype).expand_as(z_BCHW))
 
 
+def _walk(
+    z_BCHW: Tensor,
+    steps: Sequence[int],
+    advance: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    progress: Progress | None,
+    trajectory: Trajectory | None,
+) -> Tensor:
+    """z_0 from z_T: advance(z_t, step) -> (the next z_t, estimate of z_0), for each of `steps`."""
+    if trajectory is not None:
+        trajectory.add(z_BCHW, z_BCHW)
+    for done, step in enumerate(steps, start=1):
+        z_BCHW, x0_BCHW = advance(z_BCHW, step)
+        if trajectory is not None:
+            trajectory.add(z_BCHW, x0_BCHW)
+        if progress is not None:
+            progress(done, len(steps))
+    return z_BCHW
+
+
 @torch.no_grad()
 def ddim_sample(
     denoise: Denoiser,
@@ -309,22 +328,16 @@ def ddim_sample(
         temperature: factor on the step noise.
     """
     tables = ddim_tables(schedule, steps, eta, discretisation)
-    total = len(tables.timesteps)
-    z_BCHW = zT_BCHW
-    if trajectory is not None:
-        trajectory.add(z_BCHW, z_BCHW)
-    for done, index in enumerate(reversed(range(total))):
+
+    def advance(z_BCHW: Tensor, index: int) -> tuple[Tensor, Tensor]:
         step = tables.timesteps[index]
         z_BCHW = _paste_known(schedule, z_BCHW, known, step, noise)
         x0_BCHW, eps_BCHW = denoise(z_BCHW, step)
         if snap is not None:
             x0_BCHW = snap(x0_BCHW)
-        z_BCHW = _ddim_step(tables, index, x0_BCHW, eps_BCHW, noise(z_BCHW), temperature)
-        if trajectory is not None:
-            trajectory.add(z_BCHW, x0_BCHW)
-        if progress is not None:
-            progress(done + 1, total)
-    return z_BCHW
+        return _ddim_step(tables, index, x0_BCHW, eps_BCHW, noise(z_BCHW), temperature), x0_BCHW
+
+    return _walk(zT_BCHW, range(len(tables.timesteps))[::-1], advance, progress, trajectory)
 
 
 def _ddim_step(
@@ -355,24 +368,20 @@ def plms_sample(
     `noise` is drawn for the known region, and (its values unused) as often as the authors' code draws it.
     """
     tables = ddim_tables(schedule, steps, 0.0, discretisation)
-    total = len(tables.timesteps)
-    z_BCHW = zT_BCHW
     history: list[Tensor] = []
-    if trajectory is not None:
-        trajectory.add(z_BCHW, z_BCHW)
 
-    def advance(z_BCHW: Tensor, eps_BCHW: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def towards(z_BCHW: Tensor, eps_BCHW: Tensor, index: int) -> tuple[Tensor, Tensor]:
         x0_BCHW, _ = _with_eps(schedule, z_BCHW, eps_BCHW, tables.timesteps[index])
         if snap is not None:
             x0_BCHW = snap(x0_BCHW)
         return _ddim_step(tables, index, x0_BCHW, eps_BCHW, noise(z_BCHW)), x0_BCHW
 
-    for done, index in enumerate(reversed(range(total))):
+    def advance(z_BCHW: Tensor, index: int) -> tuple[Tensor, Tensor]:
         step = tables.timesteps[index]
         z_BCHW = _paste_known(schedule, z_BCHW, known, step, noise)
         _, eps_BCHW = denoise(z_BCHW, step)
         if not history:
-            ahead_BCHW, _ = advance(z_BCHW, eps_BCHW, index)
+            ahead_BCHW, _ = towards(z_BCHW, eps_BCHW, index)
             mean_BCHW = (eps_BCHW + denoise(ahead_BCHW, tables.timesteps[max(index - 1, 0)])[1]) / 2
         elif len(history) == 1:
             mean_BCHW = (3 * eps_BCHW - history[-1]) / 2
@@ -380,13 +389,10 @@ def plms_sample(
             mean_BCHW = (23 * eps_BCHW - 16 * history[-1] + 5 * history[-2]) / 12
         else:
             mean_BCHW = (55 * eps_BCHW - 59 * history[-1] + 37 * history[-2] - 9 * history[-3]) / 24
-        z_BCHW, x0_BCHW = advance(z_BCHW, mean_BCHW, index)
-        history = [*history[-2:], eps_BCHW]
-        if trajectory is not None:
-            trajectory.add(z_BCHW, x0_BCHW)
-        if progress is not None:
-            progress(done + 1, total)
-    return z_BCHW
+        history[:] = [*history[-2:], eps_BCHW]
+        return towards(z_BCHW, mean_BCHW, index)
+
+    return _walk(zT_BCHW, range(len(tables.timesteps))[::-1], advance, progress, trajectory)
 
 
 def ddpm_step(
@@ -430,10 +436,8 @@ def ddpm_sample(
     total = schedule.timesteps if steps is None else steps
     if not 1 <= total <= schedule.timesteps:
         raise UserError(f"ddpm steps must lie in 1..{schedule.timesteps}, got {total}")
-    z_BCHW = zT_BCHW
-    if trajectory is not None:
-        trajectory.add(z_BCHW, z_BCHW)
-    for done, step in enumerate(reversed(range(total))):
+
+    def advance(z_BCHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
         x0_BCHW, _ = denoise(z_BCHW, step)
         if snap is not None:
             x0_BCHW = snap(x0_BCHW)
@@ -441,12 +445,9 @@ def ddpm_sample(
             schedule, x0_BCHW, z_BCHW, step, noise(z_BCHW), temperature=temperature, clip_denoised=clip_denoised
         )
         # The authors' DDPM loop pastes after the step, at the step's own noise level.
-        z_BCHW = _paste_known(schedule, z_BCHW, known, step, noise)
-        if trajectory is not None:
-            trajectory.add(z_BCHW, x0_BCHW)
-        if progress is not None:
-            progress(done + 1, total)
-    return z_BCHW
+        return _paste_known(schedule, z_BCHW, known, step, noise), x0_BCHW
+
+    return _walk(zT_BCHW, range(total)[::-1], advance, progress, trajectory)
 
 
 @torch.no_grad()
@@ -476,18 +477,12 @@ def dpm_solver_sample(
     )
     solver.set_timesteps(steps, device="cpu")
     solver.set_begin_index(0)  # found by the timestep's value otherwise, which fails where two steps round to one
-    z_BCHW = zT_BCHW
-    if trajectory is not None:
-        trajectory.add(z_BCHW, z_BCHW)
-    sequence = solver.timesteps
-    for done, t in enumerate(sequence):
-        x0_BCHW, _ = denoise(z_BCHW, int(t))
-        z_BCHW = solver.step(x0_BCHW, t, z_BCHW).prev_sample
-        if trajectory is not None:
-            trajectory.add(z_BCHW, x0_BCHW)
-        if progress is not None:
-            progress(done + 1, len(sequence))
-    return z_BCHW
+
+    def advance(z_BCHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        x0_BCHW, _ = denoise(z_BCHW, step)
+        return solver.step(x0_BCHW, step, z_BCHW).prev_sample, x0_BCHW
+
+    return _walk(zT_BCHW, solver.timesteps.tolist(), advance, progress, trajectory)
 
 
 @torch.no_grad()
@@ -526,29 +521,16 @@ def sample(
     if wrap is not None:
         denoise = wrap(denoise)
     with reused_context(ldm.model):
-        return _run_sampler(sampler, denoise, ldm.schedule, zT_BCHW, noise, steps, eta, options)
-
-
-def _run_sampler(
-    sampler: str,
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    zT_BCHW: Tensor,
-    noise: Noise,
-    steps: int,
-    eta: float,
-    options: dict[str, Any],
-) -> Tensor:
-    if sampler == "ddim":
-        return ddim_sample(denoise, schedule, zT_BCHW, noise, steps=steps, eta=eta, **options)
-    if eta and sampler in ("plms", "dpm++"):
-        raise UserError(f"sampler {sampler} is deterministic: eta must be 0, got {eta}")
-    if sampler == "plms":
-        return plms_sample(denoise, schedule, zT_BCHW, noise, steps=steps, **options)
-    if sampler == "dpm++":
-        return dpm_solver_sample(denoise, schedule, zT_BCHW, steps=steps, **options)
-    if sampler == "ddpm":
-        return ddpm_sample(denoise, schedule, zT_BCHW, noise, **options)
+        if sampler == "ddim":
+            return ddim_sample(denoise, ldm.schedule, zT_BCHW, noise, steps=steps, eta=eta, **options)
+        if eta and sampler in ("plms", "dpm++"):
+            raise UserError(f"sampler {sampler} is deterministic: eta must be 0, got {eta}")
+        if sampler == "plms":
+            return plms_sample(denoise, ldm.schedule, zT_BCHW, noise, steps=steps, **options)
+        if sampler == "dpm++":
+            return dpm_solver_sample(denoise, ldm.schedule, zT_BCHW, steps=steps, **options)
+        if sampler == "ddpm":
+            return ddpm_sample(denoise, ldm.schedule, zT_BCHW, noise, **options)
     raise UserError(f"sampler {sampler!r} is unknown: use ddim, ddpm, plms or dpm++")
 
 

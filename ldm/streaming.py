@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from common.data.rows import LEFT_OUT
-from common.data.sampling import StepDataModule, Table, generator_step
+from common.data.sampling import StepDataModule, Table, TensorTable, generator_step
 from common.data.shards import ShardedImages
 from common.errors import UserError
 from ldm.config import DataConfig
@@ -101,10 +101,14 @@ class StreamDataModule(pl.LightningDataModule):
 def data_module(
     data: Table | ShardStream, batch_size: int, steps: int, seed: int, workers: int = 0, accumulate: int = 1
 ) -> pl.LightningDataModule:
-    """The batches of a table (`StepDataModule`) or of a stream, whose order has its own seed and workers."""
+    """The batches of a table (`StepDataModule`) or of a stream, whose order has its own seed and workers.
+
+    Args:
+        workers: loader processes for data that are not in memory.
+    """
     if isinstance(data, ShardStream):
         return StreamDataModule(data, batch_size, accumulate)
-    return StepDataModule(data, batch_size, steps, seed, workers, accumulate)
+    return StepDataModule(data, batch_size, steps, seed, 0 if isinstance(data, TensorTable) else workers, accumulate)
 
 
 def open_shards(data: DataConfig, task: str, seed: int) -> tuple[ShardedImages, list[dict[str, Any]]]:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
 from common.data.shapes import COLOURS, SHAPES
 from common.data.shards import ShardedImages
 from common.errors import UserError
+from common.images import to_unit
 from ldm.conditioners import ClassEmbedder, LayoutTokenizer, SpatialRescaler, TransformerEmbedder
 from ldm.config import ConditionerConfig, DataConfig, LdmConfig
 from ldm.degradation import low_resolution
@@ -531,3 +532,42 @@ def _need(item: dict[str, Any], key: str, config: LdmConfig) -> Any:
             f'task {config.task} needs "{key}" for every image, which data.name {config.data.name} does not have'
         )
     return item[key]
+
+
+def null_input(task: Task) -> Tensor | None:
+    """The raw condition that means "none": the empty caption, the null class; None means zeros."""
+    if task.name == "class":
+        assert task.num_classes is not None
+        return torch.tensor([task.num_classes - 1])
+    if task.name == "text":
+        if isinstance(task.conditioner, StateTable):
+            return torch.tensor([task.conditioner.null])
+        return tokenize(task.tokenizer, [""])
+    return None
+
+
+def raw_condition(task_name: str, columns: Mapping[str, Tensor], pick_B: Tensor | None = None) -> dict[str, Tensor]:
+    """The batch entries that `LatentDiffusion.conditioning` reads, from a table's columns.
+
+    Args:
+        pick_B: numbers in [0, 1) that choose among the phrasings of each caption; None takes the first.
+    """
+    if task_name == "text":
+        tokens = columns["tokens"]
+        if pick_B is None:
+            return {"condition": tokens[:, 0]}
+        rows = (pick_B * tokens.shape[1]).long().clamp_(max=tokens.shape[1] - 1)
+        return {"condition": tokens[torch.arange(len(tokens), device=tokens.device), rows]}
+    if task_name == "class":
+        return {"condition": columns["label"]}
+    if task_name == "layout":
+        return {"condition": columns["layout"]}
+    if task_name == "semantic":
+        return {"condition": columns["label_map"]}
+    if task_name == "superres":
+        return {"condition": to_unit(columns["low"])}
+    if task_name == "inpaint":
+        hole_B1HW = columns["hole"]
+        # Unknown pixels are black before encoding; the mask itself enters as -1 (known) and +1 (to be painted).
+        return {"condition": torch.where(hole_B1HW > 0.5, -1.0, to_unit(columns["image"])), "mask": hole_B1HW * 2 - 1}
+    return {}

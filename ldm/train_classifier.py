@@ -10,6 +10,9 @@ stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,75 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, or report what was trained; returns the metrics."""
     config, text = parse_config(ClassifierConfig, CONFIGS / "classifier.yaml", __doc__.split("\n")[0], argv)
-    # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
-    from ldm.classifier import train_classifier
-
     metrics = train_classifier(config, text)
     for band in metrics["bands"]:
         print(f"t {band['t_from']:4d} to {band['t_to']:4d}: accuracy {band['accuracy']:.3f}")
     print(f"mean {metrics['accuracy']:.3f}, largest class {metrics['chance']:.3f}, {metrics['images']} held-out images")
+    return metrics
+
+
+def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, Any]:
+    """Train or resume the classifier; writes model.safetensors and metrics.json into `config.run_dir`.
+
+    Returns:
+        The metrics; those of the folder as they are where it has been trained already.
+
+    Raises:
+        UserError: the model is not a finished class-conditional run, or the folder holds another run.
+    """
+    started = time.perf_counter()
+    # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
+    import torch
+
+    from common.data.sampling import TensorTable
+    from common.files import write_json
+    from common.options import check_trainer
+    from common.training import open_run_folder, train
+    from common.weights import save_weights
+    from ldm.classifier import accuracy_by_noise, build_classifier, class_run, latent_space
+    from ldm.run import FREE_OPTIONS
+    from ldm.streaming import data_module
+    from ldm.trainer import ClassifierTrainer
+
+    options, folder = config.trainer, Path(config.run_dir)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    check_trainer(options, {"trainer.batch_size": options.batch_size}, resume=config.resume)
+    finished = folder / "metrics.json"
+    if config.resume == "auto" and finished.is_file():
+        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)  # refuses other options
+        print(f"{folder}: trained already", file=sys.stderr)
+        return json.loads(finished.read_text())
+    run, ldm, classes = class_run(Path(config.model))
+    open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
+    torch.manual_seed(config.seed)
+    classifier = build_classifier(config.network, run.config, ldm, classes)
+    in_memory = isinstance(run.task.train, TensorTable)
+    table = run.latents(ldm.first_stage_model, folder) if in_memory else run.task.train  # type: ignore[arg-type]
+    workers = run.config.data.workers
+    trainer = train(
+        folder,
+        ClassifierTrainer(classifier, ldm, config),
+        data_module(table, options.batch_size, options.max_steps, config.seed, workers, options.accumulate),
+        options,
+        steps=options.max_steps,
+        batch_size=options.batch_size,
+        resume=config.resume,
+        grad_clip=1.0,
+    )
+    seconds = time.perf_counter() - started
+    classifier, ldm = classifier.cpu().eval(), ldm.cpu()
+    metrics: dict[str, Any] = {
+        "classes": classes,
+        "steps": options.max_steps,
+        "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
+        **accuracy_by_noise(classifier, ldm, run.task.reference),
+        "seconds": round(seconds, 1),
+    }
+    if trainer.is_global_zero:
+        notes = {"latent_space": latent_space(ldm)}
+        save_weights(folder / "model.safetensors", classifier.state_dict(), notes)
+        write_json(finished, metrics)
     return metrics
 
 

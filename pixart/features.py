@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
+from common.images import to_uint8, to_unit
 from common.paths import cache_dir, existing_path
 from pixart.config import DataConfig
 from pixart.data import Pictures
@@ -30,16 +31,6 @@ ENCODE_BATCH = 64
 TEXT_SHARD, LATENT_SHARD = 512, 1024
 
 Rows = Callable[[list[int]], dict[str, Tensor]]
-
-
-def to_unit(image_uint8: Tensor) -> Tensor:
-    """uint8 images to float in [-1, 1]."""
-    return image_uint8.float() / 127.5 - 1.0
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, rounded and clamped."""
-    return x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Codec:

@@ -174,13 +174,16 @@ def runs_table(folder: Path) -> list[str]:
 
 
 def _taken(file: Path) -> str:
-    if not file.is_file():
+    run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    seconds = run.get("seconds")
+    if isinstance(seconds, dict):
+        seconds = seconds["total"]
+    elif seconds is None and "stages" in run:  # what publishing keeps of a recipe: the times of its stages
+        seconds = sum(sum(stage["seconds"].values()) for stage in run["stages"].values())
+    if seconds is None:
         return NOT_MEASURED
-    run = json.loads(file.read_text(encoding="utf-8"))
-    if "seconds" not in run:
-        return NOT_MEASURED
-    seconds = run["seconds"]["total"] if isinstance(run["seconds"], dict) else run["seconds"]
-    return ", ".join([f"{seconds / 60:.0f} min", *(run[key] for key in ("precision", "hardware") if key in run)])
+    known = {**run.get("facts", {}), **run}
+    return ", ".join([f"{seconds / 60:.0f} min", *(known[key] for key in ("precision", "hardware") if key in known)])
 
 
 def start_commands() -> list[str]:

@@ -23,23 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
+from common.weights import load_weights, read_weights, save_weights
 from se_moe.communication import ParallelGroups, barrier
-from se_moe.config import FIXED_OPTIONS, TrainConfig
+from se_moe.config import FIXED_OPTIONS, ModelConfig, TrainConfig
 from se_moe.data import TextData
-from se_moe.embedding import PartitionedEmbedding
 from se_moe.homes import ResidentHome, link_or_copy
-from se_moe.model import ModelConfig, MoELanguageModel, is_expert
-from se_moe.moe import GateConfig
-from se_moe.storage import ExpertKey, HostSlot, RecordLayout, read_record
-from se_moe.training import Trainer
+from se_moe.model import MoELanguageModel, is_expert
+from se_moe.storage import MOMENTS, ExpertKey, HostSlot, RecordLayout, parameters_of
+from se_moe.trainer import Trainer
 
 VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -76,7 +73,7 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     _save_experts(trainer, part)
     dense = dense_state(trainer)
     if main:
-        write_atomically(part / "dense.safetensors", lambda path: save_file(dense, path))
+        save_weights(part / "dense.safetensors", dense)
         write_json(part / "meta.json", _meta(trainer))
     barrier()
     if main:
@@ -162,7 +159,7 @@ def _meta(trainer: Trainer) -> dict[str, Any]:
         "version": VERSION,
         "step": trainer.done,
         "fixed": fixed_options(trainer.config),
-        "model": asdict(trainer.model.config),
+        "model": trainer.model.config.plain(),
         "ranks": trainer.groups.world_size,
         "experts": [list(key) for key in _all_keys(trainer)],
     }
@@ -244,7 +241,7 @@ def _own_records(
 
 @torch.no_grad()
 def _load_dense(trainer: Trainer, step: Path) -> None:
-    state = read_record(step / "dense.safetensors")
+    state = read_weights(step / "dense.safetensors")[0]
     optimiser, model = trainer.optimiser, trainer.model
     optimiser.step_count = int(state["step"])
     targets: list[tuple[str, list[Tensor]]] = [(f"{m}.", getattr(optimiser, m)) for m in MOMENTS]
@@ -278,25 +275,19 @@ def export_model(checkpoints: Path, folder: Path, tokenizer: str | None = None) 
     step = newest(checkpoints)
     if step is None:
         raise UserError(f"{checkpoints} holds no checkpoint; train a model first (make se_moe-train)")
-    meta, state = read_meta(step), read_record(step / "dense.safetensors")
-    weights = {n: t for n, t in state.items() if n != "step" and not n.startswith(tuple(f"{m}." for m in MOMENTS))}
-    layers = [i for i in range(meta["model"]["layers"]) if ModelConfig(**_plain(meta["model"])).has_experts(i)]
+    meta = read_meta(step)
+    weights = parameters_of(read_weights(step / "dense.safetensors")[0])
+    config = ModelConfig.parse(meta["model"])
+    layers = [i for i in range(config.layers) if config.has_experts(i)]
     for layer, expert in meta["experts"]:
-        record = read_record(expert_file(step, ExpertKey(layer, expert)))
+        record = parameters_of(read_weights(expert_file(step, ExpertKey(layer, expert)))[0])
         stem = f"blocks.{layers[layer]}.moe.deepspeed_moe.experts.deepspeed_experts.{expert}"
-        for name, tensor in record.items():
-            if name != "step" and not name.startswith(tuple(f"{m}." for m in MOMENTS)):
-                weights[f"{stem}.{name}"] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+        weights |= {f"{stem}.{name}": tensor for name, tensor in record.items()}
+    save_weights(folder / "model.safetensors", weights)
     write_json(folder / "config.json", meta["model"])
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, encoding="utf-8"))
     return folder
-
-
-def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {**model, "gate": GateConfig(**model["gate"])}
 
 
 def load_model(folder: str | Path) -> MoELanguageModel:
@@ -307,13 +298,9 @@ def load_model(folder: str | Path) -> MoELanguageModel:
     """
     folder = Path(folder)
     try:
-        config = ModelConfig(**_plain(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+        config = ModelConfig.parse(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: not the config of a trained model ({error})") from None
     model = MoELanguageModel(config)
-    assert isinstance(model.wte, PartitionedEmbedding)
-    try:
-        model.load_state_dict(read_record(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise UserError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from None
+    load_weights(model, folder / "model.safetensors", against="config.json")
     return model.eval()

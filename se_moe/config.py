@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.cli import parse_config
 from common.errors import UserError
+from common.options import RunOptions, at_least, check_run, free_options
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = CONFIGS / "small.yaml"
 ARMS = ("ours", "resident", "deepspeed", "naive")
+
+Noise = Literal["none", "jitter", "rsample"]
+DropPolicy = Literal["position", "probs"]
 
 
 @dataclass
@@ -34,17 +38,45 @@ class DataConfig:
     sequence: int = 64
 
 
-@dataclass
+@dataclass(frozen=True)
+class GateConfig:
+    """How tokens choose experts.
+
+    Attributes:
+        top_k: experts of a token: 1 Switch, 2 GShard, more: top-k.
+        capacity_factor, eval_capacity_factor: capacity beside the mean load, in training and in evaluation.
+        min_capacity: tokens of a rank that an expert takes at least.
+        drop_tokens: False (dropless): every token is served, no capacity applies.
+        use_rts: top-1 only: an overflowing expert keeps random tokens instead of the first ones, in training.
+        noise: "jitter" multiplies the gate's input by U(0.99, 1.01); "rsample" adds Gumbel noise to the choice of the
+            first expert (top-1); both in training only.
+        second_sampling: top-2 only: the second expert is sampled by Gumbel noise in training.
+        drop_policy: top-k only: which tokens an overflowing expert keeps.
+        batch_prioritized: Tutel's routing instead: the tokens with the largest score are served first, capacities and
+            weights are Tutel's.
+    """
+
+    top_k: int = 2
+    capacity_factor: float = 1.0
+    eval_capacity_factor: float = 1.0
+    min_capacity: int = 4
+    drop_tokens: bool = False
+    use_rts: bool = True
+    noise: Noise = "none"
+    second_sampling: bool = False
+    drop_policy: DropPolicy = "probs"
+    batch_prioritized: bool = False
+
+
+@dataclass(frozen=True)
 class ModelOptions:
-    """Sizes of the language model.
+    """The language model.
 
     Args:
         hidden, layers, heads: of the transformer; dense_hidden: width of its dense feed-forward layers.
         experts: of every MoE layer, over all ranks; expert_hidden: their width.
-        moe_every: every so many layers one is a mixture of experts.
-        top_k: experts of a token. capacity_factor: tokens an expert takes beside the mean, if tokens may be dropped.
-        drop_tokens: false serves every token.
-        noise: none, jitter or rsample (see `moe.GateConfig`).
+        moe_every: every so many layers one is a mixture of experts; 0: none.
+        top_k, capacity_factor, drop_tokens, noise: see `GateConfig`; evaluation has the capacity of training.
         residual: a dense expert beside every mixture.
         aux_weight, z_weight: of the load-balancing loss and of the gate's z loss.
     """
@@ -59,10 +91,49 @@ class ModelOptions:
     top_k: int = 2
     capacity_factor: float = 1.25
     drop_tokens: bool = False
-    noise: Literal["none", "jitter", "rsample"] = "none"
+    noise: Noise = "none"
     residual: bool = False
     aux_weight: float = 0.01
     z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise UserError(f"hidden is {self.hidden}: it must be a multiple of heads, {self.heads}")
+
+    @property
+    def gate(self) -> GateConfig:
+        """Of every mixture."""
+        return GateConfig(
+            self.top_k,
+            self.capacity_factor,
+            self.capacity_factor,
+            drop_tokens=self.drop_tokens,
+            noise=self.noise,
+        )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether transformer layer `layer` (from 0) is a mixture of experts."""
+        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+
+
+@dataclass(frozen=True)
+class ModelConfig(ModelOptions):
+    """The language model with the two sizes that its text decides: V and the largest L."""
+
+    vocabulary: int = 2000
+    sequence: int = 64
+
+    def plain(self) -> dict[str, Any]:
+        """As model files have it: the gate apart."""
+        flat = {name: value for name, value in asdict(self).items() if name not in GateConfig.__dataclass_fields__}
+        return {**flat, "gate": asdict(self.gate)}
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> ModelConfig:
+        """What `plain` gave. Raises KeyError or TypeError when it is something else."""
+        flat = {name: value for name, value in content.items() if name != "gate"}
+        gate = {name: content["gate"][name] for name in ("top_k", "capacity_factor", "drop_tokens", "noise")}
+        return cls(**flat, **gate)
 
 
 @dataclass
@@ -162,30 +233,29 @@ class ParallelConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunOptions):
     """One run.
 
     Args:
+        checkpoint_every, log_every, threads, progress: see `RunOptions`; threads are those of a rank.
         run_dir: everything is written there.
         arms: what stands in the table: ours, resident (ours with all experts on the device), deepspeed (needs the
             optional package), naive (every switch off).
         steps: optimizer steps; batch: sequences of a step over all ranks.
-        checkpoint_every, keep: steps between checkpoints, and how many of them stay.
-        log_every: steps between printed lines. resume: auto continues an unfinished run, never starts anew.
-        threads: CPU threads of a rank.
+        keep: checkpoints that stay.
+        resume: auto continues an unfinished run, never starts anew.
     """
 
+    checkpoint_every: int = 100
+    threads: int = 1
     run_dir: str = "runs/se_moe"
     seed: int = 0
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     steps: int = 600
     batch: int = 32
-    checkpoint_every: int = 100
     keep: int = 2
-    log_every: int = 20
     eval_sequences: int = 128
     resume: Literal["auto", "never"] = "auto"
-    threads: int = 1
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
     switches: Switches = field(default_factory=Switches)
@@ -194,8 +264,10 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.checkpoint_every < 1 or self.keep < 1:
-            raise UserError("--steps, --batch, --checkpoint_every and --keep must be at least 1")
+        check_run(self)
+        for name in ("steps", "batch", "keep"):
+            at_least(name, getattr(self, name), 1)
+        at_least("parallel.ranks", self.parallel.ranks, 1)
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise UserError(f"--arms: {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
@@ -207,9 +279,23 @@ class TrainConfig:
         if not 0 < self.storage.cached_share <= 1:
             raise UserError(f"--storage.cached_share is {self.storage.cached_share}; it must lie in (0, 1]")
 
+    def network(self, vocabulary: int) -> ModelConfig:
+        """The network of this run's text."""
+        return ModelConfig(**asdict(self.model), vocabulary=vocabulary, sequence=self.data.sequence)
 
-# What decides the numbers of a run; everything else (budgets, switches, processes, paths) may change when it continues.
+    def of_arm(self, arm: str) -> TrainConfig:
+        """This run with the switches of one arm of the table."""
+        switches = self.switches
+        if arm == "resident":
+            switches = replace(switches, tiers=False)
+        if arm == "naive":
+            switches = Switches.naive()
+        return replace(self, switches=switches, arms=[arm])
+
+
+# What decides the numbers of a run; budgets, switches, processes and paths may change when it continues.
 FIXED_OPTIONS = ("seed", "steps", "batch", "data", "model", "optimiser")
+FREE_OPTIONS = free_options("arms", "keep", "eval_sequences", "switches", "storage", "parallel", section="")
 
 
 def read_config(argv: Sequence[str] | None, description: str) -> tuple[TrainConfig, str]:

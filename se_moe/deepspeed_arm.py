@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,22 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import write_json
-from common.ledger import peak_resident
-from se_moe.arm import highest, log_file, summary, text_data
-from se_moe.communication import barrier
+from se_moe.communication import ParallelGroups
 from se_moe.config import TrainConfig
-from se_moe.measuring import peak_tensor_bytes
-from se_moe.model import MoELanguageModel, initialise
+from se_moe.data import TextData
+from se_moe.model import LossOutput, MoELanguageModel, initialise
 from se_moe.moe import Expert, MoELayer, MoEOutput
-from se_moe.training import (
-    StepLog,
-    choose_device,
-    learning_rate,
-    make_run_groups,
-    model_config,
-    start_process_group,
-)
+from se_moe.trainer import ArmTrainer
 
 VERSION = "0.19.8"
 INSTALL = f"DeepSpeed is not installed; `make setup EXTRAS=dev,gpu`, or `pip install deepspeed=={VERSION}`"
@@ -92,16 +78,15 @@ class DeepSpeedMoE(nn.Module):
         return MoEOutput(y_BLD, aux_loss, aux_loss.new_zeros(()), torch.as_tensor(counts_E).cpu())
 
 
-def build_model(config: TrainConfig, vocabulary: int, ranks: int) -> MoELanguageModel:
+def build_model(config: TrainConfig, vocabulary: int, groups: ParallelGroups) -> MoELanguageModel:
     """The run's model with its mixtures replaced by DeepSpeed's; collective."""
     if config.model.residual:
         raise UserError("--model.residual true: the DeepSpeed arm compares plain mixtures; leave it out of --arms")
-    model = MoELanguageModel(model_config(config, vocabulary), make_run_groups(config))
+    model = MoELanguageModel(config.network(vocabulary), groups)
     initialise(model, config.seed)
-    size = config.parallel.expert_ranks or ranks
     for block in model.blocks:
         if isinstance(block.moe, MoELayer):
-            block.moe = DeepSpeedMoE(block.moe, size)  # type: ignore[assignment]
+            block.moe = DeepSpeedMoE(block.moe, groups.expert_size)  # type: ignore[assignment]
     return model
 
 
@@ -135,10 +120,15 @@ def engine_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-class DeepSpeedTrainer:
-    """An engine and the step that `training.Trainer` makes."""
+class DeepSpeedTrainer(ArmTrainer):
+    """An engine and the step that `trainer.Trainer` makes.
 
-    def __init__(self, config: TrainConfig, data: Any, device: torch.device, vocabulary: int) -> None:
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, config: TrainConfig, data: TextData, device: torch.device, groups: ParallelGroups) -> None:
+        super().__init__(config, data, device, groups)
         deepspeed = _import_deepspeed(device)
         if not dist.is_initialized():
             # DeepSpeed wants a process group even for one process.
@@ -146,95 +136,26 @@ class DeepSpeedTrainer:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-        self.config, self.data, self.device, self.done = config, data, device, 0
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        model = build_model(config, vocabulary, self.ranks).to(device)
-        self.parameter_count = sum(p.numel() for p in model.parameters())
-        groups = split_params_into_different_moe_groups_for_optimizer(
+        model = build_model(config, data.vocabulary, groups).to(device)
+        parameters = split_params_into_different_moe_groups_for_optimizer(
             {"params": list(model.parameters()), "name": "all", "lr": config.optimiser.lr}
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, config=engine_config(config, self.ranks)
+            model=model, model_parameters=parameters, config=engine_config(config, groups.world_size)
         )
 
-    def step(self) -> StepLog:
-        """One optimizer step on the run's own batch."""
-        config, number = self.config, self.done
-        wall, cpu = time.perf_counter(), time.process_time()
-        ids_BL, targets_BL = self.data.batch(config.seed, number, config.batch, self.rank, self.ranks)
-        torch.manual_seed(((config.seed * 1_000_003 + number) * 4099 + self.rank) % 2**63)
+    def update(self, ids_BL: Tensor, targets_BL: Tensor, lr: float) -> tuple[LossOutput, float]:
         self.engine.train()
-        lr = learning_rate(config.optimiser, number, config.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        found = self.engine(ids_BL.to(self.device), targets_BL.to(self.device))
+        found = self.engine(ids_BL, targets_BL)
         self.engine.backward(found.loss)
         self.engine.step()
-        losses = torch.stack([found.loss.detach(), found.lm_loss.detach(), found.aux_loss.detach()]).float()
-        dist.all_reduce(losses)
-        loss, lm_loss, aux_loss = (losses / self.ranks).tolist()
-        norm = self.engine.get_global_grad_norm()
-        self.done += 1
-        alpha = float((found.requested_ME > 0).float().mean())
-        seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        return StepLog(number, loss, lm_loss, aux_loss, float(norm or 0.0), lr, seconds, cpu_seconds, alpha)
+        return found, float(self.engine.get_global_grad_norm() or 0.0)
 
-    @torch.no_grad()
-    def evaluate(self, sequences: int) -> float:
-        """As `training.Trainer.evaluate`."""
+    def losses(self, ids_BL: Tensor, targets_BL: Tensor) -> LossOutput:
         self.engine.eval()
-        ids_NL, targets_NL = self.data.held_out(sequences, self.rank, self.ranks)
-        rows, total = max(1, self.config.batch // self.ranks), torch.zeros(2)
-        for first in range(0, len(ids_NL), rows):
-            ids_BL, targets_BL = ids_NL[first : first + rows], targets_NL[first : first + rows]
-            found = self.engine(ids_BL.to(self.device), targets_BL.to(self.device))
-            total += torch.tensor([float(found.lm_loss) * targets_BL.numel(), targets_BL.numel()])
-        dist.all_reduce(total)
-        return float(total[0] / total[1])
+        return self.engine(ids_BL, targets_BL)
 
-
-def run_deepspeed(config: TrainConfig) -> dict[str, Any]:
-    """Train the DeepSpeed arm from the start; returns the metrics of the table.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
-    """
-    torch.set_num_threads(config.threads)
-    device = choose_device(config.parallel.device)
-    start_process_group(device)
-    data = text_data(config)
-    trainer = DeepSpeedTrainer(config, data, device, data.vocabulary)
-    groups = make_run_groups(config)
-    folder, tokens, peak = Path(config.run_dir) / "deepspeed", config.batch * config.data.sequence, 0
-    main = groups.rank == 0
-    with log_file(folder / "log.jsonl", 0, main) as write:
-        while trainer.done < config.steps:
-            log: list[StepLog] = []
-            if trainer.done == 2:
-                peak = peak_tensor_bytes(lambda: log.append(trainer.step()), device)  # noqa: B023
-                write(asdict(log[0]) | {"profiled": True})
-            else:
-                log.append(trainer.step())
-                write(asdict(log[0]))
-            entry = log[0]
-            if main and (entry.step % config.log_every == 0 or trainer.done == config.steps):
-                print(
-                    f"[deepspeed] step {entry.step:5d}  loss {entry.loss:.4f}  lm {entry.lm_loss:.4f}  "
-                    f"{tokens / entry.seconds:,.0f} tokens/s  {entry.cpu_seconds:.2f} CPU-s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    held_out = trainer.evaluate(config.eval_sequences)
-    metrics = summary(folder / "log.jsonl", tokens, groups.world_size) if main else {}
-    metrics |= {
-        "arm": "deepspeed",
-        "held_out_loss": held_out,
-        "peak_bytes": highest(peak, groups),
-        "peak_resident_bytes": highest(peak_resident(), groups),
-        "zero_stage": config.parallel.zero_stage,
-        "ranks": groups.world_size,
-    }
-    if main:
-        write_json(folder / "metrics.json", metrics)
-    barrier()
-    return metrics
+    def metrics(self) -> dict[str, Any]:
+        return {**super().metrics(), "zero_stage": self.config.parallel.zero_stage}

@@ -44,7 +44,7 @@ from se_moe.data import TextData
 from se_moe.elastic import Layout, TaskGroups, TaskMoE, rank_step, tagged_parameters
 from se_moe.embedding import PartitionedEmbedding
 from se_moe.model import Attention
-from se_moe.training import Trainer
+from se_moe.trainer import Trainer
 
 BATCHES = (64, 32, 16, 16)  # the paper's 512/256/128/128 at an eighth
 

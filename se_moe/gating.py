@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from se_moe.config import DropPolicy
 
 JITTER = 1e-2  # Switch Transformer: inputs of the gate are multiplied by U(1 - JITTER, 1 + JITTER)
-DropPolicy = Literal["position", "probs"]
 
 
 @dataclass

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from se_moe.communication import ParallelGroups, group_size
 from se_moe.config import OptimiserConfig, TrainConfig
 from se_moe.model import MoELanguageModel
 from se_moe.prefetch import ExpertStore, OffloadedExperts, RoutePredictor
-from se_moe.storage import DeviceArena, ExpertKey, FileTier, HostTier, RecordLayout, Throttle
+from se_moe.storage import MOMENTS, DeviceArena, ExpertKey, FileTier, HostTier, RecordLayout, Throttle
 
 Gradients = dict[ExpertKey, dict[str, Tensor]]
 STATE_BYTES = 16  # of a float32 parameter in training: weight, gradient, two moments
@@ -116,7 +116,7 @@ class ResidentHome:
         for key, named in self.parameters.items():
             self.state[key] = {
                 f"{moment}.{name}": torch.zeros_like(p, requires_grad=False)
-                for moment in ("exp_avg", "exp_avg_sq")
+                for moment in MOMENTS
                 for name, p in named.items()
             }
 
@@ -165,6 +165,10 @@ class ResidentHome:
             p.copy_(fields[name])
         for name, t in self.state[key].items():
             t.copy_(fields[name])
+
+    def metrics(self) -> dict[str, Any]:
+        """Nothing: no tier moved anything."""
+        return {}
 
     def close(self) -> None:
         self._charge.free()
@@ -241,6 +245,25 @@ class TieredHome:
 
     def record(self, key: ExpertKey) -> dict[str, Tensor]:
         return self.store.read_record(key)
+
+    def metrics(self) -> dict[str, Any]:
+        """What the tiers did on this rank."""
+        store, files = self.store, self.files
+        found: dict[str, Any] = {
+            "bytes_read": files.statistics.bytes_read,
+            "bytes_written": files.statistics.bytes_written,
+            "fetch_seconds": store.statistics.fetch_seconds,
+            "wait_seconds": store.statistics.wait_seconds,
+            "hidden_fraction": store.statistics.hidden_fraction,
+            "predicted": store.statistics.predicted,
+            "missed": store.statistics.missed,
+            "unused": store.statistics.unused,
+            "host_bytes": self.host.peak_bytes,
+            "file_bytes": files.live_bytes,
+        }
+        if self.cache is not None:
+            found["cache_hit_rate"] = self.cache.statistics.hit_rate
+        return found
 
     def close(self) -> None:
         self.store.close()

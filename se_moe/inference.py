@@ -18,7 +18,6 @@ T = B * L tokens, N = T * K rows, V vocabulary, A heads, C = D / A.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import common.kernels.moe_dispatch  # noqa: F401  registers less_compute::moe_grouped_linear
 from common.errors import UserError
-from common.files import write_atomically, write_json
-from se_moe.model import Block, KeyValues, ModelConfig, MoELanguageModel, sample_token
-from se_moe.moe import GateConfig
+from common.files import read_object, write_atomically, write_json
+from common.weights import check_weights, read_weights, save_weights
+from se_moe.config import ModelConfig
+from se_moe.model import Block, KeyValues, MoELanguageModel, sample_token
 from se_moe.ring import RingOffload
 from se_moe.storage import Charge, DeviceArena, Throttle, gigabytes
 
@@ -211,10 +209,14 @@ class ServedModel:
     def expert_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self.experts for tensor in layer.values())
 
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """The dense modules under the trained model's names."""
+        named: list[tuple[str, nn.Module]] = [("wte", self.embed), ("wpe", self.positions), ("ln_f", self.norm)]
+        return named + [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
+
     @property
     def dense_bytes(self) -> int:
-        modules: list[nn.Module] = [self.embed, self.positions, self.norm, *self.blocks]
-        return sum(p.nbytes for module in modules for p in module.parameters())
+        return sum(p.nbytes for _, part in self.parts() for p in part.parameters())
 
 
 def _stack(block: Block, kept: Sequence[int]) -> dict[str, Tensor]:
@@ -617,9 +619,7 @@ class Server:
 
 
 def _dense_state(served: ServedModel) -> dict[str, Tensor]:
-    parts: dict[str, nn.Module] = {"wte": served.embed, "wpe": served.positions, "ln_f": served.norm}
-    parts |= {f"blocks.{i}": block for i, block in enumerate(served.blocks)}
-    return {f"{prefix}.{name}": p for prefix, part in parts.items() for name, p in part.state_dict().items()}
+    return {f"{prefix}.{name}": p for prefix, part in served.parts() for name, p in part.state_dict().items()}
 
 
 def save_served(served: ServedModel, folder: Path, tokenizer: str | None = None) -> None:
@@ -631,15 +631,12 @@ def save_served(served: ServedModel, folder: Path, tokenizer: str | None = None)
     tensors = _dense_state(served)
     tensors |= {f"experts.{i}.{name}": t for i, layer in enumerate(served.experts) for name, t in layer.items()}
     unique, alias = share_duplicates({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
-    description = {"model": dataclasses.asdict(served.config), "kept": served.kept, "alias": alias}
     folder = Path(folder)
     # The description goes last: a folder that has one is complete.
-    write_atomically(
-        folder / "weights.safetensors", lambda path: save_file({n: t.clone() for n, t in unique.items()}, path)
-    )
+    save_weights(folder / "weights.safetensors", unique)
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, encoding="utf-8"))
-    write_json(folder / "model.json", description)
+    write_json(folder / "model.json", {"model": served.config.plain(), "kept": served.kept, "alias": alias})
 
 
 def load_served(folder: Path) -> ServedModel:
@@ -652,42 +649,27 @@ def load_served(folder: Path) -> ServedModel:
     path = folder / "model.json"
     if not path.exists():
         raise UserError(f"{folder}: no model.json there; expected a folder that `make se_moe-train` wrote for serving")
+    tensors = read_weights(folder / "weights.safetensors")[0]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        options = content["model"]
-        config = ModelConfig(**{**options, "gate": GateConfig(**options["gate"])})
+        content = read_object(path)
+        config = ModelConfig.parse(content["model"])
         kept: list[list[int]] = content["kept"]
-        tensors = load_file(folder / "weights.safetensors")
-    except (ValueError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
+        tensors |= {name: tensors[equal] for name, equal in content["alias"].items()}
+        experts = [
+            {name: tensors.pop(f"experts.{i}.{name}") for name in EXPERT_TENSORS} if kept[i] else {}
+            for i in range(config.layers)
+        ]
+    except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder}: not a served model ({error}); write it again with train.py") from None
-    for name, equal in content["alias"].items():
-        tensors[name] = tensors[equal]
     with torch.device("meta"):
         full = MoELanguageModel(config)
-    served_blocks = [
-        ServingBlock(block, config.gate.top_k, kept[i] or None)
-        for i, block in enumerate(cast(list[Block], list(full.blocks)))
-    ]
-    served = ServedModel(
-        config,
-        nn.Embedding(config.vocabulary, config.hidden, device="meta"),
-        full.wpe,
-        served_blocks,
-        full.ln_f,
-        [
-            {name: tensors[f"experts.{i}.{name}"] for name in EXPERT_TENSORS} if kept[i] else {}
-            for i in range(config.layers)
-        ],
-        kept,
-    )
-    parts: dict[str, nn.Module] = {"wte": served.embed, "wpe": served.positions, "ln_f": served.norm}
-    parts |= {f"blocks.{i}": block for i, block in enumerate(served.blocks)}
-    for prefix, part in parts.items():
+        embed = nn.Embedding(config.vocabulary, config.hidden)
+    blocks = [ServingBlock(block, config.gate.top_k, kept[i] or None) for i, block in enumerate(full.blocks)]  # type: ignore[arg-type]
+    served = ServedModel(config, embed, full.wpe, blocks, full.ln_f, experts, kept)
+    check_weights(tensors, _dense_state(served), str(folder / "weights.safetensors"), "model.json")
+    for prefix, part in served.parts():
         own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
-        try:
-            part.load_state_dict(own, strict=True, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"{folder / 'weights.safetensors'} does not fit model.json: {error}") from None
+        part.load_state_dict(own, assign=True)
         part.eval().requires_grad_(False)
     for block, layer_kept in zip(served.blocks, kept):
         if layer_kept:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,48 +15,11 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from se_moe.communication import ParallelGroups, Transport, direct_transport
+from se_moe.config import ModelConfig
 from se_moe.embedding import Partition, PartitionedEmbedding
-from se_moe.moe import GateConfig, MoELayer
+from se_moe.moe import MoELayer
 
 INIT_STD = 0.02  # GPT-2
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the network.
-
-    Attributes:
-        vocabulary, sequence: V and the largest L.
-        hidden, layers, heads: transformer sizes.
-        dense_hidden: width of a dense feed-forward layer.
-        experts, expert_hidden: experts of every MoE layer over all ranks, and their width.
-        moe_every: layer i holds experts if (i + 1) % moe_every == 0; 0: none.
-        gate: how tokens choose experts.
-        residual: a dense expert beside every mixture.
-        aux_weight, z_weight: what the two gate losses count in the training loss.
-    """
-
-    vocabulary: int = 2000
-    sequence: int = 64
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    dense_hidden: int = 512
-    experts: int = 8
-    expert_hidden: int = 256
-    moe_every: int = 2
-    gate: GateConfig = field(default_factory=GateConfig)
-    residual: bool = False
-    aux_weight: float = 0.01
-    z_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise UserError(f"hidden is {self.hidden}: it must be a multiple of heads, {self.heads}")
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether transformer layer `layer` (from 0) is a mixture of experts."""
-        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
 
 class KeyValues(NamedTuple):

@@ -11,8 +11,7 @@ N rows that arrive at this rank, R ranks of the expert group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,45 +26,15 @@ from se_moe.communication import (
     direct_transport,
     plan_from_counts,
 )
+from se_moe.config import GateConfig
 from se_moe.gating import (
     JITTER,
-    DropPolicy,
     Routing,
     gshard_routing,
     switch_routing,
     topk_routing,
     tutel_routing,
 )
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """How tokens choose experts.
-
-    Attributes:
-        top_k: experts of a token: 1 Switch, 2 GShard, more: top-k.
-        capacity_factor, eval_capacity_factor: capacity beside the mean load, in training and in evaluation.
-        min_capacity: tokens of a rank that an expert takes at least.
-        drop_tokens: False (dropless): every token is served, no capacity applies.
-        use_rts: top-1 only: an overflowing expert keeps random tokens instead of the first ones, in training.
-        noise: "jitter" multiplies the gate's input by U(0.99, 1.01); "rsample" adds Gumbel noise to the choice of the
-            first expert (top-1); both in training only.
-        second_sampling: top-2 only: the second expert is sampled by Gumbel noise in training.
-        drop_policy: top-k only: which tokens an overflowing expert keeps.
-        batch_prioritized: Tutel's routing instead: the tokens with the largest score are served first, capacities and
-            weights are Tutel's.
-    """
-
-    top_k: int = 2
-    capacity_factor: float = 1.0
-    eval_capacity_factor: float = 1.0
-    min_capacity: int = 4
-    drop_tokens: bool = False
-    use_rts: bool = True
-    noise: Literal["none", "jitter", "rsample"] = "none"
-    second_sampling: bool = False
-    drop_policy: DropPolicy = "probs"
-    batch_prioritized: bool = False
 
 
 class TopKGate(nn.Module):

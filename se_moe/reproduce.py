@@ -50,12 +50,11 @@ from se_moe.experiments import (
 )
 from se_moe.homes import TieredHome
 from se_moe.inference import distil, expert_usage, student_of
+from se_moe.launch import start_ranks
 from se_moe.model import MoELanguageModel, initialise
 from se_moe.planner import FLOAT32, Machine, storage_plan
 from se_moe.ring import RingOffload
 from se_moe.storage import DeviceArena, Throttle
-from se_moe.train import start_ranks
-from se_moe.training import model_config
 
 
 def m1(study: Study, seed: int) -> dict[str, float]:
@@ -360,7 +359,7 @@ def m10(study: Study, seed: int) -> dict[str, float]:
 
     def fresh(experts: int, number: int) -> MoELanguageModel:
         small = replace(config, model=replace(options, experts=experts))
-        model = MoELanguageModel(model_config(small, data.vocabulary))
+        model = MoELanguageModel(small.network(data.vocabulary))
         initialise(model, seed * 10 + number)
         return model
 

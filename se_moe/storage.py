@@ -21,14 +21,15 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_json
+
+Value = TypeVar("Value")
 
 BLOCK = 4096  # alignment of direct reads: file offset, length and memory address
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,6 +53,11 @@ def gigabytes(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} bytes"
+
+
+def parameters_of(record: Mapping[str, Value]) -> dict[str, Value]:
+    """A record without its step count and moments."""
+    return {n: v for n, v in record.items() if n != "step" and not n.startswith(tuple(f"{m}." for m in MOMENTS))}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class RecordLayout:
 
     @property
     def parameter_names(self) -> list[str]:
-        return [n for n in self.fields if n != "step" and not n.startswith(tuple(f"{m}." for m in MOMENTS))]
+        return list(parameters_of(self.fields))
 
     def field_bytes(self, name: str) -> int:
         dtype, shape = self.fields[name]
@@ -122,22 +128,6 @@ class RecordLayout:
             found[name] = buffer[offset : offset + size].view(dtype).view(shape)
             offset += size
         return found
-
-
-def read_record(path: Path) -> dict[str, Tensor]:
-    """The tensors of one expert's file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the expert's file is missing; restore the checkpoint or delete its folder") from None
-    except Exception as error:  # safetensors has an error class of its own
-        raise UserError(
-            f"{path}: damaged ({error}); delete the checkpoint's folder, the one before it is used"
-        ) from None
 
 
 @dataclass

@@ -14,149 +14,115 @@ serve.py, table.md, and metrics.json: the arms' metrics and the wall seconds of 
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
-from se_moe.config import Switches, TrainConfig, read_config
-
-_HEAD = [
-    "arm",
-    "tokens/s",
-    "CPU-s per 1,000 tokens",
-    "states on the device, MB a rank",
-    "all tensors at the peak, MB a rank",
-    "loss",
-    "held-out loss",
-]
+from common.files import read_object, write_atomically, write_json
+from se_moe.config import FREE_OPTIONS, TrainConfig, read_config
 
 
-def arm_config(config: TrainConfig, arm: str) -> TrainConfig:
-    """The run's configuration for one arm of the table."""
-    switches = config.switches
-    if arm == "resident":
-        switches = replace(switches, tiers=False)
-    if arm == "naive":
-        switches = Switches.naive()
-    return replace(config, switches=switches, arms=[arm])
-
-
-def work(config: TrainConfig, arm: str) -> dict[str, Any]:
-    """One process' share of an arm."""
-    # Torch is imported here, so that --help and a misspelt option answer at once.
-    if arm == "deepspeed":
-        from se_moe.deepspeed_arm import run_deepspeed
-
-        return run_deepspeed(config)
-    from se_moe.arm import run_arm
-
-    return run_arm(arm_config(config, arm), arm)
-
-
-def start_ranks(config: TrainConfig, arm: str) -> None:
-    """Run one arm on `parallel.ranks` processes of this machine.
+def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
+    """One process' share of an arm, from its start or its last checkpoint to its metrics.
 
     Raises:
-        UserError: a process failed (it has said why).
+        UserError: bad options, a checkpoint in run_dir that belongs to other ones, a loss that is not finite.
     """
-    ranks = config.parallel.ranks
-    if ranks < 1:
-        raise UserError(f"--parallel.ranks is {ranks}; at least one process is needed")
-    folder = Path(config.run_dir) / arm
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as meeting:
-        options = Path(meeting) / "config.yaml"
-        options.write_text(json.dumps(asdict(replace(config, arms=[arm]))), encoding="utf-8")  # JSON is YAML
-        processes = []
-        for rank in range(ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "SE_MOE_RENDEZVOUS": str(Path(meeting) / "ranks"),
-                "OMP_NUM_THREADS": str(config.threads),
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            # Every rank would say the same; the first one speaks, and errors of the others are short.
-            command = [sys.executable, str(Path(__file__).resolve()), "--config", str(options)]
-            processes.append(subprocess.Popen(command, env=environment))
-        (folder / "workers.json").write_text(json.dumps({"pids": [p.pid for p in processes]}), encoding="utf-8")
-        try:
-            while any(p.poll() is None for p in processes):
-                if any(p.poll() not in (None, 0) for p in processes):
-                    time.sleep(2)  # the others notice by themselves, or never
-                    break
-                time.sleep(0.05)
-        finally:
-            for p in processes:
-                if p.poll() is None:
-                    p.terminate()
-            statuses = [p.wait() for p in processes]
-    if any(statuses):
-        failed = next(i for i, status in enumerate(statuses) if status)
-        raise UserError(
-            f"arm {arm}: rank {failed} of {ranks} ended with status {statuses[failed]}; see the message above. Start "
-            "again to continue from the last checkpoint"
-        )
+    # Torch is imported here, so that --help and a misspelt option answer at once.
+    import torch
 
+    from common.paths import existing_path
+    from common.training import stop_if_not_finite
+    from se_moe import checkpoint
+    from se_moe.communication import barrier
+    from se_moe.deepspeed_arm import DeepSpeedTrainer
+    from se_moe.launch import choose_device, make_run_groups, start_process_group
+    from se_moe.measuring import peak_tensor_bytes
+    from se_moe.run import log_file, summary, text_data
+    from se_moe.trainer import ArmTrainer, StepLog, Trainer
 
-def measured(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """The metrics of every arm that has ended, by its name."""
-    files = {arm: Path(config.run_dir) / arm / "metrics.json" for arm in config.arms}
-    return {arm: json.loads(file.read_text(encoding="utf-8")) for arm, file in files.items() if file.is_file()}
-
-
-def table(config: TrainConfig) -> str:
-    """The arms side by side, from their metrics files."""
-    from se_moe.deepspeed_arm import INSTALL, available
-
-    rows = []
-    names = {
-        "ours": "ours, experts in tiers" if config.switches.tiers else "ours",
-        "resident": "ours, experts resident",
-        "deepspeed": f"DeepSpeed, ZeRO-{config.parallel.zero_stage}",
-        "naive": "naive, every switch off",
-    }
-    found = measured(config)
-    for arm in config.arms:
-        if m := found.get(arm):
-            numbers = [f"{m['tokens_per_second']:,.0f}", f"{m['cpu_seconds_per_1000_tokens']:.3f}"]
-            states = m.get("device_peak_bytes")
-            numbers.append(f"{states / 1e6:.1f}" if states else "-")
-            numbers += [f"{m['peak_bytes'] / 1e6:.1f}", f"{m['loss']:.4f}", f"{m['held_out_loss']:.4f}"]
-            rows.append([names[arm], *numbers])
-        elif arm == "deepspeed" and not available():
-            rows.append([names[arm], INSTALL, *[""] * (len(_HEAD) - 2)])
-    lines = [_HEAD, ["---"] * len(_HEAD), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    config = config.of_arm(arm)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.parallel.device)
+    start_process_group(device)
+    groups, data = make_run_groups(config), text_data(config)
+    run, main = Path(config.run_dir), groups.rank == 0
+    folder = run / arm
+    checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
+    last = checkpoint.newest(checkpoints)
+    if arm == "deepspeed":
+        trainer: ArmTrainer = DeepSpeedTrainer(config, data, device, groups)  # always from the start
+    else:
+        if last is not None and config.resume == "never":
+            raise UserError(f"{folder} holds an earlier run; choose another --run_dir or --resume auto")
+        tiers = existing_path(config.storage.folder) if config.storage.folder else folder
+        trainer = checkpoint.open_trainer(config, data, device, groups, tiers / "tiers", last)
+    barrier()
+    if metrics_file.is_file() and trainer.done >= config.steps:
+        trainer.close()
+        return read_object(metrics_file)
+    first, peak, tokens = trainer.done, 0, config.batch * config.data.sequence
+    with log_file(folder / "log.jsonl", first, main) as write:
+        while trainer.done < config.steps:
+            profiled: dict[str, bool] = {}
+            if trainer.done == first + 2:
+                logs: list[StepLog] = []
+                pointers = trainer.host_pointers()
+                peak = peak_tensor_bytes(lambda: logs.append(trainer.step()), device, pointers)  # noqa: B023
+                log, profiled = logs[0], {"profiled": True}
+            else:
+                log = trainer.step()
+            write(asdict(log) | profiled)
+            for what, value in (("loss", log.loss), ("gradient norm", log.grad_norm)):
+                stop_if_not_finite(value, trainer.done, last, "a lower optimiser.lr", what)
+            if main and config.progress and (log.step % config.log_every == 0 or trainer.done == config.steps):
+                print(
+                    f"[{arm}] step {log.step:5d}  loss {log.loss:.4f}  lm {log.lm_loss:.4f}  "
+                    f"{tokens / log.seconds:,.0f} tokens/s  {log.cpu_seconds:.2f} CPU-s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
+            if due and isinstance(trainer, Trainer):
+                last = checkpoint.save(trainer, checkpoints, config.keep)
+    held_out = trainer.evaluate(config.eval_sequences)
+    metrics = summary(folder / "log.jsonl", tokens, groups.world_size) if main else {}
+    metrics |= {"arm": arm, "held_out_loss": held_out, "peak_bytes": trainer.highest(peak), **trainer.metrics()}
+    trainer.close()
+    if main:
+        if isinstance(trainer, Trainer):
+            model = run / "model" if arm == "ours" else folder / "model"
+            checkpoint.export_model(checkpoints, model, data.tokenizer.to_str())
+        write_json(metrics_file, metrics)
+    barrier()
+    return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Train the configured arms; returns the table as Markdown."""
+    """Train the configured arms one after the other; returns their table as Markdown."""
     config, text = read_config(argv, __doc__.splitlines()[0])
-    if "RANK" in os.environ:  # one of several processes: torchrun's, or those of `start_ranks`
-        work(config, config.arms[0])
-        return ""
-    from se_moe.deepspeed_arm import available
+    from common.training import open_run_folder
+    from se_moe import deepspeed_arm
+    from se_moe.launch import start_ranks
+    from se_moe.run import measured, table
 
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    if "RANK" in os.environ:  # one of several processes: torchrun's, or those of `start_ranks`
+        if "SE_MOE_RENDEZVOUS" not in os.environ:
+            open_run_folder(folder, config.resume, text, FREE_OPTIONS)
+        train_arm(config, config.arms[0])
+        return ""
+    open_run_folder(folder, config.resume, text, FREE_OPTIONS)
     record, started = folder / "metrics.json", time.perf_counter()
-    earlier = json.loads(record.read_text(encoding="utf-8"))["seconds"] if record.is_file() else 0.0
+    earlier = read_object(record)["seconds"] if record.is_file() else 0.0
     for arm in config.arms:
-        if arm == "deepspeed" and not available():
+        if arm == "deepspeed" and not deepspeed_arm.available():
             continue
         start_ranks(config, arm)
         write_json(record, {"seconds": earlier + time.perf_counter() - started, "arms": measured(config)})

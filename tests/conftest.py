@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.golden_case import golden_files
+
 THREADS = int(os.environ["TEST_THREADS"])
 # Tests whose outcome hangs on the arithmetic of the machine; a new paper's files of these names are among them.
 NUMERICAL = re.compile(
@@ -35,6 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="check every case of this folder instead of tests/golden/<paper> (and ../shared/golden/<paper>)",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`golden_path`: every recorded case of the paper whose folder of tests asks for it."""
+    if "golden_path" in metafunc.fixturenames:
+        paper = metafunc.definition.path.parent.name
+        files = golden_files(paper, metafunc.config.getoption("--golden-dir"))
+        metafunc.parametrize("golden_path", files, ids=[path.name for path in files])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -149,6 +149,20 @@ def assert_timed_close(compute: Callable[[], Tensor], expected: Tensor, what: st
         with exp_moved(change):
             error += float((compute() - actual).detach().abs().max())
     assert_close(actual, expected, what, tolerance, error)
+
+
+def load(module: nn.Module, case: Case, more: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Recorded weights (`more` beside them), or those of the parameter rule beside the module's own buffers."""
+    weights = {**case.group("param"), **(more or {})}
+    if case.config.get("params") == "rule":
+        weights = {**module.state_dict(), **fill_by_rule(dict(module.named_parameters())), **weights}
+    module.load_state_dict(weights, strict=True)
+    return module
+
+
+def kind(stem: str, source: str) -> Callable[[Case], bool]:
+    """Cases whose file's name begins with `stem` and whose source names `source`."""
+    return lambda case: case.stem.startswith(stem) and source in case.source
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,24 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.acceleration import methods
 from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, Sampler
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import write_json
 from common.ledger import commit, hardware, versions
 from common.metrics.judge import ShapesJudge
 from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
 from common.metrics.perceptual import perceptual_distance
 from common.paths import REPOSITORY
+from common.study import kept, kept_tensors
+from common.weights import save_weights
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of training while tuning: none of the seeds that are reported
@@ -87,12 +89,12 @@ class Runner:
 
     def _teacher_images(self, prompts: PromptSet) -> Tensor:
         """The teacher's 50-step images of the evaluation set, drawn once per teacher and guidance."""
-        path = self.folder / f"teacher-{REFERENCE_STEPS}-steps.safetensors"
-        if not path.is_file():
+
+        def drawn() -> dict[str, Tensor]:
             source = self.bench.teacher_source(REFERENCE_STEPS)
-            images = self._images(lambda noise, states, _: source(noise, states), prompts, 0)
-            write_atomically(path, lambda temporary: save_file({"images": images}, str(temporary)))
-        return load_file(path)["images"]
+            return {"images": self._images(lambda noise, states, _: source(noise, states), prompts, 0)}
+
+        return kept_tensors(self.folder / f"teacher-{REFERENCE_STEPS}-steps.safetensors", drawn)["images"]
 
     def _images(self, draw: Any, prompts: PromptSet, steps: int) -> Tensor:
         return self.bench.teacher.draw(
@@ -105,20 +107,22 @@ class Runner:
         Solvers choose for each number of steps (nothing is trained); trained methods choose one learning rate, by the
         mean of log FD over their columns.
         """
-        tries = []
-        for value in method.grid:
-            path = self.folder / f"{name}-try-{value:g}.json"
-            if not path.is_file():
-                share = self.settings.tuning_share if method.tuned == "learning rate" else 1.0
-                budget = Budget(share * BUDGETS[self.bench.level])
-                sampler = method.build(self.bench, budget, value, TUNING_SEED)
-                yardstick = self.yardstick(VALIDATION_SEED, self.settings.tuning_images)
-                found = {
-                    str(steps): yardstick.measure(self._images(sampler.draw, yardstick.prompts, steps))["fd_data"]
-                    for steps in method.steps
-                }
-                write_json(path, {"value": value, "fd_data": found})
-            tries.append(json.loads(path.read_text()))
+
+        def tried(value: float) -> dict[str, Any]:
+            share = self.settings.tuning_share if method.tuned == "learning rate" else 1.0
+            budget = Budget(share * BUDGETS[self.bench.level])
+            sampler = method.build(self.bench, budget, value, TUNING_SEED)
+            yardstick = self.yardstick(VALIDATION_SEED, self.settings.tuning_images)
+            found = {
+                str(steps): yardstick.measure(self._images(sampler.draw, yardstick.prompts, steps))["fd_data"]
+                for steps in method.steps
+            }
+            return {"value": value, "fd_data": found}
+
+        tries = [
+            kept(self.folder / f"{name}-try-{value:g}.json", partial(tried, value), self._tuning)
+            for value in method.grid
+        ]
 
         def badness(entry: dict[str, Any], steps: Sequence[int]) -> float:
             values = [entry["fd_data"][str(n)] for n in steps]
@@ -136,8 +140,14 @@ class Runner:
     def measure(self, name: str, method: Method, seed: int) -> dict[str, Any]:
         """One seed of a method: metrics of every column, what it cost, and its latency."""
         path = self.folder / f"{name}-seed{seed}.json"
-        if path.is_file():
-            return json.loads(path.read_text())
+        return kept(path, lambda: self._measured(name, method, seed), self._tuning)
+
+    @property
+    def _tuning(self) -> dict[str, float]:
+        """What a piece depends on that its folder's name does not say."""
+        return {"tuning_share": self.settings.tuning_share, "tuning_images": self.settings.tuning_images}
+
+    def _measured(self, name: str, method: Method, seed: int) -> dict[str, Any]:
         tuning = self.tune(name, method)
         yardstick = self.yardstick(EVALUATION_SEED, self.settings.images)
         started, cpu = time.perf_counter(), time.process_time()
@@ -156,8 +166,9 @@ class Runner:
                 "forwards_per_image": sampler.forwards(steps),
                 "latency_ms": self._latency(sampler, yardstick.prompts, steps),
             }
-            shown[f"steps_{steps}"] = images[:SHOWN].contiguous()
-        result = {
+            shown[f"steps_{steps}"] = images[:SHOWN]
+        save_weights(self.images_of(name, seed), shown)
+        return {
             "method": name,
             "title": method.title,
             "trains": method.trains,
@@ -170,9 +181,6 @@ class Runner:
             "tuning": {key: tuning[key] for key in ("tuned", "chosen")},
             "steps": columns,
         }
-        write_atomically(self.images_of(name, seed), lambda temporary: save_file(shown, str(temporary)))
-        write_json(path, result)
-        return result
 
     def images_of(self, name: str, seed: int) -> Path:
         """Where the first images of a seed's columns are kept."""

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of kernels."""
+"""Fixtures that the tests of several kernels share."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.common.kernel_process import findings
 
 @pytest.fixture(scope="module")
 def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the interpreted kernels of a test file say."""
+    """What the kernels of a test file do under Triton's interpreter."""
     return findings(request.module.__name__, "interpret")

@@ -25,8 +25,8 @@ from common.paths import REPOSITORY
 SHARED_MEMORY_HOPPER = 227 * 1024
 
 
-def native(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of the compiled kernels, on a GPU."""
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of the kernels as they run on the machine's own GPU."""
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
@@ -115,7 +115,7 @@ class KernelFacts:
         assert interpreted["opcheck"]
         assert set(interpreted["opcheck"].values()) == {"SUCCESS"}, interpreted["opcheck"]
 
-    @native
+    @on_gpu
     def test_native_ops_obey_the_rules_of_torch_library(self, file: ModuleType) -> None:
         assert set(file.opchecks("cuda").values()) == {"SUCCESS"}
 

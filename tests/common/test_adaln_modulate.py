@@ -20,7 +20,7 @@ from tests.common.kernel_process import (
     answer,
     compile_for_hopper,
     difference_when_compiled,
-    native,
+    on_gpu,
     opcheck,
     relative_errors,
 )
@@ -212,13 +212,13 @@ def test_programs_of_the_backward_pass_cover_every_token_once() -> None:
         assert each <= kernel.MOST_TOKENS
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("shape", [(8, 256, 1152), (1, 4096, 1152), (64, 64, 192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_at_pixarts_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from common.cli import parse_config
+from common.cli import parse_config, read_run_config
 from common.errors import UserError
 
 
@@ -53,6 +53,14 @@ def test_saved_text_gives_the_same_config(tmp_path: Path) -> None:
     config, text = parse_config(Outer, None, "", ["--steps", "9", "--inner.widths", "[3, 3]"])
     (tmp_path / "saved.yaml").write_text(text)
     assert parse("--config", str(tmp_path / "saved.yaml")) == config and "name: null" in text
+
+
+def test_a_run_folder_gives_back_its_config_and_another_folder_is_named(tmp_path: Path) -> None:
+    config, text = parse_config(Outer, None, "", ["--steps", "9"])
+    with pytest.raises(UserError, match=f"^--model {tmp_path}: no config.yaml there; expected the folder"):
+        read_run_config(Outer, tmp_path, "--model")
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_run_config(Outer, tmp_path) == config
 
 
 @pytest.mark.parametrize(

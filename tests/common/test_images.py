@@ -27,12 +27,21 @@ from common.images import (
     resize_clean,
     resize_uint8,
     save_grid,
+    to_uint8,
+    to_unit,
 )
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def test_bytes_survive_the_way_to_floats_and_back():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    x = to_unit(images)
+    assert (x.min(), x.max()) == (-1, 1) and torch.equal(to_uint8(x), images)
+    assert to_uint8(torch.tensor([-3.0, 0.5 / 127.5 - 1 + 1e-4, 7.0])).tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (112, 112), (40, 24)])

@@ -21,7 +21,7 @@ from tests.common.kernel_process import (
     compile_for_hopper,
     difference_when_compiled,
     findings,
-    native,
+    on_gpu,
     opcheck,
     relative_errors,
 )
@@ -236,13 +236,13 @@ def test_geometry_covers_every_element_once() -> None:
             assert geo.block_c * geo.block_hw <= (kernel.WHOLE_GROUP_LIMIT if geo.whole else kernel.TILE)
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("shape", [(2, 320, 64, 64), (2, 1280, 8, 8), (1, 128, 512, 512), (2, 1920, 16, 16)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_native_kernels_match_float64_at_stable_diffusions_shapes(shape: tuple[int, ...], channels_last: bool) -> None:

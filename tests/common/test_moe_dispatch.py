@@ -20,7 +20,7 @@ from tests.common.kernel_process import (
     compile_for_hopper,
     difference_when_compiled,
     findings,
-    native,
+    on_gpu,
     opcheck,
     relative_errors,
 )
@@ -247,13 +247,13 @@ def test_cpu_autocast_multiplies_in_the_autocast_dtype() -> None:
         assert grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1).dtype == torch.bfloat16
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name])
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_match_float64_with_whole_tiles(dtype: torch.dtype) -> None:
     case = Case(300, 2, (150, 0, 257, 193), 256, 384, dtype, tile=(64, 64, 32))

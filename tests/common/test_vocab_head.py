@@ -22,7 +22,7 @@ from tests.common.kernel_process import (
     compile_for_hopper,
     difference_when_compiled,
     findings,
-    native,
+    on_gpu,
     opcheck,
     relative_errors,
 )
@@ -261,13 +261,13 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
         vocab_head(**(inputs | change))
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cuda"), CASES[name], kernels=True)
 
 
-@native
+@on_gpu
 @pytest.mark.parametrize("width", [128, 768])
 def test_native_kernels_match_float64_at_the_published_sizes(width: int) -> None:
     case = Case(600, 30522, width, dtype=torch.bfloat16, programs=528, chunk=1 << 22)

@@ -12,7 +12,7 @@ from electra.config import ElectraConfig
 from electra.convert import from_official
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
 from electra.model import Batch, Encoder
-from tests.electra.golden_pretraining import official_sizes
+from tests.electra.golden_pretraining import sizes_of
 from tests.golden_case import Case, Check, assert_close
 
 TOLERANCE = 1e-5
@@ -42,7 +42,7 @@ class _Inputs:
         ids_BL = case.tensors["in/input_ids"].long()
         self.mask_BL = case.tensors["in/input_mask"].long()
         self.types_BL = case.tensors["in/segment_ids"].long()
-        self.encoder = Encoder(ElectraConfig(**official_sizes(case.config["hparams"]))).eval()
+        self.encoder = Encoder(ElectraConfig(**sizes_of(case.config["hparams"]))).eval()
         state = from_official({f"electra/{k}": v for k, v in case.group("param/electra").items()})
         self.encoder.load_state_dict({name.removeprefix("electra."): value for name, value in state.items()})
         batch = Batch.from_padded(ids_BL, self.mask_BL, self.types_BL)

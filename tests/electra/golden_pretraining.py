@@ -11,7 +11,12 @@ from torch import Tensor
 
 from electra.config import ElectraConfig, Tying
 from electra.convert import from_official, from_transformers, to_official
-from electra.flops import Transformer, bert_training_flops, classifier_inference_flops, electra_training_flops
+from electra.flops import (
+    Transformer,
+    bert_training_flops,
+    classifier_inference_flops,
+    electra_training_flops,
+)
 from electra.masking import Draws, SpecialIds, corrupt, slots_per_row
 from electra.model import Batch, Encoder, MlmHead, OutputBias, RtdHead
 from electra.objectives import ElectraPretrainer
@@ -31,8 +36,11 @@ def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERA
     assert_close(actual.detach().float().reshape(expected.shape), expected, what, tolerance)
 
 
-def official_sizes(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an ElectraConfig without dropout from the official hyper-parameters."""
+# Full pre-training steps (tf_step_*)
+
+
+def sizes_of(hparams: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's options as ours are called, without dropout."""
     sizes = hparams["model_hparam_overrides"]
     return {
         "vocab_size": hparams["vocab_size"],
@@ -47,19 +55,16 @@ def official_sizes(hparams: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Full pre-training steps (tf_step_*)
-
-
 def step_model(case: Case) -> ElectraPretrainer:
     """The recorded model; sizes from the hyper-parameters and, for the generator, the official rules."""
     hparams = {**OFFICIAL_DEFAULTS, **case.config["hparams"]}
-    sizes = official_sizes(hparams)
+    sizes = hparams["model_hparam_overrides"]
     tying: Tying = "none" if hparams.get("untied_generator_embeddings") else "embeddings"
     if not hparams.get("untied_generator", True):
         tying, hparams["generator_hidden_size"] = "all", 1.0
     generator_hidden = round(sizes["hidden_size"] * hparams["generator_hidden_size"])
     config = ElectraConfig(
-        **sizes,
+        **sizes_of(hparams),
         generator_factor=hparams["generator_hidden_size"],
         generator_heads=max(1, generator_hidden // 64),
         generator_intermediate_size=4 * generator_hidden,

@@ -13,12 +13,12 @@ from ldm.diffusion import (
     Conditioning,
     LatentDiffusion,
     NoiseSchedule,
-    from_compvis_config,
     make_betas,
     scale_factor_from_std,
 )
 from ldm.lr_schedules import warmup_cosine, warmup_cycles
 from ldm.masks import signed_mask
+from ldm.official import from_compvis_config
 from ldm.samplers import (
     KnownRegion,
     PatchGrid,
@@ -32,13 +32,9 @@ from ldm.samplers import (
     plms_sample,
     recorded_noise,
 )
-from tests.golden_case import Case, Check, assert_close, fill_by_rule
+from tests.golden_case import Case, Check, assert_close, fill_by_rule, kind
 
 TRAJECTORY = 1e-5
-
-
-def _kind(start: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(start) and source in case.source
 
 
 def check_schedules(case: Case) -> None:
@@ -53,9 +49,9 @@ def check_schedules(case: Case) -> None:
             else:
                 continue
             assert_close(actual, expected, key)
-    for kind in config["kinds"]:
-        expected = out[f"kind_{kind}/betas"]
-        assert_close(torch.tensor(make_betas(kind, len(expected))).float(), expected, f"betas of {kind}")
+    for law in config["kinds"]:
+        expected = out[f"kind_{law}/betas"]
+        assert_close(torch.tensor(make_betas(law, len(expected))).float(), expected, f"betas of {law}")
     schedule = NoiseSchedule("linear", 1000, *config["schedules"][config["ddim_tables_use"]])
     for key, expected in out.items():
         if not key.startswith("ddim_"):
@@ -275,14 +271,14 @@ def check_task(case: Case) -> None:
 
 
 CHECKS = [
-    Check("schedules", _kind("schedules", "register_schedule"), check_schedules),
-    Check("DDIM trajectory", _kind("ddim", "DDIMSampler"), check_trajectory),
-    Check("PLMS trajectory", _kind("plms", "PLMSSampler"), check_trajectory),
-    Check("diffusers DDIM", _kind("diffusers_ddim", "DDIMScheduler"), check_diffusers_ddim),
-    Check("loss options", _kind("loss_options", "p_losses"), check_loss_options),
-    Check("EMA", _kind("ema", "LitEma"), check_ema),
-    Check("learning-rate schedules", _kind("lr_schedules", "lr_scheduler"), check_lr_schedules),
-    Check("scale by std", _kind("scale_by_std", "on_train_batch_start"), check_scale_by_std),
-    Check("patch-wise", _kind("patchwise", "get_fold_unfold"), check_patchwise),
-    Check("whole model", _kind("task_", "LatentDiffusion"), check_task),
+    Check("schedules", kind("schedules", "register_schedule"), check_schedules),
+    Check("DDIM trajectory", kind("ddim", "DDIMSampler"), check_trajectory),
+    Check("PLMS trajectory", kind("plms", "PLMSSampler"), check_trajectory),
+    Check("diffusers DDIM", kind("diffusers_ddim", "DDIMScheduler"), check_diffusers_ddim),
+    Check("loss options", kind("loss_options", "p_losses"), check_loss_options),
+    Check("EMA", kind("ema", "LitEma"), check_ema),
+    Check("learning-rate schedules", kind("lr_schedules", "lr_scheduler"), check_lr_schedules),
+    Check("scale by std", kind("scale_by_std", "on_train_batch_start"), check_scale_by_std),
+    Check("patch-wise", kind("patchwise", "get_fold_unfold"), check_patchwise),
+    Check("whole model", kind("task_", "LatentDiffusion"), check_task),
 ]

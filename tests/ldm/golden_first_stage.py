@@ -6,24 +6,25 @@ import re
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.metrics.lpips import LPIPS, lpips_from_state_dict
 from ldm.autoencoder import (
-    PUBLISHED,
     AutoencoderKL,
-    Decoder,
     DiagonalGaussian,
-    Encoder,
     Quantized,
     VectorQuantizer,
     VQModel,
 )
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
+from ldm.official import autoencoder_of
+from ldm.plan import FIRST_STAGES
 from tests.golden_case import Case, Check, assert_close, fill_by_rule
 
 GRADIENT_TOLERANCE = 1e-5
+PUBLISHED = yaml.safe_load(FIRST_STAGES.read_text())
 
 
 def load_parameters(module: nn.Module, case: Case, prefix: str = "param") -> None:
@@ -43,7 +44,8 @@ def assert_outputs(case: Case, actual: dict[str, Tensor], tolerance: float = 1e-
 
 @torch.no_grad()
 def check_kl(case: Case) -> None:
-    model = AutoencoderKL(case.config["ddconfig"], case.config["embed_dim"]).eval()
+    model = autoencoder_of(case.config["ddconfig"], case.config["embed_dim"]).eval()
+    assert isinstance(model, AutoencoderKL)
     load_parameters(model, case)
     x, noise = case.tensors["in/x"], case.tensors["in/noise"]
     posterior = model.encode(x)
@@ -64,13 +66,11 @@ def check_kl(case: Case) -> None:
 
 @torch.no_grad()
 def check_vq(case: Case) -> None:
-    model = VQModel(
-        case.config["ddconfig"],
-        case.config["embed_dim"],
-        case.config["n_embed"],
-        beta=case.config.get("beta", 0.25),
-        legacy=case.config.get("legacy", True),
-    ).eval()
+    config = case.config
+    sizes = config["ddconfig"], config["embed_dim"], config["n_embed"]
+    model = autoencoder_of(*sizes, legacy=config.get("legacy", True)).eval()
+    assert isinstance(model, VQModel)
+    model.quantize.beta = config.get("beta", model.quantize.beta)
     load_parameters(model, case)
     x = case.tensors["in/x"]
     z = model.encode_latent(x)
@@ -214,13 +214,14 @@ def check_first_stage_counts(case: Case) -> None:
     for entry in case.config.get("first_stage", []):
         name, ddconfig = entry["name"], entry["ddconfig"]
         if name in PUBLISHED:
-            published = PUBLISHED[name]
+            published = {key: PUBLISHED[name].get(key) for key in ("ddconfig", "embed_dim", "n_embed")}
             assert published == {"ddconfig": ddconfig, "embed_dim": entry["embed_dim"], "n_embed": entry["n_embed"]}
         side = 256 // 2 ** (len(ddconfig["ch_mult"]) - 1)
         with torch.device("meta"):
+            whole = autoencoder_of(ddconfig, entry["embed_dim"], entry["n_embed"])
             networks = {
-                "encoder": (Encoder(**ddconfig), torch.empty(1, ddconfig["in_channels"], 256, 256)),
-                "decoder": (Decoder(**ddconfig), torch.empty(1, ddconfig["z_channels"], side, side)),
+                "encoder": (whole.encoder, torch.empty(1, ddconfig["in_channels"], 256, 256)),
+                "decoder": (whole.decoder, torch.empty(1, ddconfig["z_channels"], side, side)),
             }
         for part, (network, sample) in networks.items():
             with FlopCounterMode(display=False) as counter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,28 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioners import LayoutTokenizer, SpatialRescaler, TransformerEmbedder, layout_tokens, retrieve
-from ldm.convert import (
+from ldm.layouts import (
     first_stage_from_diffusers,
     first_stage_to_diffusers,
     infer_unet_config,
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from ldm.model import ConditionedUNet, EncoderUNet, SpatialTransformer, UNet
-from tests.golden_case import Case, Check, assert_close, assert_timed_close, fill_by_rule
-
-
-def kind(stem: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(stem) and source in case.source
-
-
-def _load(module: torch.nn.Module, case: Case) -> None:
-    """Recorded weights, or those of the goldens' parameter rule."""
-    weights = case.group("param")
-    if case.config.get("params") == "rule":
-        weights = fill_by_rule(dict(module.named_parameters()))
-    module.load_state_dict(weights)
-    module.eval()
+from ldm.model import ConditionedUNet, SpatialTransformer
+from ldm.official import autoencoder_of, classifier_of, unet_of
+from tests.golden_case import Case, Check, assert_close, assert_timed_close, kind, load
 
 
 def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -43,8 +30,8 @@ def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_unet(case: Case) -> None:
-    net = UNet(**_without(case.config, "params"))
-    _load(net, case)
+    net = unet_of(_without(case.config, "params"))
+    load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     for name in (name for name in given if name.startswith("x")):
         eps = f"eps{name.removeprefix('x')}"
@@ -55,14 +42,14 @@ def check_unet(case: Case) -> None:
 @torch.no_grad()
 def check_spatial_transformer(case: Case) -> None:
     net = SpatialTransformer(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     given = case.group("in")
     assert_close(net(given["x"], given.get("context")), case.group("out")["y"], "y")
 
 
 def check_classifier(case: Case) -> None:
-    net = EncoderUNet(**_without(case.config, "params"))
-    _load(net, case)
+    net = classifier_of(_without(case.config, "params"))
+    load(net, case).eval()
     given, expected = case.group("in"), case.group("out")
     x_BCHW = given["x"].requires_grad_()
     logits = net(x_BCHW, given["t"])
@@ -89,7 +76,7 @@ def check_wrapper(case: Case) -> None:
     errors = []
     for heads, width in layouts if not recorded else [(-1, -1)]:
         try:
-            net = UNet(**(recorded or infer_unet_config(weights, heads, width)))
+            net = unet_of(recorded or infer_unet_config(weights, heads, width))
         except (ValueError, ZeroDivisionError):
             continue
         wrapper = ConditionedUNet(net, case.config["conditioning_key"]).eval()
@@ -103,14 +90,14 @@ def check_wrapper(case: Case) -> None:
 @torch.no_grad()
 def check_text_encoder(case: Case) -> None:
     net = TransformerEmbedder(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     assert_close(net(case.group("in")["tokens"]), case.group("out")["context"], "context")
 
 
 @torch.no_grad()
 def check_spatial_rescaler(case: Case) -> None:
     net = SpatialRescaler(**_without(case.config, "params"))
-    _load(net, case)
+    load(net, case).eval()
     assert_close(net(case.group("in")["x"]), case.group("out")["y"], "y")
 
 
@@ -174,7 +161,7 @@ def _recorded_unet_config(case: Case) -> dict[str, Any]:
 def check_diffusers_unet(case: Case) -> None:
     weights, given, expected = case.group("param"), case.group("in"), case.group("out")
     state, config = unet_from_diffusers(weights, _recorded_unet_config(case))
-    net = UNet(**config).eval()
+    net = unet_of(config).eval()
     net.load_state_dict(state)
     result = net(given["sample"], given["timestep"], given["encoder_hidden_states"])
     assert_close(result, expected["sample"], "sample")
@@ -193,7 +180,8 @@ def check_diffusers_unet(case: Case) -> None:
 def check_diffusers_autoencoder_kl(case: Case) -> None:
     weights, expected = case.group("param"), case.group("out")
     state, config = first_stage_from_diffusers(weights, case.config)
-    net = AutoencoderKL(config["ddconfig"], config["embed_dim"]).eval()
+    net = autoencoder_of(config["ddconfig"], config["embed_dim"]).eval()
+    assert isinstance(net, AutoencoderKL)
     net.load_state_dict(state)
     latent = net.encode(case.group("in")["x"]).mode()
     for name in ("latent", "official_latent"):
@@ -214,7 +202,7 @@ def _parameters(module: torch.nn.Module) -> int:
 def _counts(config_json: str, tokens: int) -> tuple[int, int]:
     config = json.loads(config_json)
     with torch.device("meta"), torch.no_grad():
-        net = UNet(**config).eval()
+        net = unet_of(config).eval()
         x_BCHW = torch.empty(1, config["in_channels"], config["image_size"], config["image_size"])
         context = torch.empty(1, tokens, config["context_dim"]) if config.get("context_dim") else None
         with FlopCounterMode(display=False) as counter:

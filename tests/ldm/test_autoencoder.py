@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from common.errors import UserError
 from ldm.autoencoder import (
-    PUBLISHED,
-    TABLE_8_ONLY,
     AutoencoderKL,
-    Decoder,
     DiagonalGaussian,
     Downsample,
-    Encoder,
     IdentityFirstStage,
     VectorQuantizer,
     VQModel,
     codebook_usage,
-    first_stage,
     group_count,
 )
+from ldm.official import autoencoder_of
+from ldm.plan import FIRST_STAGES
+
+PUBLISHED = yaml.safe_load(FIRST_STAGES.read_text())
 
 
 def small(levels: int = 2, **changes: object) -> dict:
@@ -40,14 +40,27 @@ def small(levels: int = 2, **changes: object) -> dict:
     return {**ddconfig, **changes}
 
 
+def published(name: str) -> AutoencoderKL | VQModel:
+    entry = PUBLISHED[name]
+    return autoencoder_of(entry["ddconfig"], entry["embed_dim"], entry.get("n_embed"))
+
+
+def kl(ddconfig: dict, embed_dim: int = 4) -> AutoencoderKL:
+    model = autoencoder_of(ddconfig, embed_dim)
+    assert isinstance(model, AutoencoderKL)
+    return model
+
+
 def small_vq(**changes: object) -> VQModel:
-    return VQModel(small(double_z=False, z_channels=3, **changes), embed_dim=3, n_embed=12)
+    model = autoencoder_of(small(double_z=False, z_channels=3, **changes), embed_dim=3, n_embed=12)
+    assert isinstance(model, VQModel)
+    return model
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
 def test_every_downsampling_factor_encodes_to_its_grid_and_back(levels: int) -> None:
     f = 2 ** (levels - 1)
-    model = AutoencoderKL(small(levels), embed_dim=5)
+    model = kl(small(levels), embed_dim=5)
     x = torch.randn(2, 3, 64, 32)
     z = model.encode_latent(x)
     assert model.downsampling == f
@@ -55,12 +68,12 @@ def test_every_downsampling_factor_encodes_to_its_grid_and_back(levels: int) -> 
     assert model.decode_latent(z).shape == x.shape
 
 
-@pytest.mark.parametrize("name", ["pixels", *PUBLISHED, *TABLE_8_ONLY])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_first_stages_have_the_downsampling_of_their_name(name: str) -> None:
     with torch.device("meta"):
-        model = first_stage(name)
+        model = published(name)
         z = model.encode_latent(torch.empty(1, 3, 256, 256))
-        f = 1 if name == "pixels" else int(name.split("-")[1][1:])
+        f = int(name.split("-")[1][1:])
         assert model.downsampling == f
         assert z.shape == (1, model.embed_dim, 256 // f, 256 // f)
         assert model.decode_latent(z).shape == (1, 3, 256, 256)
@@ -68,7 +81,7 @@ def test_published_first_stages_have_the_downsampling_of_their_name(name: str) -
 
 def test_published_parameter_totals_match_the_papers_order_of_size() -> None:
     with torch.device("meta"):
-        totals = {name: sum(p.numel() for p in first_stage(name).parameters()) / 1e6 for name in ("kl-f8", "vq-f4")}
+        totals = {name: sum(p.numel() for p in published(name).parameters()) / 1e6 for name in ("kl-f8", "vq-f4")}
     assert totals["kl-f8"] == pytest.approx(83.65, abs=0.01)
     assert totals["vq-f4"] == pytest.approx(55.32, abs=0.01)
 
@@ -102,14 +115,14 @@ def test_state_dict_has_the_official_names() -> None:
 
 
 def test_attention_free_network_has_no_attention_parameters() -> None:
-    model = AutoencoderKL(small(attn_type="none"), embed_dim=4)
+    model = autoencoder_of(small(attn_type="none"), embed_dim=4)
     assert not [name for name, _ in model.named_parameters() if "attn" in name]
-    assert [name for name, _ in AutoencoderKL(small(), 4).named_parameters() if "attn" in name]
+    assert [name for name, _ in autoencoder_of(small(), 4).named_parameters() if "attn" in name]
 
 
 def test_attention_is_placed_by_nominal_resolution() -> None:
     """16 px nominal with attention at 8: the second level of both sides attends, also on larger images."""
-    encoder, decoder = Encoder(**small()), Decoder(**small())
+    encoder, decoder = kl(small()).encoder, kl(small()).decoder
     assert [len(level.attn) for level in encoder.down] == [0, 1]
     assert [len(level.attn) for level in decoder.up] == [0, 2]
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 16, 16)
@@ -135,7 +148,7 @@ def test_group_norm_uses_32_groups_or_the_largest_divisor(channels: int, groups:
 
 @pytest.mark.parametrize("ch", [16, 24, 40])
 def test_narrow_widths_build_and_train(ch: int) -> None:
-    model = AutoencoderKL(small(ch=ch, ch_mult=[1, 2]), embed_dim=4)
+    model = kl(small(ch=ch, ch_mult=[1, 2]))
     rec, posterior = model(torch.randn(2, 3, 16, 16))
     (rec.square().mean() + 1e-3 * posterior.kl().mean()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
@@ -143,7 +156,7 @@ def test_narrow_widths_build_and_train(ch: int) -> None:
 
 
 def test_size_that_the_factor_does_not_divide_is_refused() -> None:
-    model = AutoencoderKL(small(3), embed_dim=4)
+    model = autoencoder_of(small(3), embed_dim=4)
     with pytest.raises(UserError, match=r"18x16 is not a multiple .* factor 4; .* 16x16"):
         model.encode_latent(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="not a multiple"):
@@ -152,19 +165,17 @@ def test_size_that_the_factor_does_not_divide_is_refused() -> None:
 
 def test_wrong_options_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="bogus"):
-        AutoencoderKL(small(bogus=1), embed_dim=4)
+        autoencoder_of(small(bogus=1), embed_dim=4)
     with pytest.raises(UserError, match="z_channels"):
-        AutoencoderKL({k: v for k, v in small().items() if k != "z_channels"}, embed_dim=4)
+        autoencoder_of({k: v for k, v in small().items() if k != "z_channels"}, embed_dim=4)
     with pytest.raises(UserError, match="ch_mult"):
-        VQModel({k: v for k, v in small(double_z=False).items() if k != "ch_mult"}, embed_dim=4, n_embed=3)
+        autoencoder_of({k: v for k, v in small(double_z=False).items() if k != "ch_mult"}, embed_dim=4, n_embed=3)
     with pytest.raises(UserError, match='"linear"; expected "vanilla" or "none"'):
-        AutoencoderKL(small(attn_type="linear"), embed_dim=4)
+        autoencoder_of(small(attn_type="linear"), embed_dim=4)
     with pytest.raises(UserError, match="double_z"):
-        AutoencoderKL(small(double_z=False), embed_dim=4)
+        autoencoder_of(small(double_z=False), embed_dim=4)
     with pytest.raises(UserError, match="double_z"):
-        VQModel(small(double_z=True), embed_dim=4, n_embed=8)
-    with pytest.raises(UserError, match="kl-f9"):
-        first_stage("kl-f9")
+        autoencoder_of(small(double_z=True), embed_dim=4, n_embed=8)
 
 
 def test_posterior_sample_follows_the_given_noise_and_generator() -> None:
@@ -250,7 +261,7 @@ def test_vq_latent_is_taken_before_the_quantiser_and_quantised_by_the_decoder() 
 
 
 def test_moments_give_back_the_same_latent_later() -> None:
-    model = AutoencoderKL(small(), embed_dim=4).eval()
+    model = kl(small()).eval()
     x, noise = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         assert torch.equal(model.latent_from_moments(model.moments(x), noise), model.encode_latent(x, noise))
@@ -258,7 +269,7 @@ def test_moments_give_back_the_same_latent_later() -> None:
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_bfloat16_autocast_stays_close_to_float32(kind: str) -> None:
-    model = (AutoencoderKL(small(), embed_dim=4) if kind == "kl" else small_vq()).eval()
+    model = (kl(small()) if kind == "kl" else small_vq()).eval()
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         z = model.moments(x)

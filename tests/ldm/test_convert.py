@@ -13,15 +13,10 @@ import yaml
 from torch import Tensor, nn
 
 from common.errors import UserError, run_main
-from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.conditioners import TransformerEmbedder
 from ldm.convert import (
     Checkpoint,
     autoencoder_from_diffusers_dir,
-    first_stage_from_diffusers,
-    first_stage_to_diffusers,
-    infer_first_stage_config,
-    infer_unet_config,
     load_compvis,
     load_diffusers,
     load_ours,
@@ -29,14 +24,21 @@ from ldm.convert import (
     save_compvis,
     save_diffusers,
     save_ours,
+    unet_from_diffusers_dir,
+    write_pipeline,
+)
+from ldm.layouts import (
+    first_stage_from_diffusers,
+    first_stage_to_diffusers,
+    infer_first_stage_config,
+    infer_unet_config,
     text_encoder_from_diffusers,
     text_encoder_to_diffusers,
     unet_from_diffusers,
-    unet_from_diffusers_dir,
     unet_to_diffusers,
-    write_pipeline,
 )
-from ldm.model import ConditionedUNet, UNet
+from ldm.model import ConditionedUNet
+from ldm.official import autoencoder_of, unet_of
 
 PLAIN: dict[str, Any] = {
     "in_channels": 3,
@@ -101,7 +103,7 @@ def latents() -> tuple[Tensor, Tensor, Tensor]:
 def test_cross_attention_unet_equals_its_diffusers_twin(options: dict[str, Any]) -> None:
     from diffusers import UNet2DConditionModel
 
-    unet = randomised(UNet(**options))
+    unet = randomised(unet_of(options))
     weights, config = unet_to_diffusers(unet.state_dict(), unet.config)
     twin = UNet2DConditionModel(**{k: v for k, v in config.items() if k != "_class_name"}).eval()
     twin.load_state_dict(weights)
@@ -113,7 +115,7 @@ def test_cross_attention_unet_equals_its_diffusers_twin(options: dict[str, Any])
         weights, json.loads(json.dumps(dict(twin.config) | {"_class_name": config["_class_name"]}))
     )
     assert_same(back, unet.state_dict())
-    again = UNet(**arguments).eval()
+    again = unet_of(arguments).eval()
     again.load_state_dict(back)
     torch.testing.assert_close(again(x, t, context, y), expected, rtol=1e-4, atol=1e-4)
 
@@ -122,7 +124,7 @@ def test_cross_attention_unet_equals_its_diffusers_twin(options: dict[str, Any])
 def test_plain_attention_unet_equals_its_diffusers_twin() -> None:
     from diffusers import UNet2DModel
 
-    unet = randomised(UNet(**PLAIN, image_size=8))
+    unet = randomised(unet_of({**PLAIN, "image_size": 8}))
     weights, config = unet_to_diffusers(unet.state_dict(), unet.config)
     twin = UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}).eval()
     twin.load_state_dict(weights)
@@ -130,7 +132,7 @@ def test_plain_attention_unet_equals_its_diffusers_twin() -> None:
     torch.testing.assert_close(unet(x, t), twin(x, t).sample, rtol=1e-4, atol=1e-4)
     back, arguments = unet_from_diffusers(weights, dict(twin.config) | {"_class_name": "UNet2DModel"})
     assert_same(back, unet.state_dict())
-    assert {**UNet(**arguments).config, "dropout": 0.0} == {**unet.config, "dropout": 0.0}
+    assert {**unet_of(arguments).config, "dropout": 0.0} == {**unet.config, "dropout": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -142,14 +144,14 @@ def test_plain_attention_unet_equals_its_diffusers_twin() -> None:
     ],
 )
 def test_unets_that_diffusers_lacks_are_named(change: dict[str, Any], message: str) -> None:
-    unet = UNet(**{**PLAIN, **change})
+    unet = unet_of({**PLAIN, **change})
     with pytest.raises(UserError, match=message):
         unet_to_diffusers(unet.state_dict(), unet.config)
 
 
 def test_unet_without_known_heads_is_refused() -> None:
     with pytest.raises(UserError, match="attention heads"):
-        unet_to_diffusers(UNet(**PLAIN).state_dict(), {})
+        unet_to_diffusers(unet_of(PLAIN).state_dict(), {})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_unet_without_known_heads_is_refused() -> None:
 )
 def test_unet_architecture_is_read_off_its_weights(options: dict[str, Any]) -> None:
     with torch.device("meta"):
-        unet = UNet(**options)
+        unet = unet_of(options)
         inferred = infer_unet_config(unet.state_dict(), num_head_channels=options["num_head_channels"])
         assert {**unet.config, **inferred} == unet.config
 
@@ -171,7 +173,7 @@ def test_first_stage_equals_its_diffusers_twin(kind: str, attention: str) -> Non
     ddconfig = {**DDCONFIG, "double_z": kind == "kl"}
     if attention == "none":
         ddconfig |= {"attn_type": "none", "attn_resolutions": []}
-    ours = randomised(AutoencoderKL(ddconfig, 3) if kind == "kl" else VQModel(ddconfig, 3, 20))
+    ours = randomised(autoencoder_of(ddconfig, 3, None if kind == "kl" else 20))
     weights, config = first_stage_to_diffusers(ours.state_dict(), 0.5, 32)
     twin_class = getattr(diffusers, config.pop("_class_name"))
     twin = twin_class(**config).eval()
@@ -190,7 +192,7 @@ def test_first_stage_equals_its_diffusers_twin(kind: str, attention: str) -> Non
 
 
 def test_first_stage_names_before_diffusers_0_18_load_too() -> None:
-    ours = AutoencoderKL(DDCONFIG, 3)
+    ours = autoencoder_of(DDCONFIG, 3)
     weights, config = first_stage_to_diffusers(ours.state_dict(), 1.0, 32)
     renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
@@ -220,8 +222,8 @@ def test_text_encoder_equals_diffusers_ldm_bert() -> None:
 
 
 def whole_model() -> tuple[Checkpoint, ConditionedUNet]:
-    wrapper = randomised(ConditionedUNet(UNet(**CROSS, image_size=8), "crossattn"))
-    first_stage = randomised(AutoencoderKL(DDCONFIG, 3))
+    wrapper = randomised(ConditionedUNet(unet_of({**CROSS, "image_size": 8}), "crossattn"))
+    first_stage = randomised(autoencoder_of(DDCONFIG, 3))
     tau = randomised(TransformerEmbedder(24, 1, vocab_size=40, max_seq_len=6))
     parts = {"unet": wrapper.diffusion_model, "first_stage": first_stage, "conditioner": tau}
     config = {
@@ -344,7 +346,7 @@ def test_command_line_converts_and_explains_a_wrong_config(tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: main(command))
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: it ")
+    assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: input_blocks.")
 
 
 def tiny_tokenizer() -> Any:
@@ -374,8 +376,8 @@ def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction:
         ),
         add_pooling_layer=False,
     ).eval()
-    unet = randomised(UNet(**{**CROSS, "channel_mult": [1, 2], "attention_resolutions": [2], "context_dim": 32}))
-    first_stage = randomised(AutoencoderKL({**DDCONFIG, "ch_mult": [1, 1]}, 3))
+    unet = randomised(unet_of({**CROSS, "channel_mult": [1, 2], "attention_resolutions": [2], "context_dim": 32}))
+    first_stage = randomised(autoencoder_of({**DDCONFIG, "ch_mult": [1, 1]}, 3))
     tokenizer = tiny_tokenizer()
     folder = write_pipeline(
         tmp_path / "pipeline",

@@ -14,10 +14,10 @@ from ldm.diffusion import (
     LatentDiffusion,
     NoiseSchedule,
     diffusion_loss,
-    from_compvis_config,
     scale_factor_from_std,
 )
 from ldm.lr_schedules import scaled_lr, warmup_cosine, warmup_cycles, warmup_then
+from ldm.official import from_compvis_config
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:

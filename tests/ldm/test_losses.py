@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.metrics.lpips import LPIPS, VGG16Trunk, unit_normalise
 from common.metrics.perceptual import official_lpips
 from ldm.autoencoder import AutoencoderKL, DiagonalGaussian, Quantized, VQModel
+from ldm.config import AutoencoderOptions
 from ldm.losses import (
     KLPerceptualLoss,
     PatchDiscriminator,
@@ -204,21 +205,10 @@ def test_unknown_loss_names_are_refused(options: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_few_steps_of_adversarial_training_lower_the_error(kind: str) -> None:
-    ddconfig = {
-        "double_z": kind == "kl",
-        "z_channels": 4,
-        "resolution": 16,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 16,
-        "ch_mult": [1, 1],
-        "num_res_blocks": 1,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
     discriminator = PatchDiscriminator(ndf=8, n_layers=1)
     lpips = LPIPS(VGG16Trunk(WIDTHS))
-    model = AutoencoderKL(ddconfig, 4) if kind == "kl" else VQModel(ddconfig, 4, n_embed=16)
+    sizes = AutoencoderOptions(ch=16, ch_mult=[1, 1], norm_groups=16, z_channels=4, n_embed=16)
+    model = (AutoencoderKL if kind == "kl" else VQModel)(sizes, resolution=16)
     criterion = (
         KLPerceptualLoss(lpips, perceptual_weight=0.1, disc_start=5)
         if kind == "kl"

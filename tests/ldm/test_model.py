@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.model import AttentionBlock, ConditionedUNet, EncoderUNet, ResBlock, UNet, timestep_embedding
+from ldm.model import AttentionBlock, ConditionedUNet, ResBlock, timestep_embedding
 from ldm.norm import group_count
+from ldm.official import classifier_of, unet_of
 
 SMALL: dict[str, Any] = {
     "in_channels": 3,
@@ -47,9 +48,9 @@ def test_group_count_is_32_where_it_divides_the_width() -> None:
 
 def test_fresh_network_predicts_zero_and_its_residual_branches_are_identities() -> None:
     x, t, context = latents()
-    net = UNet(**CROSS)
+    net = unet_of(CROSS)
     assert not net(x, t, context).any()
-    block = ResBlock(32, 128, 0.0, 32)
+    block = ResBlock(32, 32, 128)
     h = torch.randn(2, 32, 4, 4)
     assert torch.equal(block(h, torch.randn(2, 128)), h)
     assert torch.equal(AttentionBlock(32, 2)(h), h)
@@ -58,14 +59,14 @@ def test_fresh_network_predicts_zero_and_its_residual_branches_are_identities() 
 def test_head_width_follows_the_legacy_rule() -> None:
     # 64 channels in heads of 24: two heads; the authors' legacy rule widens them to 32.
     options = {**CROSS, "num_head_channels": 24}
-    legacy, exact = UNet(**options), UNet(**options, legacy=False)
+    legacy, exact = unet_of(options), unet_of({**options, "legacy": False})
     assert legacy.state_dict()["middle_block.1.proj_in.weight"].shape[0] == 64
     assert exact.state_dict()["middle_block.1.proj_in.weight"].shape[0] == 48
 
 
 def test_context_label_and_time_change_the_prediction() -> None:
     x, t, context = latents()
-    net = randomised(UNet(**CROSS, num_classes=3)).eval()
+    net = randomised(unet_of({**CROSS, "num_classes": 3})).eval()
     y = torch.tensor([0, 1])
     base = net(x, t, context, y)
     assert not torch.allclose(base, net(x, t, context + 1, y))
@@ -80,7 +81,7 @@ def test_checkpointing_changes_neither_prediction_nor_gradients() -> None:
     gradients = []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
-        net = randomised(UNet(**CROSS, use_checkpoint=use_checkpoint)).train()
+        net = randomised(unet_of({**CROSS, "use_checkpoint": use_checkpoint})).train()
         net(x, t, context).square().mean().backward()
         gradients.append({k: p.grad for k, p in net.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -90,7 +91,7 @@ def test_checkpointing_changes_neither_prediction_nor_gradients() -> None:
 def test_every_parameter_receives_a_gradient() -> None:
     x, t, context = latents()
     for options, extra in ((CROSS, context), ({**SMALL, "resblock_updown": True, "use_scale_shift_norm": True}, None)):
-        net = randomised(UNet(**options))
+        net = randomised(unet_of(options))
         net(x, t, extra).square().mean().backward()
         silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
         assert silent == []
@@ -98,7 +99,7 @@ def test_every_parameter_receives_a_gradient() -> None:
 
 def test_channels_last_and_bf16_autocast_give_the_same_prediction() -> None:
     x, t, context = latents()
-    net = randomised(UNet(**CROSS)).eval()
+    net = randomised(unet_of(CROSS)).eval()
     with torch.no_grad():
         expected = net(x, t, context)
         last = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, context)
@@ -121,7 +122,7 @@ def test_conditions_reach_the_network_by_their_key(key: str | None, options: dic
     x, t, context = latents()
     extra = torch.randn(2, 2, 8, 8)
     y = torch.tensor([0, 3])
-    net = randomised(ConditionedUNet(options, key)).eval()
+    net = randomised(ConditionedUNet(unet_of(options), key)).eval()
     unet = net.diffusion_model
     expected = {
         None: lambda: unet(x, t),
@@ -138,21 +139,21 @@ def test_conditions_reach_the_network_by_their_key(key: str | None, options: dic
 
 def test_contradictory_options_are_refused() -> None:
     with pytest.raises(ValueError, match="num_heads or num_head_channels"):
-        UNet(**{**SMALL, "num_head_channels": -1})
+        unet_of({**SMALL, "num_head_channels": -1})
     with pytest.raises(ValueError, match="use_spatial_transformer"):
-        UNet(**SMALL, context_dim=12)
+        unet_of({**SMALL, "context_dim": 12})
     with pytest.raises(ValueError, match="class labels"):
-        UNet(**SMALL, num_classes=3)(*latents()[:2])
+        unet_of({**SMALL, "num_classes": 3})(*latents()[:2])
     with pytest.raises(ValueError, match="conditioning_key"):
-        ConditionedUNet(SMALL, "film")
+        ConditionedUNet(unet_of(SMALL), "film")
     with pytest.raises(ValueError, match="pool"):
-        EncoderUNet(8, **{**SMALL, "out_channels": 5}, pool="max")  # type: ignore[arg-type]
+        classifier_of({**{**SMALL, "out_channels": 5}, "image_size": 8, "pool": "max"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 def test_classifier_gives_a_gradient_on_the_latent_for_every_pooling(pool: Any) -> None:
     x, t, _ = latents()
-    net = randomised(EncoderUNet(8, **{**SMALL, "out_channels": 5}, pool=pool))
+    net = randomised(classifier_of({**{**SMALL, "out_channels": 5}, "image_size": 8, "pool": pool}))
     x.requires_grad_()
     logits = net(x, t)
     assert logits.shape == (2, 5)

@@ -10,7 +10,7 @@ import torch
 
 from common.costs import GPUS, Cluster, parameter_count
 from common.errors import run_main
-from ldm.model import UNet
+from ldm.official import unet_of
 from ldm.plan import (
     FIRST_STAGES,
     Plan,
@@ -29,7 +29,7 @@ WITH_PUBLISHED_SIZE = [n for n in paper_config_names() if load_paper_config(n)["
 def test_published_size_is_met(name: str) -> None:
     config = load_paper_config(name)
     with torch.device("meta"):
-        unet = parameter_count(UNet(**config["unet"]))
+        unet = parameter_count(unet_of(config["unet"]))
         head = parameter_count(build_conditioner(config["conditioner"], logits_head=True))
     counted = {"unet": unet, "conditioner": head, "unused_head": 0, "first_stage": 0}
     if "first_stage" in config["paper"]["parameters_of"]:
@@ -52,9 +52,9 @@ def test_published_unets_are_the_recorded_ones() -> None:
         # Several official files repeat one network (configs/ and models/): one of ours stands for them.
         expected = {k: v for k, v in entry["unet_config"].items() if k != "use_checkpoint"}
         with torch.device("meta"):
-            built = UNet(**expected).config
+            built = unet_of(expected).config
             candidates = [ours[source]] if source in ours else list(ours.values())
-            assert any(UNet(**config["unet"]).config == built for config in candidates), source
+            assert any(unet_of(config["unet"]).config == built for config in candidates), source
 
 
 @pytest.mark.parametrize(("f", "gflop"), [(1, 1188.4), (2, 538.6), (4, 208.4), (8, 114.1), (16, 27.4), (32, 6.8)])

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from ldm.autoencoder import IdentityFirstStage
-from ldm.diffusion import LatentDiffusion, NoiseSchedule, from_compvis_config
+from ldm.config import UNetOptions
+from ldm.diffusion import LatentDiffusion, NoiseSchedule
 from ldm.model import ConditionedUNet, CrossAttention, SpatialTransformer, UNet
+from ldm.official import from_compvis_config
 from ldm.samplers import (
     Denoiser,
     KnownRegion,
@@ -301,18 +303,8 @@ def test_a_model_samples_any_latent_size_and_reports_progress(sampler: str) -> N
 def text_model() -> LatentDiffusion:
     """A small cross-attention model with random weights."""
     torch.manual_seed(3)
-    unet = UNet(
-        in_channels=3,
-        model_channels=16,
-        out_channels=3,
-        num_res_blocks=1,
-        attention_resolutions=[1, 2],
-        channel_mult=[1, 2],
-        num_head_channels=8,
-        use_spatial_transformer=True,
-        context_dim=12,
-        norm_groups=4,
-    )
+    sizes = UNetOptions(model_channels=16, num_head_channels=8, norm_groups=4)
+    unet = UNet(sizes, in_channels=3, out_channels=3, use_spatial_transformer=True, context_dim=12)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model = ConditionedUNet(unet, "crossattn")

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.images import to_unit
 from ldm import experiments, reproduce
 from ldm.autoencoder import IdentityFirstStage
-from ldm.first_stage import build_first_stage, freeze, to_unit
+from ldm.first_stage import build_first_stage, freeze
+from ldm.run import Run, build_latent_diffusion
 from ldm.sample import condition_columns, draw
-from ldm.training import Run, build_latent_diffusion, raw_condition
+from ldm.tasks import raw_condition
 from tests.claims import smoke_records
 from tests.ldm.tiny_run import train
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from common.data.shards import ShardedImages
 from common.errors import UserError
+from ldm.run import Run
 from ldm.sample import main as sample_main
 from ldm.streaming import ShardStream
-from ldm.training import Run
 from tests.drills import kill, same_weights
 from tests.ldm.test_train import CLOSE
 from tests.ldm.tiny_run import arguments, config_of, logged, losses, train

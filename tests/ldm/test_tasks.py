@@ -15,9 +15,10 @@ from common.data import fashion_mnist, photos
 from common.data.sampling import LazyTable, TensorTable
 from common.errors import UserError
 from ldm.config import DataConfig, LdmConfig
+from ldm.diffusion import LatentDiffusion
+from ldm.run import Run
 from ldm.sample import condition_columns, draw, task_grid
 from ldm.tasks import open_dataset, prepare, train_tokenizer, user_images
-from ldm.training import Run
 from tests.ldm.tiny_run import arguments, losses, train
 
 
@@ -30,7 +31,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder / "first_stage" / "first_stage.safetensors"
 
 
-def check(folder: Path, size: int = 16) -> Run:
+def check(folder: Path, size: int = 16) -> tuple[Run, LatentDiffusion]:
     """The finished run loads, and draws 3 images and a grid of its task."""
     run = Run.existing(folder)
     ldm = run.load()
@@ -39,7 +40,7 @@ def check(folder: Path, size: int = 16) -> Run:
     assert images.shape == (3, 3, size, size) and images.dtype == torch.uint8
     task_grid(ldm, run.task, run.config, folder / "grid.png")
     assert Image.open(folder / "grid.png").width > size
-    return run
+    return run, ldm
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -68,24 +69,23 @@ def test_task_trains_and_samples(name: str, weights: Path, tmp_path: Path) -> No
         **TASKS[name],
     )
     assert sorted(losses(folder)) == [0, 1]
-    run = check(folder)
+    run, ldm = check(folder)
     assert (folder / "pipeline").exists() == (name == "text-bert")
     if name == "inpaint":
         columns = condition_columns(run.task, run.config, 3)
-        assert run.ldm is not None
-        drawn = draw(run.ldm, "inpaint", columns, 3, (16, 16), run.config.sampling)
+        drawn = draw(ldm, "inpaint", columns, 3, (16, 16), run.config.sampling)
         known = (columns["hole"] < 0.5).expand(-1, 3, -1, -1)
         assert torch.equal(drawn[known], columns["image"][known]), "what is known stays"
 
 
 def test_frozen_text_encoder_trains_samples_and_takes_new_captions(weights: Path, tmp_path: Path) -> None:
     options = {"conditioner__kind": "frozen", "trainer__max_steps": 2, "first_stage__weights": weights}
-    run = check(train(tmp_path / "run", **options))
+    run, ldm = check(train(tmp_path / "run", **options))
     known = run.task.caption_columns(run.task.captions[:3])["tokens"]
     assert torch.equal(known[:, 0], run.task.reference.columns["tokens"][:3, 0])
     fresh = run.task.caption_columns(["a caption that nobody has trained on", run.task.captions[0]])
-    assert run.ldm is not None and fresh["tokens"].shape == (2, 1)
-    images = draw(run.ldm, "text", fresh, 2, (16, 16), run.config.sampling)
+    assert fresh["tokens"].shape == (2, 1)
+    images = draw(ldm, "text", fresh, 2, (16, 16), run.config.sampling)
     assert not torch.equal(images[0], images[1])
 
 
@@ -94,9 +94,8 @@ def test_frozen_text_encoder_trains_samples_and_takes_new_captions(weights: Path
 )
 def test_other_first_stages_train_and_sample(options: dict[str, Any], weights: Path, tmp_path: Path) -> None:
     folder = train(tmp_path / "run", task="class", trainer__max_steps=2, first_stage__steps=4, **options)
-    run = check(folder)
-    assert run.first_stage is not None
-    assert run.first_stage.downsampling == (1 if options["first_stage__kind"] == "pixels" else 2)
+    _, ldm = check(folder)
+    assert ldm.first_stage_model.downsampling == (1 if options["first_stage__kind"] == "pixels" else 2)
 
 
 def idx(path: Path, values: np.ndarray) -> None:
@@ -114,7 +113,7 @@ def test_grey_images_become_rgb(weights: Path, tmp_path: Path) -> None:
         folder = train(
             tmp_path / task, task=task, trainer__max_steps=1, first_stage__weights=weights, conditioner__scale=2, **data
         )
-        run = check(folder, size=32)
+        run, _ = check(folder, size=32)
         assert run.task.train.__getitems__([0])["image"].shape == (1, 3, 32, 32) and len(run.task.train) == 16
 
 
@@ -172,7 +171,7 @@ def test_own_images_train_with_a_held_out_tenth(own_images: Path, weights: Path,
     moved = own_images.rename(tmp_path / "elsewhere")
     assert user_images(str(moved), 16, "test", seed=0).captions == parts["test"].captions
     options = {"data__name": "folder", "data__path": moved, "trainer__max_steps": 1, "first_stage__weights": weights}
-    run = check(train(tmp_path / "run", **options))
+    run, _ = check(train(tmp_path / "run", **options))
     assert len(run.task.train) == 27 and len(run.task.reference) == 3
 
 
@@ -207,7 +206,7 @@ def test_class_folders_train_class_conditionally(weights: Path, tmp_path: Path) 
     for i in range(24):
         picture(tmp_path / "own" / ("cats" if i % 2 else "dogs") / f"{i}.png", (i, i, i))
     options = {"data__name": "folder", "data__path": tmp_path / "own", "first_stage__weights": weights}
-    run = check(train(tmp_path / "run", task="class", trainer__max_steps=1, **options))
+    run, _ = check(train(tmp_path / "run", task="class", trainer__max_steps=1, **options))
     assert run.task.num_classes == 3, "two classes and the null class"
 
 

@@ -60,6 +60,6 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def config_of(folder: Path) -> LdmConfig:
-    from ldm.training import Run
+    from ldm.run import Run
 
     return Run.existing(folder).config

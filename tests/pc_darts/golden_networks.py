@@ -17,18 +17,9 @@ from pc_darts.genotypes import PUBLISHED, Genotype, derive, edge_softmax
 from pc_darts.model import AuxiliaryHead, FinalNetwork
 from pc_darts.operations import channel_shuffle, drop_path
 from pc_darts.search_space import Cell, MixedOp, SearchConfig, SearchNetwork
-from tests.golden_case import Case, Check, assert_close
+from tests.golden_case import Case, Check, assert_close, kind, load
 
 TOLERANCE = 1e-5
-
-
-def kind(stem: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(stem) and source in case.source
-
-
-def load(module: nn.Module, case: Case, more: dict[str, Tensor] | None = None) -> None:
-    """The recorded weights and buffers; names are strict."""
-    module.load_state_dict({**case.group("param"), **(more or {})}, strict=True)
 
 
 def in_both_modes(module: nn.Module, run: Callable[[], Tensor], expected: dict[str, Tensor], name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,13 +25,17 @@ from pixart.model import (
     position_embedding,
     sinusoids,
 )
-from tests.golden_case import Case, Check, assert_close, assert_sinusoids_close, assert_timed_close, fill_by_rule
+from tests.golden_case import (
+    Case,
+    Check,
+    assert_close,
+    assert_sinusoids_close,
+    assert_timed_close,
+    kind,
+    load,
+)
 
 TOLERANCE = 1e-5
-
-
-def kind(stem: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(stem) and source in case.source
 
 
 # How the recorded configurations call what ours calls otherwise.
@@ -51,20 +54,10 @@ def our_config(recorded: dict[str, Any], **more: Any) -> PixArtConfig:
     return PixArtConfig(**{**known, **more})
 
 
-def load(module: nn.Module, case: Case) -> None:
-    """Recorded weights, or those of the goldens' parameter rule beside the recorded buffers; names are strict."""
-    weights = case.group("param")
-    if case.config.get("params") == "rule":
-        weights |= fill_by_rule(dict(module.named_parameters()))
-        weights.setdefault("pos_embed", module.state_dict()["pos_embed"])
-    module.load_state_dict(weights, strict=True)
-    module.eval()
-
-
 @torch.no_grad()
 def check_block(case: Case) -> None:
     block = PixArtBlock(our_config(case.config, depth=1))
-    load(block, case)
+    load(block, case).eval()
     given, expected = case.group("in"), case.group("out")
     lengths = given["text_lens"].tolist()
     context = CaptionContext(given["y_packed"][0], len(lengths), *padded_rows(lengths), None)
@@ -99,7 +92,7 @@ def check_embedders(case: Case) -> None:
             ),
         }
     )
-    load(parts, case)
+    load(parts, case).eval()
     half = expected["t_freq"].shape[1] // 2
     argument_BE = given["timesteps"].double()[:, None] * 10000.0 ** (-torch.arange(2 * half) % half / half)
     assert_sinusoids_close(sinusoids(given["timesteps"]), expected["t_freq"], argument_BE, "t_freq")
@@ -130,7 +123,7 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def check_net(case: Case) -> None:
     net = PixArt(our_config(case.config))
-    load(net, case)
+    load(net, case).eval()
     recorded = case.group("param").get("pos_embed")
     if recorded is not None:
         assert_close(PixArt(net.config).pos_embed, recorded, "pos_embed", TOLERANCE)
@@ -147,7 +140,7 @@ def check_net(case: Case) -> None:
 @torch.no_grad()
 def check_net_ms(case: Case) -> None:
     net = PixArt(our_config(case.config, multi_scale=True))
-    load(net, case)
+    load(net, case).eval()
     x, t, y, mask = _inputs(case)
     given, expected = case.group("in"), case.group("out")
     size = {"size_B2": given["img_hw"], "ratio_B1": given["aspect_ratio"]}
@@ -169,7 +162,7 @@ def check_positions(case: Case) -> None:
 def check_controlnet(case: Case) -> None:
     config = our_config(case.config, multi_scale=case.config.get("ms", False))
     net = ControlPixArt(PixArt(config), case.config["copy_blocks_num"])
-    load(net, case)
+    load(net, case).eval()
     x, t, y, mask = _inputs(case)
     given, expected = case.group("in"), case.group("out")
     context = net.encode_caption(y, mask)

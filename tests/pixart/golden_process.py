@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -21,15 +19,11 @@ from pixart.samplers import (
     uniform_times,
 )
 from pixart.text import clean_caption, parse_prompt
-from tests.golden_case import Case, Check, assert_close
-from tests.pixart.golden_networks import load, our_config
+from tests.golden_case import Case, Check, assert_close, kind, load
+from tests.pixart.golden_networks import our_config
 
 MODULE = 1e-5
 TRAJECTORY = 5e-5  # reached: 4e-6; the recorded solvers compute their coefficients in float32
-
-
-def _kind(start: str, source: str) -> Callable[[Case], bool]:
-    return lambda case: case.stem.startswith(start) and source in case.source
 
 
 def check_schedule(case: Case) -> None:
@@ -130,7 +124,7 @@ def check_training_loss(case: Case) -> None:
     """Per-sample losses, the gradients of their batch mean, and of vb alone (none reaches the noise estimate)."""
     inputs, out = case.group("in"), case.group("out")
     net = PixArt(our_config(case.config))
-    load(net, case)
+    load(net, case).eval()
     caption_BLD, mask_BL = inputs["y"].squeeze(1), inputs["mask"].flatten(1)
 
     def losses() -> dict[str, Tensor]:
@@ -200,15 +194,15 @@ def check_bucket_batches(case: Case) -> None:
 
 
 CHECKS = [
-    Check("iDDPM schedule", _kind("iddpm_schedule", "iddpm"), check_schedule),
-    Check("iDDPM sampling", _kind("iddpm_sample", "iddpm"), check_iddpm),
-    Check("training loss", _kind("train_loss", "gaussian_diffusion"), check_training_loss),
-    Check("DPM-Solver++", _kind("dpmsolver", "dpm_solver"), check_dpm_solver),
+    Check("iDDPM schedule", kind("iddpm_schedule", "iddpm"), check_schedule),
+    Check("iDDPM sampling", kind("iddpm_sample", "iddpm"), check_iddpm),
+    Check("training loss", kind("train_loss", "gaussian_diffusion"), check_training_loss),
+    Check("DPM-Solver++", kind("dpmsolver", "dpm_solver"), check_dpm_solver),
     Check(
-        "diffusers DPM-Solver++", _kind("diffusers_dpmsolver", "DPMSolverMultistepScheduler"), check_diffusers_sampler
+        "diffusers DPM-Solver++", kind("diffusers_dpmsolver", "DPMSolverMultistepScheduler"), check_diffusers_sampler
     ),
-    Check("SA-Solver", _kind("sasolver", "sa_solver"), check_sa_solver),
-    Check("text", _kind("text", "t5.py"), check_text),
-    Check("bucket tables", _kind("buckets", "datasets/utils.py"), check_bucket_tables),
-    Check("bucket batches", _kind("bucket_batches", "data_sampler.py"), check_bucket_batches),
+    Check("SA-Solver", kind("sasolver", "sa_solver"), check_sa_solver),
+    Check("text", kind("text", "t5.py"), check_text),
+    Check("bucket tables", kind("buckets", "datasets/utils.py"), check_bucket_tables),
+    Check("bucket batches", kind("bucket_batches", "data_sampler.py"), check_bucket_batches),
 ]

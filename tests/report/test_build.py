@@ -194,7 +194,7 @@ def browser(tmp_path: Path) -> list[str]:
 
 def _open(browser: list[str], page: Path) -> tuple[str, list[str]]:
     """(the document after its scripts ran, what the console said)"""
-    done = subprocess.run([*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

@@ -226,7 +226,9 @@ def test_a_default_run_has_its_time_on_both_kinds_of_cpu(tmp_path: Path) -> None
     fast = {"seconds": {"total": 1020.0}, "precision": "bf16-mixed", "hardware": "A, 2 cores"}
     (tmp_path / "ldm-small.json").write_text(json.dumps(fast))
     (tmp_path / "ldm-small-without-bf16.json").write_text(json.dumps({"seconds": 1800, "hardware": "B"}))
-    (tmp_path / "pixart-small.json").write_text(json.dumps({"seconds": {"total": 90}}))
+    (tmp_path / "pixart-small.json").write_text(
+        json.dumps({"stages": {"a": {"seconds": {"training": 60.0, "evaluation": 30.0}}}})
+    )
     *_, ldm, pixart = runs_table(tmp_path)
     assert ldm == "| `make ldm-train` | 17 min, bf16-mixed, A, 2 cores | 30 min, B |"
     assert pixart == f"| `make pixart-train` | 2 min | {NOT_MEASURED} |"

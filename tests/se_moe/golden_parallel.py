@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from se_moe.communication import RowPlan, all_to_all_rows, hierarchical_exchange, make_groups, make_topology
+from se_moe.config import GateConfig
 from se_moe.embedding import PartitionedEmbedding
 from se_moe.gating import gshard_routing, switch_routing, topk_routing
-from se_moe.moe import GateConfig, MoELayer
+from se_moe.moe import MoELayer
 from tests.golden_case import Case, Check, assert_close
 from tests.se_moe.ranks import run_ranks
 

@@ -20,7 +20,8 @@ from common.paths import REPOSITORY
 from se_moe import checkpoint
 from se_moe.config import Switches, TrainConfig
 from se_moe.data import TextData
-from se_moe.training import Trainer, make_run_groups
+from se_moe.launch import make_run_groups
+from se_moe.trainer import Trainer
 from tests.drills import running, succeed, wait_for
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     victim = step / "experts" / "layer001.expert0003.safetensors"
     content = victim.read_bytes()
     victim.write_bytes(content[:-100])
-    with pytest.raises(UserError, match=r"layer001\.expert0003\.safetensors.*damaged"):
+    with pytest.raises(UserError, match=r"layer001\.expert0003\.safetensors.*truncated"):
         _open(run, step)
     victim.unlink()
     with pytest.raises(UserError, match=r"layer001\.expert0003\.safetensors.*missing"):

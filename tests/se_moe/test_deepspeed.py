@@ -14,7 +14,7 @@ import pytest
 from common.errors import UserError
 from common.paths import REPOSITORY
 from se_moe import deepspeed_arm
-from se_moe.train import table
+from se_moe.run import table
 from tests.se_moe import tiny_run
 from tests.se_moe.test_checkpoint import write_config
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from se_moe.config import GateConfig
 from se_moe.gating import (
     Routing,
     _ascending_bits,
@@ -19,7 +20,7 @@ from se_moe.gating import (
     topk_routing,
     tutel_routing,
 )
-from se_moe.moe import GateConfig, TopKGate
+from se_moe.moe import TopKGate
 
 
 def _logits(tokens: int = 40, experts: int = 5, skew: float = 1.5, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from se_moe import serve
+from se_moe.config import ModelConfig
 from se_moe.inference import (
     Server,
     cut,
@@ -29,8 +30,7 @@ from se_moe.inference import (
     student_of,
     token_logits,
 )
-from se_moe.model import ModelConfig, MoELanguageModel, initialise
-from se_moe.moe import GateConfig
+from se_moe.model import MoELanguageModel, initialise
 from se_moe.storage import DeviceArena, Throttle
 
 CONFIG = ModelConfig(
@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
     experts=6,
     expert_hidden=24,
     moe_every=1,
-    gate=GateConfig(top_k=2),
+    top_k=2,
 )
 IDS = torch.tensor([[5, 9, 33, 2]])
 
@@ -64,7 +64,7 @@ def arena(size: int = 1 << 22) -> DeviceArena:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("changes", [{}, {"moe_every": 2}, {"residual": True}], ids=["all MoE", "mixed", "residual"])
 def test_serving_gives_the_trained_models_tokens_and_logits(top_k: int, changes: dict) -> None:
-    model = make_model(gate=GateConfig(top_k=top_k), **changes)
+    model = make_model(top_k=top_k, **changes)
     expected = model.generate(IDS, 12, temperature=0)
     logits = model.next_logits(IDS)[0]
     served = serving_form(model)
@@ -174,7 +174,7 @@ def two_topics(count: int, seed: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_pruning_unused_experts_changes_nothing_on_the_text_they_were_counted_on(top_k: int) -> None:
-    model = make_model(gate=GateConfig(top_k=top_k), experts=12)
+    model = make_model(top_k=top_k, experts=12)
     batches = two_topics(2)
     usage = expert_usage(model, batches)
     kept = prune_experts(model, usage)
@@ -200,7 +200,7 @@ def test_pruning_leaves_at_least_top_k_experts() -> None:
 
 def test_a_model_with_a_capacity_is_not_served() -> None:
     with pytest.raises(UserError, match="drop_tokens false"):
-        serving_form(make_model(gate=GateConfig(top_k=2, drop_tokens=True)))
+        serving_form(make_model(top_k=2, drop_tokens=True))
 
 
 def test_the_shards_of_two_ranks_become_one_graph() -> None:
@@ -302,7 +302,7 @@ def byte_tokenizer() -> str:
 def test_the_program_serves_what_the_trainer_left_and_prunes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_model(vocabulary=256, experts=40, gate=GateConfig(top_k=1))
+    model = make_model(vocabulary=256, experts=40, top_k=1)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))

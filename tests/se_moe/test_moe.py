@@ -13,8 +13,9 @@ from torch import Tensor
 from common.errors import UserError
 from se_moe import moe
 from se_moe.communication import make_groups
-from se_moe.model import ModelConfig, MoELanguageModel, global_names, initialise
-from se_moe.moe import GateConfig, MoELayer, stacked
+from se_moe.config import GateConfig, ModelConfig
+from se_moe.model import MoELanguageModel, global_names, initialise
+from se_moe.moe import MoELayer, stacked
 from tests.se_moe.ranks import run_ranks
 
 SMALL = ModelConfig(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from se_moe.cache import SparseCache
-from se_moe.moe import GateConfig, MoELayer
+from se_moe.config import GateConfig
+from se_moe.moe import MoELayer
 from se_moe.planner import FLOAT32, Machine, storage_plan
 from se_moe.prefetch import ExpertStore, OffloadedExperts, RoutePredictor, SlicePrefetch, adamw_update
 from se_moe.storage import DeviceArena, ExpertKey, FileTier, HostTier, RecordLayout, Throttle

@@ -13,7 +13,7 @@ from common.errors import UserError
 from se_moe.config import DataConfig, OptimiserConfig, StorageConfig, Switches, TrainConfig, read_config
 from se_moe.data import TextData, load_corpus, load_tokenizer
 from se_moe.homes import ResidentHome, TieredHome, adamw_step
-from se_moe.training import learning_rate
+from se_moe.trainer import learning_rate
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
 

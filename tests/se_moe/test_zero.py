@@ -10,7 +10,8 @@ from torch import Tensor
 
 from se_moe.clipping import Parts, clip_global_norm
 from se_moe.communication import GradientBuckets, make_groups
-from se_moe.model import ModelConfig, MoELanguageModel, initialise
+from se_moe.config import ModelConfig
+from se_moe.model import MoELanguageModel, initialise
 from se_moe.zero import shard_model
 from tests.se_moe.ranks import run_ranks
 

@@ -11,7 +11,8 @@ import torch
 
 from se_moe.config import DataConfig, ModelOptions, OptimiserConfig, StorageConfig, Switches, TrainConfig
 from se_moe.data import TextData
-from se_moe.training import Trainer, make_run_groups
+from se_moe.launch import make_run_groups
+from se_moe.trainer import Trainer
 
 WORDS = [
     "the",

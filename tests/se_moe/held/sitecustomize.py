@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 if "RANK" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    from se_moe.training import Trainer
+    from se_moe.trainer import Trainer
 
     made = Trainer.step
 

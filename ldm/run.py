@@ -1,0 +1,251 @@
+"""What a run's folder holds: its configuration, the task's data, cached latents, the finished model, a pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cli import read_run_config
+from common.data.cache import FeatureCache, fingerprint_module
+from common.data.sampling import TensorTable
+from common.errors import UserError
+from common.images import to_unit
+from common.options import check_trainer, free_options
+from common.processes import is_main_process
+from common.training import open_run_folder
+from common.weights import check_weights, load_weights, read_weights, save_weights
+from ldm.autoencoder import FirstStage
+from ldm.config import LdmConfig
+from ldm.diffusion import LatentDiffusion, NoiseSchedule
+from ldm.first_stage import build_first_stage, freeze, load_first_stage
+from ldm.model import ConditionedUNet, UNet
+from ldm.tasks import BertConditioner, Task, null_input, prepare
+
+# What two starts of one run may disagree on: none of it changes the trained weights.
+FREE_OPTIONS = free_options(
+    "stages",
+    "export_pipeline",
+    "sampling",
+    "data.cache_latents",
+    "data.workers",
+    "data.max_memory_gb",
+    "data.eval_images",
+)
+
+
+def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
+    """Denoiser and conditioner for a task, around a frozen first stage."""
+    channels = first_stage.embed_dim
+    extra = task.concat_channels if task.name != "inpaint" else channels + 1
+    crossattn = task.conditioning_key == "crossattn"
+    unet = UNet(
+        config.unet,
+        channels + extra,
+        channels,
+        use_spatial_transformer=crossattn,
+        context_dim=task.context_dim if crossattn else None,
+        num_classes=task.num_classes if task.conditioning_key == "adm" else None,
+        image_size=config.data.size // first_stage.downsampling,
+    )
+    conditioner: Any = task.conditioner
+    if task.name == "inpaint":
+        conditioner = "first_stage"
+    elif task.conditioning_key is not None and conditioner is None:
+        conditioner = nn.Identity()
+    diffusion = config.diffusion
+    return LatentDiffusion(
+        first_stage,
+        ConditionedUNet(unet, task.conditioning_key),  # type: ignore[arg-type]
+        conditioner,
+        conditioning_key=task.conditioning_key,
+        cond_stage_key="condition",
+        schedule=NoiseSchedule(
+            diffusion.schedule,
+            diffusion.timesteps,
+            diffusion.linear_start,
+            diffusion.linear_end,
+            v_posterior=diffusion.v_posterior,
+            prediction=diffusion.prediction,
+        ),
+        loss=diffusion.loss,
+        elbo_weight=diffusion.elbo_weight,
+        learn_logvar=diffusion.learn_logvar,
+        scale_factor=diffusion.scale_factor,
+        cond_drop=config.conditioner.drop if task.name in ("class", "text", "layout") else 0.0,
+        null_input=null_input(task),
+    )
+
+
+@dataclass
+class Run:
+    """A run folder and what is in it."""
+
+    config: LdmConfig
+    folder: Path
+    task: Task
+
+    @classmethod
+    def open(cls, config: LdmConfig, config_yaml: str) -> Run:
+        """Create or continue `config.run_dir`; opens the data and its task.
+
+        Raises:
+            UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
+        """
+        trainer = config.trainer
+        if trainer.threads:
+            torch.set_num_threads(trainer.threads)
+        check_trainer(
+            trainer,
+            {"trainer.batch_size": trainer.batch_size},
+            resume=config.resume,
+            ema_decay=config.optimiser.ema_decay,
+            grad_clip=config.optimiser.grad_clip,
+        )
+        halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
+        if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
+            raise UserError(
+                f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
+                f"{len(config.unet.channel_mult) - 1} times by the denoiser; "
+                f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
+            )
+        folder = Path(config.run_dir)
+        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
+        tokenizer = saved_tokenizer(folder)
+        task = prepare(config, tokenizer)
+        if task.tokenizer is not None and tokenizer is None and is_main_process():
+            task.tokenizer.save_pretrained(folder / ".tokenizer")
+            (folder / ".tokenizer").rename(folder / "tokenizer")
+        return cls(config, folder, task)
+
+    @classmethod
+    def existing(cls, folder: Path) -> Run:
+        """A run that `train.py` has finished, for sampling and metrics; writes nothing."""
+        config = read_run_config(LdmConfig, folder)
+        config.run_dir = str(folder)
+        return cls(config, folder, prepare(config, saved_tokenizer(folder)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trained model is there already."""
+        return self.config.resume == "auto" and (self.folder / "model.safetensors").is_file()
+
+    def latents(self, first_stage: FirstStage, folder: Path | None = None) -> TensorTable:
+        """The training table with images replaced by their moments, encoded once and kept on disk.
+
+        Args:
+            folder: whose latents/ keeps them; None is this run's own.
+        """
+        assert isinstance(self.task.train, TensorTable)
+        images = self.task.train.columns["image"]
+
+        def encode(indices: Any) -> dict[str, Tensor]:
+            rows = images[torch.as_tensor(indices)]
+            with torch.no_grad():
+                return {"moments": torch.cat([first_stage.moments(to_unit(part)).float() for part in rows.split(128)])}
+
+        cache = FeatureCache.open_or_build(
+            (folder or self.folder) / "latents",
+            len(images),
+            fingerprint_module(first_stage),
+            table_fingerprint(images),
+            encode,
+            shard_size=4096,
+            progress=self.config.trainer.progress and is_main_process(),
+        )
+        columns = {k: v for k, v in self.task.train.columns.items() if k != "image" or self.config.task == "inpaint"}
+        return TensorTable({**columns, **cache[slice(None)]})
+
+    def load(self) -> LatentDiffusion:
+        """The finished model of this folder (averaged weights)."""
+        weights = self.folder / "model.safetensors"
+        if not weights.is_file():
+            raise UserError(f"{weights}: no such file; train first (python train.py --run_dir {self.folder})")
+        options, size = self.config.first_stage, self.config.data.size
+        if options.weights and Path(options.weights).is_dir():  # its own config.json says how it is built
+            first_stage = load_first_stage(Path(options.weights), options, size)
+        else:
+            first_stage = build_first_stage(options, size)
+        ldm = build_latent_diffusion(self.config, self.task, freeze(first_stage))
+        load_weights(ldm, weights, against=str(self.folder / "config.yaml"), wanted=own_state(ldm))
+        return ldm.eval()
+
+    def save(self, ldm: LatentDiffusion) -> None:
+        """Write the finished model, and for stock diffusers a pipeline where it can carry the model."""
+        save_weights(self.folder / "model.safetensors", own_state(ldm))
+        if self.config.export_pipeline and exportable(self.task, self.config):
+            export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
+
+
+def own_state(ldm: LatentDiffusion) -> dict[str, Tensor]:
+    """The state dict without a second copy of the first stage, which inpainting also uses as its conditioner."""
+    shared = ldm.cond_stage_model is ldm.first_stage_model
+    return {k: v for k, v in ldm.state_dict().items() if not (shared and k.startswith("cond_stage_model."))}
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a text run has learned, or None."""
+    if not (folder / "tokenizer").is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+
+def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
+    """Denoiser and conditioner of another run's model.safetensors, or of an exported pipeline (`init_from`)."""
+    if path.is_dir():
+        from ldm.convert import unet_from_diffusers_dir
+
+        text = path / "text_encoder" / "model.safetensors"
+        if not text.is_file():
+            raise UserError(f"init_from {path}: expected a pipeline folder with unet/ and text_encoder/")
+        given = {f"model.diffusion_model.{k}": v for k, v in unet_from_diffusers_dir(path).state_dict().items()}
+        given |= {f"cond_stage_model.bert.{k}": v.float() for k, v in read_weights(text)[0].items()}
+    elif path.is_file():
+        given, _ = read_weights(path, "init_from")
+    else:
+        raise UserError(f"init_from {path}: no such file; expected a run's model.safetensors or a pipeline folder")
+
+    def second_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in state.items() if k.startswith(("model.", "cond_stage_model."))}
+
+    check_weights(second_stage(given), second_stage(ldm.state_dict()), f"init_from {path}", "this configuration")
+    ldm.load_state_dict(second_stage(given), strict=False)
+
+
+def table_fingerprint(images: Tensor) -> str:
+    """Checksum of the training images themselves."""
+    return hashlib.sha256(images.numpy().tobytes() + str(tuple(images.shape)).encode()).hexdigest()
+
+
+def exportable(task: Task, config: LdmConfig) -> bool:
+    """Whether stock diffusers can carry the model: a KL first stage and a text condition through a BertModel."""
+    return task.name == "text" and isinstance(task.conditioner, BertConditioner) and config.first_stage.kind == "kl"
+
+
+def export_pipeline(
+    ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Path, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write the model as a stock StableDiffusionPipeline directory (the teacher contract)."""
+    from ldm.convert import write_pipeline
+
+    diffusion = config.diffusion
+    write_pipeline(
+        folder,
+        unet=ldm.model.diffusion_model,  # type: ignore[arg-type]
+        vae=ldm.first_stage_model,  # type: ignore[arg-type]
+        text_encoder=ldm.cond_stage_model.bert,  # type: ignore[union-attr]
+        tokenizer=task.tokenizer,
+        scaling_factor=float(ldm.scale_factor),
+        beta_start=diffusion.linear_start,
+        beta_end=diffusion.linear_end,
+        timesteps=diffusion.timesteps,
+        prediction={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[diffusion.prediction],
+        sample_size=config.data.size // ldm.first_stage_model.downsampling,  # type: ignore[operator,arg-type]
+        dtype=dtype,
+    )

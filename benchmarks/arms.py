@@ -12,12 +12,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from common.errors import UserError
 from common.ledger import bench_row, peak_memory, write_rows
 from common.paths import REPOSITORY, RESULTS
 
+A = TypeVar("A")
 Step = Callable[[int], object]  # takes the number of the step
 
 
@@ -178,20 +180,69 @@ def alternate(
     }
 
 
+class Pace(NamedTuple):
+    """How long arms are measured."""
+
+    rounds: int  # turns of each arm
+    steps: int  # of a turn
+    threads: int
+
+
 def take_turns(
     module: str,
     arms: Mapping[str, Any],
-    steps: int | Mapping[str, int],
+    pace: Pace,
     warm_up: int | Mapping[str, int],
-    rounds: int,
     folder: Path,
-    threads: int,
     *options: str,
+    steps: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """Start a process of `module` for each arm, let them alternate and summarise each."""
-    processes = {name: Process(module, arm, folder, threads, *options) for name, arm in arms.items()}
-    first, later = (dict.fromkeys(arms, n) if isinstance(n, int) else n for n in (warm_up, steps))
-    return alternate(processes, later, first, rounds)
+    """Start a process of `module` for each arm, let them alternate and summarise each; `steps` where arms differ."""
+    processes = {name: Process(module, arm, folder, pace.threads, *options) for name, arm in arms.items()}
+    first = dict.fromkeys(arms, warm_up) if isinstance(warm_up, int) else warm_up
+    return alternate(processes, steps or dict.fromkeys(arms, pace.steps), first, pace.rounds)
+
+
+def in_both_precisions(ours: A, compiled: bool, peak: bool) -> dict[str, A]:
+    """The arms "ours bf16", "peer fp32" and so on of one that is ours, a frozen dataclass.
+
+    Args:
+        compiled: with "peer compiled" (bf16).
+        peak: with the processor's own rate, "peak bf16" and "peak fp32".
+    """
+    arm: Any = ours
+    sides = ["ours", "peer", "peak"] if peak else ["ours", "peer"]
+    arms = {f"{side} {p}": replace(arm, side=side, bf16=p == "bf16") for p in ("bf16", "fp32") for side in sides}
+    return arms | ({"peer compiled": replace(arm, side="peer", bf16=True, compiled=True)} if compiled else {})
+
+
+def beside_the_peer(
+    timings: Mapping[str, Timing],
+    device: str,
+    default: str,
+    faster: Callable[[str, Timing, Timing, bool], dict[str, Any]],
+    memory: str,
+    what: str,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the speed and memory of such arms: default against default, equal precisions, the compiled peer.
+
+    Args:
+        default: the peer's precision as users run it; ours is bf16.
+        faster: a row of its label, both sides and whether it has a target.
+        memory: what a row of memory is about; `what` ends its name.
+    """
+    yield faster(
+        f"default against default: ours bf16, peer {default}", timings["ours bf16"], timings[f"peer {default}"], True
+    )
+    for precision in ("bf16", "fp32") if default == "fp32" else ("fp32",):
+        yield faster(f"both {precision}", timings[f"ours {precision}"], timings[f"peer {precision}"], False)
+    if "peer compiled" in timings:
+        label = "bf16, ours eager against peer compiled"
+        yield faster(label, timings["ours bf16"], timings["peer compiled"], False)
+    for ours, peer in (("bf16", default), ("fp32", "fp32")):
+        label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
+        name = f"{where_of(device)}{memory}, {label} ({what})"
+        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
 
 
 def training_step(
@@ -294,9 +345,16 @@ def bench_parser(
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(default))
     parser.add_argument("--steps", type=int, default=steps, help="steps of a turn")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return machine_options(parser, output, rounds=5)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; torch takes the number of threads that they name."""
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def machine_options(parser: argparse.ArgumentParser, output: str, rounds: int) -> argparse.ArgumentParser:
@@ -306,6 +364,24 @@ def machine_options(parser: argparse.ArgumentParser, output: str, rounds: int) -
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS / output)
     return parser
+
+
+def measure(
+    options: argparse.Namespace, parts: Callable[[str, str, Path, Pace], Iterator[list[dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """Measure the sizes one after the other on every device; rows are written as soon as a part is done.
+
+    Args:
+        parts: size, device, a folder of its own, pace -> rows, a list a part.
+    """
+    rows, pace = [], Pace(options.rounds, options.steps, options.threads)
+    for device in chosen_devices(options):
+        for size in options.sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                for found in parts(size, device, Path(folder), pace):
+                    record(found, options.output)
+                    rows += found
+    return rows
 
 
 def chosen_devices(options: argparse.Namespace) -> list[str]:

@@ -18,7 +18,6 @@ twenty of the longest length) or from short ones ("mixed": an eighth of the long
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms import (
+    Pace,
     Timing,
     Turns,
     bench_parser,
+    beside_the_peer,
     chosen_devices,
-    leaner,
+    in_both_precisions,
     matmul,
+    measure,
     noted,
     of_the_peak,
+    parse,
     record,
     take_turns,
     where_of,
@@ -95,10 +98,7 @@ SIZES = {
     ),
     "paper_small": Size(128, 16, 128, {}),
     "paper_base": Size(
-        512,
-        2,
-        32,
-        dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3),
+        512, 2, 32, dict(embedding_size=768, hidden_size=768, heads=12, intermediate_size=3072, generator_factor=1 / 3)
     ),
 }
 MASK_PROBABILITY = 0.15
@@ -272,13 +272,7 @@ def train_ours(arm: Arm, turns: Turns) -> None:
     module = PretrainingModule(build(arm.size), config, STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            Path(folder),
-            config.trainer,
-            steps=STEPS,
-            batch_size=batch,
-            grad_clip=1.0,
-            callbacks=[Wait()],
-            logs=False,
+            Path(folder), config.trainer, steps=STEPS, batch_size=batch, grad_clip=1.0, callbacks=[Wait()], logs=False
         )
         batches = our_batches(arm.size, arm.rows, batch)
         loader = DataLoader(batches, batch_size=None, sampler=range(STEPS), pin_memory=arm.device == "cuda")
@@ -400,58 +394,39 @@ def step_flop(arm: Arm, steps: int = 5) -> float:
     return 3 * total / steps
 
 
-def rows_for(size: str, rows: str, device: str, rounds: int, steps: int, folder: Path, threads: int) -> list[Any]:
+def rows_for(size: str, rows: str, device: str, folder: Path, pace: Pace) -> list[Any]:
     """Bench rows of one size and kind of rows; the two sides' losses are compared first."""
     check_same(size, rows, folder)
-    cuda = device == "cuda"
-    arms = {
-        f"{side} {precision}": Arm(side, size, rows, device, precision == "bf16")
-        for precision in ("bf16", "fp32")
-        for side in ("ours", "peer")
-    }
-    if cuda:
-        arms["peer compiled"] = Arm("peer", size, rows, device, True, compiled=True)
-    arms |= {f"peak {p}": Arm("peak", size, rows, device, p == "bf16") for p in ("bf16", "fp32")}
-    timings = take_turns("benchmarks.electra", arms, steps, 3, rounds, folder, threads)
-    return list(comparison(size, rows, device, arms, timings, rounds, threads))
+    arms = in_both_precisions(Arm("ours", size, rows, device), compiled=device == "cuda", peak=True)
+    timings = take_turns("benchmarks.electra", arms, pace, 3, folder)
+    return list(comparison(arms["ours bf16"], timings, pace))
 
 
-def comparison(
-    size: str, rows: str, device: str, arms: dict[str, Arm], timings: dict[str, Timing], rounds: int, threads: int
-) -> Iterator[dict[str, Any]]:
-    """Bench rows from the arms' timings."""
-    spec, config, cuda = SIZES[size], configuration(size), device == "cuda"
-    where = where_of(device)
-    batch = arms["ours bf16"].rows_of_a_step
+def comparison(ours: Arm, timings: dict[str, Timing], pace: Pace) -> Iterator[dict[str, Any]]:
+    """Bench rows from the arms' timings; `ours` is one of them."""
+    size, rows, device = ours.size, ours.rows, ours.device
+    spec, config, where = SIZES[size], configuration(size), where_of(device)
+    batch = ours.rows_of_a_step
     what = (
         f"{size}: {config.layers} x {config.hidden_size}, vocabulary {config.vocab_size}, "
         f"{batch} rows of up to {spec.length}, {rows}"
     )
-    tokens = step_tokens(arms["ours bf16"])
+    tokens = step_tokens(ours)
     filled = tokens / (batch * spec.length)
-    note = f"same weights, rows and masks; {filled:.0%} of the padded batch are tokens; {threads} threads"
+    note = f"same weights, rows and masks; {filled:.0%} of the padded batch are tokens; {pace.threads} threads"
 
-    def faster(label: str, ours: str, peer: str, target: float | None) -> dict[str, Any]:
-        a, b = timings[ours], timings[peer]
-        row = bench_row(
-            f"{where}pre-training, {label} ({what})", tokens / a.wall, tokens / b.wall, "tokens/s", target=target
-        )
+    def faster(label: str, a: Timing, b: Timing, barred: bool) -> dict[str, Any]:
+        name, target = f"{where}pre-training, {label} ({what})", 1.5 if barred else None
+        row = bench_row(name, tokens / a.wall, tokens / b.wall, "tokens/s", target=target)
         return noted(row, f"{note}; CPU-time ratio {b.cpu / a.cpu:.2f}")
 
-    default = "bf16" if cuda else "fp32"  # transformers.Trainer's default on CPUs is float32
-    yield faster(f"default against default: ours bf16, peer {default}", "ours bf16", f"peer {default}", 1.5)
-    for precision in ("fp32",) if cuda else ("bf16", "fp32"):
-        yield faster(f"both {precision}", f"ours {precision}", f"peer {precision}", None)
-    if "peer compiled" in timings:
-        yield faster("bf16, ours eager against peer compiled", "ours bf16", "peer compiled", None)
-    for ours, peer in (("bf16", default), ("fp32", "fp32")):
-        label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
-        name = f"{where}peak memory of pre-training, {label} ({what})"
-        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
+    default = "bf16" if device == "cuda" else "fp32"  # transformers.Trainer's default on CPUs is float32
+    yield from beside_the_peer(timings, device, default, faster, "peak memory of pre-training", what)
+    flop = step_flop(ours)
     for precision in ("bf16", "fp32"):
-        flop, name = step_flop(arms[f"ours {precision}"]), f"fraction of the matmul peak in {precision}, pre-training"
+        name = f"{where}fraction of the matmul peak in {precision}, pre-training ({what})"
         trained, product = timings[f"ours {precision}"], timings[f"peak {precision}"]
-        yield of_the_peak(f"{where}{name} ({what})", flop, trained, product, device, rounds)
+        yield of_the_peak(name, flop, trained, product, device, pace.rounds)
 
 
 # [M, E, V] of the vocabulary head: masked tokens of ELECTRA-Small, Base and Large, and all tokens of Small.
@@ -511,23 +486,17 @@ def kernel_rows() -> Iterator[dict[str, Any]]:
             yield bench_row(f"{name}: memory", peaks["fused"], peaks[peer], "MiB", higher_is_better=False)
 
 
-def run(sizes: list[str], device: str, rounds: int, steps: int, threads: int, output: Path) -> None:
-    """Measure the sizes one after the other; rows are written as soon as a comparison is done."""
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            prepare(size, folder)
-            for rows in ("full", "mixed"):
-                found = rows_for(size, rows, device, rounds, steps, folder, threads)
-                record(found, output)
+def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each comparison at one size."""
+    prepare(size, folder)
+    for rows in ("full", "mixed"):
+        yield rows_for(size, rows, device, folder, pace)
 
 
 def main() -> None:
-    parser = bench_parser(__doc__, "bench_electra.json", SIZES, ["small", "paper_small"], steps=4)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(bench_parser(__doc__, "bench_electra.json", SIZES, ["small", "paper_small"], steps=4))
     if options.arm:
-        arm = Arm(**json.loads(options.arm))
+        arm = Arm(**options.arm)
         turns = Turns(arm.device)
         if arm.side == "peak":
             turns.serve(matmul(arm.device, arm.bf16))
@@ -536,10 +505,8 @@ def main() -> None:
         else:
             train_peer(arm, options.folder, turns)
         return
-    devices = chosen_devices(options)
-    for device in devices:
-        run(options.sizes, device, options.rounds, options.steps, options.threads, options.output)
-    if "cuda" in devices:
+    measure(options, parts)
+    if "cuda" in chosen_devices(options):
         record(list(kernel_rows()), RESULTS / "bench_kernels.json")
     else:
         print("no CUDA device: the rows on CUDA are left out")

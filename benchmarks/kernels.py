@@ -125,12 +125,7 @@ def measure(dtype_name: str, output: Path) -> None:
                 for peer in ("eager", "torch.compile"):
                     rows.append(
                         bench_row(
-                            f"{label}, vs {peer}",
-                            times["fused"],
-                            times[peer],
-                            "ms",
-                            target=1.0,
-                            higher_is_better=False,
+                            f"{label}, vs {peer}", times["fused"], times[peer], "ms", target=1.0, higher_is_better=False
                         )
                     )
                 print(f"{shape!s:>22} {layout:>13} {direction:>17} " + " ".join(f"{t:9.4f}" for t in times.values()))

@@ -16,10 +16,9 @@ Both sides start from the same weights, which `ldm/convert.py` writes as a diffu
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,20 +26,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Pace,
     Process,
     Step,
     Turns,
     bench_parser,
-    chosen_devices,
     faster,
     fill_zero_weights,
     keep,
     leaner,
     matmul,
+    measure,
     mixed,
     of_the_peak,
+    parse,
     quality_rows,
-    record,
     take_turns,
     training_step,
     where_of,
@@ -377,9 +377,7 @@ def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
         turns.serve(steps[arm.kind]())
 
 
-def training_rows(
-    size: str, device: str, rounds: int, steps: int, folder: Path, threads: int, info: dict[str, float]
-) -> Iterator[dict[str, Any]]:
+def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Rows of the training step at one size."""
     config = configuration(size)
     arms = {
@@ -396,15 +394,9 @@ def training_rows(
     # The cores' warm-up is the comparison of losses.
     warm_up = {name: LOSS_STEPS if "core" in name or "compiled" in name else 3 for name in arms}
     products = {"peak fp32": Arm("matmul", size, device), "peak bf16": Arm("matmul", size, device, bf16=True)}
-    timings = take_turns(
-        "benchmarks.ldm",
-        arms | products,
-        dict.fromkeys(arms, steps) | dict.fromkeys(products, 10),
-        warm_up | dict.fromkeys(products, 10),
-        rounds,
-        folder,
-        threads,
-    )
+    warm_up |= dict.fromkeys(products, 10)
+    steps = dict.fromkeys(arms, pace.steps) | dict.fromkeys(products, 10)
+    timings = take_turns("benchmarks.ldm", arms | products, pace, warm_up, folder, steps=steps)
     batch, side = config.trainer.batch_size, latent_side(config)
     where = where_of(device)
     what = (
@@ -421,33 +413,17 @@ def training_rows(
         "ours: bf16 autocast, cached latents, jointly trained text encoder, EMA, Lightning; peer: diffusers example "
         "loop in fp32, VAE and frozen text encoder in every step, no EMA",
     )
-    yield faster(
-        f"{where}training, U-Net only, default against default: ours bf16, peer fp32 ({what})",
-        timings["ours core bf16"],
-        timings["peer core fp32"],
-        batch,
-        1.3,
-        core_note,
-    )
+
+    def core(label: str, ours: str, peer: str, target: float | None = None) -> dict[str, Any]:
+        name = f"{where}training, U-Net only, {label} ({what})"
+        return faster(name, timings[ours], timings[peer], batch, target, core_note)
+
+    yield core("default against default: ours bf16, peer fp32", "ours core bf16", "peer core fp32", 1.3)
     for precision in ("bf16", "fp32"):
-        yield faster(
-            f"{where}training, U-Net only, both {precision} ({what})",
-            timings[f"ours core {precision}"],
-            timings[f"peer core {precision}"],
-            batch,
-            None,
-            core_note,
-        )
+        yield core(f"both {precision}", f"ours core {precision}", f"peer core {precision}")
     if device == "cuda":
         for name in ("ours compiled", "peer compiled"):
-            yield faster(
-                f"{where}training, U-Net only, bf16, ours eager against {name} ({what})",
-                timings["ours core bf16"],
-                timings[name],
-                batch,
-                None,
-                core_note,
-            )
+            yield core(f"bf16, ours eager against {name}", "ours core bf16", name)
     for label, ours, peer in (
         ("whole step", "ours", "peer"),
         ("U-Net only, ours bf16, peer fp32", "ours core bf16", "peer core fp32"),
@@ -458,13 +434,11 @@ def training_rows(
     yield from quality_rows(where, what, timings["ours core bf16"], peers, LOSS_STEPS, LOSS_TAIL)
     for precision in ("bf16", "fp32"):
         name = f"{where}fraction of the matmul peak in {precision}, U-Net training step ({what})"
-        core, peak = timings[f"ours core {precision}"], timings[f"peak {precision}"]
-        yield of_the_peak(name, info["flops"], core, peak, device, rounds)
+        step, peak = timings[f"ours core {precision}"], timings[f"peak {precision}"]
+        yield of_the_peak(name, info["flops"], step, peak, device, pace.rounds)
 
 
-def sampling_rows(
-    size: str, device: str, rounds: int, folder: Path, threads: int, sampling_steps: int
-) -> Iterator[dict[str, Any]]:
+def sampling_rows(size: str, device: str, folder: Path, pace: Pace, sampling_steps: int) -> Iterator[dict[str, Any]]:
     """Rows of guided DDIM sampling at one size; also checks that both sides draw the same images."""
     for batch in (1, 16):
         arms = {
@@ -472,7 +446,7 @@ def sampling_rows(
             "peer": Arm("peer sampling", size, device, batch=batch),
         }
         given = ("--sampling-steps", str(sampling_steps))
-        timings = take_turns("benchmarks.ldm", arms, 1, 1, rounds, folder, threads, *given)
+        timings = take_turns("benchmarks.ldm", arms, pace._replace(steps=1), 1, folder, *given)
         images = [torch.load(folder / f"{side}_{batch}.pt", weights_only=True) for side in ("ours", "peer")]
         difference = float((images[0] - images[1]).abs().max())
         if not difference <= IMAGE_TOLERANCE:
@@ -488,39 +462,27 @@ def sampling_rows(
         )
 
 
-def run(
-    sizes: list[str], device: str, rounds: int, steps: int, sampling_steps: int, threads: int, output: Path
-) -> list[dict[str, Any]]:
-    """Measure the sizes one after the other; rows are written as soon as a size is done."""
-    rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            preparation = Process("benchmarks.ldm", Arm("prepare", size, "cpu"), folder, threads)
-            info = preparation.answer()
-            preparation.end()
-            found = list(training_rows(size, device, rounds, steps, folder, threads, info))
-            found += sampling_rows(size, device, rounds, folder, threads, sampling_steps)
-        record(found, output)
-        rows += found
-    return rows
+def parts(size: str, device: str, folder: Path, pace: Pace, sampling_steps: int) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one size."""
+    preparation = Process("benchmarks.ldm", Arm("prepare", size, "cpu"), folder, pace.threads)
+    info = preparation.answer()
+    preparation.end()
+    found = list(training_rows(size, device, folder, pace, info))
+    yield [*found, *sampling_rows(size, device, folder, pace, sampling_steps)]
 
 
 def main() -> None:
     parser = bench_parser(__doc__, "bench_ldm.json", SIZES, ["emoji64", "wide"], steps=6)
     parser.add_argument("--sampling-steps", type=int, default=50)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     if options.arm:
-        work(Arm(**json.loads(options.arm)), options.folder, options.sampling_steps)
+        work(Arm(**options.arm), options.folder, options.sampling_steps)
         return
-    for device in chosen_devices(options):
-        numbers = (options.rounds, options.steps, options.sampling_steps, options.threads)
-        run(options.sizes, device, *numbers, options.output)
+    measure(options, partial(parts, sampling_steps=options.sampling_steps))
     if torch.cuda.is_available():
-        from benchmarks.kernels import measure
+        from benchmarks import kernels
 
-        measure("bf16", RESULTS / "bench_kernels.json")
+        kernels.measure("bf16", RESULTS / "bench_kernels.json")
     else:
         print("no CUDA device: the rows on CUDA and the fused kernel's are left out")
 

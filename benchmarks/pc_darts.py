@@ -14,9 +14,7 @@ forward and backward of both batches and both optimiser steps.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,15 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms import (
+    Pace,
     Step,
     Timing,
     Turns,
     bench_parser,
-    chosen_devices,
     faster,
     leaner,
+    measure,
     noted,
-    record,
+    parse,
     take_turns,
     where_of,
 )
@@ -176,7 +175,7 @@ def kept_bytes(size: str, partial: int, batch: int) -> int:
     return kept_bytes(lambda: F.cross_entropy(network(x), y), network.parameters())
 
 
-def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
+def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[str, Any]]:
     """All rows of one size.
 
     Raises:
@@ -196,7 +195,7 @@ def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threa
     }
     if find_spec("nni") is not None:
         arms["nni"] = Arm("nni", size, device, 1)
-    found = take_turns("benchmarks.pc_darts", arms, steps, 2, rounds, folder, threads)
+    found = take_turns("benchmarks.pc_darts", arms, pace, 2, folder)
     where = where_of(device)
     what = f"{size}: C={spec.channels}, {spec.cells} cells, {spec.side} px, batch {spec.batch}"
     note = "architecture and weight step; same weights and images; gradients equal to 1e-5 of their norm in float64"
@@ -240,27 +239,14 @@ def rows_of(size: str, device: str, rounds: int, steps: int, folder: Path, threa
         )
 
 
-def run(sizes: list[str], device: str, rounds: int, steps: int, threads: int, output: Path) -> list[dict[str, Any]]:
-    """Measure the sizes one after the other; rows are written as soon as a size is done."""
-    rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            found = list(rows_of(size, device, rounds, steps, Path(name), threads))
-        record(found, output)
-        rows += found
-    return rows
-
-
-def main() -> None:
-    parser = bench_parser(__doc__, "bench_pc_darts.json", SIZES, [size for size in SIZES if size != "tiny"], steps=3)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    sizes = [size for size in SIZES if size != "tiny"]
+    options = parse(bench_parser(__doc__, "bench_pc_darts.json", SIZES, sizes, steps=3), argv)
     if options.arm:
-        arm = Arm(**json.loads(options.arm))
+        arm = Arm(**options.arm)
         Turns(arm.device).serve(make_step(arm))
-        return
-    for device in chosen_devices(options):
-        run(options.sizes, device, options.rounds, options.steps, options.threads, options.output)
+        return []
+    return measure(options, lambda *given: iter([list(rows_of(*given))]))
 
 
 if __name__ == "__main__":

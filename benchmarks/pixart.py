@@ -16,10 +16,9 @@ depth 6) on latents of that side; `xl256` and `xl1024` one block of PixArt-XL/2 
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,17 +26,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Pace,
     Step,
+    Timing,
     Turns,
     bench_parser,
-    chosen_devices,
+    beside_the_peer,
     faster,
     fill_zero_weights,
+    in_both_precisions,
     keep,
-    leaner,
     matmul,
+    measure,
     mixed,
     of_the_peak,
+    parse,
     quality_rows,
     record,
     take_turns,
@@ -317,9 +320,7 @@ def describe(size: str) -> str:
     return f"{size}: width {config.width}, depth {config.depth}, {side * side} tokens"
 
 
-def rows_of(
-    kind: str, size: str, device: str, rounds: int, steps: int, folder: Path, threads: int, batch: int = 0
-) -> Iterator[dict[str, Any]]:
+def rows_of(kind: str, size: str, device: str, folder: Path, pace: Pace, batch: int = 0) -> Iterator[dict[str, Any]]:
     """Rows of one kind of work at one size; the two sides' results are compared first.
 
     Raises:
@@ -327,20 +328,13 @@ def rows_of(
     """
     spec, cuda = SIZES[size], device == "cuda"
     images = batch or spec.batch
-    arms = {
-        f"{side} {precision}": Arm(side, kind, size, device, precision == "bf16", batch)
-        for precision in ("bf16", "fp32")
-        for side in ("ours", "peer")
-    }
-    if cuda and kind != "sampling":
-        arms["peer compiled"] = Arm("peer", kind, size, device, True, batch, compiled=True)
-    if kind == "training":
-        arms |= {f"peak {p}": Arm("peak", "matmul", size, device, p == "bf16") for p in ("bf16", "fp32")}
-    warm_up = LOSS_STEPS if kind == "training" and not size.startswith("xl") else 2
+    training = kind == "training"
+    arms = in_both_precisions(Arm("ours", kind, size, device, batch=batch), cuda and kind != "sampling", training)
+    warm_up = LOSS_STEPS if training and not size.startswith("xl") else 2
     if kind == "sampling" and size == "xl1024" and not cuda:
-        rounds, warm_up = 1, 0  # twenty passes of seconds each are their own repetition
-    timings = take_turns("benchmarks.pixart", arms, steps, warm_up, rounds, folder, threads)
-    if kind != "training":
+        pace, warm_up = pace._replace(rounds=1), 0  # twenty passes of seconds each are their own repetition
+    timings = take_turns("benchmarks.pixart", arms, pace, warm_up, folder)
+    if not training:
         check_same(kind, size, folder, arms["ours fp32"], arms["peer fp32"])
     where = where_of(device)
     calls = {
@@ -353,32 +347,13 @@ def rows_of(
     note = f"same weights, latents, captions; {length}"
     # On a GPU both sides' default is bf16 autocast; on CPUs diffusers' examples and pipelines run in float32.
     default = "fp32" if not cuda else "bf16"
-    target = 1.5 if cuda else 1.3
-    yield faster(
-        f"{where}{calls}, default against default: ours bf16, peer {default} ({what})",
-        timings["ours bf16"],
-        timings[f"peer {default}"],
-        images,
-        target,
-        note,
-    )
-    for precision in ("fp32",) if cuda else ("bf16", "fp32"):
-        yield faster(
-            f"{where}{calls}, both {precision} ({what})",
-            timings[f"ours {precision}"],
-            timings[f"peer {precision}"],
-            images,
-            None,
-            note,
-        )
-    if "peer compiled" in timings:
-        label = f"{where}{calls}, bf16, ours eager against peer compiled ({what})"
-        yield faster(label, timings["ours bf16"], timings["peer compiled"], images, None, note)
-    for ours, peer in (("bf16", default), ("fp32", "fp32")):
-        label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
-        name = f"{where}peak memory, {calls}, {label} ({what})"
-        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
-    if kind != "training":
+
+    def row(label: str, ours: Timing, peer: Timing, barred: bool) -> dict[str, Any]:
+        target = (1.5 if cuda else 1.3) if barred else None
+        return faster(f"{where}{calls}, {label} ({what})", ours, peer, images, target, note)
+
+    yield from beside_the_peer(timings, device, default, row, f"peak memory, {calls}", what)
+    if not training:
         return
     if len(timings["ours bf16"].losses) > LOSS_TAIL:
         peers = {"ours in fp32": timings["ours fp32"], "peer in fp32": timings["peer fp32"]}
@@ -386,7 +361,7 @@ def rows_of(
     flop = 3 * step_flop(size)
     for precision in ("bf16", "fp32"):
         name = f"{where}fraction of the matmul peak in {precision}, training step ({what})"
-        yield of_the_peak(name, flop, timings[f"ours {precision}"], timings[f"peak {precision}"], device, rounds)
+        yield of_the_peak(name, flop, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
 
 
 def check_same(kind: str, size: str, folder: Path, ours: Arm, peer: Arm) -> None:
@@ -453,35 +428,24 @@ def _both_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> C
 KINDS = ("training", "forward", "sampling")
 
 
-def run(
-    sizes: list[str], device: str, rounds: int, steps: int, threads: int, output: Path, kinds: Sequence[str] = KINDS
-) -> list[dict[str, Any]]:
-    """Measure the sizes one after the other; rows are written as soon as a kind of work is done."""
-    rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            prepare(size, folder)
-            for kind in kinds:
-                batch = {"xl256": 2, "xl1024": 1}.get(size, 4) if kind == "sampling" else 0
-                each = 1 if kind == "sampling" or size == "xl1024" else steps
-                found = list(rows_of(kind, size, device, rounds, each, folder, threads, batch))
-                record(found, output)
-                rows += found
-    return rows
+def parts(size: str, device: str, folder: Path, pace: Pace, kinds: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each kind of work at one size."""
+    prepare(size, folder)
+    for kind in kinds:
+        batch = {"xl256": 2, "xl1024": 1}.get(size, 4) if kind == "sampling" else 0
+        each = pace._replace(steps=1) if kind == "sampling" or size == "xl1024" else pace
+        yield list(rows_of(kind, size, device, folder, each, batch))
 
 
 def main() -> None:
     parser = bench_parser(__doc__, "bench_pixart.json", SIZES, [size for size in SIZES if size != "tiny"], steps=4)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     if options.arm:
-        arm = Arm(**json.loads(options.arm))
+        arm = Arm(**options.arm)
         Turns(arm.device).serve(make_step(arm, options.folder))
         return
-    for device in chosen_devices(options):
-        run(options.sizes, device, options.rounds, options.steps, options.threads, options.output, options.kinds)
+    measure(options, partial(parts, kinds=options.kinds))
     if torch.cuda.is_available():
         record(list(kernel_rows()), RESULTS / "bench_kernels.json")
     else:

@@ -221,10 +221,7 @@ def ring_rows(device: str, rounds: int) -> list[dict[str, Any]]:
     shape = f"12 layers of {size / 1e6:.0f} MB, {rows:,} rows"
     return [
         bench_row(
-            f"a pass through ring offload, {name}, against {peer} ({shape})",
-            1 / wall[name],
-            1 / wall[peer],
-            "passes/s",
+            f"a pass through ring offload, {name}, against {peer} ({shape})", 1 / wall[name], 1 / wall[peer], "passes/s"
         )
         for name in ("K = 2", "K = 4")
         for peer in ("serial", "resident")

@@ -33,9 +33,9 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors stored under `prefix/`, without the prefix: `group("param")`, `group("in")`, `group("out")`."""
-        start = prefix.rstrip("/") + "/"
+    def group(self, prefix: str, part: str = "") -> dict[str, Tensor]:
+        """Tensors stored under `prefix/` (and `part`), without it: `group("param")`, `group("in")`, `group("out")`."""
+        start = f"{prefix}/{part}"
         return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
 
 

@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = Teacher.load(options.teacher, options.device)
     bench = Bench(teacher, options.budget, options.guidance, "cpu" if options.device == "cpu" else "gpu")
     settings = Settings(
-        images=options.images or IMAGES[options.budget],
-        tuning_share=options.tuning_share,
-        seeds=tuple(options.seeds),
+        images=options.images or IMAGES[options.budget], tuning_share=options.tuning_share, seeds=tuple(options.seeds)
     )
     runner = Runner(bench, settings)
     figures = options.results / "figures" / "acceleration"

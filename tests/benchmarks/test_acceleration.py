@@ -30,9 +30,8 @@ TINY = 6000  # forward-equivalents
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def bench(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(BUDGETS, "B1", TINY)
         patch.setattr(protocol, "PROMPT_POOL", 40)
         patch.setattr(protocol, "DATA_IMAGES", 32)

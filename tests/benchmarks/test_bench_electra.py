@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import electra as bench
-from benchmarks.arms import Timing
+from benchmarks.arms import in_both_precisions
 from benchmarks.electra import Arm
+from tests.benchmarks.pretended import PACE, check_rows, timings
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +91,9 @@ def test_flop_of_a_step_are_three_forward_passes_over_real_tokens() -> None:
 
 
 def test_rows_of_the_comparison_have_ratios_and_targets() -> None:
-    names = [f"{side} {p}" for p in ("bf16", "fp32") for side in ("ours", "peer", "peak")]
-    arms = {name: Arm(name.split()[0], "tiny", "full", "cpu", name.endswith("bf16")) for name in names}
-    slow = {name: 2.0 if "peer" in name else 1.0 for name in names}
-    timings = {name: Timing(slow[name], slow[name], 1000, [], slow[name]) for name in names}
-    rows = list(bench.comparison("tiny", "full", "cpu", arms, timings, 3, 1))
+    arms = in_both_precisions(Arm("ours", "tiny", "full", "cpu"), compiled=False, peak=True)
+    rows = list(bench.comparison(arms["ours bf16"], timings(arms), PACE))
+    check_rows(rows)
     default = next(row for row in rows if "default against default" in row["name"])
     assert default["ratio"] == pytest.approx(2.0) and default["target"] == 1.5 and default["holds"]
     assert {row["unit"] for row in rows} == {"tokens/s", "MiB", "GFLOP/s"}

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import ldm as bench
-from benchmarks.arms import Process, Timing, Turns
+from benchmarks.arms import Process, Turns
 from benchmarks.ldm import Arm
 from common.cpu import tune_allocator
+from tests.benchmarks.pretended import PACE, check_precisions, check_rows, pretend
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,9 @@ def test_both_sides_draw_the_same_images_from_the_same_captions(config, folder):
 def test_images_that_differ_stop_the_benchmark(monkeypatch, tmp_path):
     for side, level in (("ours", 0.2), ("peer", 0.3)):
         torch.save(torch.full((1, 3, 4, 4), level), tmp_path / f"{side}_1.pt")
-    timing = Timing(1.0, 1.0, 1, [], 1.0)
-    monkeypatch.setattr(bench, "take_turns", lambda _, arms, *rest: {name: timing for name in arms})
+    pretend(bench, monkeypatch)
     with pytest.raises(RuntimeError, match="images differ"):
-        list(bench.sampling_rows("tiny", "cpu", 1, tmp_path, 1, 4))
+        list(bench.sampling_rows("tiny", "cpu", tmp_path, PACE, 4))
 
 
 def test_the_diffusers_loop_trains_only_the_unet(config, folder):
@@ -73,31 +73,14 @@ def test_bfloat16_training_follows_float32(config):
 
 def test_rows_say_what_was_compared(monkeypatch, tmp_path):
     """Every arm of the plan appears, ratios point the right way and the bars are those of the issue."""
-    seen: dict[str, Arm] = {}
-
-    def pretend(module, arms, steps, warm_up, rounds, folder, threads):
-        seen.update(arms)
-        assert set(arms) == set(steps) == set(warm_up)
-        seconds = {name: 1.0 if name.startswith("ours") else 2.0 for name in arms}
-        return {
-            name: Timing(s, s, int(s * 2**30), [1.0] * warm_up[name] if "core" in name else [], s / 2)
-            for name, s in seconds.items()
-        }
-
-    monkeypatch.setattr(bench, "take_turns", pretend)
-    rows = list(bench.training_rows("tiny", "cpu", 2, 2, tmp_path, 1, {"flops": 1e9, "parameters": 1e6}))
-    assert len({row["name"] for row in rows}) == len(rows)
-    json.dumps(rows)
-    assert all(row["note"] and row["hardware"] and row["commit"] for row in rows)
+    seen = pretend(bench, monkeypatch)
+    rows = list(bench.training_rows("tiny", "cpu", tmp_path, PACE, {"flops": 1e9, "parameters": 1e6}))
+    check_rows(rows)
     assert [row["target"] for row in rows if row["unit"] == "images/s"] == [1.3, 1.3, None, None]
-    assert {row["ratio"] for row in rows if row["unit"] in ("images/s", "MiB")} == {2.0}
-    assert {row["target"] for row in rows if row["unit"] == "MiB"} == {1.0}
     assert all(row["ratio"] == 1.0 and row["holds"] for row in rows if row["unit"] == "MSE")
     assert [row["unit"] for row in rows][-2:] == ["GFLOP/s", "GFLOP/s"]
-    # Where both sides have the same precision in the name they have it in the arms; the peer's default is float32.
-    assert (seen["ours"].bf16, seen["peer"].bf16) == (True, False)
-    for precision in ("bf16", "fp32"):
-        assert seen[f"ours core {precision}"].bf16 == seen[f"peer core {precision}"].bf16 == (precision == "bf16")
+    assert (seen["ours"].bf16, seen["peer"].bf16) == (True, False), "the peer's default is float32"
+    check_precisions(seen, "ours core", "peer core")
 
 
 def test_a_turn_is_exactly_the_steps_that_were_asked_for(monkeypatch, capsys):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks import pc_darts as bench
+from benchmarks.arms import Pace
 from benchmarks.pc_darts import Arm
+from tests.drills import words
 
 
 @pytest.mark.parametrize("partial", [1, 4])
@@ -20,7 +22,7 @@ def test_both_forms_have_the_same_gradients(partial: int) -> None:
 def test_gradients_that_differ_stop_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "gradient_difference", lambda *_: 2e-5)
     with pytest.raises(RuntimeError, match=r"tiny, K = 4: gradients differ by 2e-05"):
-        next(bench.rows_of("tiny", "cpu", 1, 1, tmp_path, 1))
+        next(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
 
 
 def test_both_forms_take_the_same_steps() -> None:
@@ -41,7 +43,8 @@ def test_the_larger_batch_fills_about_the_memory_of_darts(size: str) -> None:
 
 def test_rows_name_size_target_and_both_sides(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
-    rows = bench.run(["tiny"], "cpu", 1, 1, 1, output)
+    once = {"rounds": 1, "steps": 1, "threads": 1}
+    rows = bench.main(words(sizes="tiny", devices="cpu", output=output, **once))
     assert json.loads(output.read_text())["rows"] == rows
     targets = {row["name"].split(" (tiny")[0]: row["target"] for row in rows}
     assert targets["search step, K=4, batched against op by op"] == 1.5

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import pixart as bench
-from benchmarks.arms import Timing
 from benchmarks.pixart import Arm
+from tests.benchmarks.pretended import PACE, check_precisions, check_rows, pretend
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +68,13 @@ def test_sizes_are_what_the_rows_say(size: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_point_the_right_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, device: str) -> None:
     """Ratios, bars and precisions are those of the issue: 1.3 on CPUs, 1.5 on a GPU in bf16, memory no higher."""
-    seen: dict[str, Arm] = {}
-
-    def pretend(
-        module: str, arms: dict[str, Arm], steps: int, warm_up: int, rounds: int, where: Path, threads: int
-    ) -> dict:
-        seen.update(arms)
-        seconds = {name: 1.0 if name.startswith("ours") else 2.0 for name in arms}
-        return {
-            name: Timing(s, s, int(s * 2**30), [1.0] * warm_up if kind == "training" else [], s / 2)
-            for name, s in seconds.items()
-        }
-
-    monkeypatch.setattr(bench, "take_turns", pretend)
+    seen = pretend(bench, monkeypatch)
     monkeypatch.setattr(bench, "check_same", lambda *_: None)
-    rows = list(bench.rows_of(kind, "tiny", device, 2, 2, tmp_path, 1, batch=2 if kind == "sampling" else 0))
-    assert len({row["name"] for row in rows}) == len(rows)
-    json.dumps(rows)
-    assert all(row["note"] and row["hardware"] and row["commit"] for row in rows)
+    rows = list(bench.rows_of(kind, "tiny", device, tmp_path, PACE, batch=2 if kind == "sampling" else 0))
+    check_rows(rows)
     speed = [row for row in rows if row["unit"] == "images/s"]
     assert speed[0]["target"] == (1.3 if device == "cpu" else 1.5) and not any(row["target"] for row in speed[1:])
-    assert {row["ratio"] for row in rows if row["unit"] in ("images/s", "MiB")} == {2.0}
-    assert {row["target"] for row in rows if row["unit"] == "MiB"} == {1.0}
     assert ("default against default: ours bf16, peer fp32" in speed[0]["name"]) == (device == "cpu")
-    for precision in ("bf16", "fp32"):
-        assert seen[f"ours {precision}"].bf16 == seen[f"peer {precision}"].bf16 == (precision == "bf16")
+    check_precisions(seen)
     if kind == "training":
         assert [row["unit"] for row in rows][-2:] == ["GFLOP/s", "GFLOP/s"]

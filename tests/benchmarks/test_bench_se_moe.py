@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import se_moe as bench
-from common.errors import UserError
 from se_moe.config import Switches
+from tests.refusals import refused
 
 
 def measured(tokens: float, cpu: float, peak: int, losses: list[float]) -> dict[str, Any]:
@@ -72,5 +72,4 @@ def test_two_arms_run_and_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     assert json.loads(output.read_text())["rows"] == rows and len(rows) == 4
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)
-    with pytest.raises(UserError, match="at least 3"):
-        bench.main(["--steps", "2"])
+    refused("at least 3", bench.main, ["--steps", "2"])

@@ -6,7 +6,6 @@ Also a program, see kernel_process.py: `python -m tests.common.test_adaln_modula
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor
 from common.kernels import adaln_modulate as kernel
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from tests.common.kernel_process import (
-    KernelFacts,
     answer,
+    assert_obeys_torch_library,
+    compile_difference,
     compile_for_hopper,
-    difference_when_compiled,
+    compiled_for_hopper,
     on_gpu,
     opcheck,
-    relative_errors,
 )
 
 
@@ -79,9 +78,11 @@ FUNCTIONS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of outputs and gradients of both functions against float64."""
+    programs = kernel.BACKWARD_PROGRAMS
+    kernel.BACKWARD_PROGRAMS = case.programs or programs
     given = _inputs(case, device)
     found: dict[str, Any] = {"errors": {}, "dtypes": {}, "used_kernels": True}
-    with patch.object(kernel, "BACKWARD_PROGRAMS", case.programs or kernel.BACKWARD_PROGRAMS):
+    try:
         for name, (function, exact, arguments) in FUNCTIONS.items():
             ours = [given[a].detach().requires_grad_() for a in arguments]
             out = function(*ours)
@@ -89,15 +90,18 @@ def errors(case: Case, device: str) -> dict[str, Any]:
             theirs = [given[a].detach().double().requires_grad_() for a in arguments]
             expected = exact(*theirs)
             exact_gradients = torch.autograd.grad(expected, theirs, given["dout"].double())
-            labels = [f"{name}.{label}" for label in ("out", *(f"d{a}" for a in arguments))]
-            found["errors"] |= relative_errors(labels, (out, *gradients), (expected, *exact_gradients))
-            found["dtypes"] |= {label: str(a.dtype) for label, a in zip(labels, (out, *gradients))}
+            labels = ("out", *(f"d{a}" for a in arguments))
+            for label, a, b in zip(labels, (out, *gradients), (expected, *exact_gradients), strict=True):
+                found["errors"][f"{name}.{label}"] = ((a.double() - b).abs().max() / b.abs().max()).item()
+                found["dtypes"][f"{name}.{label}"] = str(a.dtype)
             found["used_kernels"] &= name in out.grad_fn.name()
+    finally:
+        kernel.BACKWARD_PROGRAMS = programs
     return found
 
 
-def opchecks(device: str) -> dict[str, str]:
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+def _opcheck(device: str) -> dict[str, str]:
+    calls = {}
     for name in ("odd_width", "float32_residual_of_bfloat16_branches"):
         given = {key: value.detach().requires_grad_() for key, value in _inputs(CASES[name], device).items()}
         modulated = given["x"], given["shift"], given["scale"], 1e-6, given["y"].dtype
@@ -106,21 +110,27 @@ def opchecks(device: str) -> dict[str, str]:
     return opcheck(calls)
 
 
-def _block(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    return gated_residual(x, torch.tanh(adaln_modulate(x, shift, scale)), gate)
+def _compiles_without_graph_break(device: str) -> float:
+    given = _inputs(CASES["odd_width"], device)
+
+    def block(x: Tensor) -> Tensor:
+        h = adaln_modulate(x, given["shift"], given["scale"])
+        return gated_residual(x, torch.tanh(h), given["gate"])
+
+    return compile_difference(block, given["x"])
 
 
 def _interpret() -> dict[str, Any]:
     """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
-    given, odd = (_inputs(CASES[name], "cpu") for name in ("power_of_two", "odd_width"))
+    given = _inputs(CASES["power_of_two"], "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         autocast = adaln_modulate(given["x"], given["shift"], given["scale"])
         residual = gated_residual(given["x"], given["y"].bfloat16(), given["gate"])
     strided = torch.randn(2, 8, 6).transpose(1, 2)
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": opchecks("cpu"),
-        "compile_difference": difference_when_compiled(_block, *(odd[k] for k in ("x", "shift", "scale", "gate"))),
+        "opcheck": _opcheck("cpu"),
+        "compile_difference": _compiles_without_graph_break("cpu"),
         "autocast_dtypes": [str(autocast.dtype), str(residual.dtype)],
         "strided_error": (
             adaln_modulate(strided, given["shift"][:, :8], given["scale"][:, :8])
@@ -172,6 +182,14 @@ def test_interpreted_kernels_match_float64_forward_and_backward(interpreted: dic
     _assert_matches(interpreted["cases"][name], CASES[name])
 
 
+def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
+    assert_obeys_torch_library(interpreted["opcheck"])
+
+
+def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
+    assert interpreted["compile_difference"] < 1e-6
+
+
 def test_under_autocast_the_norm_feeds_linear_layers_and_the_residual_keeps_its_precision(
     interpreted: dict[str, Any],
 ) -> None:
@@ -182,8 +200,8 @@ def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
     assert interpreted["strided_error"] < 1e-5
 
 
-class TestKernels(KernelFacts):
-    builds = 4
+def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
+    compiled_for_hopper(__name__, 4)
 
 
 def test_on_cpu_the_public_functions_are_the_plain_torch_expressions() -> None:
@@ -224,6 +242,11 @@ def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
 def test_native_kernels_match_float64_at_pixarts_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = Case(shape, dtype, torch.bfloat16, slices=True)
     _assert_matches(errors(case, "cuda"), case)
+
+
+@on_gpu
+def test_native_ops_obey_the_rules_of_torch_library() -> None:
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from common.ledger import Condition, read_claims, read_sizes
 from common.paths import REPOSITORY, RESULTS
+from tests.refusals import refused
 
 PAPERS = sorted(path.parent.name for path in REPOSITORY.glob("*/claims.yaml"))
 
@@ -111,12 +111,9 @@ def test_a_mistake_is_named_by_file_claim_and_key(file: Path, old: str, new: str
     assert old in FILE
     file.write_text(FILE.replace(old, new, 1), encoding="utf-8")
     tier = "smoke" if "tier smoke" in sentence else "small"
-    with pytest.raises(UserError, match=sentence):
-        read_claims(file, tier)  # type: ignore[arg-type]
+    refused(sentence, read_claims, file, tier)  # type: ignore[arg-type]
 
 
 def test_a_missing_file_and_a_missing_tier_are_named(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere/claims\.yaml cannot be read"):
-        read_claims(tmp_path / "nowhere" / "claims.yaml", "small")
-    with pytest.raises(UserError, match=r"toy/claims\.yaml has no tier 'paper'; it has small, smoke"):
-        read_claims(file, "paper")
+    refused(r"nowhere/claims\.yaml cannot be read", read_claims, tmp_path / "nowhere" / "claims.yaml", "small")
+    refused(r"toy/claims\.yaml has no tier 'paper'; it has small, smoke", read_claims, file, "paper")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.data.classes import ImageSet, InMemory, draw_textures, open_classes, per_class_sample
 from common.errors import UserError
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,7 @@ def test_imagenet_sampling_takes_ten_and_two_and_a_half_percent_of_each_class() 
     again, _ = per_class_sample(labels, [0.1, 0.025], 3)
     other, _ = per_class_sample(labels, [0.1, 0.025], 4)
     assert torch.equal(weights, again) and not torch.equal(weights, other)
-    with pytest.raises(UserError, match="sum to at most 1"):
-        per_class_sample(labels, [0.9, 0.2], 0)
+    refused("sum to at most 1", per_class_sample, labels, [0.9, 0.2], 0)
 
 
 def test_shares_that_sum_to_one_leave_no_picture_out() -> None:
@@ -88,8 +88,7 @@ def test_class_folders_with_and_without_a_test_folder(tmp_path: Path, monkeypatc
     data = open_classes("folder", 16, str(split))
     assert len(data.test) == 8 and len(data.train) + len(data.validation) == 20
     (split / "val" / "dog").rename(split / "val" / "fox")
-    with pytest.raises(UserError, match=r"its classes differ .*dog, fox"):
-        open_classes("folder", 16, str(split))
+    refused(r"its classes differ .*dog, fox", open_classes, "folder", 16, str(split))
 
 
 def cifar_files(root: Path, name: str, head: int) -> None:
@@ -135,8 +134,7 @@ def test_truncated_and_pickled_cifar_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_make_no_set_are_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        open_classes(**{"name": "emoji", "size": 32, **options})
+    refused(sentence, open_classes, **{"name": "emoji", "size": 32, **options})
 
 
 def test_small_subset_keeps_all_classes() -> None:

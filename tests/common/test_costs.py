@@ -26,7 +26,7 @@ from common.costs import (
     plan_parser,
     show,
 )
-from common.errors import UserError
+from tests.refusals import refused
 
 ROUND = Cluster("card", 4, 0.5, {"card": Gpu(10, 100)})
 
@@ -77,8 +77,7 @@ def test_what_does_not_fit_is_recomputed_then_split() -> None:
     assert fit(ROUND, 64, state=1e9, kept=3e9, recomputed=1e9) == Fit(9.0, True, 2)
     assert fit(ROUND, 16, state=1e9, kept=3e9) == Fit(7.0, False, 2)
     assert fit(ROUND, 64, state=1e9, kept=3e9, recomputed=1e9, split=False) == Fit(17.0, True, 1)
-    with pytest.raises(UserError, match=r"base does not fit a card: .* take 8\.5 GB"):
-        fit(ROUND, 4, state=8.5e9, kept=1e9, what="base")
+    refused(r"base does not fit a card: .* take 8\.5 GB", fit, ROUND, 4, state=8.5e9, kept=1e9, what="base")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +85,7 @@ def test_what_does_not_fit_is_recomputed_then_split() -> None:
     [("tpu", 1, 0.5, "unknown GPU 'tpu'; known: v100"), ("h100", 0, 0.5, "--gpus"), ("h100", 1, 40, "--utilisation")],
 )
 def test_impossible_clusters_are_refused(gpu: str, gpus: int, utilisation: float, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Cluster(gpu, gpus, utilisation)
+    refused(message, Cluster, gpu, gpus, utilisation)
 
 
 def test_options_name_a_cluster() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import warnings
 from pathlib import Path
 
@@ -17,32 +15,10 @@ from common.data import folders
 from common.data.folders import Framing, open_images
 from common.data.shards import ShardedImages
 from common.errors import UserError
+from tests.common.pictures import captioned, level, parquet, pictures, png, told
+from tests.refusals import refused
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
-
-
-def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(out, "PNG")
-    return out.getvalue()
-
-
-def captioned(root: Path, n: int) -> Path:
-    """n grey squares; image i has grey level i and caption "grey i"."""
-    root.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i in range(n):
-        (root / f"{i:03d}.png").write_bytes(png(i))
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"grey {i}"}))
-    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return root
-
-
-def level(item: dict) -> int:
-    return int(item["image"][0, 0, 0])
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_policies_cut_the_middle_a_seeded_place_or_nothing() -> None:
@@ -65,11 +41,7 @@ def test_policies_cut_the_middle_a_seeded_place_or_nothing() -> None:
 def test_image_folder_yields_image_caption_and_label(tmp_path: Path) -> None:
     data = open_images(captioned(tmp_path / "d", 5), size=4)
     assert len(data) == 5
-    assert [(level(data[i]), data[i]["caption"], data[i]["label"]) for i in (0, 4, -2)] == [
-        (0, "grey 0", -1),
-        (4, "grey 4", -1),
-        (3, "grey 3", -1),
-    ]
+    assert [told(data[i]) for i in (0, 4, -2)] == [(0, "grey 0", -1), (4, "grey 4", -1), (3, "grey 3", -1)]
     assert data[0]["image"].shape == (3, 4, 4) and data[0]["image"].dtype == torch.uint8
     assert data.captions() == [f"grey {i}" for i in range(5)]
 
@@ -80,10 +52,7 @@ def test_class_folders_give_label_and_caption(tmp_path: Path) -> None:
         (tmp_path / "d" / name / "deep" / "a.PNG").write_bytes(png(value))
     data = open_images(tmp_path / "d", size=4)
     assert data.classes == ["lynx", "red_fox"]
-    assert [(level(data[i]), data[i]["caption"], data[i]["label"]) for i in range(2)] == [
-        (20, "lynx", 0),
-        (10, "red fox", 1),
-    ]
+    assert [told(data[i]) for i in range(2)] == [(20, "lynx", 0), (10, "red fox", 1)]
 
 
 @pytest.mark.parametrize(
@@ -107,27 +76,21 @@ def test_bad_metadata_line_is_named(tmp_path: Path, line: str, message: str) -> 
     (tmp_path / "secret.png").write_bytes(png(1))
     with (root / "metadata.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=message):
-        open_images(root, size=4)
+    refused(message, open_images, root, size=4)
 
 
 def test_empty_missing_and_unsorted_folders_are_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no images in it"):
-        open_images(tmp_path / "empty", size=4)
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
-        open_images(tmp_path / "nowhere", size=4)
-    (tmp_path / "loose").mkdir()
-    (tmp_path / "loose" / "a.png").write_bytes(png(1))
-    with pytest.raises(UserError, match=r"loose: 1 images but no metadata.jsonl"):
-        open_images(tmp_path / "loose", size=4)
-    with pytest.raises(UserError, match=r"a.png: not a folder"):
-        open_images(tmp_path / "loose" / "a.png", size=4)
-    (tmp_path / "loose" / "metadata.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="it has no line"):
-        open_images(tmp_path / "loose", size=4)
-    with pytest.raises(UserError, match="unknown resize policy 'stretch'"):
-        open_images(tmp_path / "loose", size=4, policy="stretch")  # type: ignore[arg-type]
+    loose = tmp_path / "loose"
+    for folder in (tmp_path / "empty", loose):
+        folder.mkdir()
+    refused("empty: no images in it", open_images, tmp_path / "empty", size=4)
+    refused("nowhere: there is no such folder", open_images, tmp_path / "nowhere", size=4)
+    (loose / "a.png").write_bytes(png(1))
+    refused(r"loose: 1 images but no metadata.jsonl", open_images, loose, size=4)
+    refused(r"a.png: not a folder", open_images, loose / "a.png", size=4)
+    (loose / "metadata.jsonl").write_text("\n")
+    refused("it has no line", open_images, loose, size=4)
+    refused("unknown resize policy 'stretch'", open_images, loose, size=4, policy="stretch")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:skipped .*042")
@@ -139,12 +102,7 @@ def test_broken_image_is_named_and_replaced_by_the_next_good_one(tmp_path: Path,
     with pytest.warns(UserWarning, match=r"skipped .*041\.png"):
         data = open_images(root, size=4, scan=scan)
         items = [data[i] for i in (41, 40, 42, 43)]
-    assert [(level(item), item["caption"]) for item in items] == [
-        (43, "grey 43"),
-        (40, "grey 40"),
-        (43, "grey 43"),
-        (43, "grey 43"),
-    ]
+    assert [told(item) for item in items] == [(n, f"grey {n}", -1) for n in (43, 40, 43, 43)]
     assert len(data) == 200 and data.corrupt.sum() == 2
 
 
@@ -192,19 +150,10 @@ def test_random_crop_depends_on_index_and_step_only(tmp_path: Path) -> None:
 def hub_table(n: int = 6):
     import datasets
 
-    features = datasets.Features(
-        {
-            "picture": datasets.Image(),
-            "text": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["dark", "very_dark"]),
-        }
-    )
-    rows = {
-        "picture": [{"bytes": png(i), "path": None} for i in range(n)],
-        "text": [f"grey {i}" for i in range(n)],
-        "label": [i % 2 for i in range(n)],
-    }
-    return datasets.Dataset.from_dict(rows, features=features)
+    label = datasets.ClassLabel(names=["dark", "very_dark"])
+    features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string"), "label": label})
+    texts, labels = [f"grey {i}" for i in range(n)], [i % 2 for i in range(n)]
+    return datasets.Dataset.from_dict({"picture": pictures(range(n)), "text": texts, "label": labels}, features)
 
 
 def test_dataset_saved_to_disk_and_parquet_open_by_path(tmp_path: Path) -> None:
@@ -213,13 +162,10 @@ def test_dataset_saved_to_disk_and_parquet_open_by_path(tmp_path: Path) -> None:
     hub_table().to_parquet(tmp_path / "parquet" / "part.parquet")
     for name in ("saved", "parquet"):
         data = open_images(tmp_path / name, size=4, image_column="picture")
-        assert [(level(data[i]), data[i]["caption"], data[i]["label"]) for i in (0, 5)] == [
-            (0, "grey 0", 0),
-            (5, "grey 5", 1),
-        ]
+        assert [told(data[i]) for i in (0, 5)] == [(0, "grey 0", 0), (5, "grey 5", 1)]
         assert data.classes == ["dark", "very_dark"]
-        with pytest.raises(UserError, match="no image column 'image'; its columns are picture, text, label"):
-            open_images(tmp_path / name, size=4, image_column="image")
+        columns = "no image column 'image'; its columns are picture, text, label"
+        refused(columns, open_images, tmp_path / name, size=4, image_column="image")
         assert level(open_images(tmp_path / name, size=4)[3]) == 3, "the one column that may hold pictures"
         with pytest.raises(UserError, match="no caption column 'prompt'"):
             open_images(tmp_path / name, size=4, image_column="picture", caption_column="prompt")
@@ -233,17 +179,10 @@ def test_hub_name_offline_is_one_sentence() -> None:
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Six parquet shards of 7 to 12 rows in row groups of 4; grey level = running number (57 images)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (tmp_path / "shards").mkdir()
-    start = 0
-    for shard in range(6):
+    for shard, start in enumerate((0, 7, 15, 24, 34, 45)):
         numbers = range(start, start + 7 + shard)
-        images = [{"bytes": png(i), "path": None} for i in numbers]
-        table = pa.table({"image": images, "text": [f"grey {i}" for i in numbers]})
-        pq.write_table(table, tmp_path / "shards" / f"part-{shard}.parquet", row_group_size=4)
-        start += len(numbers)
+        path = tmp_path / "shards" / f"part-{shard}.parquet"
+        parquet(path, 4, image=pictures(numbers), text=[f"grey {i}" for i in numbers])
     return tmp_path / "shards"
 
 
@@ -252,12 +191,8 @@ def stream(shards: Path, **options) -> ShardedImages:
 
 
 def batches(data: ShardedImages, count: int) -> list[list[int]]:
-    loader = DataLoader(
-        data,
-        batch_size=data.batch_size,
-        num_workers=data.workers,
-        multiprocessing_context="fork" if data.workers else None,
-    )
+    context = "fork" if data.workers else None
+    loader = DataLoader(data, data.batch_size, num_workers=data.workers, multiprocessing_context=context)
     return [batch["image"][:, 0, 0, 0].tolist() for batch, _ in zip(loader, range(count))]
 
 
@@ -287,48 +222,37 @@ def test_stream_resumes_exactly_at_any_step(shards: Path, workers: int) -> None:
 
 def test_resume_with_another_layout_is_refused(shards: Path) -> None:
     state = stream(shards).state_dict(4)
-    with pytest.raises(UserError, match="saved with batch_size=3 but now has batch_size=4"):
-        stream(shards, batch_size=4).load_state_dict(state)
-    with pytest.raises(UserError, match="workers=2, but the DataLoader has num_workers=0"):
-        next(iter(stream(shards, workers=2)))
+    refused("saved with batch_size=3 but now has batch_size=4", stream(shards, batch_size=4).load_state_dict, state)
+    refused("workers=2, but the DataLoader has num_workers=0", next, iter(stream(shards, workers=2)))
 
 
 def test_image_folders_serve_as_shards(tmp_path: Path) -> None:
     captioned(tmp_path / "s" / "a", 4)
     captioned(tmp_path / "s" / "b", 3)
     data = ShardedImages([tmp_path / "s" / "a", tmp_path / "s" / "b"], size=4, batch_size=1, repeat=False)
-    assert sorted(item["caption"] for item in data) == sorted(
-        [f"grey {i}" for i in range(4)] + [f"grey {i}" for i in range(3)]
-    )
+    assert sorted(item["caption"] for item in data) == sorted(f"grey {i}" for n in (4, 3) for i in range(n))
 
 
 def test_stream_replaces_broken_images_and_stops_when_there_are_many(shards: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def write(n: int, bad: set[int]) -> None:
-        images = [{"bytes": b"broken" if i in bad else png(i % 256), "path": None} for i in range(n)]
-        pq.write_table(pa.table({"image": images, "text": [str(i) for i in range(n)]}), shards / "only.parquet")
-
-    write(120, {60})
+    images = pictures(range(120))
+    texts = [str(i) for i in range(120)]
+    images[60] = {"bytes": b"broken", "path": None}
+    only = parquet(shards / "only.parquet", image=images, text=texts)
     with pytest.warns(UserWarning, match=r"skipped .*only.parquet row 60"):
-        items = list(ShardedImages(shards / "only.parquet", size=4, batch_size=1, repeat=False))
+        items = list(ShardedImages(only, size=4, batch_size=1, repeat=False))
     assert len(items) == 120 and "60" not in {item["caption"] for item in items}
-    write(120, {60, 61})
+    images[61] = images[60]
+    parquet(only, image=images, text=texts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UserError, match=r"2 of 120 images cannot be read(.|\n)*only.parquet row 6[01]"):
-            list(ShardedImages(shards / "only.parquet", size=4, batch_size=1, repeat=False))
+            list(ShardedImages(only, size=4, batch_size=1, repeat=False))
 
 
 def test_missing_truncated_and_wrong_shards_are_named(shards: Path) -> None:
-    with pytest.raises(UserError, match="no shard matches"):
-        stream(shards / "nowhere")
-    with pytest.raises(UserError, match="there is no such shard"):
-        ShardedImages(shards / "x.parquet", size=4, batch_size=1)
-    with pytest.raises(UserError, match="no caption column 'caption'; its columns are image, text"):
-        stream(shards, caption_column="caption")
+    refused("no shard matches", stream, shards / "nowhere")
+    refused("there is no such shard", ShardedImages, shards / "x.parquet", size=4, batch_size=1)
+    refused("no caption column 'caption'; its columns are image, text", stream, shards, caption_column="caption")
     path = shards / "part-3.parquet"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"part-3.parquet: not a whole parquet file"):
-        stream(shards)
+    refused(r"part-3.parquet: not a whole parquet file", stream, shards)

@@ -14,10 +14,7 @@ from common.data.rows import FEWEST_IMAGES, hold_out
 from common.errors import UserError
 from common.images import image_files
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tree(root: Path, *names: str) -> Path:

@@ -13,7 +13,6 @@ from cleanfid.resize import make_resizer
 from PIL import Image, ImageOps
 
 from common import images as module
-from common.errors import UserError
 from common.images import (
     CorruptImage,
     as_uint8,
@@ -30,6 +29,8 @@ from common.images import (
     to_uint8,
     to_unit,
 )
+from tests.common.pictures import png
+from tests.refusals import refused
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
@@ -72,8 +73,7 @@ def test_every_accepted_layout_becomes_the_same_bytes():
     ],
 )
 def test_ambiguous_images_are_refused(images, message):
-    with pytest.raises(UserError, match=message):
-        as_uint8(images)
+    refused(message, as_uint8, images)
 
 
 def test_alpha_is_composited_on_white(tmp_path):
@@ -100,12 +100,10 @@ def test_folder_batches_cover_every_file_once_and_group_sizes(tmp_path):
 
 
 def test_empty_and_broken_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no image"):
-        image_files(tmp_path)
+    refused("holds no image", image_files, tmp_path)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n cut short")
-    with pytest.raises(UserError, match=r"broken\.png: not a readable image"):
-        list(folder_batches(image_files(tmp_path)))
+    refused(r"broken\.png: not a readable image", list, folder_batches(image_files(tmp_path)))
 
 
 def test_grid_places_images_row_by_row_and_enlarges_without_blur():
@@ -135,19 +133,10 @@ def test_saving_makes_the_folder_and_leaves_no_partial_file(tmp_path):
 
 
 def test_grids_that_cannot_be_made_or_saved_are_explained(tmp_path):
-    with pytest.raises(UserError, match="2 images but 1 captions"):
-        make_grid(noise(2, 8, 8), captions=["one"])
-    with pytest.raises(UserError, match="at least one image"):
-        make_grid(noise(0, 8, 8))
+    refused("2 images but 1 captions", make_grid, noise(2, 8, 8), captions=["one"])
+    refused("at least one image", make_grid, noise(0, 8, 8))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the picture"):
-        save_grid(noise(1, 8, 8), tmp_path / "file" / "grid.png")
-
-
-def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(out, "PNG")
-    return out.getvalue()
+    refused("cannot write the picture", save_grid, noise(1, 8, 8), tmp_path / "file" / "grid.png")
 
 
 def test_alpha_is_laid_on_the_background() -> None:

@@ -6,7 +6,6 @@ Also a program, see kernel_process.py: `python -m tests.common.test_kernel_group
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor
 from common.kernels import group_norm_silu as kernel
 from common.kernels.group_norm_silu import group_norm_silu
 from tests.common.kernel_process import (
-    KernelFacts,
     answer,
+    assert_obeys_torch_library,
+    compile_difference,
     compile_for_hopper,
-    difference_when_compiled,
-    findings,
+    compiled_for_hopper,
     on_gpu,
     opcheck,
-    relative_errors,
 )
 
 
@@ -71,42 +69,58 @@ def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of output and gradients against float64, and whether the layout was kept."""
-    *inputs, dy = _inputs(case, device)
-    x, weight, bias = (t.requires_grad_() for t in inputs)
-    limit, tile = case.tile or kernel.WHOLE_GROUP_LIMIT, case.tile or kernel.TILE
-    with patch.multiple(kernel, WHOLE_GROUP_LIMIT=limit, TILE=tile):
+    limits = kernel.WHOLE_GROUP_LIMIT, kernel.TILE
+    if case.tile is not None:
+        kernel.WHOLE_GROUP_LIMIT, kernel.TILE = case.tile, case.tile
+    try:
+        *inputs, dy = _inputs(case, device)
+        x, weight, bias = (t.requires_grad_() for t in inputs)
         y = group_norm_silu(x, case.groups, weight, bias)
         ours = (y, *torch.autograd.grad(y, (x, weight, bias), dy))
+    finally:
+        kernel.WHOLE_GROUP_LIMIT, kernel.TILE = limits
     x, weight, bias = (t.detach().double().requires_grad_() for t in inputs)
     exact = F.silu(F.group_norm(x, case.groups, weight, bias))
     expected = (exact, *torch.autograd.grad(exact, (x, weight, bias), dy.double()))
+    found = {
+        name: ((a.double() - b).abs().max() / b.abs().max()).item()
+        for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, expected, strict=True)
+    }
     return {
-        "errors": relative_errors(("y", "dx", "dweight", "dbias"), ours, expected),
+        "errors": found,
         "strides_kept": y.stride() == inputs[0].stride() == ours[1].stride(),
         "dtypes": [str(t.dtype) for t in ours],
         "used_kernels": "GroupNormSilu" in type(y.grad_fn).__name__ or "group_norm_silu" in y.grad_fn.name(),
     }
 
 
-def opchecks(device: str) -> dict[str, str]:
+def _opcheck(device: str) -> dict[str, str]:
     calls = {}
     for name in ("one_tile_channels_last", "bfloat16"):
-        x, weight, bias, _ = (t.requires_grad_() for t in _inputs(CASES[name], device))
-        calls[name] = kernel._op, (x, CASES[name].groups, weight, bias, 1e-5)
+        x, weight, bias, _ = _inputs(CASES[name], device)
+        args = (x.requires_grad_(), CASES[name].groups, weight.requires_grad_(), bias.requires_grad_(), 1e-5)
+        calls[name] = kernel._op, args
     return opcheck(calls)
+
+
+def _compiles_without_graph_break(device: str) -> float:
+    case = CASES["one_tile"]
+    x, weight, bias, _ = _inputs(case, device)
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * group_norm_silu(x, case.groups, weight, bias)
+
+    return compile_difference(double, x)
 
 
 def _interpret() -> dict[str, Any]:
     """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
-    x, *parameters, _ = _inputs(CASES["one_tile"], "cpu")
     strided = torch.randn(2, 6, 4, 8)[..., ::2]
     weight, bias = torch.randn(6), torch.randn(6)
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": opchecks("cpu"),
-        "compile_difference": difference_when_compiled(
-            lambda x: 2 * group_norm_silu(x, CASES["one_tile"].groups, *parameters), x
-        ),
+        "opcheck": _opcheck("cpu"),
+        "compile_difference": _compiles_without_graph_break("cpu"),
         "strided_error": (group_norm_silu(strided, 3, weight, bias) - F.silu(F.group_norm(strided, 3, weight, bias)))
         .abs()
         .max()
@@ -179,17 +193,21 @@ def _assert_matches(found: dict[str, Any], case: Case) -> None:
     assert found["dtypes"] == [str(case.dtype), str(case.dtype), "torch.float32", "torch.float32"]
 
 
+def test_the_op_obeys_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
+    assert_obeys_torch_library(interpreted["opcheck"])
+
+
+def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
+    assert interpreted["compile_difference"] < 1e-6
+
+
 def test_strided_input_is_read_correctly(interpreted: dict[str, Any]) -> None:
     assert interpreted["strided_error"] < 1e-5
 
 
-class TestKernels(KernelFacts):
-    builds = 6
-
-
-def test_kernels_read_16_bytes_a_thread_from_nchw() -> None:
-    compiled = findings(__name__, "compile")
-    assert all(found["wide_loads"] or found["channels_last"] for found in compiled.values()), compiled
+def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
+    for name, found in compiled_for_hopper(__name__, 6).items():
+        assert found["wide_loads"] or found["channels_last"], f"{name} does not read 16 bytes a thread from NCHW"
 
 
 def test_on_cpu_the_public_function_is_the_plain_torch_expression() -> None:
@@ -248,6 +266,11 @@ def test_native_kernels_match_float64_forward_and_backward(name: str) -> None:
 def test_native_kernels_match_float64_at_stable_diffusions_shapes(shape: tuple[int, ...], channels_last: bool) -> None:
     case = Case(shape, 32, torch.bfloat16, channels_last)
     _assert_matches(errors(case, "cuda"), case)
+
+
+@on_gpu
+def test_native_op_obeys_the_rules_of_torch_library() -> None:
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from common.ledger import (
     write_rows,
 )
 from common.paths import REPOSITORY
+from tests.refusals import refused
 
 CLAIM = Claim(
     id="L1",
@@ -69,10 +70,8 @@ def test_comparison_at_the_threshold(op: ledger.Op, holds: bool) -> None:
 
 
 def test_small_tier_refuses_fewer_than_three_different_seeds() -> None:
-    with pytest.raises(UserError, match="at least 3 different seeds, got 2"):
-        record(CLAIM, GOOD[:2], seconds=1, peak_memory_bytes=1)
-    with pytest.raises(UserError, match="got 2"):
-        record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1, seeds=[0, 1, 1])
+    refused("at least 3 different seeds, got 2", record, CLAIM, GOOD[:2], seconds=1, peak_memory_bytes=1)
+    refused("got 2", record, CLAIM, GOOD, seconds=1, peak_memory_bytes=1, seeds=[0, 1, 1])
     assert record(replace(CLAIM, tier="smoke"), GOOD[:1], seconds=1, peak_memory_bytes=1)["std"] == 0.0
 
 
@@ -89,10 +88,8 @@ def test_missing_metric_is_named() -> None:
 
 
 def test_unknown_tier_and_comparison_are_refused() -> None:
-    with pytest.raises(UserError, match="tier 'huge'"):
-        replace(CLAIM, tier="huge")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="comparison '=='"):
-        replace(CLAIM, target=Target("", "x", "==", 1.0))  # type: ignore[arg-type]
+    refused("tier 'huge'", replace, CLAIM, tier="huge")  # type: ignore[arg-type]
+    refused("comparison '=='", replace, CLAIM, target=Target("", "x", "==", 1.0))  # type: ignore[arg-type]
 
 
 def test_claims_merge_by_id_and_tier_in_natural_order(tmp_path: Path) -> None:
@@ -115,10 +112,8 @@ def test_a_changed_target_is_refused_before_and_after_the_run(tmp_path: Path) ->
     fewer = replace(CLAIM, target=replace(CLAIM.target, conditions=()))
     reworded = replace(CLAIM, target=replace(CLAIM.target, text="FD lower by 15 % or more"))
     for changed in (easier, fewer):
-        with pytest.raises(UserError, match=r"L1 .small. is on record with another target"):
-            check_targets(path, [changed])
-        with pytest.raises(UserError, match="another target"):
-            write_claims(path, [record(changed, GOOD, seconds=1, peak_memory_bytes=1)])
+        refused(r"L1 .small. is on record with another target", check_targets, path, [changed])
+        refused("another target", write_claims, path, [record(changed, GOOD, seconds=1, peak_memory_bytes=1)])
     assert path.read_bytes() == before
     check_targets(path, [CLAIM, reworded, replace(easier, id="L1b")])
     check_targets(tmp_path / "absent.json", [easier])
@@ -128,8 +123,7 @@ def test_a_broken_results_file_is_named_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "ldm.json"
     for text in ("{", "[]", '{"claims": 3}'):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=r"ldm\.json"):
-            write_claims(path, [record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)])
+        refused(r"ldm\.json", write_claims, path, [record(CLAIM, GOOD, seconds=1, peak_memory_bytes=1)])
         assert path.read_text(encoding="utf-8") == text
 
 
@@ -141,8 +135,7 @@ def test_bench_ratio_above_one_is_better_for_us_in_either_direction(tmp_path: Pa
     assert (lighter["ratio"], lighter["holds"]) == (2.0, True)
     assert bench_row("training", 12.0, 10.0, "images/s", target=1.3)["holds"] is False
     assert bench_row("peak", 1.0, 2.0, "TFLOP/s")["holds"] is None
-    with pytest.raises(UserError, match="must be positive"):
-        bench_row("training", 0.0, 10.0, "images/s")
+    refused("must be positive", bench_row, "training", 0.0, 10.0, "images/s")
 
     path = tmp_path / "bench_ldm.json"
     write_rows(path, [faster, lighter])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.data.lines import read_json_lines, read_lines, read_rows
-from common.errors import UserError
+from tests.refusals import refused
 
 # What str.splitlines takes for line ends besides the newline.
 ODD = "form\ffeed, next\x85line, separator\u2028here, paragraph\u2029there, tab\vvertical, file\x1cend, return\rin it"
@@ -50,17 +50,13 @@ def test_json_lines_keep_what_captions_may_hold_and_count_blank_lines(tmp_path: 
 def test_a_bad_line_is_refused_by_file_and_number(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "some.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match=rf"some\.jsonl {message}"):
-        list(read_json_lines(path, "text"))
+    refused(rf"some\.jsonl {message}", list, read_json_lines(path, "text"))
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.txt: no such file"):
-        list(read_lines(tmp_path / "absent.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
-        list(read_lines(tmp_path))
-    with pytest.raises(UserError, match=r"expected a file that ends in \.jsonl, \.csv, \.tsv or \.parquet"):
-        list(read_rows(tmp_path / "a.xlsx"))
+    refused(r"absent\.txt: no such file", list, read_lines(tmp_path / "absent.txt"))
+    refused("cannot be read", list, read_lines(tmp_path))
+    refused(r"expected a file that ends in \.jsonl, \.csv, \.tsv or \.parquet", list, read_rows(tmp_path / "a.xlsx"))
 
 
 def test_the_four_kinds_of_tables_give_the_same_rows(tmp_path: Path) -> None:
@@ -85,8 +81,7 @@ def test_rows_with_more_cells_than_columns_are_refused_and_short_ones_end_in_non
         (tmp_path / name).write_text(f"text{sign}label\na\nb{sign}1{sign}2\n")
         rows = read_rows(tmp_path / name)
         assert next(rows)[1] == {"text": "a", "label": None}
-        with pytest.raises(UserError, match=r"line 3: 3 cells, but the first line names 2 columns \(text, label\)"):
-            next(rows)
+        refused(r"line 3: 3 cells, but the first line names 2 columns \(text, label\)", next, rows)
     (tmp_path / "t.csv").write_text('text\n"over\ntwo lines"\nlast\n')
     assert [(where[-6:], row["text"]) for where, row in read_rows(tmp_path / "t.csv")] == [
         ("line 3", "over\ntwo lines"),

@@ -6,7 +6,6 @@ Also a program, see kernel_process.py: `python -m tests.common.test_moe_dispatch
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor
 from common.kernels import moe_dispatch as kernel
 from common.kernels.moe_dispatch import combine_rows, grouped_linear, permute_rows
 from tests.common.kernel_process import (
-    KernelFacts,
     answer,
+    assert_obeys_torch_library,
+    compile_difference,
     compile_for_hopper,
-    difference_when_compiled,
-    findings,
+    compiled_for_hopper,
     on_gpu,
     opcheck,
-    relative_errors,
 )
 
 
@@ -103,29 +101,37 @@ def _exact(given: Given, x: Tensor, weight_TK: Tensor, weight_GFD: Tensor, bias_
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of the chain permute, grouped product, combine and of all its gradients against float64."""
-    tiles = dict(zip(("TILE_ROWS", "TILE_COLUMNS", "TILE_INNER"), case.tile))
+    limits = kernel.FLOAT_TILES, kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER, kernel.COPY_TILE
+    kernel.FLOAT_TILES = case.tile
+    kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER = case.tile
+    kernel.COPY_TILE = 16
     given = _given(case, device)
-    leaves = [given.x, given.weight_TK, given.weight_GFD, *([given.bias_GF] if given.bias_GF is not None else [])]
-    ours = [leaf.detach().requires_grad_() for leaf in leaves]
-    bias = ours[3] if case.bias else None
-    with patch.multiple(kernel, FLOAT_TILES=case.tile, COPY_TILE=16, **tiles):
+    try:
+        leaves = [given.x, given.weight_TK, given.weight_GFD, *([given.bias_GF] if given.bias_GF is not None else [])]
+        ours = [leaf.detach().requires_grad_() for leaf in leaves]
+        bias = ours[3] if case.bias else None
         rows = permute_rows(ours[0], given.route_N, given.row_TK)
         out = grouped_linear(rows, ours[2], bias, given.starts_G1)
         y = combine_rows(out, ours[1], given.route_N, given.row_TK)
         gradients = torch.autograd.grad(y, ours, given.dy)
+    finally:
+        (kernel.FLOAT_TILES, kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.TILE_INNER, kernel.COPY_TILE) = limits
     theirs = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = _exact(given, theirs[0], theirs[1], theirs[2], theirs[3] if case.bias else None)
     if expected.requires_grad:
         exact_gradients = torch.autograd.grad(expected, theirs, given.dy.double())
     else:
         exact_gradients = tuple(torch.zeros_like(leaf) for leaf in theirs)
-    labels = ("y", "dx", "dcombine", "dweight", "dbias")[: 1 + len(ours)]
-    found = relative_errors(labels, (y, *gradients), (expected, *exact_gradients), least=1e-30)
+    labels = ("y", "dx", "dcombine", "dweight", "dbias")
+    found = {
+        label: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        for label, a, b in zip(labels, (y, *gradients), (expected, *exact_gradients))
+    }
     names = [t.grad_fn.name() for t in (rows, out, y) if t.grad_fn is not None]
     return {"errors": found, "dtypes": [str(y.dtype), *(str(g.dtype) for g in gradients)], "nodes": names}
 
 
-def opchecks(device: str) -> dict[str, str]:
+def _opcheck(device: str) -> dict[str, str]:
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name in ("dropped_routes", "bfloat16"):
         given = _given(CASES[name], device)
@@ -137,19 +143,23 @@ def opchecks(device: str) -> dict[str, str]:
     return opcheck(calls)
 
 
-def _interpret() -> dict[str, Any]:
-    """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
-    given = _given(CASES["dropped_routes"], "cpu")
+def _compiles_without_graph_break(device: str) -> float:
+    given = _given(CASES["dropped_routes"], device)
 
     def chain(x: Tensor) -> Tensor:
         rows = permute_rows(x, given.route_N, given.row_TK)
         out = grouped_linear(rows, given.weight_GFD, given.bias_GF, given.starts_G1)
         return combine_rows(torch.tanh(out), given.weight_TK, given.route_N, given.row_TK)
 
+    return compile_difference(chain, given.x)
+
+
+def _interpret() -> dict[str, Any]:
+    """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": opchecks("cpu"),
-        "compile_difference": difference_when_compiled(chain, given.x),
+        "opcheck": _opcheck("cpu"),
+        "compile_difference": _compiles_without_graph_break("cpu"),
     }
 
 
@@ -217,12 +227,16 @@ def _assert_matches(found: dict[str, Any], case: Case) -> None:
     assert found["dtypes"] == [str(dtype) for dtype in expected]
 
 
-class TestKernels(KernelFacts):
-    builds = 10
+def test_the_ops_obey_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
-def test_products_in_half_precision_run_on_tensor_cores() -> None:
-    compiled = findings(__name__, "compile")
+def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
+    assert interpreted["compile_difference"] < 1e-6
+
+
+def test_every_kernel_compiles_for_hopper_within_a_blocks_shared_memory() -> None:
+    compiled = compiled_for_hopper(__name__, 10)
     for name in ("_grouped_linear_kernel.bf16", "_weight_gradient_kernel.bf16"):
         assert compiled[name]["tensor_cores"], f"{name} does not use Hopper's tensor cores"
 

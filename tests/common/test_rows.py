@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from common.data.folders import Images, broken_rows, open_images, open_source
 from common.data.rows import LEFT_OUT, caption_of, hold_out, label_of, picture_of, split_of
 from common.data.shards import ShardedImages
 from common.errors import UserError
 from common.images import CorruptImage
+from tests.common.pictures import level, parquet, pictures, png, told
+from tests.refusals import refused
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+def _no_cache_of_others(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def png(value: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, value, value)).save(out, "PNG")
-    return out.getvalue()
-
-
-def pictures(numbers: range) -> list[dict[str, Any]]:
-    return [{"bytes": png(i), "path": None} for i in numbers]
-
-
-def parquet(path: Path, **columns: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
 def levels(images: Images) -> list[int]:
-    return [int(images[i]["image"][0, 0, 0]) for i in range(len(images))]
+    return [level(images[i]) for i in range(len(images))]
 
 
 def parts(where: Path) -> list[list[int]]:
@@ -75,7 +56,7 @@ def test_parquet_files_of_splits_stay_apart(tmp_path: Path) -> None:
     parquet(tmp_path / "t/data/test-00000-of-00001.parquet", image=pictures(range(50, 60)), text=["y"] * 10)
     assert parts(tmp_path / "t") == [list(range(50)), list(range(50, 60))]
     shards = ShardedImages(str(tmp_path / "t/data/*.parquet"), size=4, batch_size=1, repeat=False)
-    train, held_out = ([int(item["image"][0, 0, 0]) for item in part] for part in shards.hold_out())
+    train, held_out = ([level(item) for item in part] for part in shards.hold_out())
     assert sorted(train) == list(range(50)) and held_out == list(range(50, 60))
 
 
@@ -84,10 +65,9 @@ def test_shards_to_hold_out_leave_the_training_wherever_they_are_named(tmp_path:
         parquet(tmp_path / f"part-{shard}.parquet", image=pictures(range(10 * shard, 10 * shard + 10)))
     shards = ShardedImages(str(tmp_path / "*.parquet"), size=4, batch_size=1, repeat=False)
     for named, first in ((None, 20), (tmp_path / "part-1.parquet", 10)):
-        train, held_out = ({int(item["image"][0, 0, 0]) for item in part} for part in shards.hold_out(named))
+        train, held_out = ({level(item) for item in part} for part in shards.hold_out(named))
         assert held_out == set(range(first, first + 10)) and train == set(range(30)) - held_out
-    with pytest.raises(UserError, match="no shard is left to train on"):
-        shards.hold_out(str(tmp_path / "*.parquet"))
+    refused("no shard is left to train on", shards.hold_out, str(tmp_path / "*.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -119,18 +99,16 @@ def test_the_only_candidate_of_a_kind_is_found(
     source = open_source(path)
     assert (source.columns.image, source.columns.text, source.columns.label) == taken  # type: ignore[attr-defined]
     whole = Images(source, open_images(path, 4, caption_column=columns.get("en") and "en").framing)
-    assert [(int(i["image"][0, 0, 0]), i["caption"], i["label"]) for i in map(whole.__getitem__, range(2))] == wanted
+    assert [told(whole[i]) for i in range(2)] == wanted
     stream = ShardedImages(path, size=4, batch_size=1, buffer=1, label_column=None, repeat=False)
-    assert [(int(item["image"][0, 0, 0]), item["caption"], item["label"]) for item in stream] == wanted
+    assert [told(item) for item in stream] == wanted
 
 
 def test_columns_that_cannot_be_told_are_named_with_the_option(tmp_path: Path) -> None:
     two = parquet(tmp_path / "two.parquet", left=pictures(range(2)), right=pictures(range(2)))
-    with pytest.raises(UserError, match=r"left and right may be the image column; .*--data.image_column"):
-        open_source(two)
+    refused(r"left and right may be the image column; .*--data.image_column", open_source, two)
     none = parquet(tmp_path / "none.parquet", number=[1, 2], text=["a", "b"])
-    with pytest.raises(UserError, match=r"no image column was found; its columns are number, text"):
-        open_source(none)
+    refused(r"no image column was found; its columns are number, text", open_source, none)
     with pytest.raises(UserError, match=r"no caption column was found; its columns are left, right; .*text_column"):
         ShardedImages(two, size=4, batch_size=1, image_column="left", need=["caption"])
     assert open_source(two, image="right", text=LEFT_OUT).label(1) == ("", -1)
@@ -140,16 +118,16 @@ def test_columns_that_cannot_be_told_are_named_with_the_option(tmp_path: Path) -
 def test_broken_cells_are_counted_as_broken_pictures_are(tmp_path: Path) -> None:
     images = pictures(range(200))
     texts: list[Any] = [[f"grey {i}", "another"] for i in range(200)]
-    images[7], texts[8] = None, None  # type: ignore[call-overload]
+    images[7], texts[8] = None, None
     path = parquet(tmp_path / "table.parquet", image=images, text=texts, label=[f"c{i % 3}" for i in range(200)])
     with pytest.warns(UserWarning, match="row 7: it has no picture"):
         data = open_images(path, 4)
     assert data.classes == ["c0", "c1", "c2"] and data[6]["caption"] == "grey 6" and data[7]["label"] == 2
     assert data[8]["caption"] == "" and levels(data)[6:9] == [6, 8, 8]
     stream = ShardedImages(path, size=4, batch_size=1, buffer=1, label_column=None, repeat=False)
-    items = {int(item["image"][0, 0, 0]): (item["caption"], item["label"]) for item in stream}
+    items = {level(item): (item["caption"], item["label"]) for item in stream}
     assert len(items) == 199 and items[6] == ("grey 6", 0) and items[8] == ("", 2) and stream.class_count() == 3
-    images[3:6] = [None] * 3  # type: ignore[list-item]
+    images[3:6] = [None] * 3
     path = parquet(tmp_path / "many.parquet", image=images, text=texts)
     with pytest.raises(UserError, match=r"4 of 200 images cannot be read"):
         open_images(path, 4)
@@ -163,7 +141,7 @@ def test_one_broken_row_of_a_small_held_out_shard_does_not_end_the_run(tmp_path:
         images = pictures(range(100 * shard, 100 * shard + (10 if shard else 100)))
         parquet(tmp_path / f"{shard}.parquet", image=[None, *images[1:]] if shard else images)
     _, held_out = ShardedImages(str(tmp_path / "*.parquet"), size=4, batch_size=1).hold_out()
-    assert [int(item["image"][0, 0, 0]) for item in held_out] == list(range(101, 110))
+    assert [level(item) for item in held_out] == list(range(101, 110))
 
 
 def test_class_names_mean_one_number_in_all_shards_and_splits(tmp_path: Path) -> None:
@@ -174,14 +152,9 @@ def test_class_names_mean_one_number_in_all_shards_and_splits(tmp_path: Path) ->
     assert [item["label"] for item in held_out] == [1, 2] and sorted(item["label"] for item in train) == [0, 0, 2]
     table = open_source(tmp_path)
     assert table.classes == ["cat", "dog", "emu"]
-    labels = {table.where(i): table.label(i) for i in range(5)}
-    assert labels == {
-        f"{tmp_path} (train) row 0": ("cat", 0),
-        f"{tmp_path} (train) row 1": ("emu", 2),
-        f"{tmp_path} (train) row 2": ("cat", 0),
-        f"{tmp_path} (test) row 0": ("dog", 1),
-        f"{tmp_path} (test) row 1": ("emu", 2),
-    }
+    places = [f"{tmp_path} ({split}) row {row}" for split, rows in (("train", 3), ("test", 2)) for row in range(rows)]
+    labels = [("cat", 0), ("emu", 2), ("cat", 0), ("dog", 1), ("emu", 2)]
+    assert {table.where(i): table.label(i) for i in range(5)} == dict(zip(places, labels))
 
 
 @pytest.mark.parametrize("cell", [3, 1.5, b"a", {"text": "a"}, [3]])
@@ -208,12 +181,8 @@ def test_cells_that_are_right_or_empty(tmp_path: Path) -> None:
 
 
 def test_splits_are_words_of_a_path() -> None:
-    names = {
-        "a/train/x": ("train", 1),
-        "val2017/x": ("validation", 0),
-        "Test-1": ("test", 0),
-        "trainer/contest": ("", -1),
-    }
+    names = {"a/train/x": ("train", 1), "val2017/x": ("validation", 0), "Test-1": ("test", 0)}
+    names["trainer/contest"] = ("", -1)
     assert {name: split_of(name.split("/")) for name in names} == names
 
 

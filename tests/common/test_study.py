@@ -13,38 +13,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from common.data.sampling import StepDataModule, TensorTable
-from common.errors import UserError
-from common.options import TrainerOptions
 from common.study import ENDLESS, Arm, Judge, Study, Watch, fit_arm, kept, kept_tensors, labelled, open_sizes
-
-OPTIONS = TrainerOptions(precision="32-true", accelerator="cpu", progress=False)
-
-
-class Slope(pl.LightningModule):
-    """y = weight x for targets 2 x."""
-
-    def __init__(self, network: nn.Linear) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return (self.network(batch["x"][:, None])[:, 0] - 2 * batch["x"]).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+from tests.common.test_training import Line, data, options_of
+from tests.refusals import refused
 
 
-def data(steps: int) -> StepDataModule:
-    return StepDataModule(TensorTable({"x": torch.linspace(0.5, 1.5, 8)}), 4, steps, seed=0)
-
-
-def fit_slope(network: nn.Linear, watch: Watch, steps: int = 4, **options: Any) -> None:
-    fit_arm(Slope(network), data(steps), watch, OPTIONS, batch_size=4, grad_clip=0.0, steps=steps, **options)
-
-
-def build() -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, 1, 1, bias=False).apply(lambda module: nn.init.zeros_(module.weight))
+def fit_line(network: Line, watch: Watch, steps: int = 4, **options: Any) -> None:
+    fit_arm(network, data(steps), watch, options_of(), batch_size=4, grad_clip=0.0, steps=steps, **options)
 
 
 def test_values_are_made_once_for_the_same_settings(tmp_path: Path) -> None:
@@ -74,9 +49,9 @@ def test_tensors_are_made_once_for_the_same_settings(tmp_path: Path) -> None:
 def test_budget_of_cpu_seconds_ends_training_and_measuring_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("common.study.time.process_time", lambda: clock[0])
-    step = Slope.training_step
+    step = Line.training_step
 
-    def slow_step(self: Slope, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def slow_step(self: Line, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         clock[0] += 1
         return step(self, batch, batch_idx)
 
@@ -84,9 +59,9 @@ def test_budget_of_cpu_seconds_ends_training_and_measuring_is_free(monkeypatch: 
         clock[0] += 100
         return {"value": float(step)}
 
-    monkeypatch.setattr(Slope, "training_step", slow_step)
+    monkeypatch.setattr(Line, "training_step", slow_step)
     watch = Watch(looks=(1, 2), measure=measure, budget=3)
-    fit_slope(build(), watch, steps=ENDLESS)
+    fit_line(Line(), watch, steps=ENDLESS)
     assert watch.steps == watch.seconds == 3
     assert [(point["value"], point["seconds"]) for point in watch.curve] == [(1, 1), (2, 2), (3, 3)]
 
@@ -94,50 +69,48 @@ def test_budget_of_cpu_seconds_ends_training_and_measuring_is_free(monkeypatch: 
 def test_the_end_is_measured_once_whether_looked_for_or_not() -> None:
     for looks, steps in ((), [4]), ([2], [2, 4]), ([2, 4], [2, 4]):
         watch = Watch(looks, lambda step: {"value": float(step)})
-        fit_slope(build(), watch)
+        fit_line(Line(), watch)
         assert [point["step"] for point in watch.curve] == steps
 
 
-def slope_arm(study: Study[Any], settings: Any, stop_at: int = 0) -> Arm[nn.Linear]:
-    def train(network: nn.Linear, folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
+def line_arm(study: Study[Any], settings: Any, stop_at: int = 0) -> Arm[Line]:
+    def train(network: Line, folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
         def measure(step: int) -> Mapping[str, float]:
             if step == stop_at:
                 raise KeyboardInterrupt
             return {"weight": float(network.weight.detach())}
 
         watch = Watch(range(1, 5), measure)
-        fit_slope(network, watch, folder=folder, checkpoint_every=1)
+        fit_line(network, watch, folder=folder, checkpoint_every=1)
         return network, {**watch.record(), "tflop": 0.5}
 
-    return study.arm("main-arm", 3, build, train, settings)
+    return study.arm("main-arm", 3, Line, train, settings)
 
 
 def test_an_arm_is_trained_once_and_read_afterwards(tmp_path: Path) -> None:
     study = Study(None, tmp_path)
-    first = slope_arm(study, {"steps": 4})
-    assert slope_arm(study, {"steps": 4}) is first
-    again = slope_arm(Study(None, tmp_path), {"steps": 4})
+    first = line_arm(study, {"steps": 4})
+    assert line_arm(study, {"steps": 4}) is first
+    again = line_arm(Study(None, tmp_path), {"steps": 4})
     assert again.record == first.record and again.network.weight.equal(first.network.weight)
     assert (
         again.steps == 4 and again.at(2)["step"] == 2 and again.last["weight"] == float(first.network.weight.detach())
     )
     assert set(again.costs()) == {"steps_main_arm", "cpu_seconds_main_arm", "tflop_main_arm"}
-    assert {path.name for path in (tmp_path / "arms").iterdir()} == {
-        "main-arm-seed3.json",
-        "main-arm-seed3.safetensors",
-    }
+    names = {path.name for path in (tmp_path / "arms").iterdir()}
+    assert names == {"main-arm-seed3.json", "main-arm-seed3.safetensors"}
     study.forget()
-    assert slope_arm(study, {"steps": 4}) is not first
+    assert line_arm(study, {"steps": 4}) is not first
     record = json.loads((tmp_path / "arms" / "main-arm-seed3.json").read_text())
     assert record["settings"] == {"steps": 4}
 
 
 def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin_anew(tmp_path: Path) -> None:
-    whole = slope_arm(Study(None, tmp_path / "whole"), {"lr": 1})
+    whole = line_arm(Study(None, tmp_path / "whole"), {"lr": 1})
     for settings, first in ({"lr": 1}, 3), ({"lr": 2}, 1):
         folder = tmp_path / f"cut{first}"
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            slope_arm(Study(None, folder), {"lr": 1}, stop_at=3)
+            line_arm(Study(None, folder), {"lr": 1}, stop_at=3)
         assert (folder / "arms" / "main-arm-seed3" / "checkpoints" / "last.ckpt").is_file()
         seen: list[int] = []
         resumed = Watch.on_train_batch_end
@@ -148,7 +121,7 @@ def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Watch, "on_train_batch_end", count)
-            arm = slope_arm(Study(None, folder), settings)
+            arm = line_arm(Study(None, folder), settings)
         assert seen == list(range(first, 5))
         assert arm.network.weight.equal(whole.network.weight)
         assert [point["weight"] for point in arm.curve] == [point["weight"] for point in whole.curve]
@@ -201,5 +174,4 @@ def test_sizes_are_the_papers_own_dataclass_and_mistakes_are_named(tmp_path: Pat
         ("steps", "step", "step"),
     ):
         path.write_text(text.replace(old, new))
-        with pytest.raises(UserError, match=rf"tier small in claims\.yaml: .*{word}"):
-            open_sizes(Sizes, path, "small")
+        refused(rf"tier small in claims\.yaml: .*{word}", open_sizes, Sizes, path, "small")

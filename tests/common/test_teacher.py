@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.paths import REPOSITORY
 from common.teacher import Teacher, folder_checksum, open_pipeline, read_schedule
 from tests.common.tiny_teacher import SCHEDULER, save_teacher, tiny_teacher
+from tests.refusals import refused
 
 PRETRAINED = REPOSITORY / "ldm" / "pretrained"
 
@@ -103,13 +104,10 @@ def test_the_checksum_follows_weights_and_configs_but_not_the_readme(folder: Pat
 def test_missing_and_damaged_parts_are_named(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="unet: cannot be read"):
-        Teacher.load(folder)
+    refused("unet: cannot be read", Teacher.load, folder)
     shutil.rmtree(folder / "vae")
-    with pytest.raises(UserError, match="vae/ is missing"):
-        Teacher.load(folder)
-    with pytest.raises(UserError, match="not a diffusers directory"):
-        Teacher.load(folder / "unet")
+    refused("vae/ is missing", Teacher.load, folder)
+    refused("not a diffusers directory", Teacher.load, folder / "unet")
 
 
 def test_weights_that_lack_a_tensor_are_refused_instead_of_left_random(folder: Path) -> None:
@@ -119,20 +117,16 @@ def test_weights_that_lack_a_tensor_are_refused_instead_of_left_random(folder: P
     state = load_file(weights)
     del state["conv_out.weight"]
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack conv_out\.weight"):
-        Teacher.load(folder)
+    refused(r"lack conv_out\.weight", Teacher.load, folder)
 
 
 def test_models_of_another_kind_are_refused(folder: Path) -> None:
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(UserError, match="is a flow already"):
-        Teacher.load(folder)
+    refused("is a flow already", Teacher.load, folder)
     edit(folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
-    with pytest.raises(UserError, match="second text encoder"):
-        Teacher.load(folder)
+    refused("second text encoder", Teacher.load, folder)
     edit(folder / "model_index.json", text_encoder_2=[None, None], text_encoder=["my_module", "MyEncoder"])
-    with pytest.raises(UserError, match="expected a transformers class"):
-        Teacher.load(folder)
+    refused("expected a transformers class", Teacher.load, folder)
 
 
 FAULTS = {
@@ -190,8 +184,7 @@ def test_networks_of_a_latent_consistency_model_or_with_a_learned_variance_are_r
         ({"class_embed_type": "timestep"}, "class_embed_type: its U-Net wants more than text"),
     ):
         unet = UNet2DConditionModel.from_config({**own, **change})
-        with pytest.raises(UserError, match=sentence):
-            Teacher(unet, *rest)
+        refused(sentence, Teacher, unet, *rest)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -221,17 +214,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(part: str, folder: Path
     name = next(key for key in sorted(state) if key.endswith("weight") and "pooler" not in key)
     state[name].flatten()[0] = float("nan")
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{part}: {name} holds numbers that are not finite"):
-        Teacher.load(folder)
-    with pytest.raises(UserError, match="not finite"):
-        open_pipeline(folder)
+    refused(f"{part}: {name} holds numbers that are not finite", Teacher.load, folder)
+    refused("not finite", open_pipeline, folder)
 
 
 def test_pictures_that_are_not_finite_are_an_error_instead_of_black() -> None:
     latents = torch.randn(3, 4, 8, 8)
     latents[1, 0, 0, 0] = float("nan")
-    with pytest.raises(UserError, match="1 of 3 pictures hold numbers that are not finite"):
-        tiny_teacher().decode(latents)
+    refused("1 of 3 pictures hold numbers that are not finite", tiny_teacher().decode, latents)
 
 
 def test_a_folder_is_read_without_remarks_of_the_libraries(saved: Path) -> None:
@@ -245,13 +235,11 @@ def test_a_folder_is_read_without_remarks_of_the_libraries(saved: Path) -> None:
 def test_stock_pipelines_with_missing_or_damaged_parts_are_one_sentence(folder: Path) -> None:
     index = folder / "model_index.json"
     edit(index, _class_name=["pipeline", "MyPipeline"])
-    with pytest.raises(UserError, match="expected a pipeline of diffusers by name"):
-        open_pipeline(folder)
+    refused("expected a pipeline of diffusers by name", open_pipeline, folder)
     edit(index, _class_name="StableDiffusionPipeline")
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="vae: cannot be read"):
-        open_pipeline(folder)
+    refused("vae: cannot be read", open_pipeline, folder)
 
 
 def test_pictures_are_drawn_in_batches_from_their_own_noises() -> None:
@@ -267,7 +255,5 @@ def test_noise_levels_come_from_the_config_and_missing_ones_are_named() -> None:
     linear = read_schedule({**SCHEDULER, "beta_schedule": "linear"})
     scaled = read_schedule(SCHEDULER)
     assert not torch.equal(linear.alphas_cumprod_T, scaled.alphas_cumprod_T)
-    with pytest.raises(UserError, match="beta_end is missing"):
-        read_schedule({key: value for key, value in SCHEDULER.items() if key != "beta_end"})
-    with pytest.raises(UserError, match="not understood"):
-        read_schedule({**SCHEDULER, "beta_schedule": "spiral"})
+    refused("beta_end is missing", read_schedule, {key: value for key, value in SCHEDULER.items() if key != "beta_end"})
+    refused("not understood", read_schedule, {**SCHEDULER, "beta_schedule": "spiral"})

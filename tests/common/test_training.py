@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from common.training import (
     load_checkpoint,
     open_run_folder,
 )
+from tests.refusals import refused
 
 
 class Line(pl.LightningModule):
@@ -131,9 +136,7 @@ def test_network_of_another_shape_and_unusable_options_are_one_sentence(tmp_path
         fit(trainer(tmp_path), Line(width=2), data(), latest_checkpoint(tmp_path))
     assert "\n" not in str(failure.value)
     for options in ({"strategy": "dpp"}, {"precision": "12-mixed"}, {"accelerator": "abacus"}):
-        with pytest.raises(UserError, match=r"trainer options .* do not fit this machine") as failure:
-            trainer(tmp_path, **options)
-        assert "\n" not in str(failure.value)
+        refused(r"trainer options .* do not fit this machine", trainer, tmp_path, **options)
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:
@@ -143,8 +146,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) 
     assert path is not None
     before = path.read_bytes()
     module.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"step 10: weight is not finite; last.ckpt not overwritten"):
-        run.save_checkpoint(path)
+    refused(r"step 10: weight is not finite; last.ckpt not overwritten", run.save_checkpoint, path)
     assert path.read_bytes() == before
 
 
@@ -159,10 +161,8 @@ def test_run_folder_takes_the_same_run_again_and_no_other(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"another configuration \(trainer.steps was 5, is 6\)"):
         open_run_folder(tmp_path / "run", "auto", CONFIG.replace("steps: 5", "steps: 6"), free)
     assert "steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"--resume never: .* is not empty"):
-        open_run_folder(tmp_path / "run", "never", CONFIG, free)
-    with pytest.raises(UserError, match="is a file"):
-        open_run_folder(tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
+    refused(r"--resume never: .* is not empty", open_run_folder, tmp_path / "run", "never", CONFIG, free)
+    refused("is a file", open_run_folder, tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
 
 
 def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,17 +175,50 @@ def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: Any, path: Any) -> None:
+        if latest_checkpoint(tmp_path) is not None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    sentence = r"cannot write .*last.ckpt: .*No space left.*last.ckpt is kept"
+    refused(sentence, fit, trainer(tmp_path, checkpoint_every=3), Line(), data(), None)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert load_checkpoint(checkpoint)["global_step"] == 3
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("harm",)
 
 
-def test_checkpoint_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CHECKPOINT = io.BytesIO()
+torch.save({"state_dict": {}, "optimizer_states": [], "loops": {}}, CHECKPOINT)
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "truncated": (lambda path: path.write_bytes(CHECKPOINT.getvalue()[:900]), "truncated or not a torch checkpoint"),
+    "with code": (lambda path: torch.save({"state_dict": Harmful()}, path), "holds pickled Python objects.*refused"),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(Harmful())), "refused|truncated"),
+    "tensors only": (lambda path: torch.save({"state_dict": {}}, path), "has no 'optimizer_states'"),
+    "a list": (lambda path: torch.save([1, 2], path), "holds a list"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_checkpoint_is_refused_and_its_code_not_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Harmful()}, tmp_path / "bad.ckpt")
-    with pytest.raises(UserError, match=r"pickled Python objects.*refused"):
-        load_checkpoint(tmp_path / "bad.ckpt")
+    write, sentence = DAMAGED[kind]
+    bad = tmp_path / "bad.ckpt"
+    write(bad)
+    assert str(bad) in refused(sentence, fit, trainer(tmp_path), Line(), data(), bad)
     assert not (tmp_path / "harm").exists()
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(UserError, match="holds a list"):
-        load_checkpoint(tmp_path / "list.ckpt")

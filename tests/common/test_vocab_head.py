@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor
 from common.kernels import vocab_head as kernel
 from common.kernels.vocab_head import hashed_uniform, vocab_head
 from tests.common.kernel_process import (
-    KernelFacts,
     answer,
+    assert_obeys_torch_library,
+    compile_difference,
     compile_for_hopper,
-    difference_when_compiled,
-    findings,
+    compiled_for_hopper,
     on_gpu,
     opcheck,
-    relative_errors,
 )
 
 
@@ -86,19 +84,27 @@ def _noisy(case: Case, logits_MV: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 def errors(case: Case, device: str) -> dict[str, Any]:
     """Relative errors of loss and gradients against float64, and whether the ids are the expected ones."""
+    limits = kernel.PROGRAMS, kernel.CHUNK, kernel.GRADIENT_CHUNK
+    kernel.PROGRAMS, kernel.CHUNK, kernel.GRADIENT_CHUNK = case.programs, case.chunk, case.chunk
     inputs = _inputs(case, device)
     leaves = [inputs[name].requires_grad_() for name in ("hidden_ME", "table_VE", "bias_V")]
     weights = torch.randn(case.rows, generator=torch.Generator().manual_seed(1)).to(device)
-    with patch.multiple(kernel, PROGRAMS=case.programs, CHUNK=case.chunk, GRADIENT_CHUNK=case.chunk):
+    try:
         found = vocab_head(**inputs, temperature=case.temperature, disallow_target=case.disallow)
         ours = (found.loss_M, *torch.autograd.grad(found.loss_M, leaves, weights))
+    finally:
+        kernel.PROGRAMS, kernel.CHUNK, kernel.GRADIENT_CHUNK = limits
     hidden, table, bias = exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = hidden @ table.t() + bias
     loss = F.cross_entropy(logits, inputs["targets_M"], reduction="none")
     expected = (loss, *torch.autograd.grad(loss, exact, weights.double()))
+    relative = {
+        name: ((a.double() - b).abs().max() / b.abs().max()).item()
+        for name, a, b in zip(("loss", "dhidden", "dtable", "dbias"), ours, expected, strict=True)
+    }
     sampled = found.sampled_M
     return {
-        "errors": relative_errors(("loss", "dhidden", "dtable", "dbias"), ours, expected),
+        "errors": relative,
         "argmax_same": bool((found.argmax_M == logits.argmax(1)).all()),
         "sample_same": None if sampled is None else bool((sampled == _noisy(case, logits, inputs).argmax(1)).all()),
         "dtypes": [str(t.dtype) for t in ours],
@@ -106,24 +112,32 @@ def errors(case: Case, device: str) -> dict[str, Any]:
     }
 
 
-def opchecks(device: str) -> dict[str, str]:
+def _opcheck(device: str) -> dict[str, str]:
     calls = {}
     for name in ("seeds", "uniform", "bfloat16"):
         inputs = _inputs(CASES[name], device)
         leaves = (inputs[key].requires_grad_() for key in ("hidden_ME", "table_VE", "bias_V"))
         noise = inputs.get("seeds_M"), inputs.get("uniform_MV")
-        calls[name] = kernel._op, (*leaves, inputs["targets_M"], *noise, 1.0, False, torch.float32)
+        args = (*leaves, inputs["targets_M"], *noise, 1.0, False, torch.float32)
+        calls[name] = kernel._op, args
     return opcheck(calls)
+
+
+def _compiles_without_graph_break(device: str) -> float:
+    inputs = _inputs(CASES["seeds"], device)
+
+    def mean(inputs: dict[str, Any]) -> Tensor:
+        return vocab_head(**inputs).loss_M.mean()
+
+    return compile_difference(mean, inputs)
 
 
 def _interpret() -> dict[str, Any]:
     """Everything the interpreter can tell; runs with TRITON_INTERPRET=1."""
     return {
         "cases": {name: errors(case, "cpu") for name, case in CASES.items()},
-        "opcheck": opchecks("cpu"),
-        "compile_difference": difference_when_compiled(
-            lambda inputs: vocab_head(**inputs).loss_M.mean(), _inputs(CASES["seeds"], "cpu")
-        ),
+        "opcheck": _opcheck("cpu"),
+        "compile_difference": _compiles_without_graph_break("cpu"),
     }
 
 
@@ -179,13 +193,17 @@ def test_plain_torch_matches_float64_forward_and_backward(name: str) -> None:
     _assert_matches(errors(CASES[name], "cpu"), CASES[name], kernels=False)
 
 
-class TestKernels(KernelFacts):
-    builds = 8
+def test_the_op_obeys_the_rules_of_torch_library(interpreted: dict[str, Any]) -> None:
+    assert_obeys_torch_library(interpreted["opcheck"])
 
 
-def test_tensor_cores_are_for_half_precision() -> None:
-    for name, found in findings(__name__, "compile").items():
-        assert found["tensor_cores"] is found["half_precision"], name
+def test_torch_compile_sees_one_graph(interpreted: dict[str, Any]) -> None:
+    assert interpreted["compile_difference"] < 1e-6
+
+
+def test_both_kernels_compile_for_hopper_within_a_blocks_shared_memory() -> None:
+    for name, found in compiled_for_hopper(__name__, 8).items():
+        assert found["tensor_cores"] is found["half_precision"], f"{name}: tensor cores are for half precision"
 
 
 def test_the_first_largest_is_found_like_by_argmax() -> None:
@@ -273,6 +291,11 @@ def test_native_kernels_match_float64_at_the_published_sizes(width: int) -> None
     case = Case(600, 30522, width, dtype=torch.bfloat16, programs=528, chunk=1 << 22)
     found = errors(case, "cuda")
     assert found["argmax_same"] and max(found["errors"].values()) < TOLERANCE[torch.bfloat16]
+
+
+@on_gpu
+def test_native_op_obeys_the_rules_of_torch_library() -> None:
+    assert_obeys_torch_library(_opcheck("cuda"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common.data.pairs import generate_pairs
-from common.ema import Ema
 from common.errors import UserError
 from common.teacher import PREDICTION_TYPES, NoiseSchedule, read_schedule
 from instaflow.flow import (
@@ -190,26 +189,6 @@ def test_k_step_times_are_the_starts_of_k_equal_steps() -> None:
     for wrong in ("0", "some", "-1"):
         with pytest.raises(UserError, match="time schedule"):
             sample_times(2, wrong)
-
-
-def test_ema_restores_the_own_weights_and_its_count_after_loading() -> None:
-    layer = torch.nn.Linear(3, 2)
-    ema = Ema(layer, 0.99)
-    for _ in range(3):
-        with torch.no_grad():
-            layer.weight.add_(1)
-        ema.update(layer)
-    own = layer.weight.detach().clone()
-    with ema.swapped_into(layer):
-        assert not torch.equal(layer.weight, own)
-    assert torch.equal(layer.weight, own)
-    copy = Ema(layer, 0.99)
-    copy.load_state_dict(ema.state_dict())
-    for average in (ema, copy):
-        average.update(layer)
-    assert torch.equal(ema.state_dict()["weight"], copy.state_dict()["weight"])
-    with pytest.raises(UserError, match="decay"):
-        Ema(layer, 1.5)
 
 
 def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> None:

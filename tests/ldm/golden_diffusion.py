@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ema import Ema
-from ldm.diffusion import (
-    Conditioning,
-    LatentDiffusion,
-    NoiseSchedule,
-    make_betas,
-    scale_factor_from_std,
-)
+from ldm.diffusion import Conditioning, LatentDiffusion, NoiseSchedule, make_betas, scale_factor_from_std
 from ldm.lr_schedules import warmup_cosine, warmup_cycles
 from ldm.masks import signed_mask
 from ldm.official import from_compvis_config

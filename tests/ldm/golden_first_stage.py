@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +12,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.metrics.lpips import LPIPS, lpips_from_state_dict
-from ldm.autoencoder import (
-    AutoencoderKL,
-    DiagonalGaussian,
-    Quantized,
-    VectorQuantizer,
-    VQModel,
-)
+from ldm.autoencoder import AutoencoderKL, DiagonalGaussian, Quantized, VectorQuantizer, VQModel
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.official import autoencoder_of
 from ldm.plan import FIRST_STAGES
-from tests.golden_case import Case, Check, assert_close, fill_by_rule
+from tests.golden_case import Case, Check, assert_close, kind, load
 
 GRADIENT_TOLERANCE = 1e-5
 PUBLISHED = yaml.safe_load(FIRST_STAGES.read_text())
-
-
-def load_parameters(module: nn.Module, case: Case, prefix: str = "param") -> None:
-    """The stored parameters, every one of them, or those of the README's rule."""
-    if case.config.get("params") == "rule":
-        module.load_state_dict(fill_by_rule(dict(module.named_parameters())), strict=False)
-    else:
-        module.load_state_dict(case.group(prefix), strict=True)
 
 
 def assert_outputs(case: Case, actual: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -46,7 +33,7 @@ def assert_outputs(case: Case, actual: dict[str, Tensor], tolerance: float = 1e-
 def check_kl(case: Case) -> None:
     model = autoencoder_of(case.config["ddconfig"], case.config["embed_dim"]).eval()
     assert isinstance(model, AutoencoderKL)
-    load_parameters(model, case)
+    load(model, case)
     x, noise = case.tensors["in/x"], case.tensors["in/noise"]
     posterior = model.encode(x)
     sample = posterior.sample(noise)
@@ -71,7 +58,7 @@ def check_vq(case: Case) -> None:
     model = autoencoder_of(*sizes, legacy=config.get("legacy", True)).eval()
     assert isinstance(model, VQModel)
     model.quantize.beta = config.get("beta", model.quantize.beta)
-    load_parameters(model, case)
+    load(model, case)
     x = case.tensors["in/x"]
     z = model.encode_latent(x)
     rec, quantized = model(x)
@@ -93,7 +80,7 @@ def check_quantizer(case: Case) -> None:
         quantizer = VectorQuantizer(
             case.config["n_e"], case.config["e_dim"], case.config["beta"], legacy=form == "legacy"
         )
-        load_parameters(quantizer, case)
+        load(quantizer, case)
         z = case.tensors["in/z"].clone().requires_grad_()
         quantized = quantizer(z)
         (quantized.loss + (quantized.z * case.tensors["in/grad_out"]).sum()).backward()
@@ -114,7 +101,7 @@ def check_patchgan(case: Case) -> None:
     """`out/eval` was recorded before the train-mode pass, the stored running statistics after it: undo that update."""
     config = case.config
     discriminator = PatchDiscriminator(config.get("input_nc", 3), config.get("ndf", 64), config.get("n_layers", 3))
-    load_parameters(discriminator, case)
+    load(discriminator, case)
     x = case.tensors["in/x"]
     norms = [module for module in discriminator.main if isinstance(module, nn.BatchNorm2d)]
     updated = all(int(norm.num_batches_tracked or 0) == 1 for norm in norms)
@@ -145,16 +132,12 @@ def check_lpips(case: Case) -> None:
     assert_outputs(case, actual)
 
 
-def submodule(case: Case, name: str) -> dict[str, Tensor]:
-    return {key[len(name) + 1 :]: t for key, t in case.group("param").items() if key.startswith(f"{name}.")}
-
-
 def loss_parts(case: Case) -> tuple[LPIPS | None, PatchDiscriminator, dict]:
     """LPIPS, discriminator and the options that the KL and the VQ loss share."""
     config = case.config
-    perceptual = submodule(case, "perceptual_loss")
+    perceptual = case.group("param", "perceptual_loss.")
     lpips = lpips_from_state_dict(perceptual, case.path.name) if perceptual else None
-    weights = submodule(case, "discriminator")
+    weights = case.group("param", "discriminator.")
     first = weights["main.0.weight"]
     discriminator = PatchDiscriminator(first.shape[1], first.shape[0], config.get("disc_num_layers", 3))
     discriminator.load_state_dict(weights)
@@ -236,27 +219,12 @@ def check_first_stage_counts(case: Case) -> None:
         assert parameters == case.config["patchgan_3layers_ndf64_params"]
 
 
-def _kind(stem: str, source: str) -> Check:
-    """A check whose cases have a stem that starts with `stem` and a source that names `source`."""
-    return Check(stem, lambda case: case.stem.startswith(stem) and source in case.source, _RUN[stem])
-
-
-_RUN = {
-    "kl_": check_kl,
-    "vq_": check_vq,
-    "quantizer_": check_quantizer,
-    "patchgan_": check_patchgan,
-    "lpips_": check_lpips,
-    "loss_kl_": lambda case: check_loss(case, is_kl=True),
-    "loss_vq_": lambda case: check_loss(case, is_kl=False),
-}
-
 CHECKS = [
-    _kind("kl_", "autoencoder.py:AutoencoderKL"),
-    _kind("vq_", "autoencoder.py:VQModel"),
-    _kind("quantizer_", "VectorQuantizer"),
-    _kind("patchgan_", "NLayerDiscriminator"),
-    _kind("lpips_", "LPIPS"),
-    _kind("loss_kl_", "LPIPSWithDiscriminator"),
-    _kind("loss_vq_", "VQLPIPSWithDiscriminator"),
+    Check("kl", kind("kl_", "autoencoder.py:AutoencoderKL"), check_kl),
+    Check("vq", kind("vq_", "autoencoder.py:VQModel"), check_vq),
+    Check("quantizer", kind("quantizer_", "VectorQuantizer"), check_quantizer),
+    Check("patchgan", kind("patchgan_", "NLayerDiscriminator"), check_patchgan),
+    Check("lpips", kind("lpips_", "LPIPS"), check_lpips),
+    Check("loss_kl", kind("loss_kl_", "LPIPSWithDiscriminator"), partial(check_loss, is_kl=True)),
+    Check("loss_vq", kind("loss_vq_", "VQLPIPSWithDiscriminator"), partial(check_loss, is_kl=False)),
 ]

@@ -18,6 +18,7 @@ from ldm.run import Run
 from ldm.train_classifier import main
 from tests.drills import kill, same_weights, words
 from tests.ldm.tiny_run import logged, train
+from tests.refusals import refused
 
 CONFIG = """
 lr: 0.003
@@ -127,8 +128,7 @@ def test_trained_classifier_is_not_trained_again(
     monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
     assert main(arguments(model, classifier)) == json.loads((classifier / "metrics.json").read_text())
     assert "trained already" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"another configuration \(lr was 0.003, is 0.5\)"):
-        main(arguments(model, classifier, lr=0.5))
+    refused(r"another configuration \(lr was 0.003, is 0.5\)", main, arguments(model, classifier, lr=0.5))
 
 
 def test_classifier_of_another_latent_space_is_refused(model: Path, classifier: Path, tmp_path: Path) -> None:
@@ -137,14 +137,12 @@ def test_classifier_of_another_latent_space_is_refused(model: Path, classifier: 
     ldm.scale_factor.mul_(1.5)
     with pytest.raises(UserError, match=r"trained on latents of another model: .* train_classifier.py --model"):
         load_classifier(classifier, run, ldm)
-    with pytest.raises(UserError, match=r"--classifier .*: no config.yaml there"):
-        load_classifier(tmp_path, run, ldm)
+    refused(r"--classifier .*: no config.yaml there", load_classifier, tmp_path, run, ldm)
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "config.yaml").write_text((classifier / "config.yaml").read_text().replace("channels: 16", "channels: 32"))
     save_file(load_file(classifier / "model.safetensors"), copy / "model.safetensors")
-    with pytest.raises(UserError, match=r"does not fit .*config.yaml: .* has the shape"):
-        load_classifier(copy, run, ldm)
+    refused(r"does not fit .*config.yaml: .* has the shape", load_classifier, copy, run, ldm)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +162,7 @@ def test_mistake_is_named(options: dict[str, Any], sentence: str, model: Path, t
 
 def test_only_class_conditional_runs_have_a_classifier(model: Path, classifier: Path, tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", task="unconditional", trainer__max_steps=1, first_stage__steps=1)
-    with pytest.raises(UserError, match="trained for task unconditional, which has no classes"):
-        main(arguments(plain, tmp_path / "run"))
+    refused("trained for task unconditional, which has no classes", main, arguments(plain, tmp_path / "run"))
     with pytest.raises(UserError, match="trained for task unconditional, which has no classes"):
         sample.main(["--model", str(plain), "--classifier", str(classifier), "--out", str(tmp_path / "x.png")])
     with pytest.raises(UserError, match="leave --size out"):

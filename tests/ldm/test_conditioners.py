@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.errors import UserError
 from ldm.conditioners import (
     ClassEmbedder,
     LayoutObject,
@@ -15,6 +14,7 @@ from ldm.conditioners import (
     TransformerEmbedder,
     retrieve,
 )
+from tests.refusals import refused
 
 
 def test_class_is_one_token_and_the_last_class_is_null() -> None:
@@ -102,13 +102,10 @@ def test_shuffling_keeps_the_set_of_objects() -> None:
 
 
 def test_impossible_layouts_are_refused() -> None:
-    with pytest.raises(UserError, match="raise no_tokens"):
-        LayoutTokenizer(n_categories=600, no_tokens=1024)
+    refused("raise no_tokens", LayoutTokenizer, n_categories=600, no_tokens=1024)
     tokenizer = LayoutTokenizer(n_categories=5, no_tokens=100)
-    with pytest.raises(UserError, match=r"class 5 is outside 0\.\.4"):
-        tokenizer.encode([5], [(0, 0, 1, 1)])
-    with pytest.raises(UserError, match="3 tokens, expected 92"):
-        tokenizer.decode([1, 2, 3])
+    refused(r"class 5 is outside 0\.\.4", tokenizer.encode, [5], [(0, 0, 1, 1)])
+    refused("3 tokens, expected 92", tokenizer.decode, [1, 2, 3])
 
 
 def test_retrieval_finds_the_same_neighbours_in_chunks() -> None:
@@ -119,5 +116,4 @@ def test_retrieval_finds_the_same_neighbours_in_chunks() -> None:
     assert torch.equal(whole.neighbours, similarity.argsort(dim=1, descending=True)[:, :5])
     assert torch.equal(whole.context[:, :2], query)
     torch.testing.assert_close(whole.context[:, 2:].norm(dim=-1), torch.ones(3, 5))
-    with pytest.raises(UserError, match="41 neighbours"):
-        retrieve(query, database, 41)
+    refused("41 neighbours", retrieve, query, database, 41)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.errors import UserError
 from common.metrics.lpips import LPIPS, VGG16Trunk, unit_normalise
 from common.metrics.perceptual import official_lpips
 from ldm.autoencoder import AutoencoderKL, DiagonalGaussian, Quantized, VQModel
@@ -23,6 +22,7 @@ from ldm.losses import (
     hinge_discriminator_loss,
     vanilla_discriminator_loss,
 )
+from tests.refusals import refused
 
 WIDTHS = (4, 4, 6, 6, 8)
 
@@ -199,8 +199,7 @@ def test_logvar_learns_only_on_request() -> None:
 
 @pytest.mark.parametrize("options", [{"disc_loss": "wasserstein"}, {"pixel_loss": "l3"}])
 def test_unknown_loss_names_are_refused(options: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=next(iter(options.values()))):
-        VQPerceptualLoss(n_embed=4, **options)  # type: ignore[arg-type]
+    refused(next(iter(options.values())), VQPerceptualLoss, n_embed=4, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
@@ -295,24 +294,18 @@ def test_official_lpips_loads_from_torchvision_weights_and_heads(tmp_path: Path)
 
 def test_wrong_lpips_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     vgg, lin, _ = official_files(tmp_path)
-    with pytest.raises(UserError, match=r"features\.0\.weight"):
-        official_lpips(lin)
-    with pytest.raises(UserError, match="no such file"):
-        official_lpips(tmp_path / "absent.pth")
+    refused(r"features\.0\.weight", official_lpips, lin)
+    refused("no such file", official_lpips, tmp_path / "absent.pth")
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(vgg.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"truncated\.pth"):
-        official_lpips(truncated)
+    refused(r"truncated\.pth", official_lpips, truncated)
     pickled = tmp_path / "pickled.pth"
     torch.save({"model": nn.Linear(2, 2)}, pickled)
-    with pytest.raises(UserError, match="refused"):
-        official_lpips(pickled)
+    refused("refused", official_lpips, pickled)
     short = tmp_path / "short.safetensors"
     save_file({f"lin{i}.model.1.weight": torch.ones(1, 3, 1, 1) for i in range(5)}, short)
-    with pytest.raises(UserError, match="lin0 has 3 channel weights; tap 0 has 4"):
-        official_lpips(vgg, short)
-    with pytest.raises(UserError, match="at least 16x16"):
-        official_lpips(vgg)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+    refused("lin0 has 3 channel weights; tap 0 has 4", official_lpips, vgg, short)
+    refused("at least 16x16", official_lpips(vgg), torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
 def test_vgg16_taps_halve_the_resolution_and_have_the_official_layout() -> None:

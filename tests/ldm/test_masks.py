@@ -7,14 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import UserError
-from ldm.masks import (
-    outpainting_canvas,
-    paste_known,
-    random_mask,
-    resize_mask,
-    signed_mask,
-)
+from ldm.masks import outpainting_canvas, paste_known, random_mask, resize_mask, signed_mask
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("kind", ["mixed", "irregular", "boxes", "outpainting"])
@@ -37,12 +31,9 @@ def test_outpainting_masks_reach_the_border_and_boxes_are_drawn_inside() -> None
 
 
 def test_bad_requests_are_refused() -> None:
-    with pytest.raises(UserError, match="unknown"):
-        random_mask(32, 0, "circles")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least 4"):
-        random_mask(2, 0)
-    with pytest.raises(UserError, match="widen"):
-        random_mask(32, 0, "boxes", coverage=(0.999, 1.0))
+    refused("unknown", random_mask, 32, 0, "circles")  # type: ignore[arg-type]
+    refused("at least 4", random_mask, 2, 0)
+    refused("widen", random_mask, 32, 0, "boxes", coverage=(0.999, 1.0))
 
 
 def test_painted_pixels_are_black_and_their_mask_is_plus_one() -> None:
@@ -75,5 +66,4 @@ def test_an_outpainting_canvas_holds_the_image_and_asks_for_the_rest() -> None:
     canvas, hole = outpainting_canvas(image, (8, 10), top=2, left=1)
     assert torch.equal(canvas[:, 2:6, 1:7], image)
     assert hole.sum() == 8 * 10 - 4 * 6 and (canvas[:, hole[0] == 1] == -1).all()
-    with pytest.raises(UserError, match="does not fit"):
-        outpainting_canvas(image, (5, 6), top=2, left=0)
+    refused("does not fit", outpainting_canvas, image, (5, 6), top=2, left=0)

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 from ldm.model import AttentionBlock, ConditionedUNet, ResBlock, timestep_embedding
 from ldm.norm import group_count
 from ldm.official import classifier_of, unet_of
-
-SMALL: dict[str, Any] = {
-    "in_channels": 3,
-    "model_channels": 32,
-    "out_channels": 3,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_head_channels": 16,
-}
-CROSS = {**SMALL, "use_spatial_transformer": True, "context_dim": 12}
+from tests.ldm.networks import CROSS_UNET, UNET
 
 
 def randomised(module: nn.Module) -> Any:
@@ -48,7 +38,7 @@ def test_group_count_is_32_where_it_divides_the_width() -> None:
 
 def test_fresh_network_predicts_zero_and_its_residual_branches_are_identities() -> None:
     x, t, context = latents()
-    net = unet_of(CROSS)
+    net = unet_of(CROSS_UNET)
     assert not net(x, t, context).any()
     block = ResBlock(32, 32, 128)
     h = torch.randn(2, 32, 4, 4)
@@ -58,7 +48,7 @@ def test_fresh_network_predicts_zero_and_its_residual_branches_are_identities() 
 
 def test_head_width_follows_the_legacy_rule() -> None:
     # 64 channels in heads of 24: two heads; the authors' legacy rule widens them to 32.
-    options = {**CROSS, "num_head_channels": 24}
+    options = {**CROSS_UNET, "num_head_channels": 24}
     legacy, exact = unet_of(options), unet_of({**options, "legacy": False})
     assert legacy.state_dict()["middle_block.1.proj_in.weight"].shape[0] == 64
     assert exact.state_dict()["middle_block.1.proj_in.weight"].shape[0] == 48
@@ -66,7 +56,7 @@ def test_head_width_follows_the_legacy_rule() -> None:
 
 def test_context_label_and_time_change_the_prediction() -> None:
     x, t, context = latents()
-    net = randomised(unet_of({**CROSS, "num_classes": 3})).eval()
+    net = randomised(unet_of({**CROSS_UNET, "num_classes": 3})).eval()
     y = torch.tensor([0, 1])
     base = net(x, t, context, y)
     assert not torch.allclose(base, net(x, t, context + 1, y))
@@ -81,7 +71,7 @@ def test_checkpointing_changes_neither_prediction_nor_gradients() -> None:
     gradients = []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
-        net = randomised(unet_of({**CROSS, "use_checkpoint": use_checkpoint})).train()
+        net = randomised(unet_of({**CROSS_UNET, "use_checkpoint": use_checkpoint})).train()
         net(x, t, context).square().mean().backward()
         gradients.append({k: p.grad for k, p in net.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -90,7 +80,10 @@ def test_checkpointing_changes_neither_prediction_nor_gradients() -> None:
 
 def test_every_parameter_receives_a_gradient() -> None:
     x, t, context = latents()
-    for options, extra in ((CROSS, context), ({**SMALL, "resblock_updown": True, "use_scale_shift_norm": True}, None)):
+    for options, extra in (
+        (CROSS_UNET, context),
+        ({**UNET, "resblock_updown": True, "use_scale_shift_norm": True}, None),
+    ):
         net = randomised(unet_of(options))
         net(x, t, extra).square().mean().backward()
         silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -99,7 +92,7 @@ def test_every_parameter_receives_a_gradient() -> None:
 
 def test_channels_last_and_bf16_autocast_give_the_same_prediction() -> None:
     x, t, context = latents()
-    net = randomised(unet_of(CROSS)).eval()
+    net = randomised(unet_of(CROSS_UNET)).eval()
     with torch.no_grad():
         expected = net(x, t, context)
         last = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, context)
@@ -112,10 +105,10 @@ def test_channels_last_and_bf16_autocast_give_the_same_prediction() -> None:
 @pytest.mark.parametrize(
     ("key", "options", "channels"),
     [
-        (None, SMALL, 3),
-        ("concat", {**SMALL, "in_channels": 5}, 3),
-        ("crossattn", CROSS, 3),
-        ("adm", {**SMALL, "num_classes": 4}, 3),
+        (None, UNET, 3),
+        ("concat", {**UNET, "in_channels": 5}, 3),
+        ("crossattn", CROSS_UNET, 3),
+        ("adm", {**UNET, "num_classes": 4}, 3),
     ],
 )
 def test_conditions_reach_the_network_by_their_key(key: str | None, options: dict[str, Any], channels: int) -> None:
@@ -139,21 +132,21 @@ def test_conditions_reach_the_network_by_their_key(key: str | None, options: dic
 
 def test_contradictory_options_are_refused() -> None:
     with pytest.raises(ValueError, match="num_heads or num_head_channels"):
-        unet_of({**SMALL, "num_head_channels": -1})
+        unet_of({**UNET, "num_head_channels": -1})
     with pytest.raises(ValueError, match="use_spatial_transformer"):
-        unet_of({**SMALL, "context_dim": 12})
+        unet_of({**UNET, "context_dim": 12})
     with pytest.raises(ValueError, match="class labels"):
-        unet_of({**SMALL, "num_classes": 3})(*latents()[:2])
+        unet_of({**UNET, "num_classes": 3})(*latents()[:2])
     with pytest.raises(ValueError, match="conditioning_key"):
-        ConditionedUNet(unet_of(SMALL), "film")
+        ConditionedUNet(unet_of(UNET), "film")
     with pytest.raises(ValueError, match="pool"):
-        classifier_of({**{**SMALL, "out_channels": 5}, "image_size": 8, "pool": "max"})  # type: ignore[arg-type]
+        classifier_of({**{**UNET, "out_channels": 5}, "image_size": 8, "pool": "max"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 def test_classifier_gives_a_gradient_on_the_latent_for_every_pooling(pool: Any) -> None:
     x, t, _ = latents()
-    net = randomised(classifier_of({**{**SMALL, "out_channels": 5}, "image_size": 8, "pool": pool}))
+    net = randomised(classifier_of({**{**UNET, "out_channels": 5}, "image_size": 8, "pool": pool}))
     x.requires_grad_()
     logits = net(x, t)
     assert logits.shape == (2, 5)

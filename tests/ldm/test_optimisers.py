@@ -13,9 +13,7 @@ from common.errors import UserError
 from ldm.first_stage import load_first_stage
 from ldm.optimisers import MuonAdam, orthogonalise
 from ldm.publish import logged_seconds
-from tests.drills import kill, same_weights
-from tests.ldm.test_train import first_stage_of
-from tests.ldm.tiny_run import arguments, config_of, logged, losses, train
+from tests.ldm.tiny_run import assert_goes_on_exactly, config_of, first_stage_of, train
 
 
 class Mixed(nn.Module):
@@ -125,23 +123,12 @@ def muon_run(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_with_muon_killed_in_both_stages_continues_exactly(muon_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    for stage in ("first_stage", "diffusion"):
-        kill("ldm.train", stage, 5, arguments(folder, **OPTIONS))
-    train(folder, **OPTIONS)
-    of = [logged(f / "first_stage", "first_stage/total_loss", "step_count") for f in (folder, muon_run)]
-    assert of[0] == of[1] and len(of[0]) == 8
-    assert losses(folder) == losses(muon_run)
-    assert same_weights(first_stage_of(folder), first_stage_of(muon_run))
+    assert_goes_on_exactly(tmp_path / "run", muon_run, **OPTIONS)
 
 
 def test_decoder_alone_keeps_the_latents(muon_run: Path, tmp_path: Path) -> None:
-    more = {
-        "first_stage__init_from": first_stage_of(muon_run),
-        "first_stage__train": "decoder",
-        "stages": "[first_stage]",
-    }
-    folder = train(tmp_path / "run", **OPTIONS, **more)
+    start = {"first_stage__init_from": first_stage_of(muon_run), "first_stage__train": "decoder"}
+    folder = train(tmp_path / "run", **OPTIONS, **start, stages="[first_stage]")
     before, after = load_file(first_stage_of(muon_run)), load_file(first_stage_of(folder))
     for name in before:
         encoder = name.startswith(("encoder.", "quant_conv."))
@@ -152,8 +139,7 @@ def test_decoder_alone_keeps_the_latents(muon_run: Path, tmp_path: Path) -> None
     assert torch.equal(kept.moments(x), tuned.moments(x))
 
 
-def test_decoder_alone_needs_something_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+def test_decoder_alone_needs_something_to_start_from(own_cache: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"first_stage\.train decoder .* needs --first_stage\.init_from and kind kl"):
         train(tmp_path / "run", first_stage__train="decoder")
     with pytest.raises(UserError, match=r"first_stage\.init_from .*absent: no such file"):

@@ -11,15 +11,7 @@ import torch
 from common.costs import GPUS, Cluster, parameter_count
 from common.errors import run_main
 from ldm.official import unet_of
-from ldm.plan import (
-    FIRST_STAGES,
-    Plan,
-    build_conditioner,
-    load_paper_config,
-    main,
-    paper_config_names,
-    plan,
-)
+from ldm.plan import FIRST_STAGES, Plan, build_conditioner, load_paper_config, main, paper_config_names, plan
 from tests.golden_case import golden_files
 
 WITH_PUBLISHED_SIZE = [n for n in paper_config_names() if load_paper_config(n)["paper"]["parameters"] is not None]

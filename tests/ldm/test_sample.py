@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.teacher import open_pipeline
 from ldm import evaluate, sample
 from ldm.run import Run, export_pipeline
@@ -19,6 +19,7 @@ from ldm.samplers import sample as sample_latents
 from ldm.samplers import seeded_noise
 from tests.drills import start
 from tests.ldm.tiny_run import arguments, train
+from tests.refusals import refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,8 +108,7 @@ def test_mistake_is_one_sentence(
         run_main(lambda: sample.main(options))
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and printed.count("\n") == 1
-    with pytest.raises(UserError, match=sentence):
-        sample.main(options)
+    refused(sentence, sample.main, options)
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,17 @@ def test_sizes_and_steps_that_the_model_lacks_are_refused_before_drawing(
 ) -> None:
     for model, sentence in ((text_run, run_sentence), (text_run / "pipeline", pipeline_sentence)):
         out = tmp_path / "out.png"
-        with pytest.raises(UserError, match=sentence):
-            sample.main(["--model", str(model), "--prompt", "a red star", "--out", str(out), *options])
+        refused(sentence, sample.main, ["--model", str(model), "--prompt", "a red star", "--out", str(out), *options])
         assert not out.exists()
 
 
 def test_pipeline_without_a_prompt_is_one_sentence(text_run: Path) -> None:
-    with pytest.raises(UserError, match="--prompt is missing"):
-        sample.main(["--model", str(text_run / "pipeline")])
+    refused("--prompt is missing", sample.main, ["--model", str(text_run / "pipeline")])
 
 
 def test_evaluation_wants_a_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no config.yaml there"):
-        evaluate.main(["--run_dir", str(tmp_path)])
-    with pytest.raises(UserError, match=r"model.safetensors: no such file; train first"):
-        train(tmp_path / "run", stages="[evaluate]")
+    refused(r"no config.yaml there", evaluate.main, ["--run_dir", str(tmp_path)])
+    refused(r"model.safetensors: no such file; train first", train, tmp_path / "run", stages="[evaluate]")
 
 
 def test_damaged_model_is_refused(text_run: Path, tmp_path: Path) -> None:
@@ -148,13 +144,11 @@ def test_damaged_model_is_refused(text_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(text_run, copy, ignore=shutil.ignore_patterns("diffusion", "first_stage", "latents", "pipeline"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"model.safetensors is truncated"):
-        Run.existing(copy).load()
+    refused(r"model.safetensors is truncated", Run.existing(copy).load)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("model_channels: 16", "model_channels: 32"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"does not fit .*config.yaml: .* has the shape"):
-        Run.existing(copy).load()
+    refused(r"does not fit .*config.yaml: .* has the shape", Run.existing(copy).load)
 
 
 @pytest.mark.parametrize(

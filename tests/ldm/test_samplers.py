@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from ldm.autoencoder import IdentityFirstStage
 from ldm.config import UNetOptions
 from ldm.diffusion import LatentDiffusion, NoiseSchedule
@@ -42,6 +41,7 @@ from ldm.samplers import (
     seeded_noise,
 )
 from tests.ldm.test_diffusion import tiny_config
+from tests.refusals import refused
 
 MEAN, STD = 0.7, 0.4
 
@@ -140,8 +140,7 @@ def test_ddim_steps_begin_at_1_and_end_below_t() -> None:
 
 @pytest.mark.parametrize("steps", [0, 333, 501, 1000, 1001])
 def test_impossible_step_counts_are_refused(steps: int) -> None:
-    with pytest.raises(UserError, match="sampling steps"):
-        ddim_timesteps(steps)
+    refused("sampling steps", ddim_timesteps, steps)
 
 
 def test_higher_order_samplers_are_closer_to_the_exact_solution_at_equal_steps() -> None:
@@ -370,14 +369,10 @@ def test_nothing_is_reused_where_gradients_flow() -> None:
 
 def test_wrong_samplers_and_options_are_refused() -> None:
     ldm = from_compvis_config(tiny_config())
-    with pytest.raises(UserError, match="unknown"):
-        sample(ldm, (1, 3, 4, 4), noise(), sampler="euler")
-    with pytest.raises(UserError, match="eta"):
-        sample(ldm, (1, 3, 4, 4), noise(), sampler="plms", eta=1.0)
-    with pytest.raises(UserError, match="noise ended"):
-        sample(ldm, (1, 3, 4, 4), recorded_noise([]))
-    with pytest.raises(UserError, match="generators"):
-        seeded_noise(sample_generators(0, 0, 3))(torch.zeros(2, 1))
+    refused("unknown", sample, ldm, (1, 3, 4, 4), noise(), sampler="euler")
+    refused("eta", sample, ldm, (1, 3, 4, 4), noise(), sampler="plms", eta=1.0)
+    refused("noise ended", sample, ldm, (1, 3, 4, 4), recorded_noise([]))
+    refused("generators", seeded_noise(sample_generators(0, 0, 3)), torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("tie_breaker", [False, True])
@@ -406,9 +401,6 @@ def test_spatial_conditions_are_cropped_with_their_patch_and_tokens_go_to_all() 
 
 
 def test_impossible_patches_are_refused() -> None:
-    with pytest.raises(UserError, match="at least"):
-        PatchGrid((8, 8), (4, 4)).starts(6, 12)
-    with pytest.raises(UserError, match="stride"):
-        PatchGrid((8, 8), (9, 9)).starts(32, 32)
-    with pytest.raises(UserError, match="expected"):
-        decode_patchwise(lambda z: z, torch.randn(1, 3, 12, 12), PatchGrid((8, 8), (4, 4)), 2)
+    refused("at least", PatchGrid((8, 8), (4, 4)).starts, 6, 12)
+    refused("stride", PatchGrid((8, 8), (9, 9)).starts, 32, 32)
+    refused("expected", decode_patchwise, lambda z: z, torch.randn(1, 3, 12, 12), PatchGrid((8, 8), (4, 4)), 2)

@@ -50,11 +50,8 @@ def test_a_latent_picture_and_a_latent_step_cost_a_quarter_of_the_operations() -
 
 
 @pytest.mark.smoke
-def test_concatenated_label_map_guides_the_denoiser_after_200_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concatenated_label_map_guides_the_denoiser_after_200_steps(own_cache: None, tmp_path: Path) -> None:
     """Section 3.3: another picture's map raises the held-out loss; by 51 %, 57 % and 55 % with seeds 0, 1 and 2."""
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
     folder = train(
         tmp_path / "run",
         task="semantic",

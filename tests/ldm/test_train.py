@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.training import load_checkpoint
 from ldm.diffusion import LatentDiffusion
-from tests.drills import kill, same_weights, succeed
-from tests.ldm.tiny_run import arguments, logged, losses, train
+from ldm.train import main
+from tests.drills import succeed
+from tests.ldm.tiny_run import (
+    arguments,
+    assert_goes_on_exactly,
+    first_stage_losses,
+    first_stage_of,
+    losses,
+    same_model,
+    train,
+)
+from tests.refusals import refused
 
 # Adam turns a rounding difference in a tiny gradient into a visible step; 1e-5 holds at the small lr of the tiny run.
 CLOSE = {"rel": 2e-5}
@@ -28,23 +33,11 @@ def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("reference") / "run")
 
 
-def first_stage_of(folder: Path) -> Path:
-    return folder / "first_stage" / "first_stage.safetensors"
-
-
 def test_run_killed_in_both_stages_continues_with_the_same_losses_and_weights(reference: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    for stage, kept in (("first_stage", 3), ("diffusion", 3)):
-        kill("ldm.train", stage, 5, arguments(folder))
-        state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")["state_dict"]
-        assert int(state.get("_steps", state.get("ema.num_updates"))) == kept
-    train(folder)
-    for column in ("total_loss", "disc_loss", "d_weight"):
-        of = [logged(f / "first_stage", f"first_stage/{column}", "step_count") for f in (folder, reference)]
-        assert of[0] == of[1] and len(of[0]) == (5 if column == "disc_loss" else 8)
-    assert losses(folder) == losses(reference) and sorted(losses(folder)) == list(range(8))
-    assert torch.equal(*(load_file(first_stage_of(f))["decoder.conv_out.weight"] for f in (folder, reference)))
-    assert same_weights(*(run / "model.safetensors" for run in (folder, reference)))
+    assert_goes_on_exactly(tmp_path / "run", reference)
+    for column, steps in {"disc_loss": 5, "d_weight": 8}.items():
+        of = [first_stage_losses(folder, column) for folder in (tmp_path / "run", reference)]
+        assert of[0] == of[1] and len(of[0]) == steps
 
 
 def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp_path: Path) -> None:
@@ -66,7 +59,7 @@ def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     train(tmp_path / "parts", **options)
     assert losses(tmp_path / "parts") == losses(whole)
-    assert same_weights(*(run / "model.safetensors" for run in (tmp_path / "parts", whole)))
+    assert same_model(tmp_path / "parts", whole)
 
 
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(reference: Path, tmp_path: Path) -> None:
@@ -79,7 +72,7 @@ def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -
     one = train(tmp_path / "one", first_stage__disc_weight=0)
     ddp = {"trainer__devices": 2, "trainer__strategy": "ddp", "first_stage__disc_weight": 0}
     done = succeed("-m", "ldm.train", *arguments(tmp_path / "two", **ddp))
-    stages = [logged(tmp_path / name / "first_stage", "first_stage/total_loss") for name in ("two", "one")]
+    stages = [first_stage_losses(tmp_path / name) for name in ("two", "one")]
     assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == 8
     assert losses(tmp_path / "two") == pytest.approx(losses(one), **CLOSE)
     assert "Tip" not in done.stderr + done.stdout and "Warning" not in done.stderr
@@ -96,10 +89,8 @@ def test_latents_made_on_the_fly_give_the_losses_of_cached_ones(
 
 def test_run_leaves_logs_checkpoints_and_grids(reference: Path, tmp_path: Path) -> None:
     folder = train(tmp_path / "run", trainer__sample_every=4, first_stage__weights=first_stage_of(reference))
-    assert sorted(p.name for p in (folder / "diffusion" / "samples").iterdir()) == [
-        "step_000004.png",
-        "step_000008.png",
-    ]
+    samples = sorted(p.name for p in (folder / "diffusion" / "samples").iterdir())
+    assert samples == ["step_000004.png", "step_000008.png"]
     for stage in (reference / "first_stage", reference / "diffusion"):
         assert list(stage.glob("tensorboard/version_0/events*")) and list(stage.glob("logs/version_0/metrics.csv"))
         assert [p.name for p in (stage / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -123,42 +114,14 @@ def test_finished_run_is_not_trained_again(
 
 
 def test_folder_of_another_run_is_refused_naming_what_differs(reference: Path) -> None:
-    with pytest.raises(UserError, match=r"another configuration \(optimiser.lr was 0.0001, is 0.5\)"):
-        train(reference, optimiser__lr=0.5)
-    with pytest.raises(UserError, match="not empty"):
-        train(reference, resume="never")
-
-
-def test_full_disk_stops_with_a_sentence_and_keeps_the_last_checkpoint(
-    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, calls = torch.save, {"n": 0}
-
-    def full(content: Any, path: Any) -> None:
-        calls["n"] += 1
-        if calls["n"] > 1:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, path)
-
-    weights = first_stage_of(reference)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match=r"cannot write .*last.ckpt: .*No space left.*last.ckpt is kept"):
-            train(tmp_path / "run", first_stage__weights=weights)
-    checkpoints = tmp_path / "run" / "diffusion" / "checkpoints"
-    assert [p.name for p in checkpoints.iterdir()] == ["last.ckpt"]
-    assert load_checkpoint(checkpoints / "last.ckpt")["global_step"] == 3
-    train(tmp_path / "run", first_stage__weights=weights)
-    assert same_weights(*(run / "model.safetensors" for run in (tmp_path / "run", reference)))
+    refused(r"another configuration \(optimiser.lr was 0.0001, is 0.5\)", train, reference, optimiser__lr=0.5)
+    refused("not empty", train, reference, resume="never")
 
 
 def test_unwritable_run_folder_is_one_sentence(cache: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/run/config.yaml"):
-        from ldm.train import main
-
-        main([*arguments(tmp_path / "run"), "--run_dir", str(tmp_path / "file" / "run")])
+    options = ["--run_dir", str(tmp_path / "file" / "run")]
+    refused(r"cannot write .*file/run/config.yaml", main, [*arguments(tmp_path / "run"), *options])
 
 
 def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(
@@ -185,50 +148,6 @@ def test_first_stage_that_diverges_stops_at_its_own_step(cache: None, tmp_path: 
     assert not first_stage_of(tmp_path / "run").exists()
 
 
-class Harmful:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("exit 1",)
-
-
-def damaged(kind: str, folder: Path, good: Path) -> Path:
-    path = folder / f"{kind}.ckpt"
-    if kind == "truncated":
-        path.write_bytes(good.read_bytes()[:2000])
-    elif kind == "pickled":
-        torch.save({"state_dict": {"x": Harmful()}, "optimizer_states": [], "loops": {}}, path)
-    elif kind == "plain_pickle":
-        path.write_bytes(pickle.dumps(Harmful()))
-    elif kind == "tensors_only":
-        torch.save({"state_dict": {"x": torch.zeros(1)}}, path)
-    return path
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [
-        ("missing", "no such file"),
-        ("truncated", "truncated or not a torch checkpoint"),
-        ("pickled", "holds pickled Python objects.*refused"),
-        ("plain_pickle", "refused|truncated"),
-        ("tensors_only", "has no 'optimizer_states'"),
-    ],
-)
-def test_damaged_checkpoint_is_refused(kind: str, sentence: str, reference: Path, tmp_path: Path) -> None:
-    bad = damaged(kind, tmp_path, reference / "diffusion" / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match=sentence) as failure:
-        train(tmp_path / "run", resume=bad, first_stage__weights=first_stage_of(reference))
-    assert str(bad) in str(failure.value) and "\n" not in str(failure.value)
-
-
-def test_checkpoint_of_another_network_is_refused(reference: Path, tmp_path: Path) -> None:
-    checkpoint = reference / "diffusion" / "checkpoints" / "last.ckpt"
-    options = {"resume": checkpoint, "first_stage__weights": first_stage_of(reference)}
-    with pytest.raises(UserError, match=r"last.ckpt belongs to another network") as failure:
-        train(tmp_path / "run", unet__model_channels=32, **options)
-    assert "\n" not in str(failure.value)
-
-
 def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_path: Path) -> None:
     good = first_stage_of(reference)
     with pytest.raises(UserError, match=r"does not fit the first_stage options: .* has the shape \[.*\], expected"):
@@ -237,15 +156,11 @@ def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_pa
         train(tmp_path / "run", first_stage__weights=good, first_stage__kind="vq", resume=good)
     short = tmp_path / "short.safetensors"
     short.write_bytes(good.read_bytes()[:1000])
-    with pytest.raises(UserError, match="truncated or not a safetensors file"):
-        train(tmp_path / "other", first_stage__weights=short)
-    with pytest.raises(UserError, match="no such file"):
-        train(tmp_path / "another", first_stage__weights=tmp_path / "absent.safetensors")
+    refused("truncated or not a safetensors file", train, tmp_path / "other", first_stage__weights=short)
+    refused("no such file", train, tmp_path / "another", first_stage__weights=tmp_path / "absent.safetensors")
 
 
 def test_evaluation_of_a_finished_run_writes_metrics_and_pictures(reference: Path) -> None:
-    from ldm.train import main
-
     metrics = main([*arguments(reference), "--stages", "[evaluate]"])
     assert metrics["summary"]["fid_lite0"] > 0 and metrics["judge"]
     assert {"metrics.json", "samples.png", "real.png", "reconstruction.png"} <= {p.name for p in reference.iterdir()}

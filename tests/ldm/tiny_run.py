@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
+from common.training import load_checkpoint, read_logs
 from ldm.config import LdmConfig
+from ldm.run import Run
 from ldm.train import main
-from tests.drills import words
+from tests.drills import kill, same_weights, words
 
 CONFIG = """
 task: text
@@ -44,14 +45,10 @@ def train(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def logged(stage: Path, column: str, by: str = "step") -> dict[int, float]:
-    """A logged quantity by step, over all starts of the run (a later start replaces what it did again)."""
-    found: dict[int, float] = {}
-    for path in sorted(stage.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        for row in csv.DictReader(path.open()):
-            if row.get(column):
-                found[int(float(row[by]))] = float(row[column])
-    return found
+def logged(stage: Path, column: str, by: str | None = None) -> dict[int, float]:
+    """A logged quantity by step (or by another column), over all starts of the run."""
+    logs = read_logs(stage)
+    return {int(logs[by][step]) if by else step: value for step, value in logs.get(column, {}).items()}
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -59,7 +56,30 @@ def losses(folder: Path) -> dict[int, float]:
     return logged(folder / "diffusion", "train/loss")
 
 
-def config_of(folder: Path) -> LdmConfig:
-    from ldm.run import Run
+def first_stage_losses(folder: Path, column: str = "total_loss") -> dict[int, float]:
+    """What the first stage logged, by its own step."""
+    return logged(folder / "first_stage", f"first_stage/{column}", "step_count")
 
+
+def first_stage_of(folder: Path) -> Path:
+    return folder / "first_stage" / "first_stage.safetensors"
+
+
+def same_model(a: Path, b: Path) -> bool:
+    return same_weights(a / "model.safetensors", b / "model.safetensors")
+
+
+def assert_goes_on_exactly(folder: Path, whole: Path, **options: Any) -> None:
+    """A run in `folder` that is killed in the middle of both stages ends with the losses and weights of the `whole`."""
+    for stage in ("first_stage", "diffusion"):
+        kill("ldm.train", stage, 5, arguments(folder, **options))
+        state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")["state_dict"]
+        assert int(state.get("_steps", state.get("ema.num_updates"))) == 3
+    train(folder, **options)
+    assert first_stage_losses(folder) == first_stage_losses(whole) and len(first_stage_losses(folder)) == 8
+    assert losses(folder) == losses(whole) and sorted(losses(folder)) == list(range(8))
+    assert same_weights(first_stage_of(folder), first_stage_of(whole)) and same_model(folder, whole)
+
+
+def config_of(folder: Path) -> LdmConfig:
     return Run.existing(folder).config

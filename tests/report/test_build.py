@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
 from report.build import build, load
 from report.papers import all_papers
 from report.plots import number, ratio_plot, seed_plot, spread
+from tests.refusals import refused
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> & <b>bold</b>"
 
@@ -142,15 +142,13 @@ def test_page_is_the_same_for_the_same_results(results: Path) -> None:
 )
 def test_malformed_results_are_named(results: Path, name: str, text: str, message: str) -> None:
     (results / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        _page(results)
+    refused(message, _page, results)
 
 
 def test_empty_results_make_a_page_and_a_missing_folder_does_not(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     assert _page(tmp_path / "results").count("not built yet") == 13
-    with pytest.raises(UserError, match="does not exist"):
-        load(tmp_path / "absent")
+    refused("does not exist", load, tmp_path / "absent")
 
 
 def test_numbers_are_written_for_people() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from report.record_run import record
+from tests.refusals import refused
 
 
 def finished_run(folder: Path, seconds: object) -> Path:
@@ -30,16 +30,12 @@ def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds, monkeypatch
 
 def test_what_is_missing_is_named(tmp_path):
     run = finished_run(tmp_path / "run", 1.0)
-    with pytest.raises(UserError, match="unknown paper 'bert'"):
-        record("bert", run, results=tmp_path)
-    with pytest.raises(UserError, match=r"grid\.png is missing"):
-        record("electra", run, ["grid.png"], tmp_path)
+    refused("unknown paper 'bert'", record, "bert", run, results=tmp_path)
+    refused(r"grid\.png is missing", record, "electra", run, ["grid.png"], tmp_path)
     (run / "metrics.json").write_text("{}")
-    with pytest.raises(UserError, match="wall time"):
-        record("electra", run, results=tmp_path)
+    refused("wall time", record, "electra", run, results=tmp_path)
     (run / "table.md").unlink()
-    with pytest.raises(UserError, match=r"table\.md is missing"):
-        record("electra", run, results=tmp_path)
+    refused(r"table\.md is missing", record, "electra", run, results=tmp_path)
     assert not (tmp_path / "run_electra.md").exists()
 
 

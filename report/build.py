@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from common.errors import UserError, run_main
+from common.files import write_atomically
 from common.ledger import TIERS
 from common.paths import REPOSITORY, RESULTS
 from report.papers import Paper, all_papers
@@ -133,16 +133,7 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
         rows="\n".join(_front_row(paper, found.get(paper.key, Findings()), rooms) for paper in measured_first),
         sections="\n".join(sections),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=".index.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(output, partial(Path.write_text, data=page, encoding="utf-8"))
     return output
 
 
@@ -254,22 +245,27 @@ def _claim_card(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def measurements(claim: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float | None, str]]:
+    """The headline's condition, then the further ones, each with the mean over seeds and what to say of it."""
+    target, several = claim["target"], len(claim["measured"]) > 1
+    headline = {"metric": target["metric"], "op": target["op"], "target": target["value"]}
+    found: list[tuple[dict[str, Any], float | None, float | None]] = [(headline, claim["mean"], claim["std"])]
+    for condition in target["conditions"]:
+        values = [row.get(condition["metric"]) for row in claim["measured"]]
+        whole = None not in values
+        std = statistics.stdev(values) if whole and several else None
+        found.append((condition, statistics.fmean(values) if whole else None, std))
+    return [(condition, mean, spread(mean, std) if several else number(mean)) for condition, mean, std in found]
+
+
 def _measurement(claim: Mapping[str, Any]) -> str:
-    target, seeds = claim["target"], claim["measured"]
-    conditions = [{"metric": target["metric"], "op": target["op"], "target": target["value"]}, *target["conditions"]]
-    plots = []
-    for position, condition in enumerate(conditions):
-        values = [row.get(condition["metric"]) for row in seeds]
-        if position == 0:
-            mean, std = claim["mean"], claim["std"]
-        else:
-            mean = std = None
-            if all(value is not None for value in values):
-                mean, std = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    seeds, plots = claim["measured"], []
+    for condition, mean, text in measurements(claim):
+        metric = condition["metric"]
+        plot = seed_plot(metric, [row.get(metric) for row in seeds], condition["op"], condition["target"], mean)
         plots.append(
-            f'<figure class="plot"><figcaption><span class="metric">{escape(_words(condition["metric"]))}</span> '
-            f"<b>{spread(mean, std) if len(seeds) > 1 else number(mean)}</b></figcaption>"
-            f"{seed_plot(condition['metric'], values, condition['op'], condition['target'], mean)}</figure>"
+            f'<figure class="plot"><figcaption><span class="metric">{escape(in_words(metric))}</span> '
+            f"<b>{text}</b></figcaption>{plot}</figure>"
         )
     count = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     facts = " · ".join([f"{escape(claim['tier'])} tier", count, _duration(claim["seconds"]), escape(claim["hardware"])])
@@ -278,7 +274,7 @@ def _measurement(claim: Mapping[str, Any]) -> str:
 
 def _numbers(claim: Mapping[str, Any]) -> str:
     metrics = list(dict.fromkeys(key for row in claim["measured"] for key in row if key != "seed"))
-    head = "".join(f'<th scope="col">{escape(_words(metric))}</th>' for metric in metrics)
+    head = "".join(f'<th scope="col">{escape(in_words(metric))}</th>' for metric in metrics)
     body = "".join(
         f'<tr><th scope="row">{escape(str(row["seed"]))}</th>'
         + "".join(f"<td>{number(row[m]) if m in row else ''}</td>" for m in metrics)
@@ -346,7 +342,7 @@ def _data_uri(path: Path) -> str:
     return f"data:{IMAGE_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
-def _words(metric: str) -> str:
+def in_words(metric: str) -> str:
     return metric.replace("_", " ")
 
 

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,9 @@ from typing import Any
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.paths import REPOSITORY, RESULTS
-from report.build import Findings, load
+from report.build import Findings, in_words, load, measurements
 from report.papers import Paper, all_papers
-from report.plots import number, spread
+from report.plots import number
 from report.record_run import WITHOUT_BF16
 
 END = "<!-- end -->"
@@ -118,7 +117,7 @@ def claims_table(findings: Findings) -> list[str]:
             f"{_value(best['paper']['value'])} ({best['paper']['source']})",
             f"**{best['id']}** {best['statement']}",
             str(best["target"]["text"]),
-            "; ".join(f"{_words(metric)} {text}" for metric, text in _measurements(best)),
+            "; ".join(f"{name} {text}" for name, text in _measured(best).items()),
             f"{len(best['measured'])} ({best['tier']})",
             "yes" if best["holds"] else "**no**",
         ]
@@ -200,42 +199,26 @@ def _state(paper: Paper, root: Path, findings: Findings) -> str:
     holding = [claim["id"] for claim in best if claim["holds"]]
     failing = [claim["id"] for claim in best if not claim["holds"]]
     first = best[0]
-    metric, text = _measurements(first)[0]
+    name, text = next(iter(_measured(first).items()))
     verdict = "holds" if first["holds"] else "does not hold"
     target = f"{first['target']['op']} {number(first['target']['value'])}"
     parts = [f"{len(holding)} of {len(best)} claims hold"]
     if holding and failing:
         parts[0] += f" (not {', '.join(failing)})"
-    parts.append(f"{first['id']} {verdict}: {_words(metric)} {text}, target {target}")
+    parts.append(f"{first['id']} {verdict}: {name} {text}, target {target}")
     return "; ".join(parts)
 
 
-def _measurements(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The headline metric, then those of the further conditions: (name, "mean ± std")."""
-    target = claim["target"]
-    several = len(claim["measured"]) > 1
-    result = [(target["metric"], spread(claim["mean"], claim["std"]) if several else number(claim["mean"]))]
-    for condition in target["conditions"]:
-        metric = condition["metric"]
-        values = [row.get(metric) for row in claim["measured"]]
-        finite = [value for value in values if value is not None]
-        if metric in dict(result):
-            continue
-        if len(finite) < len(values):
-            result.append((metric, number(None)))
-        elif several:
-            result.append((metric, spread(statistics.fmean(finite), statistics.stdev(finite))))
-        else:
-            result.append((metric, number(finite[0])))
-    return result
+def _measured(claim: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured by metric, each once: the headline and the further conditions."""
+    found: dict[str, str] = {}
+    for condition, _, text in measurements(claim):
+        found.setdefault(in_words(condition["metric"]), text)
+    return found
 
 
 def _value(value: str | float) -> str:
     return value if isinstance(value, str) else number(value)
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from common.data.classes import ImageSet, InMemory, draw_textures, open_classes, per_class_sample
-from common.errors import UserError
 from tests.refusals import refused
 
 
@@ -72,8 +71,7 @@ def test_grain_of_a_texture_shows_in_the_object_at_pixel_distance() -> None:
     assert fine > 1.3 * coarse
 
 
-def test_class_folders_with_and_without_a_test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+def test_class_folders_with_and_without_a_test_folder(own_cache: None, tmp_path: Path) -> None:
     plain = class_folder(tmp_path / "plain", {"cat": 12, "dog": 24})
     data = open_classes("folder", 16, str(plain), validation=0.2)
     assert data.classes == ("cat", "dog") and len(data.test) == 6 and len(data.train) + len(data.validation) == 30
@@ -116,11 +114,11 @@ def test_binary_cifar_is_read(tmp_path: Path, name: str, head: int, classes: int
 def test_truncated_and_pickled_cifar_are_refused(tmp_path: Path) -> None:
     cifar_files(tmp_path / "set", "cifar10", 1)
     (tmp_path / "set" / "test_batch.bin").write_bytes(b"123")
-    with pytest.raises(UserError, match=r"test_batch.bin: 3 bytes are no whole number of rows of 3073"):
-        open_classes("cifar10", 32, str(tmp_path / "set"))
+    whole = r"test_batch.bin: 3 bytes are no whole number of rows of 3073"
+    refused(whole, open_classes, "cifar10", 32, str(tmp_path / "set"))
     (tmp_path / "set" / "data_batch_3.bin").unlink()
-    with pytest.raises(UserError, match=r"data_batch_3\.bin: no such file; expected the binary version"):
-        open_classes("cifar10", 32, str(tmp_path / "set"))
+    absent = r"data_batch_3\.bin: no such file; expected the binary version"
+    refused(absent, open_classes, "cifar10", 32, str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import fashion_mnist, photos
+from common.data import photos
 from common.data.sampling import LazyTable, TensorTable
 from common.errors import UserError
 from ldm.config import DataConfig, LdmConfig
@@ -19,6 +19,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.run import Run
 from ldm.sample import condition_columns, draw, task_grid
 from ldm.tasks import open_dataset, prepare, train_tokenizer, user_images
+from tests.common.test_fashion_mnist import idx
 from tests.ldm.tiny_run import first_stage_of, losses, train
 from tests.refusals import refused
 
@@ -96,16 +97,12 @@ def test_other_first_stages_train_and_sample(options: dict[str, Any], weights: P
     assert ldm.first_stage_model.downsampling == (1 if options["first_stage__kind"] == "pixels" else 2)
 
 
-def idx(path: Path, values: np.ndarray) -> None:
-    header = (0x0800 + values.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in values.shape)
-    path.write_bytes(header + values.astype(np.uint8).tobytes())
-
-
 def test_grey_images_become_rgb(weights: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("train", "t10k"):
-        idx(tmp_path / f"{name}-images-idx3-ubyte", rng.integers(0, 255, (24, 28, 28)))
-        idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(24) % len(fashion_mnist.CLASSES))
+        grey, labels = rng.integers(0, 255, (24, 28, 28), np.uint8), np.arange(24, dtype=np.uint8) % 10
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(grey))
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
     data = {"data__name": "fashion_mnist", "data__path": tmp_path, "data__size": 32, "data__train_images": 16}
     for task in ("class", "superres"):
         folder = train(

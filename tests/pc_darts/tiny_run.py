@@ -1,6 +1,7 @@
 """A search and a training that take seconds, and processes to kill or to join: what the tests share.
 
-Processes are forked, so that none of them has to import torch and Lightning again.
+Processes are forked, so that none of them has to import torch and Lightning again. A forked process hangs where it uses
+its parent's pool of threads, so all of these run in one thread, whatever TEST_THREADS says.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def digits() -> ImageSet:
 
 def searcher(folder: Path, machine: Machine | None = None, draw: bool = False, **options: Any) -> Searcher:
     """The tiny search; options replace those of SEARCH."""
+    torch.set_num_threads(1)
     chosen = SearchOptions(**{**SEARCH.__dict__, **options})
     halves = search_halves(digits().train, [0.5, 0.5], 0)
     return Searcher(chosen, digits(), halves, AUGMENT, folder, machine=machine, run=RUN, draw=draw)
@@ -54,6 +56,7 @@ def searcher(folder: Path, machine: Machine | None = None, draw: bool = False, *
 
 def training(folder: Path, machine: Machine | None = None, seed: int = 0, **options: Any) -> RetrainResult:
     """The tiny training of CELL."""
+    torch.set_num_threads(1)
     chosen = RetrainOptions(**{**RETRAIN.__dict__, **options})
     return retrain(CELL, chosen, digits(), AUGMENT, folder, seed, machine, RUN)
 

@@ -11,28 +11,10 @@ and parameter names, so the key map is the identity; only the sign of the last l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from common.errors import UserError, run_main
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-HEAD = ("conv_out.weight", "conv_out.bias")
-
-
-def official_to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published U-Net tensors in the sign of our directories: same names, the last layer flipped. Its own inverse.
-
-    Raises:
-        UserError: not a diffusers U-Net's state dict.
-    """
-    if HEAD[0] not in state:
-        raise UserError(f'"{HEAD[0]}" is missing; expected the state dict of a diffusers UNet2DConditionModel')
-    return {key: -value if key in HEAD else value for key, value in state.items()}
+from common.errors import run_main
 
 
 def convert(source: Path, target: Path, to: str = "diffusers", one_step: bool | None = None) -> Path:

@@ -17,10 +17,6 @@ from instaflow.flow import UNetFlow
 
 INITS = ("raw", "negate", "wrapped")
 PRUNINGS = ("none", "drop_out_in")
-STABLE_DIFFUSION_PARAMETERS = 859_520_964
-STACKED_PARAMETERS = (
-    1_719_017_924  # 2 x 859,520,964 - (640 + 11,524) - 11,840: InstaFlow-1.7B (appendix B, our reading)
-)
 
 
 def make_student(teacher: Teacher, init: str = "wrapped") -> UNetFlow:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.golden_case import golden_files
+
 THREADS = int(os.environ["TEST_THREADS"])
 # Tests whose outcome hangs on the arithmetic of the machine; a new paper's files of these names are among them.
 NUMERICAL = re.compile(
@@ -35,6 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="check every case of this folder instead of tests/golden/<paper> (and ../shared/golden/<paper>)",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `golden_path` takes every recorded case of the paper whose folder it lies in."""
+    if "golden_path" in metafunc.fixturenames:
+        files = golden_files(metafunc.definition.path.parent.name, metafunc.config.getoption("--golden-dir"))
+        metafunc.parametrize("golden_path", files, ids=[path.name for path in files])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

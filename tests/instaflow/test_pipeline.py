@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from instaflow import sample
-from instaflow.convert import convert, official_to_ours
+from instaflow.convert import convert
 from instaflow.flow import UNetFlow
 from instaflow.pipeline import Card, InstaFlowPipeline, merge_delta, slerp
 from instaflow.student import make_student, stack
@@ -129,16 +129,6 @@ def test_published_directories_load_once_the_user_says_what_they_are(tmp_path: P
         with torch.no_grad():
             again = InstaFlowPipeline.load(converted).flow(z, torch.zeros(2), states)
             assert torch.equal(again, flow(z, torch.zeros(2), states))
-
-
-def test_the_key_map_of_published_weights_is_the_identity() -> None:
-    state = tiny_teacher().unet.state_dict()
-    ours = official_to_ours(state)
-    assert ours.keys() == state.keys()
-    assert [key for key in state if not torch.equal(ours[key], state[key])] == ["conv_out.weight", "conv_out.bias"]
-    assert all(torch.equal(value, state[key]) for key, value in official_to_ours(ours).items())
-    with pytest.raises(UserError, match="conv_out"):
-        official_to_ours({})
 
 
 @pytest.mark.parametrize("shared", [False, True])

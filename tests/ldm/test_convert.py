@@ -37,6 +37,7 @@ from ldm.convert import (
     write_pipeline,
 )
 from ldm.model import ConditionedUNet, UNet
+from tests.word_tokenizer import word_tokenizer
 
 PLAIN: dict[str, Any] = {
     "in_channels": 3,
@@ -347,16 +348,6 @@ def test_command_line_converts_and_explains_a_wrong_config(tmp_path: Path, capsy
     assert capsys.readouterr().err.startswith(f"error: the checkpoint does not fit {config}: it ")
 
 
-def tiny_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "a", "red", "blue", "circle"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=6)
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction: str) -> None:
@@ -376,7 +367,9 @@ def test_stock_pipeline_draws_what_our_networks_draw(tmp_path: Path, prediction:
     ).eval()
     unet = randomised(UNet(**{**CROSS, "channel_mult": [1, 2], "attention_resolutions": [2], "context_dim": 32}))
     first_stage = randomised(AutoencoderKL({**DDCONFIG, "ch_mult": [1, 1]}, 3))
-    tokenizer = tiny_tokenizer()
+    tokenizer = word_tokenizer(
+        "[PAD] [UNK] a red blue circle", pad_token="[PAD]", unk_token="[UNK]", model_max_length=6
+    )
     folder = write_pipeline(
         tmp_path / "pipeline",
         unet,

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from tests.golden_case import golden_files, run_matching_check
+from tests.golden_case import run_matching_check
 from tests.pc_darts.golden_networks import CHECKS as NETWORK_CHECKS
 from tests.pc_darts.golden_training import CHECKS as TRAINING_CHECKS
 
 ALL_CHECKS = [*NETWORK_CHECKS, *TRAINING_CHECKS]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden_path" in metafunc.fixturenames:
-        files = golden_files("pc_darts", metafunc.config.getoption("--golden-dir"))
-        metafunc.parametrize("golden_path", files, ids=[path.name for path in files])
 
 
 def test_golden(golden_path: Path) -> None:

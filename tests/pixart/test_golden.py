@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from tests.golden_case import golden_files, run_matching_check
+from tests.golden_case import run_matching_check
 from tests.pixart.golden_networks import CHECKS as NETWORK_CHECKS
 from tests.pixart.golden_process import CHECKS as PROCESS_CHECKS
 
 ALL_CHECKS = [*NETWORK_CHECKS, *PROCESS_CHECKS]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden_path" in metafunc.fixturenames:
-        files = golden_files("pixart", metafunc.config.getoption("--golden-dir"))
-        metafunc.parametrize("golden_path", files, ids=[path.name for path in files])
 
 
 def test_golden(golden_path: Path) -> None:

@@ -13,12 +13,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import run_main
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(source: Path, target: Path, to: str = "diffusers", one_step: bool | None = None) -> Path:

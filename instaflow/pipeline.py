@@ -339,15 +339,14 @@ def merge_delta(flow: UNetFlow, delta: Mapping[str, Tensor], scale: float = 1.0,
     Raises:
         UserError: a name or a shape that the U-Net does not have; half of a low-rank pair.
     """
+    delta = {key.removeprefix("unet."): value for key, value in delta.items()}
     changes: dict[str, Tensor] = {}
     for key, value in delta.items():
-        key = key.removeprefix("unet.")
         if key.endswith(".lora_A.weight"):
             name = key.removesuffix(".lora_A.weight")
-            up = next((delta[k] for k in (f"{name}.lora_B.weight", f"unet.{name}.lora_B.weight") if k in delta), None)
+            up, alpha = delta.get(f"{name}.lora_B.weight"), delta.get(f"{name}.alpha")
             if up is None:
                 raise UserError(f"LoRA: {name}.lora_B.weight is missing")
-            alpha = next((delta[k] for k in (f"{name}.alpha", f"unet.{name}.alpha") if k in delta), None)
             rank_scale = 1.0 if alpha is None else float(alpha) / value.shape[0]
             changes[f"{name}.weight"] = rank_scale * (up.float().flatten(1) @ value.float().flatten(1))
         elif not key.endswith((".lora_B.weight", ".alpha")):

@@ -14,7 +14,7 @@ from benchmarks.acceleration import runner as runner_module
 from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, OverBudgetError, Sampler
 from benchmarks.acceleration.runner import Runner, Settings, known_methods, summary, write_results
 from common.teacher import Teacher
-from tests.instaflow.tiny_run import write_teacher
+from tests.common.tiny_teacher import save_teacher
 
 FIRST = {
     "teacher_ddim",
@@ -37,7 +37,7 @@ def bench(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(protocol, "DATA_IMAGES", 32)
         patch.setattr(protocol, "BATCH", 8)
         patch.setattr(runner_module, "REFERENCE_STEPS", 4)
-        teacher = Teacher.load(write_teacher(tmp_path_factory.mktemp("teacher") / "tiny", "v_prediction"))
+        teacher = Teacher.load(save_teacher(tmp_path_factory.mktemp("teacher") / "tiny", "v_prediction"))
         yield Bench(teacher, "B1", 2.0)
 
 

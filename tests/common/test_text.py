@@ -13,6 +13,7 @@ import torch
 
 from common.data.text import TextEncoder, packaged_minilm
 from common.errors import UserError
+from tests.word_tokenizer import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,11 @@ def minilm() -> TextEncoder:
 @pytest.fixture(scope="module")
 def small_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder-decoder directory whose encoder is what conditions images."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("t5")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "red", "green", "apple"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    words = "[PAD] [UNK] a red green apple"
+    word_tokenizer(words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(vocab_size=6, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(folder)

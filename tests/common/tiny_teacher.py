@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from common.teacher import Teacher
+from tests.word_tokenizer import word_tokenizer
 
-WORDS = ("a", "the", "red", "blue", "star", "ring", "of", "left", "two", "and")
+WORDS = "[PAD] [UNK] [CLS] [SEP] a the red blue green star ring cross heart two three of left right above and"
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -24,13 +25,12 @@ SCHEDULER = {
 
 
 @lru_cache
-def _modules() -> tuple[Any, Any, Any, Any]:
+def _modules(seed: int = 11) -> tuple[Any, Any, Any, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -54,7 +54,7 @@ def _modules() -> tuple[Any, Any, Any, Any]:
         )
         text_encoder = BertModel(
             BertConfig(
-                vocab_size=len(WORDS) + 4,
+                vocab_size=len(WORDS.split()),
                 hidden_size=16,
                 num_hidden_layers=1,
                 num_attention_heads=2,
@@ -62,19 +62,9 @@ def _modules() -> tuple[Any, Any, Any, Any]:
                 max_position_embeddings=6,
             )
         )
-    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=6,
-    )
-    return unet, vae, text_encoder, fast
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = word_tokenizer(WORDS, "[CLS] $A [SEP]", model_max_length=6, **special)
+    return unet, vae, text_encoder, tokenizer
 
 
 def tiny_teacher(prediction_type: str = "epsilon", **scheduler: Any) -> Teacher:
@@ -82,11 +72,13 @@ def tiny_teacher(prediction_type: str = "epsilon", **scheduler: Any) -> Teacher:
     return Teacher(*_modules(), {**SCHEDULER, "prediction_type": prediction_type, **scheduler})
 
 
-def save_teacher(folder: Path, prediction_type: str = "epsilon", scheduler: str = "DDIMScheduler") -> Path:
-    """The tiny teacher as stock diffusers saves it."""
+def save_teacher(
+    folder: Path, prediction_type: str = "epsilon", scheduler: str = "DDIMScheduler", seed: int = 11
+) -> Path:
+    """The tiny teacher (or another one, of other weights) as stock diffusers saves it."""
     import diffusers
 
-    unet, vae, text_encoder, tokenizer = _modules()
+    unet, vae, text_encoder, tokenizer = _modules(seed)
     options = {key: value for key, value in SCHEDULER.items() if key != "_class_name"}
     parts = getattr(diffusers, scheduler).from_config({**options, "prediction_type": prediction_type})
     diffusers.StableDiffusionPipeline(

@@ -18,7 +18,8 @@ from common.metrics.measures import (
 )
 from instaflow import evaluate
 from instaflow.figures import sideways
-from tests.instaflow.tiny_run import PROMPTS, train, write_teacher
+from tests.common.tiny_teacher import save_teacher
+from tests.instaflow.tiny_run import PROMPTS, train
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps that also evaluated itself."""
     folder = tmp_path_factory.mktemp("evaluated")
-    teacher = write_teacher(folder / "teacher")
+    teacher = save_teacher(folder / "teacher")
     small = {"reflow__steps": 2, "distil__steps": 2, "perceptual__steps": 1}
     return train(folder / "run", teacher, stages="[pairs,reflow,distil,perceptual,evaluate]", **small)
 
@@ -135,7 +136,7 @@ def test_clip_score_is_the_mean_cosine_of_a_clip_directory(images: Path, tmp_pat
         CLIPConfig(text_config={**text, **sizes}, vision_config={**vision, **sizes}, projection_dim=8)
     ).eval()
     model.save_pretrained(tmp_path / "clip")
-    tokenizer = AutoTokenizer.from_pretrained(write_teacher(tmp_path / "teacher") / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(save_teacher(tmp_path / "teacher") / "tokenizer", local_files_only=True)
     tokenizer.save_pretrained(tmp_path / "clip")
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) for f in sorted(images.iterdir())])
     captions = [PROMPTS[i % 12] for i in range(24)]

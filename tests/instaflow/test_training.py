@@ -14,13 +14,14 @@ from common.errors import UserError
 from common.training import load_checkpoint
 from instaflow.run import WEIGHTS
 from instaflow.trainer import StudentTrainer
+from tests.common.tiny_teacher import save_teacher
 from tests.drills import kill, same_weights, succeed
-from tests.instaflow.tiny_run import PROMPTS, STAGES, arguments, losses, train, write_teacher
+from tests.instaflow.tiny_run import PROMPTS, STAGES, arguments, losses, train
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +175,9 @@ def test_wrong_options_are_refused_by_name(reference: Path, teacher: Path, tmp_p
 
 
 def test_run_refuses_a_teacher_whose_weights_were_replaced(cache: None, tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher", seed=1)
+    teacher = save_teacher(tmp_path / "teacher", seed=1)
     folder = train(tmp_path / "run", teacher, stages="[pairs]")
-    write_teacher(teacher, seed=2)
+    save_teacher(teacher, seed=2)
     with pytest.raises(UserError, match="begun with another teacher"):
         train(folder, teacher, stages="[pairs]")
 

@@ -17,8 +17,7 @@ DEEP = replace(TINY, depth=4)
 
 
 def base() -> PixArt:
-    net = filled(PixArt(DEEP))
-    return net
+    return filled(PixArt(DEEP))
 
 
 @pytest.mark.parametrize("full", [False, True])

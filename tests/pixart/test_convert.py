@@ -45,8 +45,16 @@ def run(net: PixArt, config: PixArtConfig, drop: bool = False) -> Tensor:
 
 
 def make(config: PixArtConfig) -> PixArt:
-    net = filled(PixArt(config))
-    return net.eval()
+    return filled(PixArt(config)).eval()
+
+
+@torch.no_grad()
+def run_peer(peer: Any, config: PixArtConfig) -> Tensor:
+    """What diffusers' network makes of the inputs of `run`."""
+    x, t, caption, mask = batch(config)
+    added = {"resolution": torch.tensor([[64.0, 48.0]] * 3), "aspect_ratio": torch.full((3, 1), 1.25)}
+    options = {"added_cond_kwargs": added if config.multi_scale else {}, "encoder_attention_mask": mask}
+    return peer(x, caption, t, **options).sample
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -79,13 +87,7 @@ def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, name: 
         warnings.simplefilter("ignore")
         peer, problems = PixArtTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not problems["missing_keys"] and not problems["unexpected_keys"]
-    x, t, caption, mask = batch(config)
-    added = {"resolution": torch.tensor([[64.0, 48.0]] * 3), "aspect_ratio": torch.full((3, 1), 1.25)}
-    with torch.no_grad():
-        theirs = peer(
-            x, caption, t, added_cond_kwargs=added if config.multi_scale else {}, encoder_attention_mask=mask
-        ).sample
-    torch.testing.assert_close(run(net, config), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(net, config), run_peer(peer, config), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("additional", [False, True])
@@ -105,13 +107,10 @@ def test_a_random_diffusers_network_computes_the_same_here(tmp_path: Path, addit
     peer.eval().save_pretrained(tmp_path / "transformer")
     net = load_transformer(tmp_path).eval()
     assert net.config == replace(SINGLE, multi_scale=additional, caption_tokens=120)
-    x, t, caption, mask = batch(SINGLE)
-    added = {"resolution": torch.tensor([[64.0, 48.0]] * 3), "aspect_ratio": torch.full((3, 1), 1.25)}
-    with torch.no_grad():
-        theirs = peer(x, caption, t, added_cond_kwargs=added if additional else {}, encoder_attention_mask=mask).sample
-    torch.testing.assert_close(run(net, replace(SINGLE, multi_scale=additional)), theirs, rtol=1e-5, atol=1e-5)
+    config = replace(SINGLE, multi_scale=additional)
+    torch.testing.assert_close(run(net, config), run_peer(peer, config), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="empty prompt"):  # diffusers has no null caption
-        run(net, replace(SINGLE, multi_scale=additional), drop=True)
+        run(net, config, drop=True)
     save_transformer(net, tmp_path / "ours")
     assert not load_transformer(tmp_path / "ours").has_null_caption
 

@@ -133,12 +133,16 @@ def folder_of(root: Path, sizes: list[tuple[int, int]], lines: bool = True) -> P
     return root
 
 
+def own(root: Path, part: Any = "train", **options: Any) -> Any:
+    """The user's pictures below `root`, of 16 pixels unless `options` say otherwise."""
+    return open_pictures(DataConfig(**{"name": "folder", "path": str(root), "size": 16, **options}), part, 0, 8)
+
+
 def test_own_folder_is_bucketed_by_shape_and_drops_long_strips(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(40, 40), (30, 60), (90, 45), (20, 100)])
-    config = DataConfig(name="folder", path=str(root), size=64, ratios=[0.5, 1.0, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pictures = open_pictures(config, "train", 0, 8)
+        pictures = own(root, size=64, ratios=[0.5, 1.0, 2.0])
     assert pictures.captions == ["picture 0", "picture 1", "picture 2"] and pictures.classes == 2
     assert pictures.originals_N2.tolist() == [[40, 40], [30, 60], [90, 45]]
     assert [pictures.buckets[b].ratio for b in pictures.bucket_N.tolist()] == [1.0, 0.5, 2.0]
@@ -147,8 +151,7 @@ def test_own_folder_is_bucketed_by_shape_and_drops_long_strips(tmp_path: Path) -
 
 def test_large_folder_keeps_some_pictures_apart(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 210)
-    config = DataConfig(name="folder", path=str(root), size=16)
-    train, test = (open_pictures(config, part, 0, 8) for part in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (own(root, part) for part in ("train", "test"))
     assert len(train) + len(test) == 210 and 2 <= len(test) <= 30
     assert not set(train.captions) & set(test.captions)
 
@@ -156,8 +159,7 @@ def test_large_folder_keeps_some_pictures_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [25, 3])
 def test_given_splits_are_kept_apart_and_else_a_tenth_is_held_out(count: int, tmp_path: Path) -> None:
     def parts(root: Path) -> list[set[str]]:
-        config = DataConfig(name="folder", path=str(root), size=16)
-        return [set(open_pictures(config, part, 0, 8).captions) for part in ("train", "test")]  # type: ignore[arg-type]
+        return [set(own(root, part).captions) for part in ("train", "test")]
 
     for name in ("train", "test"):
         folder_of(tmp_path / "split" / name, [(8, 8)] * count)
@@ -183,21 +185,20 @@ def test_tables_of_pictures_are_read_as_folders_are(tmp_path: Path) -> None:
     english, german = [f"picture {i}" for i in range(3)], [f"Bild {i}" for i in range(3)]
     (tmp_path / "table").mkdir()
     pq.write_table(pa.table({"image": cells, "en": english, "de": german}), tmp_path / "table" / "train-0.parquet")
-    options: dict[str, Any] = {"name": "folder", "size": 64, "ratios": [0.5, 1.0, 2.0]}
-    ours = open_pictures(DataConfig(path=str(tmp_path / "table"), text_column="de", **options), "train", 0, 8)
-    theirs = open_pictures(DataConfig(path=str(root), **options), "train", 0, 8)
+    options: dict[str, Any] = {"size": 64, "ratios": [0.5, 1.0, 2.0]}
+    ours, theirs = own(tmp_path / "table", text_column="de", **options), own(root, **options)
     assert ours.captions == german and theirs.captions == english
     for i in range(3):
         assert torch.equal(ours.images([i]), theirs.images([i]))
     with pytest.raises(UserError, match=r"no captions|no metadata.jsonl"):
-        open_pictures(DataConfig(path=str(tmp_path / "table"), **options), "train", 0, 8)
+        own(tmp_path / "table", **options)
 
 
 def test_a_truncated_picture_of_many_is_left_out(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 120)
     (root / "7.png").write_bytes((root / "7.png").read_bytes()[:-30])  # its header can be read
     with pytest.warns(UserWarning, match=r"skipped .*7\.png"):
-        pictures = open_pictures(DataConfig(name="folder", path=str(root), size=16), "train", 0, 8)
+        pictures = own(root)
     assert "picture 7" not in pictures.captions and len(pictures.images(range(len(pictures)))) == len(pictures)
 
 
@@ -223,13 +224,12 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 4)
     (root / "2.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"skipped .*2.png"), pytest.raises(UserError, match="1 of 4 images cannot"):
-        open_pictures(DataConfig(name="folder", path=str(root), size=16), "train", 0, 8)
+        own(root)
 
 
 def test_label_is_required_only_where_classes_are_learned(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", [(8, 8)] * 4, lines=False)
-    config = DataConfig(name="folder", path=str(root), size=16, prompt="a photo of sks dog")
-    pictures = open_pictures(config, "train", 0, 8)
+    pictures = own(root, prompt="a photo of sks dog")
     assert pictures.captions == ["a photo of sks dog"] * 4 and pictures.labels_N.tolist() == [-1] * 4
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from common.errors import UserError
 from pixart.text import TextEncoder, clean_caption, fit_length, parse_prompt
+from tests.word_tokenizer import word_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -59,22 +59,12 @@ def test_broken_flags_are_refused(flags: str) -> None:
         parse_prompt(f"a cat {flags}")
 
 
-def _tokenizer(folder: Path, words: str, special: bool) -> int:
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", *words.split()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>", model_max_length=16
-    )
-    fast.save_pretrained(folder)
-    return len(vocabulary)
-
-
 @pytest.fixture(params=["t5", "bert"])
 def encoder_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    size = _tokenizer(tmp_path, "a red cat on the mat", special=request.param == "t5")
+    words = "[PAD] [UNK] </s> a red cat on the mat"
+    size, template = len(words.split()), "$A </s>" if request.param == "t5" else ""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
+    word_tokenizer(words, template, model_max_length=16, **special).save_pretrained(tmp_path)
     if request.param == "t5":
         config = T5Config(vocab_size=size, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
         T5EncoderModel(config).save_pretrained(tmp_path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.data.folders import read_folder
@@ -17,6 +17,7 @@ from common.errors import UserError
 from pixart import noun_density
 from pixart.captioner import PROMPT, Captioner, caption_folder
 from pixart.noun_density import NounDensity, nouns, read_captions, table
+from tests.word_tokenizer import word_tokenizer
 
 # Tagged by hand, in the styles of captions people use; none is from the tagger's training text.
 TAGGED = {
@@ -101,13 +102,13 @@ def test_dense_shapes_captions_hold_more_nouns_than_web_like_ones() -> None:
     assert dense.nouns_per_caption > 1.5 * web.nouns_per_caption
 
 
-def _tokenizer(words: str, **special: str) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<image>", "[UNK]", *words.split()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", **special
-    )
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+PICTURES: dict[str, Any] = {"image_size": 16, "patch_size": 8}
+
+
+def _tokenizer(words: str, **special: Any) -> PreTrainedTokenizerFast:
+    known = f"<pad> <s> </s> <image> [UNK] {words}"
+    return word_tokenizer(known, by_spaces=True, pad_token="<pad>", bos_token="<s>", eos_token="</s>", **special)
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +117,10 @@ def vision_encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("captioner")
     torch.manual_seed(0)
     _tokenizer("a red cat").save_pretrained(folder)
-    vision = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=16,
-        patch_size=8,
-    )
-    text = transformers.GPT2Config(
-        vocab_size=8,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        add_cross_attention=True,
-        is_decoder=True,
-        initializer_range=1.0,
-    )
+    vision = transformers.ViTConfig(num_hidden_layers=1, **SMALL, **PICTURES)
+    sizes = {"vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    decoder = {"add_cross_attention": True, "is_decoder": True, "initializer_range": 1.0}
+    text = transformers.GPT2Config(**sizes, **decoder, bos_token_id=1, eos_token_id=2)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
     transformers.VisionEncoderDecoderModel(config).save_pretrained(folder)
@@ -148,7 +133,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained LLaVA: a chat model that is asked the paper's question."""
     folder = tmp_path_factory.mktemp("llava")
     torch.manual_seed(0)
-    tokenizer = _tokenizer(f"USER: ASSISTANT: {PROMPT}", additional_special_tokens=["<image>"])  # type: ignore[arg-type]
+    tokenizer = _tokenizer(f"USER: ASSISTANT: {PROMPT}", additional_special_tokens=["<image>"])
     transformers.LlavaProcessor(
         transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         tokenizer,
@@ -161,25 +146,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
         ),
     ).save_pretrained(folder)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=16,
-    )
+    vision = transformers.CLIPVisionConfig(num_hidden_layers=2, projection_dim=16, **SMALL, **PICTURES)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        vocab_size=len(tokenizer), num_hidden_layers=1, num_key_value_heads=2, **SMALL, **special
     )
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)

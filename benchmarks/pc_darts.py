@@ -62,7 +62,8 @@ SIZES = {
 
 def build(size: str, partial: int, fused: bool) -> Any:
     """A search network with the same weights in every process."""
-    from pc_darts.search_space import SearchConfig, SearchNetwork
+    from pc_darts.config import SearchConfig
+    from pc_darts.search_space import SearchNetwork
 
     torch.manual_seed(0)
     spec = SIZES[size]

@@ -201,17 +201,14 @@ def forward_step(network: torch.nn.Module, predict: Predict, size: str, device: 
 
 def our_sampling(size: str, device: str, bf16: bool, batch: int, kept: Path) -> Step:
     """Text features to latents: captions encoded once, both branches in one batch, the pipeline's scheduler."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    from pixart.convert import SCHEDULER
-    from pixart.samplers import diffusers_sampler, guide
+    from pixart.samplers import diffusers_sampler, diffusers_scheduler, guide
 
     net, _ = our_network(size, device, False)
     net.eval()
     given = make_batch(size, 0, device, 2 * batch)  # half of it stands for the empty prompt
     start = given.x_BCHW[:batch]
     # As in the pipeline, the scheduler is made before: its tables are not sampling.
-    scheduler = DPMSolverMultistepScheduler.from_config(SCHEDULER)
+    scheduler = diffusers_scheduler()
 
     @torch.no_grad()
     def step(index: int) -> None:

@@ -432,16 +432,21 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     except RuntimeError as error:
         if checkpoint is None or "loading state_dict" not in str(error):
             raise
-        detail = str(error).splitlines()[1:2] or [""]
-        raise UserError(
-            f"checkpoint {checkpoint} belongs to another network ({detail[0].strip()[:160]}): "
-            "give the options of the run that wrote it, or choose another --run_dir"
-        ) from None
+        raise of_another_network(checkpoint, error) from None
     except OSError as error:
         raise UserError(
             f"cannot write below {trainer.default_root_dir}: {error} (is the disk full?); "
             "the last checkpoint there is whole, so starting again continues from it"
         ) from error
+
+
+def of_another_network(checkpoint: Path, error: RuntimeError) -> UserError:
+    """What to tell the user whose checkpoint `load_state_dict` refused."""
+    detail = str(error).splitlines()[1:2] or [""]
+    return UserError(
+        f"checkpoint {checkpoint} belongs to another network ({detail[0].strip()[:160]}): "
+        "give the options of the run that wrote it, or choose another --run_dir"
+    )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,14 +25,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
+from common.weights import save_weights
 from electra.config import ElectraConfig
 from electra.model import Encoder
 from electra.objectives import ElectraPretrainer
+from electra.wordpiece import Tokenizer
 
 StateDict = dict[str, Tensor]
 Architecture = Literal["ElectraForPreTraining", "ElectraForMaskedLM"]
@@ -85,24 +86,32 @@ def from_official(variables: Mapping[str, Tensor]) -> StateDict:
 # transformers
 
 
+# What transformers' config.json calls our fields; the second half may be missing there.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "embedding_size": "embedding_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position",
+}
+_OPTIONAL = {
+    "type_vocab_size": "type_vocab",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "initializer_range": "init_std",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
+
 def transformers_config(config: ElectraConfig, architecture: Architecture, pad_id: int = 0) -> dict[str, Any]:
     """The content of config.json; what transformers does not know stands under `pretraining`."""
     return {
         "architectures": [architecture],
         "model_type": RELATIVE_MODEL_TYPE if config.relative_positions else MODEL_TYPE,
-        "vocab_size": config.vocab_size,
-        "embedding_size": config.embedding_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position,
-        "type_vocab_size": config.type_vocab,
+        **{theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONAL).items()},
         "hidden_act": "gelu",
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": config.init_std,
-        "layer_norm_eps": config.layer_norm_eps,
         "pad_token_id": pad_id,
         "tie_word_embeddings": True,
         "pretraining": {"init": config.init, "relative_positions": config.relative_positions},
@@ -123,26 +132,14 @@ def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
     if values.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"config.json: hidden_act is {values['hidden_act']!r}; ELECTRA uses gelu")
-    extra = values.get("pretraining", {})
-    try:
-        config = ElectraConfig(
-            vocab_size=values["vocab_size"],
-            embedding_size=values["embedding_size"],
-            hidden_size=values["hidden_size"],
-            layers=values["num_hidden_layers"],
-            heads=values["num_attention_heads"],
-            intermediate_size=values["intermediate_size"],
-            max_position=values["max_position_embeddings"],
-            type_vocab=values.get("type_vocab_size", 2),
-            dropout=values.get("hidden_dropout_prob", 0.1),
-            attention_dropout=values.get("attention_probs_dropout_prob", 0.1),
-            layer_norm_eps=values.get("layer_norm_eps", 1e-12),
-            init_std=values.get("initializer_range", 0.02),
-            relative_positions=kind == RELATIVE_MODEL_TYPE,
-            init=extra.get("init", "official"),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json: {error.args[0]!r} is missing") from None
+    for name in _SIZES:
+        if name not in values:
+            raise UserError(f"config.json: {name!r} is missing")
+    config = ElectraConfig(
+        **{ours: values[theirs] for theirs, ours in (_SIZES | _OPTIONAL).items() if theirs in values},
+        relative_positions=kind == RELATIVE_MODEL_TYPE,
+        init=values.get("pretraining", {}).get("init", "official"),
+    )
     renamed: StateDict = {}
     for key, value in state.items():
         name = f"electra.{key}" if key.startswith(("embeddings.", "embeddings_project.", "encoder.")) else key
@@ -206,58 +203,41 @@ def write_directory(
     directory: Path, config: ElectraConfig, architecture: Architecture, state: Mapping[str, Tensor], pad_id: int = 0
 ) -> None:
     """config.json and model.safetensors, each written atomically."""
-    tensors = {k: v.detach().to("cpu", torch.float32).contiguous().clone() for k, v in state.items()}
-    write = lambda path: save_file(tensors, path, metadata={"format": "pt"})  # noqa: E731
-    write_atomically(directory / "model.safetensors", write)
+    save_weights(directory / "model.safetensors", state, {"format": "pt"}, torch.float32)
     write_json(directory / "config.json", transformers_config(config, architecture, pad_id))
 
 
-def save_transformers(model: ElectraPretrainer, directory: Path, vocabulary: Path | None = None) -> None:
-    """Save a pre-trained model for transformers.
+def write_networks(directory: Path, config: ElectraConfig, state: Mapping[str, Tensor], pad_id: int = 0) -> list[Path]:
+    """Write the networks whose parameters `state` holds for transformers; returns the directories.
 
-    `directory` holds the main network: ElectraForPreTraining for replaced-token detection, ElectraForMaskedLM for the
-    MLM objectives (without the copy gate of All-Tokens MLM, which transformers lacks). `directory/generator` holds the
-    generator as ElectraForMaskedLM, where there is one.
-
-    Args:
-        vocabulary: a vocab.txt to copy beside both, with which AutoTokenizer reads the directory.
+    `directory` gets the main network: ElectraForPreTraining where there is a head for replaced-token detection, else
+    ElectraForMaskedLM (without the copy gate of All-Tokens MLM, which transformers lacks). `directory/generator` gets
+    the generator as ElectraForMaskedLM, where there is one.
     """
-    state = {k: v for k, v in model.state_dict().items() if "." in k}
-    main = {k: v for k, v in state.items() if k.startswith("electra.")}
-    pad = model.special.pad
-    written = [directory]
-    own_head = {k: v for k, v in state.items() if k.startswith(("generator_predictions.", "generator_lm_head."))}
-    if model.objective in ("electra", "electra15"):
-        head = {k: v for k, v in state.items() if k.startswith("discriminator_predictions.")}
-        write_directory(directory, model.config, "ElectraForPreTraining", {**main, **head}, pad)
-    else:
-        head = own_head
-        if model.objective != "mlm":
-            head = {
-                k.replace("mlm_predictions.", "generator_predictions.").replace("mlm_lm_head.", "generator_lm_head."): v
-                for k, v in state.items()
-                if k.startswith(("mlm_predictions.", "mlm_lm_head."))
-            }
-        write_directory(directory, model.config, "ElectraForMaskedLM", {**main, **head}, pad)
-    if model.objective != "mlm" and own_head:
-        encoder = {k: v for k, v in main.items() if k.startswith("electra.embeddings.")}
-        if model.generator is None:
-            encoder = main
-        encoder |= {f"electra.{k[10:]}": v for k, v in state.items() if k.startswith("generator.")}
-        config = model.config.generator_config()
-        write_directory(directory / "generator", config, "ElectraForMaskedLM", {**encoder, **own_head}, pad)
-        written.append(directory / "generator")
-    if vocabulary is not None:
-        for folder in written:
-            write_atomically(folder / "vocab.txt", lambda path: shutil.copyfile(vocabulary, path))
-            write_json(
-                folder / "tokenizer_config.json",
-                {
-                    "tokenizer_class": "ElectraTokenizer",
-                    "do_lower_case": True,
-                    "model_max_length": model.config.max_position,
-                },
-            )
+
+    def part(*prefixes: str) -> StateDict:
+        return {name: value for name, value in state.items() if name.startswith(prefixes)}
+
+    main, generator_head = part("electra."), part("generator_predictions.", "generator_lm_head.")
+    rtd_head = part("discriminator_predictions.")
+    mlm_head = {f"generator{k.removeprefix('mlm')}": v for k, v in part("mlm_predictions.", "mlm_lm_head.").items()}
+    architecture: Architecture = "ElectraForPreTraining" if rtd_head else "ElectraForMaskedLM"
+    write_directory(directory, config, architecture, {**main, **(rtd_head or mlm_head or generator_head)}, pad_id)
+    if not generator_head or not (rtd_head or mlm_head):
+        return [directory]
+    own = {f"electra.{k.removeprefix('generator.')}": v for k, v in part("generator.").items()}
+    encoder = {**part("electra.embeddings."), **own} if own else main
+    small = config.generator_config() if own else config
+    write_directory(directory / "generator", small, "ElectraForMaskedLM", {**encoder, **generator_head}, pad_id)
+    return [directory, directory / "generator"]
+
+
+def save_transformers(model: ElectraPretrainer, directory: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Save a pre-trained model for transformers (see `write_networks`), the tokenizer beside each network."""
+    state = {name: value for name, value in model.state_dict().items() if "." in name}
+    for folder in write_networks(directory, model.config, state, model.special.pad):
+        if tokenizer is not None:
+            tokenizer.save(folder)
 
 
 def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -> tuple[ElectraConfig, StateDict]:
@@ -343,23 +323,7 @@ def import_official(
 ) -> list[Path]:
     """Write transformers directories from official variables; returns the directories."""
     state = from_official(variables)
-    config = infer_config(state, heads, generator_heads)
-    main = {k: v for k, v in state.items() if k.startswith("electra.")}
-    mlm_head = {k: v for k, v in state.items() if k.startswith(("generator_predictions.", "generator_lm_head."))}
-    rtd_head = {k: v for k, v in state.items() if k.startswith("discriminator_predictions.")}
-    if not rtd_head:
-        write_directory(directory, config, "ElectraForMaskedLM", {**main, **mlm_head})
-        return [directory]
-    write_directory(directory, config, "ElectraForPreTraining", {**main, **rtd_head})
-    if not mlm_head:
-        return [directory]
-    small = {k: v for k, v in main.items() if k.startswith("electra.embeddings.")}
-    own = {f"electra.{k.removeprefix('generator.')}": v for k, v in state.items() if k.startswith("generator.")}
-    generator = {**(small if own else main), **own, **mlm_head}
-    write_directory(
-        directory / "generator", config.generator_config() if own else config, "ElectraForMaskedLM", generator
-    )
-    return [directory, directory / "generator"]
+    return write_networks(directory, infer_config(state, heads, generator_heads), state)
 
 
 def export_official(directory: Path) -> StateDict:
@@ -524,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for folder in import_official(variables, options.out, options.heads, options.generator_heads):
             print(f"wrote {folder}")
         return
-    variables = {k: v.contiguous() for k, v in export_official(options.directory).items()}
+    variables = export_official(options.directory)
     if options.out.suffix == ".npz":
         arrays: dict[str, Any] = {k: v.numpy() for k, v in variables.items()}
 
@@ -534,7 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         write_atomically(options.out, write)
     elif options.out.suffix == ".safetensors":
-        write_atomically(options.out, lambda path: save_file(variables, path))
+        save_weights(options.out, variables)
     else:
         raise UserError(f"{options.out}: expected a name that ends in .npz or .safetensors")
     print(f"wrote {options.out}")

@@ -14,7 +14,7 @@ process's rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,18 +106,16 @@ class StepBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """Copy to a device (what Lightning calls)."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-        draws = Draws(**{name: move(value) for name, value in vars(self.draws).items()})
-        weights_W = self.weights_W.to(device, non_blocking=non_blocking)
-        return StepBatch(self.batch.to(device, non_blocking=non_blocking), draws, weights_W)
+        return self._with(lambda item: item.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> StepBatch:
         """Copy to pinned memory (what the loader calls)."""
-        pinned = {name: None if value is None else value.pin_memory() for name, value in vars(self.draws).items()}
-        return StepBatch(self.batch.pin_memory(), Draws(**pinned), self.weights_W.pin_memory())
+        return self._with(lambda item: item.pin_memory())
+
+    def _with(self, change: Callable[[Any], Any]) -> StepBatch:
+        """The batch with every tensor changed."""
+        draws = {name: None if value is None else change(value) for name, value in vars(self.draws).items()}
+        return StepBatch(change(self.batch), Draws(**draws), change(self.weights_W))
 
 
 class StepBatches(Dataset):

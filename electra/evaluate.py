@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,17 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds {arguments.seeds}: expected whole numbers with commas between them") from None
-    config = FinetuneConfig(
-        lr=arguments.lr,
-        scratch_lr=arguments.scratch_lr,
-        layer_decay=arguments.layer_decay,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        double_unordered=arguments.double_unordered,
-        precision=arguments.precision,
-        device=arguments.device,
-    )
+    own = {field.name for field in fields(FinetuneConfig)}
+    config = FinetuneConfig(**{key: value for key, value in vars(arguments).items() if key in own})
     tasks = [
         load_task(name.strip(), arguments.data_root, arguments.train_examples).first(test=arguments.test_examples)
         for name in split_tasks(arguments.tasks)

@@ -340,7 +340,6 @@ class Study(CommonStudy[Sizes]):
         It is the training partner of no discriminator, so it favours none.
         """
         sampler = self.pretrained(self.swept("mlm"), seed).network
-        table_VE = sampler.main_embeddings.word_embeddings.weight
         found = []
         with torch.no_grad():
             for number, batch in held_out_batches(self.held_out_rows, self.sizes.batch, self.sizes.judged):
@@ -350,8 +349,7 @@ class Study(CommonStudy[Sizes]):
                     sampler.generator_hidden(batch, masked.ids_N, masked.positions_M)
                 )
                 seeds_M = torch.randint(1 << 62, (len(hidden_ME),), generator=generator)
-                bias_V = sampler.generator_lm_head.bias
-                drawn = sampler.head(hidden_ME, table_VE, bias_V, masked.targets_M, seeds_M)
+                drawn = sampler.generator_head(hidden_ME, masked.targets_M, seeds_M)
                 assert drawn.sampled_M is not None
                 found.append((batch, corrupt(batch, masked, drawn.sampled_M)))
         return found

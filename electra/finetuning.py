@@ -23,14 +23,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from electra.config import ElectraConfig, FinetuneConfig
 from electra.convert import Pretrained, load_pretrained
-from electra.heads import (
-    ClassificationHead,
-    QuestionAnsweringHead,
-    RegressionHead,
-    TaggingHead,
-    answer_candidates,
-    best_span,
-)
+from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates, best_span
 from electra.model import Batch, Encoder
 from electra.optim import OfficialAdam, clip_global_norm, learning_rate, parameter_groups, set_learning_rate
 from electra.tasks import Item, Task
@@ -89,16 +82,16 @@ def encode_items(items: Sequence[Item], task: Task, tokenizer: Tokenizer, max_le
     (as in the official code), labels on first pieces; words beyond the length are dropped. Questions: [CLS] question
     [SEP] passage [SEP]; an answer beyond the length counts as none in training.
     """
-    cls_id, sep_id = tokenizer.cls_id, tokenizer.sep_id
     if task.kind in ("tagging", "questions"):
         flat = tokenizer.ids_of_words([word for item in items for word in item.words])
         bounds = np.cumsum([0, *(len(item.words) for item in items)])
         words = [flat[a:b] for a, b in pairwise(bounds)]
         if task.kind == "tagging":
-            return [_tagging_row(*pair, cls_id, sep_id, max_length) for pair in zip(items, words)]
+            return [_tagging_row(*pair, tokenizer, max_length) for pair in zip(items, words)]
         questions = tokenizer.ids_of_many([item.text for item in items])
-        return [_question_row(*triple, cls_id, sep_id, max_length) for triple in zip(items, questions, words)]
+        return [_question_row(*triple, tokenizer, max_length) for triple in zip(items, questions, words)]
     rows = []
+    cls_id, sep_id = tokenizer.cls_id, tokenizer.sep_id
     seconds = tokenizer.ids_of_many([item.second for item in items])
     for item, first, second in zip(items, tokenizer.ids_of_many([item.text for item in items]), seconds):
         room = max_length - (3 if second else 2)
@@ -110,21 +103,21 @@ def encode_items(items: Sequence[Item], task: Task, tokenizer: Tokenizer, max_le
     return rows
 
 
-def _tagging_row(item: Item, words: list[list[int]], cls_id: int, sep_id: int, max_length: int) -> Row:
-    ids, places = [cls_id], []
+def _tagging_row(item: Item, words: list[list[int]], tokenizer: Tokenizer, max_length: int) -> Row:
+    ids, places = [tokenizer.cls_id], []
     for pieces in words:
         if len(ids) + len(pieces) >= max_length:
             break
         places.append(len(ids))
         ids += pieces
-    ids.append(sep_id)
+    ids.append(tokenizer.sep_id)
     return Row(ids, [1] * len(ids), places, item, list(item.tags[: len(places)]))
 
 
 def _question_row(
-    item: Item, question: list[int], words: list[list[int]], cls_id: int, sep_id: int, max_length: int
+    item: Item, question: list[int], words: list[list[int]], tokenizer: Tokenizer, max_length: int
 ) -> Row:
-    ids = [cls_id, *question[: max_length // 2], sep_id]
+    ids = [tokenizer.cls_id, *question[: max_length // 2], tokenizer.sep_id]
     start = len(ids)
     word_of_token = [-1] * start
     for index, pieces in enumerate(words):
@@ -132,7 +125,7 @@ def _question_row(
             break
         ids += pieces
         word_of_token += [index] * len(pieces)
-    ids.append(sep_id)
+    ids.append(tokenizer.sep_id)
     word_of_token.append(-1)
     span = (0, 0)
     if item.answer is not None and item.answer[1] in word_of_token:
@@ -149,15 +142,13 @@ class FinetuneModel(nn.Module):
         self.electra = electra
         self.kind = task.kind
         width = electra.config.hidden_size
-        self.head: ClassificationHead | RegressionHead | TaggingHead | QuestionAnsweringHead
-        if task.kind == "classification":
-            self.head = ClassificationHead(width, len(task.classes), dropout)
+        self.head: ClassificationHead | RegressionHead | QuestionAnsweringHead
+        if task.kind == "questions":
+            self.head = QuestionAnsweringHead(width)
         elif task.kind == "regression":
             self.head = RegressionHead(width, dropout)
-        elif task.kind == "tagging":
-            self.head = TaggingHead(width, len(task.classes), dropout)
         else:
-            self.head = QuestionAnsweringHead(width)
+            self.head = ClassificationHead(width, len(task.classes), dropout)
 
     def hidden(self, batch: PackedRows) -> Tensor:
         """What the head reads: [B, D] of [CLS], [M, D] of tagged words, or [B, L, D] for questions."""
@@ -227,9 +218,7 @@ def finetune(
     Raises:
         UserError: vocabulary and encoder do not fit, or the directory is no ELECTRA model.
     """
-    model, result = finetune_model(source, tokenizer, task, config, seed)
-    del model
-    return result
+    return finetune_model(source, tokenizer, task, config, seed)[1]
 
 
 def finetune_model(
@@ -241,7 +230,9 @@ def finetune_model(
 ) -> tuple[FinetuneModel, FinetuneResult]:
     """`finetune`, with the trained network (in eval mode)."""
     config = config or FinetuneConfig()
-    device = torch.device(_device(config.device))
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         encoder = _encoder(source, tokenizer, config)
@@ -259,12 +250,6 @@ def finetune_model(
     return model, FinetuneResult(
         task.name, seed, pretrained, task.metric, test, dev, steps, round(seconds, 3), round(loss, 5)
     )
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _encoder(source: str | Path | Pretrained | ElectraConfig, tokenizer: Tokenizer, config: FinetuneConfig) -> Encoder:
@@ -332,6 +317,9 @@ def _batches(rows: Sequence[Row], size: int, total: int, seed: int) -> Iterator[
 @torch.inference_mode()
 def evaluate(model: FinetuneModel, rows: Sequence[Row], config: FinetuneConfig | None = None) -> dict[str, float]:
     """Scores in per cent: accuracy and Matthews, Spearman and Pearson, tagging accuracy, or F1 and exact match."""
+    from scipy.stats import rankdata
+    from sklearn.metrics import matthews_corrcoef
+
     config = config or FinetuneConfig()
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -350,11 +338,11 @@ def evaluate(model: FinetuneModel, rows: Sequence[Row], config: FinetuneConfig |
         return _answer_scores(spans)
     output, truth = torch.cat(outputs).cpu().numpy(), torch.cat(truths).cpu().numpy()
     if model.kind == "regression":
-        return {"spearman": _correlation(_ranks(output), _ranks(truth)), "pearson": _correlation(output, truth)}
+        return {"spearman": _correlation(rankdata(output), rankdata(truth)), "pearson": _correlation(output, truth)}
     predicted = output.argmax(-1)
     scores = {"accuracy": 100 * float((predicted == truth).mean())}
     if model.kind == "classification":
-        scores["matthews"] = 100 * matthews(predicted, truth, output.shape[-1])
+        scores["matthews"] = 100 * float(matthews_corrcoef(truth, predicted))  # 0 where one of them is constant
     return scores
 
 
@@ -377,20 +365,6 @@ def predict(
         for row, value in zip(batch.rows, output_B.tolist()):
             values[place[id(row)]] = value
     return [values[i] for i in range(len(rows))]
-
-
-def matthews(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
-    """Matthews correlation of two label vectors, for any number of classes; 0 where one of them is constant."""
-    p, t = np.eye(classes)[predicted], np.eye(classes)[truth]
-    covariance = float(((p - p.mean(0)) * (t - t.mean(0))).sum())
-    spread = float(((p - p.mean(0)) ** 2).sum() * ((t - t.mean(0)) ** 2).sum())
-    return covariance / spread**0.5 if spread > 0 else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    return rankdata(values)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

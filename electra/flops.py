@@ -93,14 +93,7 @@ def _networks(config: ElectraConfig, length: int, output_share: float) -> list[T
     """Main network and generator of a configuration."""
     return [
         Transformer(
-            c.hidden_size,
-            c.layers,
-            length,
-            c.embedding_size,
-            c.intermediate_size,
-            c.heads,
-            c.vocab_size,
-            output_share,
+            c.hidden_size, c.layers, length, c.embedding_size, c.intermediate_size, c.heads, c.vocab_size, output_share
         )
         for c in (config, config.generator_config())
     ]

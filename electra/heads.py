@@ -1,6 +1,6 @@
 """Fine-tuning heads as in the official code (which differ from transformers').
 
-Shapes: B rows, L tokens of a row, M tagged tokens, D hidden size, C classes, K beam.
+Shapes: B rows (tagging: words), L tokens of a row, D hidden size, C classes, K beam.
 
 Every final layer starts at TensorFlow's default (Glorot uniform, zero bias). Losses are one number per example; the
 official training loss is their SUM over the batch, which clipping at norm 1 turns into a normalised gradient.
@@ -28,16 +28,16 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class ClassificationHead(nn.Module):
-    """Dropout and one linear layer on the hidden state of [CLS]; also for sentence pairs."""
+    """Dropout and one linear layer on the hidden state of [CLS], or (tagging) of the first piece of every word."""
 
     def __init__(self, hidden_size: int, classes: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.dense = _linear(hidden_size, classes)
 
-    def forward(self, cls_BD: Tensor) -> Tensor:
+    def forward(self, h_BD: Tensor) -> Tensor:
         """Logits [B, C], float32."""
-        return self.dense(self.dropout(cls_BD)).float()
+        return self.dense(self.dropout(h_BD)).float()
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         """Cross-entropy [B]."""
@@ -59,23 +59,6 @@ class RegressionHead(nn.Module):
     def loss(self, predictions_B: Tensor, targets_B: Tensor) -> Tensor:
         """Squared error [B]."""
         return (predictions_B - targets_B).square()
-
-
-class TaggingHead(nn.Module):
-    """Dropout and one linear layer on the hidden state of the first piece of every word."""
-
-    def __init__(self, hidden_size: int, classes: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.dense = _linear(hidden_size, classes)
-
-    def forward(self, words_MD: Tensor) -> Tensor:
-        """Logits [M, C], float32."""
-        return self.dense(self.dropout(words_MD)).float()
-
-    def loss(self, logits_MC: Tensor, tags_M: Tensor) -> Tensor:
-        """Cross-entropy [M] of every word."""
-        return F.cross_entropy(logits_MC, tags_M, reduction="none")
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,7 @@ def _draw_positions(
 
 
 def gumbel_sample(
-    logits_MV: Tensor,
-    uniform_MV: Tensor,
-    temperature: float = 1.0,
-    disallow_M: Tensor | None = None,
+    logits_MV: Tensor, uniform_MV: Tensor, temperature: float = 1.0, disallow_M: Tensor | None = None
 ) -> Tensor:
     """Library. Step 5: ids [M], argmax(logits / T + g) with g = -log(-log(u + 1e-9) + 1e-9), in float32.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +33,6 @@ DISC_WEIGHT = 50.0  # lambda of section 2
 MEAN_EPSILON = 1e-6  # the official means are sum / (weight + 1e-6)
 
 
-class VocabularyHead(Protocol):
-    """Cross-entropy, arg-max and sample of softmax(hidden table^T + bias); `common.kernels.vocab_head.vocab_head`."""
-
-    def __call__(
-        self,
-        hidden_ME: Tensor,
-        table_VE: Tensor,
-        bias_V: Tensor,
-        targets_M: Tensor,
-        seeds_M: Tensor | None = None,
-        uniform_MV: Tensor | None = None,
-        temperature: float = 1.0,
-        disallow_target: bool = False,
-    ) -> VocabHead: ...
-
-
 @dataclass
 class Losses:
     """Result of a step.
@@ -59,6 +43,7 @@ class Losses:
         main_sum, main_weight: of the main network's loss (objective mlm: 0).
         counters: sums for metrics, see `metrics`; they may be added over batches and processes.
         logits_N, labels_N: replaced-token logits and labels of the tokens in the loss, for the AUC.
+        policy_sum: of the generator's policy gradient (adversarial training), a mean over the slots like mlm_sum.
     """
 
     total: Tensor
@@ -69,6 +54,7 @@ class Losses:
     counters: dict[str, Tensor] = field(default_factory=dict)
     logits_N: Tensor | None = None
     labels_N: Tensor | None = None
+    policy_sum: Tensor | None = None
 
     @property
     def mlm(self) -> Tensor:
@@ -81,11 +67,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Generated:
-    """The generator's answer at the chosen slots; the loss is None for a generator without a network."""
+    """The generator's answer at the chosen slots; all but the samples are None for a generator without a network."""
 
     samples_M: Tensor
     loss_M: Tensor | None = None
     predictions_M: Tensor | None = None
+    hidden_ME: Tensor | None = None  # what its vocabulary head reads
 
 
 class ElectraPretrainer(nn.Module):
@@ -113,7 +100,6 @@ class ElectraPretrainer(nn.Module):
         disc_weight: float = DISC_WEIGHT,
         temperature: float = 1.0,
         disallow_correct: bool = False,
-        head: VocabularyHead = vocab_head,
     ) -> None:
         super().__init__()
         if objective not in OBJECTIVES:
@@ -122,7 +108,6 @@ class ElectraPretrainer(nn.Module):
         self.mask_probability, self.max_length = mask_probability, max_length
         self.gen_weight, self.disc_weight = gen_weight, disc_weight
         self.temperature, self.disallow_correct = temperature, disallow_correct
-        self.head = head
         self.electra = Encoder(config)
         self.generator: Encoder | None = None
         self.unigram_V: Tensor
@@ -197,19 +182,16 @@ class ElectraPretrainer(nn.Module):
             seeds_M = torch.randint(1 << 62, (len(masked.positions_M),), generator=generator, device=device)
         if self.objective != "mlm" and self.config.generator != "network":
             return Generated(self._unigram_samples(seeds_M))
-        hidden_MD = self.generator_hidden(batch, masked.ids_N, masked.positions_M)
-        result = self.head(
-            self.generator_predictions(hidden_MD),
-            self.generator_embeddings.word_embeddings.weight,
-            self.generator_lm_head.bias,
-            masked.targets_M,
-            None if self.objective == "mlm" else seeds_M,
-            None if self.objective == "mlm" else draws.gumbel_MV,
-            self.temperature,
-            self.disallow_correct,
-        )
+        noise = (None, None) if self.objective == "mlm" else (seeds_M, draws.gumbel_MV)
+        hidden_ME = self.generator_predictions(self.generator_hidden(batch, masked.ids_N, masked.positions_M))
+        result = self.generator_head(hidden_ME, masked.targets_M, *noise, self.temperature, self.disallow_correct)
         samples_M = masked.targets_M if result.sampled_M is None else result.sampled_M
-        return Generated(samples_M, result.loss_M, result.argmax_M)
+        return Generated(samples_M, result.loss_M, result.argmax_M, hidden_ME)
+
+    def generator_head(self, hidden_ME: Tensor, ids_M: Tensor, *sampling: Any) -> VocabHead:
+        """Cross-entropy of `ids_M` and a sample under the generator; `sampling` as in `vocab_head`."""
+        table_VE = self.generator_embeddings.word_embeddings.weight
+        return vocab_head(hidden_ME, table_VE, self.generator_lm_head.bias, ids_M, *sampling)
 
     def _unigram_samples(self, seeds_M: Tensor | None) -> Tensor:
         if seeds_M is None:
@@ -260,7 +242,7 @@ class ElectraPretrainer(nn.Module):
             counters["sample_correct"], counters["slots"] = hit_M.sum(), masked.weights_M.sum()
             corrupted = corrupt(batch, masked, generated.samples_M)
             if objective in RTD:
-                self._rtd_loss(losses, batch, corrupted, chosen_only=objective == "electra15")
+                self._rtd_loss(losses, batch, masked, generated, corrupted, chosen=objective == "electra15")
             elif objective == "replace_mlm":
                 self._replace_mlm_loss(losses, batch, masked, corrupted)
             else:
@@ -270,7 +252,10 @@ class ElectraPretrainer(nn.Module):
             weights = all_reduce(weights)
         main_factor = self.disc_weight if objective in RTD else 1.0
         mlm, main = torch.stack([losses.mlm_sum, losses.main_sum]) / (weights + MEAN_EPSILON)
-        losses.total = world_size * (self.gen_weight * mlm + main_factor * main)
+        total = self.gen_weight * mlm + main_factor * main
+        if losses.policy_sum is not None:
+            total = total + losses.policy_sum / (weights[0] + MEAN_EPSILON)
+        losses.total = world_size * total
         counters.update(
             mlm_sum=losses.mlm_sum.detach(),
             mlm_weight=losses.mlm_weight,
@@ -279,10 +264,12 @@ class ElectraPretrainer(nn.Module):
         )
         return losses
 
-    def _rtd_loss(self, losses: Losses, batch: Batch, corrupted: Corrupted, chosen_only: bool) -> None:
+    def _rtd_loss(
+        self, losses: Losses, batch: Batch, masked: Masked, generated: Generated, corrupted: Corrupted, chosen: bool
+    ) -> None:
         """Binary cross-entropy over all tokens, or over those that a sample was written to."""
         logits_N = self.discriminate(batch, corrupted.ids_N)
-        weights_N = corrupted.written_N.float() if chosen_only else torch.ones_like(logits_N)
+        weights_N = corrupted.written_N.float() if chosen else torch.ones_like(logits_N)
         loss_N = F.binary_cross_entropy_with_logits(logits_N, corrupted.labels_N.float(), reduction="none")
         losses.main_sum, losses.main_weight = (loss_N * weights_N).sum(), weights_N.sum()
         losses.logits_N, losses.labels_N = logits_N.detach(), corrupted.labels_N
@@ -291,7 +278,7 @@ class ElectraPretrainer(nn.Module):
     def _replace_mlm_loss(self, losses: Losses, batch: Batch, masked: Masked, corrupted: Corrupted) -> None:
         hidden_MD = self.electra(batch, corrupted.ids_N, select_M=masked.positions_M)
         table_VE = self.main_embeddings.word_embeddings.weight
-        result = self.head(self.mlm_predictions(hidden_MD), table_VE, self.mlm_lm_head.bias, masked.targets_M)
+        result = vocab_head(self.mlm_predictions(hidden_MD), table_VE, self.mlm_lm_head.bias, masked.targets_M)
         losses.main_sum, losses.main_weight = (result.loss_M * masked.weights_M).sum(), masked.weights_M.sum()
         losses.counters["main_correct"] = ((result.argmax_M == masked.targets_M) * masked.weights_M).sum()
 
@@ -299,7 +286,7 @@ class ElectraPretrainer(nn.Module):
         """-log(c [input = target] + (1 - c) softmax[target]), c the gate's sigmoid; a hit has probability above 1/2."""
         hidden_ND = self.electra(batch, corrupted.ids_N)
         table_VE = self.main_embeddings.word_embeddings.weight
-        result = self.head(self.mlm_predictions(hidden_ND), table_VE, self.mlm_lm_head.bias, batch.ids_N)
+        result = vocab_head(self.mlm_predictions(hidden_ND), table_VE, self.mlm_lm_head.bias, batch.ids_N)
         gate_N = self.copy_gate(hidden_ND)[:, 0].float()
         new_N = F.logsigmoid(-gate_N) - result.loss_M
         same_N = corrupted.ids_N == batch.ids_N

@@ -212,10 +212,8 @@ class Run:
         """Write the transformers directories and the arm's record, which marks the end."""
         with tempfile.TemporaryDirectory(prefix=".saving.", dir=arm.folder) as name:
             saved = Path(name) / "network"
-            save_transformers(network, saved)
-            self.tokenizer.save(saved)
+            save_transformers(network, saved, self.tokenizer)
             if (saved / "generator").is_dir():
-                self.tokenizer.save(saved / "generator")
                 replace_folder(saved / "generator", arm.generator)
             replace_folder(saved, arm.encoder)
         found = held_out_metrics(network, self.held_out, self.config.trainer.batch_size, self.config.seed)

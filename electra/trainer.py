@@ -73,10 +73,7 @@ class PretrainingModule(pl.LightningModule):
             torch.manual_seed(derive_seed(self.config.seed, self.trainer.global_step, part, self.trainer.global_rank))
         weights_2 = global_weights(self.network.objective, batch.weights_W)
         losses = self.network(
-            batch.batch,
-            batch.draws,
-            all_reduce=lambda _: weights_2,
-            world_size=self.trainer.world_size * accumulate,
+            batch.batch, batch.draws, all_reduce=lambda _: weights_2, world_size=self.trainer.world_size * accumulate
         )
         self._tally(losses)
         if part == accumulate - 1:

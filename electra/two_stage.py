@@ -69,7 +69,6 @@ def second_stage(first: ElectraPretrainer, copy_weights: bool, seed: int) -> Sec
         disc_weight=first.disc_weight,
         temperature=first.temperature,
         disallow_correct=first.disallow_correct,
-        head=first.head,
     )
     assert network.generator is not None
     network.generator.load_state_dict(first.electra.state_dict())

@@ -200,10 +200,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, path: str | Path | No
     learner.train_from_iterator(
         _chunks(kept),
         trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=first,
-            limit_alphabet=len(alphabet),
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=first, limit_alphabet=len(alphabet), show_progress=False
         ),
     )
     learned = learner.get_vocab()

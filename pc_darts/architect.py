@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channels, H W height and width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pc_darts.operations import frozen_statistics
 from pc_darts.search_space import SearchNetwork
+from pc_darts.training import Machine
 
 RADIUS = 0.01  # of the finite difference, over the norm of the direction (arXiv 1806.09055 section 2.3)
 
@@ -26,6 +28,7 @@ class Architect:
     Args:
         weight_optimiser: the SGD of the weights; the second order reads its momentum, weight decay and buffers.
         clip: largest norm of the architecture gradient; 0 is off (ImageNet: 5).
+        machine: on N processes every gradient is averaged before it is used.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class Architect:
         betas: tuple[float, float] = (0.5, 0.999),
         weight_decay: float = 1e-3,
         clip: float = 0.0,
+        machine: Machine | None = None,
     ) -> None:
         self.network, self.weight_optimiser, self.clip = network, weight_optimiser, clip
+        self.machine = machine or Machine()
         self.optimiser = torch.optim.Adam(
             network.architecture(), lr=learning_rate, betas=betas, weight_decay=weight_decay
         )
@@ -58,7 +63,13 @@ class Architect:
             lr: the weights' learning rate (eta of the unrolled step); None: that of `weight_optimiser`.
             unrolled: second order.
         """
-        with frozen_statistics():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(frozen_statistics())
+            if unrolled and self.machine.world > 1:
+                # The unrolled step and the direction of the finite difference are functions of the whole batch's
+                # gradient. The architecture's own gradients are averaged once, in `apply`.
+                for weight in self.network.weights():
+                    stack.callback(weight.register_hook(self._averaged).remove)
             if unrolled:
                 assert x_train_BCHW is not None and y_train_B is not None
                 lr = float(self.weight_optimiser.param_groups[0]["lr"]) if lr is None else lr
@@ -76,9 +87,15 @@ class Architect:
         parameters = self.network.architecture()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
+        self.machine.average_gradients(parameters)
         if self.clip > 0:
             nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimiser.step()
+
+    def _averaged(self, gradient: Tensor) -> Tensor:
+        mean = gradient.clone()
+        self.machine.average([mean])
+        return mean
 
     def _loss(self, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
         return F.cross_entropy(self.network(x_BCHW), y_B)

@@ -6,30 +6,26 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
-from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
-from common.training import open_run_folder
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
-from pc_darts.config import FREE_OPTIONS, RunConfig, SearchOptions
+from pc_darts.config import RunConfig, SearchOptions
 from pc_darts.counting import size_cap
 from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.drawing import cell_dot, draw_cell
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.retraining import RetrainResult, retrain
 from pc_darts.searching import Searcher, SearchResult, seconds_per_epoch
-from pc_darts.training import Machine, open_machine
+from pc_darts.training import Machine
 
 RANDOM_CELLS = 4  # stream of random numbers
 
@@ -64,22 +60,12 @@ class Comparison:
 
     def _cap(self) -> Cap | None:
         config = self.config
-        if config.max_parameters and config.max_macs:
-            raise UserError("--max_parameters and --max_macs: give one of them")
         limit = config.max_parameters or config.max_macs
         if not limit:
             return None
-        options = config.retrain
-        return size_cap(
-            limit * 1e6,
-            "parameters" if config.max_parameters else "macs",
-            options.channels,
-            options.layers,
-            len(self.data.classes),
-            options.stem,
-            self.data.size,
-            self.data.channels,
-        )
+        measure: Literal["parameters", "macs"] = "parameters" if config.max_parameters else "macs"
+        network = config.retrain.network(len(self.data.classes), self.data.channels)
+        return size_cap(limit * 1e6, measure, network, self.data.size)
 
     def say(self, sentence: str) -> None:
         """To the user, once."""
@@ -96,9 +82,7 @@ class Comparison:
             folder,
             config.seed,
             self.machine,
-            config.checkpoint_every,
-            config.log_every,
-            config.progress,
+            config,
             cap=cap,
         )
 
@@ -130,9 +114,7 @@ class Comparison:
             self.folder / name / "retrain",
             config.seed if seed is None else seed,
             self.machine,
-            config.checkpoint_every,
-            config.log_every,
-            config.progress,
+            config,
         )
         self.say(f"{name}: test error {result.test_error:.2%}, {result.parameters / 1e6:.2f} M parameters")
         return result
@@ -204,30 +186,18 @@ class Comparison:
             arms.append(Arm(f"random cell {number + 1}", self.train(name, genotype)))
         return arms
 
-    def run(self) -> dict[str, Any]:
-        """All arms; writes table.md and metrics.json."""
-        config = self.config
-        if config.genotype is not None:
-            genotype = Genotype.load(config.genotype)
-            if self.machine.main:
-                self.draw("given", genotype)
-            arms = [Arm(Path(config.genotype).stem, self.train("given", genotype))]
-        else:
-            found = self.search("pc_darts", config.search, self.cap)
-            name = "PC-DARTS" if config.search.partial > 1 else "DARTS with edge normalisation"
-            arms = [Arm(name, self.train("pc_darts", found.genotype), found)]
-            self.write(arms)
-            budget = self.cost(found)
-            more: list[Callable[[], list[Arm]]] = []
-            if config.compare.darts:
-                more.append(lambda: [self.darts(budget)])
-            if config.compare.random_search:
-                more.append(lambda: [self.random_search(budget)])
-            more.append(self.random_cells)
-            for further in more:
-                arms += further()
-                self.write(arms)
-        return self.write(arms)
+    def given(self, name: str) -> Arm:
+        """A cell that needs no search: a published one or a file."""
+        genotype = Genotype.load(name)
+        if self.machine.main:
+            self.draw("given", genotype)
+        return Arm(Path(name).stem, self.train("given", genotype))
+
+    def pc_darts(self) -> Arm:
+        """The paper's search, and its cell trained."""
+        found = self.search("pc_darts", self.config.search, self.cap)
+        name = "PC-DARTS" if self.config.search.partial > 1 else "DARTS with edge normalisation"
+        return Arm(name, self.train("pc_darts", found.genotype), found)
 
     def write(self, arms: list[Arm]) -> dict[str, Any]:
         """table.md and metrics.json of the arms so far; returns the latter's content."""
@@ -317,22 +287,3 @@ def table(arms: list[Arm], data: ImageSet) -> str:
         "plus weights, gradients and optimisers.",
     ]
     return "\n".join(lines)
-
-
-def run(config: RunConfig, text: str) -> dict[str, Any]:
-    """Everything that `config` asks for; `text` is its YAML. Returns what metrics.json holds.
-
-    Raises:
-        UserError: bad options, data or checkpoints.
-    """
-    machine = open_machine(config.device, config.threads)
-    try:
-        open_run_folder(Path(config.run_dir), config.resume, text, FREE_OPTIONS)
-        comparison = Comparison(config, machine)
-        content = comparison.run()
-        if machine.main and config.progress:
-            print(f"\n{(comparison.folder / 'table.md').read_text()}\nwritten to {comparison.folder}", file=sys.stderr)
-        return content
-    finally:
-        if machine.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from common.cli import parse_config
+from common.errors import UserError
+from common.options import RunOptions, check_run, free_options
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = CONFIGS / "small.yaml"
 
+Sampling = Literal["shuffle", "shift", "random"]
+Stem = Literal["cifar", "imagenet"]
 Schedule = Literal["cosine", "imagenet_search", "imagenet_final"]
 
 
@@ -46,34 +50,17 @@ class DataConfig:
     jitter: list[float] = field(default_factory=list)
 
 
-@dataclass
-class SearchOptions:
-    """The search (specification sections 2.1 to 2.5); defaults are the paper's on CIFAR-10.
+@dataclass(frozen=True)
+class SgdOptions:
+    """How a network's weights are trained.
 
     Args:
-        channels, cells, nodes: of the search network.
-        partial: K, the share 1/K of the channels goes through the mixed operation; 1 is DARTS.
-        edge_normalisation: learn a weight per edge (beta).
-        sampling: which channels are processed: shuffle (the paper's), shift or random.
-        stem: cifar (3x3 convolution) or imagenet (three convolutions of stride 2).
-        fused: the batched mixed cell; false is the operation-by-operation reference (same gradients, slower).
-        warmup_epochs: epochs in which the architecture is frozen.
-        lr, minimum_lr, momentum, weight_decay, grad_clip: SGD of the weights.
-        lr_schedule, lr_warmup: cosine, or the ImageNet search's cosine after so many epochs of linear warm-up.
-        arch_lr, arch_betas, arch_weight_decay: Adam of alphas and betas; arch_grad_clip: 0 is off (ImageNet: 5).
-        unrolled: second-order architecture gradient (DARTS, --unrolled).
+        batch_size: pictures of one step over all processes.
+        lr, minimum_lr, momentum, weight_decay, grad_clip: SGD; 0 does not clip.
+        lr_schedule, lr_warmup: cosine, or one of ImageNet's with so many epochs of linear warm-up.
     """
 
-    channels: int = 16
-    cells: int = 8
-    nodes: int = 4
-    partial: int = 4
-    edge_normalisation: bool = True
-    sampling: Literal["shuffle", "shift", "random"] = "shuffle"
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    fused: bool = True
     epochs: int = 50
-    warmup_epochs: int = 15
     batch_size: int = 256
     lr: float = 0.1
     minimum_lr: float = 0.0
@@ -82,42 +69,139 @@ class SearchOptions:
     momentum: float = 0.9
     weight_decay: float = 3e-4
     grad_clip: float = 5.0
+
+
+@dataclass(frozen=True)
+class SearchShape:
+    """The search network; defaults: CIFAR-10 (section 4.2).
+
+    Args:
+        channels, cells, nodes: C, the depth, and the nodes of a cell.
+        partial: K, the share 1/K of the channels goes through the mixed operation; 1 is DARTS.
+        edge_normalisation: learn a weight per edge (beta, equation 3).
+        sampling: which channels are processed: shuffle (the paper's), shift or random (`MixedOp`).
+        stem: cifar (3x3 convolution) or imagenet (three convolutions of stride 2, 224 -> 28).
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+
+    channels: int = 16
+    cells: int = 8
+    nodes: int = 4
+    partial: int = 4
+    edge_normalisation: bool = True
+    sampling: Sampling = "shuffle"
+    stem: Stem = "cifar"
+
+    def __post_init__(self) -> None:
+        _positive("search network", self, "channels", "cells", "nodes", "partial")
+        if self.channels % self.partial:
+            raise UserError(
+                f"search network: {self.channels} channels cannot be divided into {self.partial} equal parts; make "
+                "channels a multiple of partial"
+            )
+        _one_of("search network", "sampling", self.sampling, get_args(Sampling))
+        _one_of("search network", "stem", self.stem, get_args(Stem))
+
+
+@dataclass(frozen=True)
+class SearchConfig(SearchShape):
+    """The search network with what its pictures decide."""
+
+    classes: int = 10
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("search network", self, "classes", "in_channels")
+
+
+@dataclass(frozen=True)
+class SearchOptions(SgdOptions, SearchShape):
+    """The search (specification sections 2.1 to 2.5); defaults are the paper's on CIFAR-10.
+
+    Args:
+        channels, cells, nodes, partial, edge_normalisation, sampling, stem: see `SearchShape`.
+        epochs, batch_size, lr, minimum_lr, lr_schedule, lr_warmup, momentum, weight_decay, grad_clip: see `SgdOptions`.
+        fused: the batched mixed cell; false is the operation-by-operation reference (same gradients, slower).
+        warmup_epochs: epochs in which the architecture is frozen.
+        arch_lr, arch_betas, arch_weight_decay: Adam of alphas and betas; arch_grad_clip: 0 is off (ImageNet: 5).
+        unrolled: second-order architecture gradient (DARTS, --unrolled).
+    """
+
+    fused: bool = True
+    warmup_epochs: int = 15
     arch_lr: float = 6e-4
     arch_betas: tuple[float, float] = (0.5, 0.999)
     arch_weight_decay: float = 1e-3
     arch_grad_clip: float = 0.0
     unrolled: bool = False
 
+    def network(self, classes: int, in_channels: int = 3) -> SearchConfig:
+        """The search network for such pictures."""
+        return SearchConfig(**_shared(self, SearchShape), classes=classes, in_channels=in_channels)
 
-@dataclass
-class RetrainOptions:
+
+@dataclass(frozen=True)
+class FinalShape:
+    """The network of a derived cell; defaults: CIFAR-10.
+
+    Args:
+        channels, layers: width and number of cells; stem: cifar or imagenet.
+
+    Raises:
+        UserError: sizes that cannot be.
+    """
+
+    channels: int = 36
+    layers: int = 20
+    stem: Stem = "cifar"
+
+    def __post_init__(self) -> None:
+        _positive("final network", self, "channels", "layers")
+        _one_of("final network", "stem", self.stem, get_args(Stem))
+
+
+@dataclass(frozen=True)
+class FinalConfig(FinalShape):
+    """The final network with what its pictures decide, and whether it has an auxiliary head."""
+
+    classes: int = 10
+    auxiliary: bool = False
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("final network", self, "classes", "in_channels")
+
+
+@dataclass(frozen=True)
+class RetrainOptions(SgdOptions, FinalShape):
     """Training the derived network from scratch (section 2.6); defaults are the paper's on CIFAR-10.
 
     Args:
-        channels, layers: of the final network; stem: cifar or imagenet.
-        batch_size: pictures of one step over all processes.
+        channels, layers, stem: see `FinalShape`.
+        epochs, batch_size, lr, minimum_lr, lr_schedule, lr_warmup, momentum, weight_decay, grad_clip: see `SgdOptions`.
         cutout: side of the square that is blanked out; 0 is off.
         drop_path: probability of dropping a path in the last epoch, rising linearly from 0.
         auxiliary: weight of the auxiliary head's loss; 0 builds no such head.
         smoothing: label smoothing (ImageNet: 0.1).
     """
 
-    channels: int = 36
-    layers: int = 20
-    stem: Literal["cifar", "imagenet"] = "cifar"
     epochs: int = 600
     batch_size: int = 96
     lr: float = 0.025
-    minimum_lr: float = 0.0
-    lr_schedule: Schedule = "cosine"
-    lr_warmup: int = 5
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    grad_clip: float = 5.0
     cutout: int = 16
     drop_path: float = 0.3
     auxiliary: float = 0.4
     smoothing: float = 0.0
+
+    def network(self, classes: int, in_channels: int = 3) -> FinalConfig:
+        """The final network for such pictures."""
+        return FinalConfig(
+            **_shared(self, FinalShape), classes=classes, auxiliary=self.auxiliary > 0, in_channels=in_channels
+        )
 
 
 @dataclass
@@ -139,18 +223,20 @@ class CompareOptions:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(RunOptions):
     """One run: search, derive, draw, retrain, compare.
 
     Args:
+        checkpoint_every, log_every, threads, progress: see `RunOptions`.
         run_dir: everything is written there.
         resume: auto continues an unfinished run of the same options; never refuses a used folder.
         genotype: skip the search and retrain this cell: a published name (PC_DARTS_cifar, ...) or a JSON file.
         max_parameters, max_macs: derive the best cell whose retrained network stays below (millions; 0: no cap).
-        device: auto, cpu or cuda. threads: CPU threads (0 leaves torch's default).
-        checkpoint_every: steps between checkpoints. log_every: steps between log lines.
+        device: auto, cpu or cuda.
     """
 
+    checkpoint_every: int = 50
+    log_every: int = 10
     run_dir: str = "runs/pc_darts"
     seed: int = 0
     resume: Literal["auto", "never"] = "auto"
@@ -158,18 +244,34 @@ class RunConfig:
     max_parameters: float = 0.0
     max_macs: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0
-    checkpoint_every: int = 50
-    log_every: int = 10
-    progress: bool = True
     data: DataConfig = field(default_factory=DataConfig)
     search: SearchOptions = field(default_factory=SearchOptions)
     retrain: RetrainOptions = field(default_factory=RetrainOptions)
     compare: CompareOptions = field(default_factory=CompareOptions)
 
+    def __post_init__(self) -> None:
+        check_run(self)
+        if self.max_parameters and self.max_macs:
+            raise UserError("--max_parameters and --max_macs: give one of them")
+
 
 # How a run is executed and reported, not what it computes: these may differ between two starts of it.
-FREE_OPTIONS = ("resume", "device", "threads", "checkpoint_every", "log_every", "progress", "run_dir")
+FREE_OPTIONS = free_options("device", section="")
+
+
+def _shared(options: Any, shape: type[Any]) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in fields(shape)}
+
+
+def _positive(what: str, sizes: object, *names: str) -> None:
+    for name in names:
+        if getattr(sizes, name) < 1:
+            raise UserError(f"{what}: {name} must be at least 1, got {getattr(sizes, name)}")
+
+
+def _one_of(what: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{what}: {name} {value!r}, expected {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def read_config(argv: Sequence[str] | None, description: str, default: Path | None = SMALL) -> tuple[RunConfig, str]:

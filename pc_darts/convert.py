@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError, run_main
-from common.files import write_atomically
+from common.training import load_checkpoint
+from common.weights import check_weights, read_weights, save_weights
+from pc_darts.config import FinalConfig, SearchConfig
 from pc_darts.genotypes import Genotype, node_count
 from pc_darts.model import FinalNetwork
-from pc_darts.search_space import ARCHITECTURE, STEM_MULTIPLIER, SearchConfig, SearchNetwork
+from pc_darts.search_space import ARCHITECTURE, STEM_MULTIPLIER, SearchNetwork
 
 StateDict = dict[str, Tensor]
+Network = TypeVar("Network", SearchNetwork, FinalNetwork)
 
 
 def clean(content: Mapping[str, Any]) -> StateDict:
@@ -61,17 +61,13 @@ def read(path: Path) -> tuple[StateDict, dict[str, Any]]:
     Raises:
         UserError: not a readable checkpoint.
     """
+    if path.suffix != ".safetensors":
+        return clean(load_checkpoint(path)), {}
+    state, notes = read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
-                return clean(state), json.loads((file.metadata() or {}).get("config", "{}"))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds no state dict")
-    return clean(content), {}
+        return clean(state), json.loads(notes.get("config", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: the note `config` is no JSON ({error})") from None
 
 
 def _cells(state: Mapping[str, Tensor]) -> int:
@@ -126,7 +122,7 @@ def load_final_network(path: Path, genotype: Genotype | None = None) -> FinalNet
     """
     state, config = read(path)
     if config:
-        config["genotype"] = Genotype(**config["genotype"])
+        genotype = Genotype(**config.pop("genotype"))
     elif genotype is None:
         raise UserError(f"{path}: give --genotype; the weights do not tell which state an operation reads")
     else:
@@ -137,7 +133,6 @@ def load_final_network(path: Path, genotype: Genotype | None = None) -> FinalNet
         except KeyError as error:
             raise UserError(f"{path}: not a final network ({error} is missing)") from None
         config = {
-            "genotype": genotype,
             "channels": last if imagenet else last // STEM_MULTIPLIER,
             "layers": _cells(state),
             "classes": state["classifier.weight"].shape[0],
@@ -145,35 +140,21 @@ def load_final_network(path: Path, genotype: Genotype | None = None) -> FinalNet
             "auxiliary": "auxiliary_head.classifier.weight" in state,
             "in_channels": entrance.shape[1],
         }
-    return _filled(FinalNetwork(**config), state, path)
+    return _filled(FinalNetwork(genotype, FinalConfig(**config)), state, path)
 
 
-def _filled(network: Any, state: StateDict, path: Path) -> Any:
-    try:
-        network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path}: the weights do not fit the network: {detail[:200]}") from None
+def _filled(network: Network, state: StateDict, path: Path) -> Network:
+    check_weights(state, network.state_dict(), str(path), "the network")
+    network.load_state_dict(state)
     return network
 
 
 def save(network: SearchNetwork | FinalNetwork, path: Path) -> None:
     """One .safetensors with the authors' names and the network's arguments, written atomically."""
-    if isinstance(network, SearchNetwork):
-        config: dict[str, Any] = asdict(network.config)
-    else:
-        config = {
-            "genotype": asdict(network.genotype),
-            "channels": network.channels,
-            "layers": network.layers,
-            "classes": network.classes,
-            "stem": network.stem_kind,
-            "auxiliary": network.auxiliary_head is not None,
-            "in_channels": network.in_channels,
-        }
-    # Running statistics may be views of one tensor (`fused.py`).
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, str(temporary), {"config": json.dumps(config)}))
+    config = asdict(network.config)
+    if isinstance(network, FinalNetwork):
+        config["genotype"] = asdict(network.genotype)
+    save_weights(path, network.state_dict(), {"config": json.dumps(config)})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

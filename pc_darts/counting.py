@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pc_darts.config import FinalConfig
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.model import FinalNetwork
 from pc_darts.operations import BatchNorm, make_operation
-from pc_darts.search_space import SearchNetwork, Stem, is_reduction
+from pc_darts.search_space import SearchNetwork, is_reduction
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,10 @@ def multiply_adds(network: nn.Module, x_BCHW: Tensor) -> tuple[int, int]:
 def size_cap(
     limit: float,
     measure: Literal["parameters", "macs"],
-    channels: int,
-    layers: int,
-    classes: int = 10,
-    stem: Stem = "cifar",
+    config: FinalConfig,
     side: int = 32,
-    in_channels: int = 3,
 ) -> Cap:
-    """A bound for `derive` on the size of the final network (its auxiliary head apart).
+    """A bound for `derive` on the size of the final network (its auxiliary head apart) for pictures of `side` pixels.
 
     Parameters and MACs are exact: a network's size is a constant plus the sum of those of its chosen operations.
     """
@@ -94,8 +91,8 @@ def size_cap(
     @cache
     def network_cost(genotype: Genotype) -> int:
         with torch.device("meta"):
-            network = FinalNetwork(genotype, channels, layers, classes, stem, in_channels=in_channels)
-        counts = count(network, side, in_channels)
+            network = FinalNetwork(genotype, config)
+        counts = count(network, side, config.in_channels)
         return counts.parameters if measure == "parameters" else counts.macs
 
     @cache
@@ -110,11 +107,11 @@ def size_cap(
     @cache
     def operation_cost(reduction: bool, name: str, state: int) -> int:
         """Over all cells of a kind."""
-        width, pixels, total = channels, side, 0
-        for _ in range(3 if stem == "imagenet" else 0):
+        width, pixels, total = config.channels, side, 0
+        for _ in range(3 if config.stem == "imagenet" else 0):
             pixels = -(-pixels // 2)
-        for index in range(layers):
-            reduces = is_reduction(index, layers)
+        for index in range(config.layers):
+            reduces = is_reduction(index, config.layers)
             width *= 2 if reduces else 1
             halved = -(-pixels // 2) if reduces else pixels
             if reduces == reduction:

@@ -27,6 +27,7 @@ from common.data.sampling import step_generator
 from common.data.shapes import MAX_OBJECTS, SHAPES, Shapes
 from common.errors import UserError, run_main
 from common.files import write_json
+from pc_darts.config import FinalConfig
 from pc_darts.counting import multiply_adds
 from pc_darts.genotypes import Genotype
 from pc_darts.model import FinalNetwork
@@ -177,7 +178,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def _probe(self, size: int) -> list[torch.Size]:
         training = self.backbone.training
-        outputs = self.backbone.eval().cell_outputs(torch.zeros(1, self.backbone.in_channels, size, size))
+        outputs = self.backbone.eval().cell_outputs(torch.zeros(1, self.backbone.config.in_channels, size, size))
         self.backbone.train(training)
         return [output.shape for output in outputs]
 
@@ -337,10 +338,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         from pc_darts.retraining import load_model
 
         backbone, _ = load_model(options.init)
-        if backbone.in_channels != 3:
+        if backbone.config.in_channels != 3:
             raise UserError(f"--init {options.init}: a backbone for grey pictures; scenes have three channels")
     else:
-        backbone = FinalNetwork(Genotype.load(options.genotype), options.channels, options.layers, len(SHAPES))
+        backbone = FinalNetwork(
+            Genotype.load(options.genotype), FinalConfig(options.channels, options.layers, classes=len(SHAPES))
+        )
     detector = Detector(backbone, len(SHAPES), options.size)
     scenes = Scenes.draw("train", options.images, options.size)
     losses = train_detector(detector, scenes, options.steps, options.batch_size, options.seed)

@@ -47,8 +47,8 @@ def evaluate_model(folder: Path, name: str | None, path: str | None, device: str
             f"{data.name} has the classes {', '.join(data.classes[:3])}, ...; the network knows "
             f"{', '.join(about['classes'][:3])}, ...: to take its cell to other classes, use --genotype"
         )
-    if data.channels != network.in_channels:
-        raise UserError(f"{data.name} has {data.channels} channels, the network takes {network.in_channels}")
+    if data.channels != network.config.in_channels:
+        raise UserError(f"{data.name} has {data.channels} channels, the network takes {network.config.in_channels}")
     machine = open_machine(device)
     # The network is used with the statistics that it was trained with.
     data = dataclasses.replace(data, mean_C=torch.tensor(about["mean"]), std_C=torch.tensor(about["std"]))
@@ -67,9 +67,7 @@ def count_genotype(name: str, argv: Sequence[str]) -> dict[str, Any]:
     config, _ = read_config(argv, __doc__.splitlines()[0], SMALL)
     options = config.retrain
     with torch.device("meta"):
-        network = FinalNetwork(
-            Genotype.load(name), options.channels, options.layers, 10, options.stem, options.auxiliary > 0
-        )
+        network = FinalNetwork(Genotype.load(name), options.network(classes=10))
     counts = count(network, config.data.size)
     return {"genotype": name, "channels": options.channels, "layers": options.layers, **counts.__dict__}
 
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     elif options.count:
         result, output = count_genotype(options.genotype, rest), options.output
     else:
-        from pc_darts.comparison import run
+        from pc_darts.train import run
 
         if not any(word == "--run_dir" or word.startswith("--run_dir=") for word in rest):
             rest = [*rest, "--run_dir", f"runs/pc_darts-transfer/{Path(options.genotype).stem}"]

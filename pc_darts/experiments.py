@@ -25,11 +25,11 @@ from common.data.sampling import derive_seed
 from common.files import write_json
 from common.study import Study as CommonStudy
 from pc_darts.baselines import darts_options, random_genotype
-from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
+from pc_darts.config import DataConfig, RetrainOptions, SearchConfig, SearchOptions
 from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
-from pc_darts.search_space import SearchConfig, SearchNetwork
+from pc_darts.search_space import SearchNetwork
 from pc_darts.searching import Searcher, SearchResult, seconds_per_epoch
 
 RANDOM_STREAM = 11

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from pc_darts.config import FinalConfig, Stem
 from pc_darts.genotypes import Genotype
 from pc_darts.operations import BatchNorm, FactorizedReduce, ReLUConvBN, drop_path, make_operation
-from pc_darts.search_space import STEM_MULTIPLIER, Stem, is_reduction, make_stem
+from pc_darts.search_space import STEM_MULTIPLIER, is_reduction, make_stem
 
 
 class FinalCell(nn.Module):
@@ -94,34 +94,18 @@ class FinalNetwork(nn.Module):
 
     Set `drop_path_probability` before each epoch (0 by default). Calling the network gives the logits;
     `forward_with_auxiliary` also those of the auxiliary head, `cell_outputs` the features of every cell.
-
-    Raises:
-        UserError: sizes that do not fit each other.
     """
 
-    def __init__(
-        self,
-        genotype: Genotype,
-        channels: int = 36,
-        layers: int = 20,
-        classes: int = 10,
-        stem: Stem = "cifar",
-        auxiliary: bool = False,
-        in_channels: int = 3,
-    ) -> None:
+    def __init__(self, genotype: Genotype, config: FinalConfig) -> None:
         super().__init__()
-        if min(channels, layers, classes, in_channels) < 1:
-            raise UserError("final network: channels, layers, classes and in_channels must be at least 1")
-        if stem not in ("cifar", "imagenet"):
-            raise UserError(f"final network: stem {stem!r}, expected cifar or imagenet")
-        self.genotype, self.channels, self.layers, self.classes = genotype, channels, layers, classes
-        self.stem_kind, self.in_channels = stem, in_channels
+        self.genotype, self.config = genotype, config
         self.drop_path_probability = 0.0
-        stem_channels = STEM_MULTIPLIER * channels if stem == "cifar" else channels
-        for name, module in make_stem(stem, in_channels, stem_channels, channels // 2).items():
+        channels, layers = config.channels, config.layers
+        stem_channels = STEM_MULTIPLIER * channels if config.stem == "cifar" else channels
+        for name, module in make_stem(config.stem, config.in_channels, stem_channels, channels // 2).items():
             self.add_module(name, module)
         before_last = last = stem_channels
-        reduction_before = stem == "imagenet"
+        reduction_before = config.stem == "imagenet"
         self.cells = nn.ModuleList()
         self.auxiliary_after = 2 * layers // 3
         self.auxiliary_head: AuxiliaryHead | None = None
@@ -131,14 +115,14 @@ class FinalNetwork(nn.Module):
             self.cells.append(FinalCell(genotype, before_last, last, channels, reduction, reduction_before))
             reduction_before = reduction
             before_last, last = last, len(genotype.concat(reduction)) * channels
-            if auxiliary and index == self.auxiliary_after:
-                self.auxiliary_head = AuxiliaryHead(last, classes, stem)
+            if config.auxiliary and index == self.auxiliary_after:
+                self.auxiliary_head = AuxiliaryHead(last, config.classes, config.stem)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(last, classes)
+        self.classifier = nn.Linear(last, config.classes)
 
     def cell_outputs(self, x_BCHW: Tensor) -> list[Tensor]:
         """Features after every cell, e.g. for a detector."""
-        if self.stem_kind == "imagenet":
+        if self.config.stem == "imagenet":
             s0_BCHW = self.get_submodule("stem0")(x_BCHW)
             s1_BCHW = self.get_submodule("stem1")(s0_BCHW)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from pc_darts.config import Sampling
 
 PRIMITIVES = (
     "none",
@@ -32,7 +33,6 @@ PRIMITIVES = (
 )
 # Only in published cells of other searches (NASNet, AmoebaNet), never searched over here.
 FURTHER_OPERATIONS = ("sep_conv_7x7", "conv_7x1_1x7")
-Sampling = Literal["shuffle", "shift", "random"]  # which channels the next edges process (`search_space.MixedOp`)
 EPSILON, MOMENTUM = 1e-5, 0.1  # of every batch normalisation
 
 _frozen: ContextVar[bool] = ContextVar("frozen", default=False)

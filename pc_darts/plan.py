@@ -20,7 +20,7 @@ Every row is one half of a config in pc_darts/configs (cifar.yaml, imagenet.yaml
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from pc_darts.counting import count
 from pc_darts.genotypes import PUBLISHED
 from pc_darts.losses import final_loss
 from pc_darts.model import FinalNetwork
-from pc_darts.search_space import SearchConfig, SearchNetwork
+from pc_darts.search_space import SearchNetwork
 
 # Peaks in float32 (the makers' data sheets), in which these networks are trained.
 GPUS = {
@@ -104,13 +104,12 @@ def _costs(name: str) -> Costs:
         x_BCHW, y_B = torch.empty(2, 3, side, side), torch.zeros(2, dtype=torch.long)
         if half == "search":
             halves = [round(share * pictures) for share in config.data.halves]
-            shape = SearchConfig(search.channels, search.cells, search.nodes, classes, search.partial, stem=search.stem)
-            supernet = SearchNetwork(shape, fused=False)
+            supernet = SearchNetwork(search.network(classes), fused=False)
             counts = count(supernet, side)
             kept = costs.kept_bytes(lambda: F.cross_entropy(supernet(x_BCHW), y_B), supernet.parameters())
             flop = search_flop(search, counts.macs, halves[0])
             return Costs(counts.parameters, counts.macs, sum(halves), flop, kept // 2)
-        network = FinalNetwork(PUBLISHED[cell], final.channels, final.layers, classes, final.stem, True)
+        network = FinalNetwork(PUBLISHED[cell], replace(final.network(classes), auxiliary=True))
         counts = count(network, side)
 
         def loss() -> torch.Tensor:

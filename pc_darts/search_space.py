@@ -10,13 +10,10 @@ Shape suffixes: B batch, C channels of a state, H W height and width, E edges of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from pc_darts.config import Sampling, SearchConfig, SearchShape, Stem
 from pc_darts.fused import FusedEdges
 from pc_darts.genotypes import Cap, Genotype, derive, edge_count, edge_softmax
 from pc_darts.operations import (
@@ -24,7 +21,6 @@ from pc_darts.operations import (
     BatchNorm,
     FactorizedReduce,
     ReLUConvBN,
-    Sampling,
     make_operation,
     rearrange,
 )
@@ -32,41 +28,6 @@ from pc_darts.operations import (
 ARCHITECTURE = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
 INITIAL_SCALE = 1e-3  # of alphas and betas (section 4.2)
 STEM_MULTIPLIER = 3
-
-Stem = Literal["cifar", "imagenet"]
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """The shape of a search network. Defaults: CIFAR-10 (section 4.2).
-
-    Raises:
-        UserError: sizes that do not fit each other.
-    """
-
-    channels: int = 16
-    cells: int = 8
-    nodes: int = 4
-    classes: int = 10
-    partial: int = 4  # K: 1/K of the channels pass the mixed operation; 1 is DARTS
-    edge_normalisation: bool = True  # equation 3; False: edges count equally and betas stay as they are
-    sampling: Sampling = "shuffle"  # which channels are processed next (`MixedOp`)
-    stem: Stem = "cifar"  # imagenet: three convolutions of stride 2, 224 -> 28
-    in_channels: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "cells", "nodes", "classes", "partial", "in_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"search network: {name} must be at least 1, got {getattr(self, name)}")
-        if self.channels % self.partial:
-            raise UserError(
-                f"search network: {self.channels} channels cannot be divided into {self.partial} equal parts; make "
-                "channels a multiple of partial"
-            )
-        if self.sampling not in ("shuffle", "shift", "random"):
-            raise UserError(f"search network: sampling {self.sampling!r}, expected shuffle, shift or random")
-        if self.stem not in ("cifar", "imagenet"):
-            raise UserError(f"search network: stem {self.stem!r}, expected cifar or imagenet")
 
 
 def is_reduction(cell: int, cells: int) -> bool:
@@ -113,7 +74,7 @@ class Cell(nn.Module):
 
     def __init__(
         self,
-        config: SearchConfig,
+        config: SearchShape,
         before_last: int,
         last: int,
         channels: int,

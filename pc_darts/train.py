@@ -14,20 +14,54 @@ drawings of every epoch and trained network.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from common.errors import run_main
-from pc_darts.config import read_config
+from pc_darts.config import FREE_OPTIONS, RunConfig, read_config
+
+
+def run(config: RunConfig, text: str) -> dict[str, Any]:
+    """Everything that `config` asks for; `text` is its YAML. Returns what metrics.json holds.
+
+    Raises:
+        UserError: bad options, data or checkpoints.
+    """
+    # Torch is imported here, so that --help and a misspelt option answer at once.
+    from common.training import open_run_folder
+    from pc_darts.comparison import Comparison
+    from pc_darts.training import open_machine
+
+    folder = Path(config.run_dir)
+    with open_machine(config.device, config.threads) as machine:
+        open_run_folder(folder, config.resume, text, FREE_OPTIONS)
+        comparison = Comparison(config, machine)
+        if config.genotype is not None:
+            arms = [comparison.given(config.genotype)]
+        else:
+            ours = comparison.pc_darts()
+            arms = [ours]
+            comparison.write(arms)
+            assert ours.search is not None
+            budget = comparison.cost(ours.search)
+            if config.compare.darts:
+                arms.append(comparison.darts(budget))
+                comparison.write(arms)
+            if config.compare.random_search:
+                arms.append(comparison.random_search(budget))
+                comparison.write(arms)
+            arms += comparison.random_cells()
+        content = comparison.write(arms)
+        if machine.main and config.progress:
+            print(f"\n{(folder / 'table.md').read_text()}\nwritten to {folder}", file=sys.stderr)
+        return content
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the command line asks for; returns what metrics.json holds."""
-    config, text = read_config(argv, __doc__.splitlines()[0])
-    # Torch is imported here, so that --help and a misspelt option answer at once.
-    from pc_darts.comparison import run
-
-    return run(config, text)
+    return run(*read_config(argv, __doc__.splitlines()[0]))
 
 
 if __name__ == "__main__":

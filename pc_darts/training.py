@@ -7,26 +7,39 @@ the architecture gradient is of second order), of which Lightning's automation w
 from __future__ import annotations
 
 import csv
+import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.cpu import tune_allocator
-from common.data.augmentation import evaluation_batches
+from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically
-from common.training import LAST_CHECKPOINT, load_checkpoint
+from common.files import write_atomically, write_json
+from common.options import RunOptions
+from common.training import (
+    LAST_CHECKPOINT,
+    load_checkpoint,
+    of_another_network,
+    save_checkpoint,
+    stop_if_not_finite,
+)
+from pc_darts.config import SgdOptions
+from pc_darts.genotypes import Genotype
 from pc_darts.operations import synchronised_statistics
+from pc_darts.schedules import rate
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,14 @@ class Machine:
     def main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the other processes."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
     @contextmanager
     def whole_batch(self) -> Iterator[None]:
@@ -103,10 +124,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: a weight is not finite (the earlier checkpoint is kept), or the disk is full.
     """
-    for name, value in state["network"].items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"step {state['step']}: {name} is not finite; {LAST_CHECKPOINT} not overwritten")
-    write_atomically(folder / LAST_CHECKPOINT, lambda temporary: torch.save(state, temporary))
+    save_checkpoint(folder / LAST_CHECKPOINT, state, state["network"], state["step"])
 
 
 def load_state(folder: Path, kind: str, device: torch.device) -> dict[str, Any] | None:
@@ -122,31 +140,6 @@ def load_state(folder: Path, kind: str, device: torch.device) -> dict[str, Any] 
     if state.get("kind") != kind:
         raise UserError(f"{path} holds no state of a {kind}; choose another --run_dir")
     return state
-
-
-def restore(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """`load_state_dict` with the user's mistake as a sentence."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = (str(error).splitlines()[1:2] or [str(error)])[0].strip()[:160]
-        raise UserError(
-            f"checkpoint {path} belongs to another network ({detail}): give the options of the run that wrote it, or "
-            "choose another --run_dir"
-        ) from None
-
-
-def stop_if_not_finite(loss: Tensor, step: int, folder: Path, what: str) -> None:
-    """A NaN or infinite loss ends the run before the next checkpoint.
-
-    Raises:
-        UserError: naming the step and the last good checkpoint.
-    """
-    if torch.isfinite(loss).all():
-        return
-    last = folder / LAST_CHECKPOINT
-    kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been written yet"
-    raise UserError(f"the {what} loss became {float(loss)} at step {step}: stopped; {kept}. Try a lower lr")
 
 
 class Clock:
@@ -185,6 +178,190 @@ def write_rows(path: Path, rows: Sequence[dict[str, float]]) -> None:
     write_atomically(path, write)
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a finished part of a run found, kept as JSON."""
+
+    genotype: Genotype
+
+    def save(self, path: Path) -> None:
+        """Atomically."""
+        write_json(path, {**self.__dict__, "genotype": json.loads(self.genotype.to_json())})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What `save` wrote. Raises UserError when the file is damaged."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**content, "genotype": Genotype.parse(json.dumps(content["genotype"]))})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it, and its work is done again") from None
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Loop(ABC, Generic[N]):
+    """Steps of SGD on a network's weights that go on exactly from `folder/last.ckpt`.
+
+    Args:
+        network: as it starts. weights: of it, trained by SGD.
+        batches: of the training pictures. folder: gets last.ckpt and log.csv.
+        run: checkpoint_every, log_every and progress are read.
+    """
+
+    kind: str
+
+    def __init__(
+        self,
+        network: N,
+        weights: Sequence[nn.Parameter],
+        options: SgdOptions,
+        batches: Batches,
+        folder: Path,
+        seed: int,
+        machine: Machine,
+        run: RunOptions | None,
+    ) -> None:
+        self.network, self.weights, self.schedule, self.training = network, list(weights), options, batches
+        self.folder, self.seed, self.machine = folder, seed, machine
+        self.run_options = run or RunOptions(checkpoint_every=50, log_every=10, progress=False)
+        self.optimiser = torch.optim.SGD(
+            self.weights, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
+        self.sums = {"loss": 0.0, "right": 0.0, "started": 0.0}  # of the epoch
+        self.clock = Clock()
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.epochs * self.training.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.training.steps_per_epoch
+
+    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
+        """What `_one_step` takes, for steps `first` to `last` - 1."""
+        return self.training.run(first, last)
+
+    @abstractmethod
+    def _one_step(self, *batch: Tensor) -> None:
+        """`_begin_step`, gradients of the weights, `_end_step`."""
+
+    @abstractmethod
+    def _end_epoch(self, row: dict[str, Any]) -> None:
+        """Complete the epoch's row of the history, which has epoch, lr, train_loss, train_accuracy and seconds."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, SGD, logs and times."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        """Take over `_state`; None at the start."""
+
+    def train(self, stop_after: int | None = None) -> None:
+        """To the end, or to a step; from wherever it was interrupted.
+
+        Raises:
+            UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
+        """
+        self._open()
+        start_peak(self.machine.device)
+        last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
+        show = self.run_options.progress and self.machine.main and not os.environ.get("CI")
+        with tqdm(
+            total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show
+        ) as bar:
+            for batch in self.batches(self.step, last):
+                self._one_step(*batch)
+                self.step += 1
+                if self.step % self.training.steps_per_epoch == 0:
+                    self._close_epoch()
+                if self.step % self.run_options.checkpoint_every == 0 or self.step == last:
+                    self._save()
+                bar.update()
+
+    def _begin_step(self) -> None:
+        options = self.schedule
+        lr = rate(options.lr_schedule, self.epoch, options.epochs, options.lr, options.minimum_lr, options.lr_warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.network.train()
+
+    def _end_step(self, loss: Tensor, logits_BK: Tensor, y_B: Tensor) -> None:
+        """Average and clip the weights' gradients, step, and write down how it went."""
+        self.machine.average_gradients(self.weights)
+        if self.schedule.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.weights, self.schedule.grad_clip)
+        self.optimiser.step()
+        measured = torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
+        self.machine.average([measured])
+        value, right = measured.tolist()
+        step = self.step + 1
+        stop_if_not_finite(value, step, self.folder / LAST_CHECKPOINT, "a lower lr", f"{self.kind} loss")
+        self.sums["loss"] += value
+        self.sums["right"] += right
+        if step % self.run_options.log_every == 0:
+            row = {"step": step, "epoch": self.epoch, "lr": self._lr, "loss": value, "accuracy": right}
+            self.rows.append({**row, "seconds": self.clock.seconds})
+
+    @property
+    def _lr(self) -> float:
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def _close_epoch(self) -> None:
+        steps = self.training.steps_per_epoch
+        row = {
+            "epoch": self.epoch - 1,
+            "lr": self._lr,
+            "train_loss": self.sums["loss"] / steps,
+            "train_accuracy": self.sums["right"] / steps,
+            "seconds": self.clock.seconds - self.sums["started"],
+        }
+        self.history.append(row)
+        self._end_epoch(row)
+        self.sums = {**dict.fromkeys(self.sums, 0.0), "started": self.clock.seconds}
+
+    def _save(self) -> None:
+        # Every process holds the same state.
+        if self.machine.main:
+            state = {
+                "kind": self.kind,
+                "step": self.step,
+                "network": self.network.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "history": self.history,
+                "rows": self.rows,
+                "sums": self.sums,
+                "seconds": self.clock.seconds,
+                "cpu_seconds": self.clock.cpu_seconds,
+            }
+            save_state(self.folder, state | self._state())
+            if self.rows:
+                write_rows(self.folder / "log.csv", self.rows)
+        self.machine.wait()
+
+    def _open(self) -> None:
+        state = load_state(self.folder, self.kind, self.machine.device)
+        self._restore(state)
+        if state is None:
+            self.clock = Clock()
+            return
+        try:
+            self.network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            raise of_another_network(self.folder / LAST_CHECKPOINT, error) from None
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.history, self.rows = state["step"], state["history"], state["rows"]
+        sums = state["sums"]  # trainings from before they had names: loss, right, started
+        self.sums = dict(zip(self.sums, sums)) if isinstance(sums, list) else sums
+        self.clock = Clock(state["seconds"], state["cpu_seconds"])
+
+
 @torch.no_grad()
 def accuracy(
     network: nn.Module, data: ImageSet, pictures: Pictures, machine: Machine | None = None, batch_size: int = 250
@@ -211,12 +388,3 @@ def start_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """Largest memory allocated on the GPU since `start_peak`; None on the CPU, whose peak cannot be reset."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def progress_bar(show: bool, label: str, start: int, total: int) -> Any:
-    """A bar over the steps of a run, None where nobody looks (CI)."""
-    if not show or os.environ.get("CI"):
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=start, desc=label, unit="step", mininterval=1.0)

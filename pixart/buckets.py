@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from common.data.sampling import step_generator
+from common.data.sampling import StepBatchSampler, step_generator
 from common.errors import UserError
 
 MAX_RATIO = 4.0  # rarer shapes than 1:4 and 4:1 are left out of training
@@ -106,15 +105,16 @@ def assign_buckets(table: Sequence[Bucket], sizes_N2: Tensor | np.ndarray) -> np
     )
 
 
-def usable_shapes(sizes_N2: Tensor | np.ndarray, limit: float = MAX_RATIO) -> np.ndarray:
-    """Indices of the images that are at most `limit` times as long as wide; a warning counts the others."""
+def usable_shapes(sizes_N2: Tensor | np.ndarray) -> np.ndarray:
+    """Indices of the images that are at most MAX_RATIO times as long as wide; a warning counts the others."""
     sizes = np.asarray(sizes_N2, dtype=np.float64).reshape(-1, 2)
     if not (sizes > 0).all():
         raise UserError("image sizes must be positive")
-    kept = np.flatnonzero(sizes.max(axis=1) <= limit * sizes.min(axis=1))
+    kept = np.flatnonzero(sizes.max(axis=1) <= MAX_RATIO * sizes.min(axis=1))
     if len(kept) < len(sizes):
         warnings.warn(
-            f"{len(sizes) - len(kept)} of {len(sizes)} images are left out: longer than {limit:g} times their width",
+            f"{len(sizes) - len(kept)} of {len(sizes)} images are left out: longer than {MAX_RATIO:g} times their "
+            "width",
             stacklevel=2,
         )
     return kept
@@ -156,85 +156,47 @@ def bucket_batches(
     return [*(samples[positions].tolist() for positions in full), *rest]
 
 
-class BucketBatchSampler(Sampler[list[int]]):
+class BucketBatchSampler(StepBatchSampler):
     """For each step this rank's share of a global batch whose images all have one size.
 
-    Like `common.data.sampling.StepBatchSampler` the order is a pure function of (seed, step): epoch e is the authors'
-    bucketing (`bucket_batches`) of a permutation seeded by (seed, e), rank r of W takes every W-th sample from r on.
+    As in `StepBatchSampler` the order is a pure function of (seed, step): epoch e is the authors' bucketing
+    (`bucket_batches`) of a permutation seeded by (seed, e), rank r of W takes every W-th sample from r on. What does
+    not fill a batch is left out, epoch by epoch (the authors' training).
 
     Args:
         bucket_N: bucket of each sample of the data set (`assign_buckets`).
-        batch_size: samples of one global batch (all ranks together); must be divisible by `world`.
-        steps: total number of steps of the run.
-        start: called when iteration begins; returns the step to begin with (the restored `global_step`).
-        leftovers: "drop" leaves out, epoch by epoch, what does not fill a batch (the authors' training); "emit" makes
-            smaller batches of it, topped up to a multiple of `world` by repeating their own samples.
-        samples: the sample numbers to use (default all), for instance those of `usable_shapes`.
+        batch_size, steps, seed, options: of `StepBatchSampler`.
     """
 
     def __init__(
-        self,
-        bucket_N: Sequence[int] | np.ndarray | Tensor,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        start: Callable[[], int] = lambda: 0,
-        leftovers: Literal["drop", "emit"] = "drop",
-        samples: Sequence[int] | np.ndarray | None = None,
+        self, bucket_N: Sequence[int] | np.ndarray | Tensor, batch_size: int, steps: int, seed: int, **options: Any
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise UserError(
-                f"batch_size {batch_size} (all processes together) cannot be divided among {world} processes"
-            )
+        super().__init__(len(bucket_N), batch_size, steps, seed, **options)
         self.bucket_N = np.asarray(bucket_N, dtype=np.int64)
-        self.samples = np.arange(len(self.bucket_N)) if samples is None else np.asarray(samples, dtype=np.int64)
-        if not len(self.samples):
-            raise UserError("the data set is empty")
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
-        self.rank, self.world, self.start, self.leftovers = rank, world, start, leftovers
-        counts = np.bincount(self.bucket_N[self.samples])
+        counts = np.bincount(self.bucket_N)
         self.batches_per_epoch = int((counts // batch_size).sum())
-        small = counts[(counts > 0) & (counts < batch_size)]
-        if leftovers == "emit":
-            self.batches_per_epoch = int(np.ceil(counts / batch_size).sum())
-        elif self.batches_per_epoch == 0:
+        if self.batches_per_epoch == 0:
             raise UserError(
                 f"no aspect bucket holds {batch_size} images (the fullest has {int(counts.max())}): use a smaller "
                 "batch_size or fewer buckets"
             )
-        elif len(small):
+        small = counts[(counts > 0) & (counts < batch_size)]
+        if len(small):
             warnings.warn(
-                f"{int(small.sum())} of {len(self.samples)} images are never used: their {len(small)} aspect buckets "
+                f"{int(small.sum())} of {self.n} images are never used: their {len(small)} aspect buckets "
                 f"hold fewer than batch_size {batch_size} each",
                 stacklevel=2,
             )
-        self._epoch = -1
         self._batches: list[list[int]] = []
-
-    def global_batch(self, step: int) -> list[int]:
-        """Sample numbers of step `step` over all ranks."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        if epoch != self._epoch:
-            generator = step_generator(self.seed, -1 - epoch)
-            order = self.samples[torch.randperm(len(self.samples), generator=generator).numpy()]
-            self._batches = bucket_batches(order, self.bucket_N, self.batch_size, self.leftovers == "drop")
-            self._epoch = epoch
-        batch = self._batches[position]
-        missing = -len(batch) % self.world
-        return batch + [batch[i % len(batch)] for i in range(missing)]
 
     def batch(self, step: int) -> list[int]:
         """This rank's sample numbers of step `step`."""
-        return self.global_batch(step)[self.rank :: self.world]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start(), self.steps):
-            yield self.batch(step)
-
-    def __len__(self) -> int:
-        return self.steps
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(self.n, generator=step_generator(self.seed, -1 - epoch)).numpy()
+            self._batches = bucket_batches(order, self.bucket_N, self.batch_size)
+            self._epoch = epoch
+        return self._batches[position][self.rank :: self.world]
 
 
 def fit_to_bucket(picture: Image.Image, bucket: Bucket) -> Tensor:

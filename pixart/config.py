@@ -6,9 +6,9 @@ A stage is one YAML file with the options of `StageConfig`. A recipe is a YAML f
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 
 from common.cli import parse_config
 from common.errors import UserError
-from common.options import Attention, TrainerOptions
+from common.options import TrainerOptions
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
@@ -181,7 +181,6 @@ class TrainerConfig(TrainerOptions):
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
-        attention: which of its equal forms attention takes; auto measures them on this machine, once per shape.
         workers: loader processes for features that are not in memory.
     """
 
@@ -189,7 +188,6 @@ class TrainerConfig(TrainerOptions):
     max_minutes: float = 0.0
     batch_size: int = 64
     gradient_checkpointing: bool = False
-    attention: Attention = "auto"
     checkpoint_every: int = 250
     sample_every: int = 0
     workers: int = 0
@@ -272,11 +270,16 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     Raises:
         UserError: a missing or unreadable file, an unknown stage or option, a value of the wrong type.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=SMALL)
+    parser.add_argument("--stage")
+    try:
+        own, arguments = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name} needs a value") from None
+    file, wanted = own.config, own.stage
     if "--help" in arguments or "-h" in arguments:
         parse_config(StageConfig, None, description, ["--help"])
-    file = Path(_take(arguments, "--config") or SMALL)
-    wanted = _take(arguments, "--stage")
     _refuse_unknown(arguments)
     content = _read_yaml(file)
     if "stages" not in content:
@@ -333,25 +336,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'--config {file}: expected options ("data:", "trainer:", ...) or a list of "stages:"')
     return content
-
-
-def _take(arguments: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from a command line; the last one counts."""
-    value = None
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        if word.startswith(f"{option}="):
-            value = word.split("=", 1)[1]
-            del arguments[position]
-        elif word == option:
-            if position + 1 == len(arguments):
-                raise UserError(f"{option} needs a value")
-            value = arguments[position + 1]
-            del arguments[position : position + 2]
-        else:
-            position += 1
-    return value
 
 
 def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:

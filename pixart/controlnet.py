@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.weights import check_weights
 from pixart.config import PixArtConfig
 from pixart.convert import infer_config, load_weights, read_state_dict
 from pixart.model import CaptionContext, CrossAttention, PixArt, token_grid, unpatchify
@@ -70,10 +71,6 @@ class ControlPixArt(nn.Module):
     def branches(self) -> Iterator[ControlBlock]:
         """The copies with their zero Linears."""
         return (part for part in self.controlnet.children() if isinstance(part, ControlBlock))
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the control branch."""
-        return self.controlnet.parameters()
 
     def encode_caption(
         self, caption_BLC: Tensor, mask_BL: Tensor | None = None, drop_B: Tensor | None = None
@@ -154,12 +151,6 @@ def load_controlnet(path: Path | str, base: PixArt | None = None, *, heads: int 
     if copies > base.config.depth or (full and copies != base.config.depth):
         raise UserError(f"{path}: {copies} control blocks do not fit a network of depth {base.config.depth}")
     network = ControlPixArt(base, copies, full)
-    expected = network.controlnet.state_dict()
-    for key in sorted(expected.keys() ^ branch.keys()):
-        raise UserError(f"{path} does not fit the network: it {'lacks' if key in expected else 'has'} controlnet.{key}")
-    for key, value in branch.items():
-        if value.shape != expected[key].shape:
-            shapes = f"{list(value.shape)}, expected {list(expected[key].shape)}"
-            raise UserError(f"{path} does not fit the network: controlnet.{key} is {shapes}")
+    check_weights(branch, network.controlnet.state_dict(), f"{path}: controlnet", "the network")
     network.controlnet.load_state_dict(branch)
     return network

@@ -17,22 +17,21 @@ given as input (section 2.3: "re-parameterization").
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
+from common.files import read_object, write_atomically, write_json
+from common.teacher import quiet_libraries
+from common.weights import INDEX, check_weights, read_weights, save_weights
 from pixart.config import PixArtConfig
 from pixart.model import DiT, PixArt, position_embedding
+from pixart.samplers import diffusers_scheduler
 
 StateDict = dict[str, Tensor]
 
@@ -42,7 +41,9 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # diffusers has no place for the null caption: it stands beside the weights, where diffusers does not look.
 NULL_CAPTION_FILE = "null_caption.safetensors"
 NULL_CAPTION = "y_embedder.y_embedding"
+CLASSES = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
+FORMAT = {"format": "pt"}  # diffusers reads no weights without it
 # Layout version that exported configs declare (the pinned diffusers).
 _DIFFUSERS_VERSION = "0.42.1"
 # The authors' only shape; the number of heads cannot be read from weights.
@@ -52,7 +53,7 @@ _MAY_BE_NEW = ("csize_embedder.", "ar_embedder.")
 
 
 def read_state_dict(path: Path, weights: str = "ema") -> StateDict:
-    """Weights of a .pth/.pt/.ckpt/.bin or .safetensors file in float32; no code in the file is run.
+    """Weights of a .pth/.pt/.ckpt/.bin or .safetensors file (or its shards) in float32; no code in the file is run.
 
     Args:
         weights: "ema" takes `state_dict_ema` (DiT: `ema`) where there is one, "trained" takes `state_dict`.
@@ -60,13 +61,8 @@ def read_state_dict(path: Path, weights: str = "ema") -> StateDict:
     Raises:
         UserError: no such file, truncated, pickled objects in it, or no weights.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            content: dict[str, Any] = dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {path} is truncated or not a safetensors file: {error}") from None
+    if path.name.endswith((".safetensors", INDEX)):
+        content: dict[str, Any] = read_weights(path, "checkpoint")[0]
     else:
         from common.training import load_checkpoint  # imports Lightning, which --help need not wait for
 
@@ -83,16 +79,6 @@ def read_state_dict(path: Path, weights: str = "ema") -> StateDict:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
 def _build_config(values: Mapping[str, Any], path: Path) -> PixArtConfig:
     known = {field.name for field in fields(PixArtConfig)}
     unknown = sorted(values.keys() - known)
@@ -105,19 +91,15 @@ def _build_config(values: Mapping[str, Any], path: Path) -> PixArtConfig:
 
 
 def infer_config(state: Mapping[str, Tensor], what: str, heads: int | None = None) -> PixArtConfig:
-    """The shape of a text-conditional network from weights in the authors' names.
+    """The shape of a network from weights in the authors' names; one with a table of classes is a DiT.
 
     Args:
         what: the file, for messages.
         heads: attention heads; None: 16 at the authors' width of 1152.
 
     Raises:
-        UserError: these are not such weights, or the heads or the resolution cannot be known.
+        UserError: the heads or the resolution cannot be known.
     """
-    for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.y_proj.fc1.weight"):
-        if key not in state:
-            hint = " (a class-conditional DiT: give it with --reparameterise)" if _is_dit(state) else ""
-            raise UserError(f'{what} is not a PixArt-alpha transformer: "{key}" is missing{hint}')
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     if heads is None:
         if width != _AUTHORS_WIDTH:
@@ -127,9 +109,7 @@ def infer_config(state: Mapping[str, Tensor], what: str, heads: int | None = Non
         raise UserError(f"{what}: {POSITIONS} is missing, so its resolution is unknown; give the network's config")
     side = round(state[POSITIONS].shape[1] ** 0.5)
     input_size = side * patch
-    final = state["final_layer.linear.weight"].shape[0] // patch**2
-    null = state.get(NULL_CAPTION)
-    return PixArtConfig(
+    shape = PixArtConfig(
         input_size=input_size,
         patch_size=patch,
         in_channels=in_channels,
@@ -137,10 +117,16 @@ def infer_config(state: Mapping[str, Tensor], what: str, heads: int | None = Non
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         heads=heads,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch**2,
+    )
+    if CLASSES in state:
+        return replace(shape, classes=len(state[CLASSES]) - 1)
+    null = state.get(NULL_CAPTION)
+    return replace(
+        shape,
         caption_channels=state["y_embedder.y_proj.fc1.weight"].shape[1],
         caption_tokens=120 if null is None else len(null),
         interpolation_scale=_recorded_scale(state[POSITIONS], side, input_size),
-        learn_sigma=final == 2 * in_channels,
         multi_scale="csize_embedder.mlp.0.weight" in state,
         adaln="single" if "t_block.1.weight" in state else "block",
     )
@@ -155,18 +141,14 @@ def _recorded_scale(positions_1ND: Tensor, side: int, input_size: int) -> float:
     return float(max(input_size // 64, 1))
 
 
-def _is_dit(state: Mapping[str, Tensor]) -> bool:
-    return "y_embedder.embedding_table.weight" in state
-
-
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder is a PixArtTransformer2DModel or a pipeline with one."""
     return (folder / "transformer" / CONFIG).is_file() or (
-        (folder / CONFIG).is_file() and "_class_name" in _read_json(folder / CONFIG)
+        (folder / CONFIG).is_file() and "_class_name" in read_object(folder / CONFIG)
     )
 
 
-def load_weights(model: PixArt, state: Mapping[str, Tensor], what: str) -> None:
+def load_weights(model: PixArt | DiT, state: Mapping[str, Tensor], what: str) -> None:
     """Put weights in the authors' names into a network, which may be meant for another resolution.
 
     Positions are the network's own; embedders of size and ratio that the file lacks keep their initialisation.
@@ -176,20 +158,22 @@ def load_weights(model: PixArt, state: Mapping[str, Tensor], what: str) -> None:
     """
     state = {key: value for key, value in state.items() if key != POSITIONS}
     expected = {key: value for key, value in model.state_dict().items() if key != POSITIONS}
-    without_null = NULL_CAPTION not in state
-    missing = [key for key in expected if key not in state and key != NULL_CAPTION and not key.startswith(_MAY_BE_NEW)]
-    extra = [key for key in state if key not in expected]
-    for keys, has in ((missing, "lacks"), (extra, "has")):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UserError(f"{what} does not fit the network: it {has} {keys[0]}{more}")
-    for key, value in state.items():
-        if value.shape != expected[key].shape:
-            raise UserError(
-                f"{what} does not fit the network: {key} is {list(value.shape)}, expected {list(expected[key].shape)}"
-            )
+    may_lack = [key for key in expected if key == NULL_CAPTION or key.startswith(_MAY_BE_NEW)]
+    check_weights(state, expected, what, "the network", may_lack)
     model.load_state_dict(state, strict=False)
-    model.has_null_caption = not without_null
+    if isinstance(model, PixArt):
+        model.has_null_caption = NULL_CAPTION in state
+
+
+def _read_network(path: Path, weights: str = "ema") -> tuple[StateDict, PixArtConfig | None]:
+    """Weights in the authors' names, and the shape where the network's home says it."""
+    if not path.is_dir():
+        return read_state_dict(path, weights), None
+    if is_diffusers(path):
+        return from_diffusers(*_read_diffusers(path / "transformer" if (path / "transformer").is_dir() else path))
+    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
+        return read_state_dict(path / WEIGHTS), _build_config(read_object(path / CONFIG), path / CONFIG)
+    raise UserError(f"{path}: no network in this folder (expected {WEIGHTS} and {CONFIG}, or a diffusers transformer)")
 
 
 def load_transformer(
@@ -205,62 +189,23 @@ def load_transformer(
     Raises:
         UserError: no such file, truncated, of another kind, or weights that do not fit `config`.
     """
-    path = Path(path)
-    if path.is_dir():
-        if is_diffusers(path):
-            folder = path / "transformer" if (path / "transformer" / CONFIG).is_file() else path
-            state, found = from_diffusers(*_read_diffusers(folder))
-        elif (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
-            state, found = read_state_dict(path / WEIGHTS), _build_config(_read_json(path / CONFIG), path / CONFIG)
-        else:
-            raise UserError(
-                f"{path}: no network in this folder (expected {WEIGHTS} and {CONFIG}, or a diffusers transformer)"
-            )
-    else:
-        state = read_state_dict(path, weights)
-        if config is None:
-            found = infer_config(state, str(path), heads)
-        else:
-            found = config
-            if _is_dit(state) or "x_embedder.proj.weight" not in state:
-                infer_config(state, str(path), config.heads)  # says what the file is instead
-    model = PixArt(config or found)
+    state, found = _read_network(Path(path), weights)
+    for key in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.y_proj.fc1.weight"):
+        if key not in state:
+            hint = " (a class-conditional DiT: give it with --reparameterise)" if CLASSES in state else ""
+            raise UserError(f'{path} is not a PixArt-alpha transformer: "{key}" is missing{hint}')
+    model = PixArt(config or found or infer_config(state, str(path), heads))
     load_weights(model, state, str(path))
     return model
 
 
 def load_dit(path: Path | str, config: PixArtConfig | None = None, *, heads: int | None = None) -> DiT:
     """A class-conditional DiT: our folder, or an official `.pt` (facebookresearch/DiT), EMA weights preferred."""
-    path = Path(path)
-    if path.is_dir():
-        state = read_state_dict(path / WEIGHTS)
-        config = config or _build_config(_read_json(path / CONFIG), path / CONFIG)
-    else:
-        state = read_state_dict(path)
-    if not _is_dit(state) or "x_embedder.proj.weight" not in state:
-        raise UserError(f'{path} is not a class-conditional DiT: "y_embedder.embedding_table.weight" is missing')
-    if config is None:
-        width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
-        if heads is None and width != _AUTHORS_WIDTH:
-            raise UserError(f"{path}: the heads of a network of width {width} are not in its weights; give --heads")
-        config = PixArtConfig(
-            input_size=round(state[POSITIONS].shape[1] ** 0.5) * patch,
-            patch_size=patch,
-            in_channels=in_channels,
-            width=width,
-            depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-            heads=heads or _AUTHORS_HEADS,
-            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-            learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch**2,
-            classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        )
-    dit = DiT(config)
-    state = {**state, POSITIONS: dit.pos_embed}
-    problems = dit.load_state_dict(
-        {k: v for k, v in state.items() if k in dit.state_dict() and v.shape == dit.state_dict()[k].shape}, strict=False
-    )
-    if problems.missing_keys:
-        raise UserError(f"{path} does not fit the DiT: {problems.missing_keys[0]} is missing or has another shape")
+    state, found = _read_network(Path(path))
+    if CLASSES not in state or "x_embedder.proj.weight" not in state:
+        raise UserError(f'{path} is not a class-conditional DiT: "{CLASSES}" is missing')
+    dit = DiT(config or found or infer_config(state, str(path), heads))
+    load_weights(dit, state, str(path))
     return dit
 
 
@@ -456,28 +401,13 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
 
 
 def _read_diffusers(folder: Path) -> tuple[StateDict, dict[str, Any]]:
-    config = _read_json(folder / CONFIG)
-    index = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
-    single = [folder / name for name in (DIFFUSERS_WEIGHTS, "diffusion_pytorch_model.fp16.safetensors")]
-    single.append(folder / "diffusion_pytorch_model.bin")
-    file = next((path for path in single if path.is_file()), None)
-    if file is not None:
-        state = read_state_dict(file)
-    elif index.is_file():
-        state = {}
-        for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
-            if Path(name).name != name:
-                raise UserError(f"{index}: {name!r} is not a file of this folder")
-            state |= read_state_dict(folder / name)
-    else:
+    half, pickled = "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"
+    names = (DIFFUSERS_WEIGHTS, half, pickled, f"{DIFFUSERS_WEIGHTS}.index.json")
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         raise UserError(f"{folder}: no weights (expected {DIFFUSERS_WEIGHTS})")
-    null = folder / NULL_CAPTION_FILE
-    return (state | read_state_dict(null) if null.is_file() else state), config
-
-
-def _save_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    stored = {k: v.detach().to("cpu", dtype or v.dtype).contiguous().clone() for k, v in state.items()}
-    write_atomically(path, lambda temporary: save_file(stored, str(temporary), metadata={"format": "pt"}))
+    state, null = read_state_dict(file), folder / NULL_CAPTION_FILE
+    return (state | read_state_dict(null) if null.is_file() else state), read_object(folder / CONFIG)
 
 
 def save_transformer(model: PixArt | DiT, folder: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -486,21 +416,18 @@ def save_transformer(model: PixArt | DiT, folder: Path | str, dtype: torch.dtype
     state = model.state_dict()
     if isinstance(model, PixArt) and not model.has_null_caption:
         state.pop(NULL_CAPTION)
-    _save_tensors(folder / WEIGHTS, state, dtype)
+    save_weights(folder / WEIGHTS, state, FORMAT, dtype)
     write_json(folder / CONFIG, asdict(model.config))
 
 
-def official_state_dict(model: PixArt) -> StateDict:
-    """Every name that the authors' network has; multi-scale ones hold zeros as positions, which their code deletes."""
+def save_official(model: PixArt, path: Path | str) -> None:
+    """A `.pth` as the authors' scripts read it: `state_dict` and `state_dict_ema` hold the same weights.
+
+    Multi-scale networks have zeros as positions there, which the authors' code deletes.
+    """
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     if model.config.multi_scale:
         state[POSITIONS] = torch.zeros_like(model.pos_embed, device="cpu")
-    return state
-
-
-def save_official(model: PixArt, path: Path | str) -> None:
-    """A `.pth` as the authors' scripts read it: `state_dict` and `state_dict_ema` hold the same weights."""
-    state = official_state_dict(model)
     write_atomically(Path(path), lambda t: torch.save({"state_dict": state, "state_dict_ema": state}, t))
 
 
@@ -508,79 +435,32 @@ def save_diffusers(model: PixArt, folder: Path | str, dtype: torch.dtype | None 
     """A PixArtTransformer2DModel folder; the null caption stands beside the weights, for `load_transformer`."""
     folder = Path(folder)
     state, config = to_diffusers(model.state_dict(), model.config)
-    _save_tensors(folder / DIFFUSERS_WEIGHTS, state, dtype)
+    save_weights(folder / DIFFUSERS_WEIGHTS, state, FORMAT, dtype)
     write_json(folder / CONFIG, config)
     if model.has_null_caption:
-        _save_tensors(folder / NULL_CAPTION_FILE, {NULL_CAPTION: model.y_embedder.y_embedding})
+        save_weights(folder / NULL_CAPTION_FILE, {NULL_CAPTION: model.y_embedder.y_embedding}, FORMAT)
     else:
         (folder / NULL_CAPTION_FILE).unlink(missing_ok=True)
 
 
-SCHEDULER = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "_diffusers_version": _DIFFUSERS_VERSION,
-    "algorithm_type": "dpmsolver++",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "lower_order_final": True,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-}
-
-
-def export_pipeline(
-    model: PixArt,
-    folder: Path | str,
-    *,
-    vae: Any = None,
-    text_encoder: Any = None,
-    tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
-) -> Path:
+def export_pipeline(model: PixArt, folder: Path | str, *, dtype: torch.dtype | None = None, **parts: Any) -> Path:
     """A PixArtAlphaPipeline folder: transformer/ and scheduler/, and the parts that are given.
 
     Args:
-        vae, text_encoder, tokenizer: a folder to copy, or an object with `save_pretrained`; None leaves the part out
-            (`from_pretrained` then wants it as an argument). The stock pipeline expects a T5 encoder.
         dtype: of the stored transformer.
+        parts: `vae`, `text_encoder` and `tokenizer` as diffusers and transformers hold them; `from_pretrained` wants
+            those that are left out as arguments. The stock pipeline expects a T5 encoder.
     """
+    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
     folder = Path(folder)
     save_diffusers(model, folder / "transformer", dtype)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    index: dict[str, Any] = {
-        "_class_name": "PixArtAlphaPipeline",
-        "_diffusers_version": _DIFFUSERS_VERSION,
-        "transformer": ["diffusers", DIFFUSERS_CLASS],
-        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
-    }
-    for name, part, library in (
-        ("vae", vae, "diffusers"),
-        ("text_encoder", text_encoder, "transformers"),
-        ("tokenizer", tokenizer, "transformers"),
-    ):
-        if part is None:
-            index[name] = [None, None]
-            continue
-        if isinstance(part, (str, Path)):
-            if not Path(part).is_dir():
-                raise UserError(f"{name} {part}: no such folder")
-            shutil.copytree(part, folder / name, dirs_exist_ok=True)
-        else:
-            part.save_pretrained(str(folder / name))
-        index[name] = [library, _class_name(folder / name, name)]
-    write_json(folder / "model_index.json", index)
+    with quiet_libraries():
+        transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        stock = PixArtAlphaPipeline(transformer=transformer, scheduler=diffusers_scheduler(), **{**missing, **parts})
+        stock.save_pretrained(folder)
     return folder
-
-
-def _class_name(folder: Path, part: str) -> str:
-    """The class that opens a component folder, as its configuration says."""
-    if part == "tokenizer":
-        return str(_read_json(folder / "tokenizer_config.json").get("tokenizer_class", "PreTrainedTokenizerFast"))
-    config = _read_json(folder / CONFIG)
-    return str(config.get("_class_name") or (config.get("architectures") or ["T5EncoderModel"])[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

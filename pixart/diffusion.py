@@ -144,7 +144,7 @@ class Diffusion:
         model: Network,
         x0_BCHW: Tensor,
         t_B: Tensor,
-        noise_BCHW: Tensor | None = None,
+        noise_BCHW: Tensor,
         snr_loss: bool = False,
     ) -> dict[str, Tensor]:
         """Per-sample training losses [B]: `loss` = `mse` + `vb` (paper section 2.4 of the spec; iDDPM's hybrid loss).
@@ -157,8 +157,6 @@ class Diffusion:
             mse: mean over C, H, W of the squared error; vb: the variational bound's term in bits per dimension, which
             trains the variance alone (its noise estimate is detached).
         """
-        if noise_BCHW is None:
-            noise_BCHW = torch.randn_like(x0_BCHW)
         x0_BCHW, noise_BCHW = x0_BCHW.float(), noise_BCHW.float()
         channels = x0_BCHW.shape[1]
         xt_BCHW = self.q_sample(x0_BCHW, t_B, noise_BCHW)

@@ -18,7 +18,6 @@ Every number names its judge and counts; the distance of two halves of the real 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--stage", help="default: the one that finished last")
     options = parser.parse_args(argv)
-    from common.files import write_json
+    from common.training import write_metrics
     from pixart.config import read_recipe
     from pixart.run import Stage
     from pixart.sample import ABOUT
@@ -233,12 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = ["--config", str(folder / "config.yaml"), "--run_dir", str(options.run_dir)]
     ((config, _),) = read_recipe(arguments, "").stages
     stage = Stage(config, folder, None)
-    metrics = evaluate_stage(stage, stage.painter())
-    earlier = folder / "metrics.json"
-    if earlier.is_file():  # nothing was trained now: the training's own times stand
-        metrics["seconds"] = json.loads(earlier.read_text()).get("seconds", {})
-    write_json(earlier, metrics)
-    return metrics
+    return write_metrics(folder / "metrics.json", evaluate_stage(stage, stage.painter()), {}, 0.0, trained=False)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
-from common.images import to_uint8, to_unit
+from common.files import read_object
 from common.paths import cache_dir, existing_path
+from common.teacher import decode_latents, to_uint8
 from pixart.config import DataConfig
 from pixart.data import Pictures
 from pixart.text import TextEncoder
@@ -47,12 +48,9 @@ class Codec:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        folder = existing_path(str(path))
-        if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-            folder = folder / "vae"
-        if not (folder / "config.json").is_file():
-            raise UserError(f"vae {path}: expected a diffusers AutoencoderKL directory (config.json and weights)")
         from diffusers import AutoencoderKL
+
+        folder = codec_folder(path)
 
         try:
             vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
@@ -62,7 +60,7 @@ class Codec:
         self._vae: Any = vae.eval().requires_grad_(False).to(self.device)
         config = vae.config
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.factor = codec_factor(path)
         self.scaling_factor = float(config.scaling_factor)
 
     @property
@@ -76,7 +74,7 @@ class Codec:
         """Mean and standard deviation of the posterior, float32 [n, 2C, h, w], not scaled."""
         parts = []
         for images in images_n3HW.split(ENCODE_BATCH):
-            posterior = self._vae.encode(to_unit(images.to(self.device))).latent_dist
+            posterior = self._vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
             parts.append(torch.cat([posterior.mean, posterior.std], dim=1).float().cpu())
         return torch.cat(parts)
 
@@ -88,11 +86,22 @@ class Codec:
     @torch.no_grad()
     def decode(self, z_nChw: Tensor) -> Tensor:
         """Scaled latents to uint8 pictures [n, 3, H, W]."""
-        parts = [
-            to_uint8(self._vae.decode(z.to(self.device, torch.float32) / self.scaling_factor).sample).cpu()
-            for z in z_nChw.split(ENCODE_BATCH)
-        ]
-        return torch.cat(parts)
+        parts = (decode_latents(self._vae, z.to(self.device)) for z in z_nChw.split(ENCODE_BATCH))
+        return torch.cat([to_uint8(images).cpu() for images in parts])
+
+
+def codec_folder(path: str | Path) -> Path:
+    """The AutoencoderKL directory itself, for one or for a pipeline with one; UserError where there is none."""
+    given = existing_path(path)
+    for folder in (given, given / "vae"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"vae {path}: expected a diffusers AutoencoderKL directory (config.json and weights)")
+
+
+def codec_factor(path: str | Path) -> int:
+    """Between picture and latent sides, by the codec's config alone."""
+    return 2 ** (len(read_object(codec_folder(path) / "config.json")["block_out_channels"]) - 1)
 
 
 def edge_map(images_n3HW: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -346,25 +346,52 @@ def initialise(net: nn.Module, embedders: Literal["official", "unit"] = "officia
             nn.init.zeros_(part.bias)
 
 
-class PixArt(nn.Module):
-    """The text-conditional transformer (section 2.3), multi-scale (`config.multi_scale`) and with the ablation's adaLN.
+class LatentTransformer(nn.Module):
+    """What both networks share: patches of latents of any grid as tokens with positions, blocks that may be recomputed.
 
-    Latents of any grid can be given: positions of a grid other than the training one are computed by the same rule.
-    `gradient_checkpointing = True` recomputes each block in the backward pass.
+    Positions of a grid other than the training one are computed by the same rule. `gradient_checkpointing = True`
+    recomputes each block in the backward pass.
     """
 
     pos_embed: Tensor
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
-        if config.classes:
-            raise ValueError(f"PixArt is conditioned on text: classes must be 0, got {config.classes} (use DiT)")
         self.config = config
         self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.positions = Positions(config)
+        side = config.input_size // config.patch_size
+        positions = position_embedding(config.width, side, side, config.base, config.interpolation_scale)[None]
+        # Multi-scale checkpoints hold zeros under this name: their positions are made for the grid of each call.
+        self.register_buffer("pos_embed", positions, persistent=not config.multi_scale)
+
+    def embed_latents(self, x_BCHW: Tensor) -> Tensor:
+        """Tokens with positions, [B, N, D]; residuals stay in float32 under autocast."""
+        rows, columns = token_grid(x_BCHW, self.config)
+        side = self.config.input_size // self.config.patch_size
+        tokens_BND = self.x_embedder(x_BCHW)
+        if rows == columns == side and not self.config.multi_scale:
+            return tokens_BND + self.pos_embed
+        return tokens_BND + self.positions(rows, columns, self.pos_embed)
+
+    def recomputable(self, block: nn.Module, *given: Any) -> Tensor:
+        """A block's tokens; its activations are not kept with `gradient_checkpointing`."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *given, use_reentrant=False)
+        return block(*given)
+
+
+class PixArt(LatentTransformer):
+    """The text-conditional transformer (section 2.3), also multi-scale and with the ablation's adaLN."""
+
+    def __init__(self, config: PixArtConfig) -> None:
+        if config.classes:
+            raise ValueError(f"PixArt is conditioned on text: classes must be 0, got {config.classes} (use DiT)")
+        super().__init__(config)
         self.has_null_caption = True  # False: `y_embedding` is not the one that these weights were trained with
         width = config.width
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
         if config.adaln == "single":
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.caption_tokens)
@@ -373,11 +400,6 @@ class PixArt(nn.Module):
             self.ar_embedder = SizeEmbedder(width // 3)
         self.blocks = nn.ModuleList(PixArtBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.positions = Positions(config)
-        side = config.input_size // config.patch_size
-        positions = position_embedding(width, side, side, config.base, config.interpolation_scale)[None]
-        # Multi-scale checkpoints hold zeros under this name: their positions are made for the grid of each call.
-        self.register_buffer("pos_embed", positions, persistent=not config.multi_scale)
         self.register_load_state_dict_pre_hook(_forget_multi_scale_positions)
         initialise(self, config.embedder_init)
 
@@ -448,15 +470,6 @@ class PixArt(nn.Module):
         assert context.pooled_BD is not None
         return time_BD + context.pooled_BD, time_BD + context.pooled_BD
 
-    def embed_latents(self, x_BCHW: Tensor) -> Tensor:
-        """Tokens with positions, [B, N, D]; residuals stay in float32 under autocast."""
-        rows, columns = token_grid(x_BCHW, self.config)
-        side = self.config.input_size // self.config.patch_size
-        tokens_BND = self.x_embedder(x_BCHW)
-        if rows == columns == side and not self.config.multi_scale:
-            return tokens_BND + self.pos_embed
-        return tokens_BND + self.positions(rows, columns, self.pos_embed)
-
     def forward(
         self,
         x_BCHW: Tensor,
@@ -495,9 +508,7 @@ class PixArt(nn.Module):
     ) -> Tensor:
         """One block, recomputed in the backward pass if asked; index: whose stored keys and values fit (None: none)."""
         stored = context.keys_values[index] if context.keys_values and index is not None else None
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x_BND, condition, context, stored, use_reentrant=False)
-        return block(x_BND, condition, context, stored)
+        return self.recomputable(block, x_BND, condition, context, stored)
 
 
 def _forget_multi_scale_positions(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
@@ -532,25 +543,14 @@ class DiTBlock(nn.Module):
         return gated_residual(x_BND, self.mlp(adaln_modulate(x_BND, shift2, scale2, NORM_EPS)), gate2)
 
 
-class DiT(nn.Module):
+class DiT(LatentTransformer):
     """The class-conditional transformer of stage 1 (section 2.2; Peebles and Xie, arXiv 2212.09748)."""
 
-    pos_embed: Tensor
-
     def __init__(self, config: PixArtConfig) -> None:
-        super().__init__()
         if config.classes < 1:
             raise ValueError(f"DiT is conditioned on classes: classes must be at least 1, got {config.classes}")
-        self.config = config
-        self.gradient_checkpointing = False
-        width = config.width
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = ClassEmbedder(config.classes, width)
-        side = config.input_size // config.patch_size
-        positions = position_embedding(width, side, side, config.base, config.interpolation_scale)[None]
-        self.register_buffer("pos_embed", positions)
-        self.positions = Positions(config)
+        super().__init__(config)
+        self.y_embedder = ClassEmbedder(config.classes, config.width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         initialise(self, config.embedder_init)
@@ -561,15 +561,10 @@ class DiT(nn.Module):
         class_B: indices; `config.classes` means "no class" as trained with dropout, None leaves the class term out.
         """
         rows, columns = token_grid(x_BCHW, self.config)
-        side = self.config.input_size // self.config.patch_size
-        positions = self.pos_embed if rows == columns == side else self.positions(rows, columns, self.pos_embed)
-        x_BND = self.x_embedder(x_BCHW) + positions
+        x_BND = self.embed_latents(x_BCHW)
         condition_BD = self.t_embedder(t_B)
         if class_B is not None:
             condition_BD = condition_BD + self.y_embedder(class_B)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, condition_BD, use_reentrant=False)
-            else:
-                x_BND = block(x_BND, condition_BD)
+            x_BND = self.recomputable(block, x_BND, condition_BD)
         return unpatchify(self.final_layer(x_BND, condition_BD), rows, columns, self.config.patch_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, write_json
 from common.images import save_grid
 from common.options import at_least, check_trainer, free_options
 from common.paths import existing_path
@@ -34,9 +33,9 @@ from pixart.convert import (
     save_transformer,
 )
 from pixart.data import BucketDataModule, Pictures, open_pictures
-from pixart.features import Codec, FeatureTable, open_features
+from pixart.features import Codec, FeatureTable, codec_factor, open_features
 from pixart.model import DiT, PixArt
-from pixart.sample import ABOUT, CONTROL, Painter, open_painter, read_json
+from pixart.sample import ABOUT, CONTROL, Painter, open_painter
 from pixart.text import TextEncoder
 from pixart.trainer import Network, StageModule
 
@@ -108,7 +107,7 @@ def build_network(config: StageConfig, shape: PixArtConfig, start: Path | None) 
 def is_class_conditional(path: Path) -> bool:
     """Whether weights are those of a DiT (ours or the official .pt) rather than of a text-conditional network."""
     if path.is_dir():
-        return bool(read_json(path / CONFIG).get("classes")) if (path / CONFIG).is_file() else False
+        return bool(read_object(path / CONFIG).get("classes")) if (path / CONFIG).is_file() else False
     return "y_embedder.embedding_table.weight" in read_state_dict(path)
 
 
@@ -171,7 +170,7 @@ class Stage:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         record = self.folder / "start.json"
         if record.is_file() and self.config.resume == "auto":
-            known = read_json(record).get("sha256")
+            known = read_object(record).get("sha256")
             if known != digest:
                 raise UserError(
                     f"{self.folder} was started from other weights than {file} now holds: delete that folder to train "
@@ -286,13 +285,8 @@ class Stage:
         options = copy.copy(self.config.data)
         if square:
             options.ratios = [1.0]
-        codec_factor = self._factor()
-        return open_pictures(options, "test", self.config.seed, codec_factor * self.config.network.patch_size, count)
-
-    def _factor(self) -> int:
-        folder = existing_path(self.config.vae)
-        file = folder / "config.json" if (folder / "config.json").is_file() else folder / "vae" / "config.json"
-        return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+        multiple = codec_factor(self.config.vae) * self.config.network.patch_size
+        return open_pictures(options, "test", self.config.seed, multiple, count)
 
     def grid(self, painter: Painter, path: Path) -> None:
         """A picture of square samples for held-out captions, classes, or captions with edges."""

@@ -13,7 +13,6 @@ Without --weights: pixart/pretrained/shapes where it exists, else the newest fin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.paths import REPOSITORY, cache_dir, existing_path
 from pixart.config import SamplingConfig
 
@@ -75,18 +75,26 @@ class Painter:
         import torch
 
         from pixart.buckets import bucket_table, nearest_bucket
+        from pixart.samplers import guided
 
-        assert self.encoder is not None
+        encoder, network = self.encoder, self.network
+        assert encoder is not None
         table = bucket_table(self.size, self.multiple)
         ratio = table[nearest_bucket(table, height, width)].ratio
         control = None if control_n3HW is None else self._control(control_n3HW, height, width)
 
         def model(first: int, count: int, device: torch.device) -> Any:
-            features, mask = self.encoder.encode(captions[first : first + count])  # type: ignore[union-attr]
-            size_B2 = torch.tensor([[height, width]], dtype=torch.float32, device=device).expand(count, 2)
-            ratio_B1 = torch.full((count, 1), ratio, device=device)
-            mine = control if control is None or len(control) == 1 else control[first : first + count]
-            return self._guided(features.to(device), mask.to(device), size_B2, ratio_B1, sampling.guidance, mine)
+            features, mask = (x.to(device) for x in encoder.encode(captions[first : first + count]))
+            conditions = {
+                "size_B2": torch.tensor([[height, width]], dtype=torch.float32, device=device).expand(count, 2),
+                "ratio_B1": torch.full((count, 1), ratio, device=device),
+            }
+            if control is not None:
+                mine = control if len(control) == 1 else control[first : first + count]
+                conditions["control_BCHW"] = mine.to(device).expand(count, -1, -1, -1)
+            has_null = getattr(network, "base_model", network).has_null_caption
+            null = None if has_null else encoder.encode([""])
+            return guided(network, features, mask, sampling.guidance, null=null, **conditions)
 
         return self._draw(len(captions), height, width, model, sampling, seed, progress)
 
@@ -128,47 +136,12 @@ class Painter:
                 parts.append(self.codec.decode(z_BCHW))
         return torch.cat(parts)
 
-    def _guided(
-        self, features: Tensor, mask: Tensor, size_B2: Tensor, ratio_B1: Tensor, scale: float, control: Tensor | None
-    ) -> Any:
-        import torch
-
-        from pixart.samplers import guide, guided
-
-        network: Any = self.network if control is None else _Steered(self.network, control)
-        base = getattr(self.network, "base_model", self.network)
-        if scale == 1 or base.has_null_caption:
-            return guided(network, features, mask, scale, size_B2=size_B2, ratio_B1=ratio_B1)
-        # Weights without a null caption (diffusers') were meant for the encoding of the empty caption.
-        assert self.encoder is not None
-        empty, empty_mask = self.encoder.encode([""])
-        count = len(features)
-        both = torch.cat([empty.to(features).expand(count, -1, -1), features])
-        context = network.encode_caption(both, torch.cat([empty_mask.to(mask.device).expand(count, -1), mask]))
-        size, ratio = torch.cat([size_B2] * 2), torch.cat([ratio_B1] * 2)
-        return guide(lambda x, t: network(x, t, context, size_B2=size, ratio_B1=ratio), scale)
-
     def _control(self, pictures_n3HW: Tensor, height: int, width: int) -> Tensor:
         from common.images import resize_uint8
         from pixart.features import edge_map
 
         pictures = resize_uint8(pictures_n3HW, (height, width))
         return self.codec.scaling_factor * self.codec.moments(edge_map(pictures)).chunk(2, dim=1)[0]
-
-
-class _Steered:
-    """A control network with its control latents held fixed: a network as the samplers know it."""
-
-    def __init__(self, network: Any, control_nCHW: Tensor) -> None:
-        self.network, self.control = network, control_nCHW
-
-    def encode_caption(self, *args: Any) -> Any:
-        return self.network.encode_caption(*args)
-
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, context: Any, **conditions: Any) -> Tensor:
-        control = self.control.to(x_BCHW)
-        control = control.repeat(len(x_BCHW) // len(control), 1, 1, 1)  # for both branches of guidance
-        return self.network(x_BCHW, t_B, context, control_BCHW=control, **conditions)
 
 
 def sample_latents(model: Any, start_BCHW: Tensor, sampling: SamplingConfig, noise: Any) -> Tensor:
@@ -207,7 +180,7 @@ def open_painter(
     folder = weights / "model" if (weights / "model" / "config.json").is_file() else weights
     about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():
-        about = read_json(folder / ABOUT)
+        about = read_object(folder / ABOUT)
     elif folder.is_dir() and is_diffusers(folder):
         vae = vae or (str(folder / "vae") if (folder / "vae").is_dir() else None)
         if text_encoder is None and (folder / "text_encoder").is_dir():
@@ -242,17 +215,6 @@ def open_painter(
     return Painter(network.eval().to(device), codec, encoder, config.input_size * codec.factor)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError names a damaged one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def joined_text_encoder(pipeline: Path) -> Path:
     """One folder with the links to a pipeline's `text_encoder` and `tokenizer`, as the text encoder wants it."""
     import hashlib
@@ -273,7 +235,7 @@ def default_weights() -> Path:
         return PRETRAINED
     roots = {Path("runs").resolve(), (REPOSITORY / "runs").resolve()}
     found = [path for root in roots for path in root.glob(f"*/*/model/{ABOUT}")]
-    found = [path for path in found if read_json(path).get("kind") == "text"]
+    found = [path for path in found if read_object(path).get("kind") == "text"]
     if not found:
         raise UserError(
             "--weights is missing, and no trained network was found below runs/: make one with "

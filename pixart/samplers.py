@@ -15,7 +15,7 @@ Shape suffixes: B batch, C channels, H and W latent height and width, L caption 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from common.errors import UserError
 from pixart.diffusion import Diffusion, Network
 
 Noise = Callable[[Tensor], Tensor]
-OnStep = Callable[[int, Tensor], None]
 
 
 def guide(network: Network, scale: float) -> Network:
@@ -56,8 +55,8 @@ def guided(
     mask_BL: Tensor | None,
     scale: float,
     *,
-    size_B2: Tensor | None = None,
-    ratio_B1: Tensor | None = None,
+    null: tuple[Tensor, Tensor] | None = None,
+    **conditions: Tensor | None,
 ) -> Network:
     """A PixArt network with its captions as a sampler's model: both branches in one batch, captions encoded once.
 
@@ -67,33 +66,28 @@ def guided(
     Args:
         network: `pixart.model.PixArt` (encode_caption and forward).
         caption_BLD, mask_BL: features and mask of the prompts (`pixart.text.TextEncoder`); mask None = all tokens.
-        size_B2, ratio_B1: micro-conditioning of the multi-scale network (target height and width in pixels, ratio).
+        null: features [1, L, D] and mask [1, L] to take the null caption's place: those of the empty caption, which
+            weights without a null caption (diffusers') were meant for.
+        conditions: of both branches: `size_B2` and `ratio_B1`, the micro-conditioning of the multi-scale network
+            (target height and width in pixels, ratio); `control_BCHW` of a control network.
     """
     if scale == 1:
         context = network.encode_caption(caption_BLD, mask_BL)
-        return lambda x_BCHW, t_B: network(x_BCHW, t_B, context, size_B2=size_B2, ratio_B1=ratio_B1)
+        return lambda x_BCHW, t_B: network(x_BCHW, t_B, context, **conditions)
     batch = caption_BLD.shape[0]
-    drop_2B = torch.arange(2 * batch, device=caption_BLD.device) < batch
-    context = network.encode_caption(_twice(caption_BLD), _twice(mask_BL), drop_2B)
-    size, ratio = _twice(size_B2), _twice(ratio_B1)
-    return guide(lambda x, t: network(x, t, context, size_B2=size, ratio_B1=ratio), scale)
+    if null is None:
+        drop_2B = torch.arange(2 * batch, device=caption_BLD.device) < batch
+        context = network.encode_caption(_twice(caption_BLD), _twice(mask_BL), drop_2B)
+    else:
+        assert mask_BL is not None  # the empty caption has a length of its own
+        features, mask = (x.to(caption_BLD.device).expand(batch, *x.shape[1:]) for x in null)
+        context = network.encode_caption(torch.cat([features, caption_BLD]), torch.cat([mask, mask_BL]))
+    both = {name: _twice(value) for name, value in conditions.items()}
+    return guide(lambda x, t: network(x, t, context, **both), scale)
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.cat([tensor, tensor])
-
-
-def recorded_noise(noises: Iterable[Tensor]) -> Noise:
-    """Noise that replays given tensors in order."""
-    stream: Iterator[Tensor] = iter(noises)
-
-    def draw(like: Tensor) -> Tensor:
-        try:
-            return next(stream).to(like)
-        except StopIteration:
-            raise UserError("the recorded noise ended before the sampler did: it needs one tensor per draw") from None
-
-    return draw
 
 
 def seeded_noise(seed: int, samples: Sequence[int], device: torch.device | str = "cpu") -> Noise:
@@ -144,22 +138,19 @@ def dpm_solver(
     steps: int = 20,
     *,
     order: int = 2,
-    diffusion: Diffusion | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """DPM-Solver++ (data prediction, multistep), uniform in time: the paper's sampler, one network call per step.
 
     Args:
         x_BCHW: standard normal noise.
         order: 2 (2M) or 1 (DDIM). With fewer than 10 steps the last one is of order 1 (lower_order_final).
-        on_step: called with (n, x) after step n = 1..steps.
 
     Returns:
         x at t = 1/1000, which is taken for x_0.
     """
     if order not in (1, 2):
         raise UserError(f"dpm_solver has order 1 or 2, not {order}")
-    chain = _ContinuousTime(diffusion or Diffusion())
+    chain = _ContinuousTime(Diffusion())
     times = uniform_times(steps)
     previous: tuple[float, Tensor] | None = None  # lambda and x_0 estimate of the step before
     for step in range(1, steps + 1):
@@ -174,8 +165,6 @@ def dpm_solver(
             estimate = x0_BCHW + h / (2 * (lambda_s - previous[0])) * (x0_BCHW - previous[1])
         previous = lambda_s, x0_BCHW
         x_BCHW = sigma_t / sigma_s * x_BCHW - alpha_t * math.expm1(-h) * estimate
-        if on_step is not None:
-            on_step(step, x_BCHW)
     return x_BCHW
 
 
@@ -186,8 +175,6 @@ def iddpm(
     steps: int | str = 100,
     *,
     noise: Noise = torch.randn_like,
-    diffusion: Diffusion | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling on the respaced chain with the learned variance; x_0 is not clipped.
 
@@ -196,7 +183,7 @@ def iddpm(
         steps: a respacing (`pixart.diffusion.respaced_steps`).
         noise: called once per step, the last (where it is not used) included.
     """
-    chain = (diffusion or Diffusion()).respaced(steps)
+    chain = Diffusion().respaced(steps)
     channels = x_BCHW.shape[1]
     for index in reversed(range(chain.steps)):
         t_B = torch.full((x_BCHW.shape[0],), index, device=x_BCHW.device, dtype=torch.long)
@@ -207,8 +194,6 @@ def iddpm(
         std_BCHW = torch.exp(0.5 * chain.log_variance(out[:, channels:], t_B))
         fresh_BCHW = noise(x_BCHW)
         x_BCHW = mean_BCHW + std_BCHW * fresh_BCHW if index else mean_BCHW
-        if on_step is not None:
-            on_step(chain.steps - index, x_BCHW)
     return x_BCHW
 
 
@@ -222,8 +207,6 @@ def sa_solver(
     predictor_order: int = 2,
     corrector_order: int = 2,
     noise: Noise = torch.randn_like,
-    diffusion: Diffusion | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """SA-Solver, the stochastic Adams method for data prediction, in PEC mode (one network call per step).
 
@@ -243,7 +226,7 @@ def sa_solver(
             f"sa_solver has predictor_order 1 or 2 and corrector_order 0, 1 or 2, not {predictor_order} and "
             f"{corrector_order}"
         )
-    chain = _ContinuousTime(diffusion or Diffusion())
+    chain = _ContinuousTime(Diffusion())
     times = uniform_times(steps)
     noise(x_BCHW)
     lambdas = [chain.at(times[0])[2]]
@@ -269,8 +252,6 @@ def sa_solver(
             elif corrector_order > 0:
                 x_BCHW = base_BCHW + value_weight * predicted_BCHW
             lambdas, estimates = [lambda_s, lambda_t], [estimates[-1], predicted_BCHW]
-        if on_step is not None:
-            on_step(step, x_BCHW)
     return x_BCHW
 
 
@@ -290,16 +271,13 @@ def diffusers_sampler(
     steps: int = 20,
     *,
     scheduler: Any = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample with a diffusers scheduler (default `diffusers_scheduler`): the trajectory of a diffusers pipeline."""
     scheduler = scheduler or diffusers_scheduler()
     scheduler.set_timesteps(steps, device=x_BCHW.device)
     x_BCHW = x_BCHW * scheduler.init_noise_sigma
-    for step, t in enumerate(scheduler.timesteps, start=1):
+    for t in scheduler.timesteps:
         scaled_BCHW = scheduler.scale_model_input(x_BCHW, t)
         eps_BCHW = model(scaled_BCHW, t.expand(x_BCHW.shape[0]))[:, : x_BCHW.shape[1]]
         x_BCHW = scheduler.step(eps_BCHW, t, x_BCHW).prev_sample
-        if on_step is not None:
-            on_step(step, x_BCHW)
     return x_BCHW

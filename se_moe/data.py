@@ -242,13 +242,6 @@ class TextData:
         # Tasks are spread over the ranks: row i goes to rank i % ranks.
         return _pair(rows[rank::ranks])
 
-    def task_batch(self, task: int, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Library. `batch` sequences of one task, the same for every layout of ranks: int64 [batch, L] twice."""
-        generator = np.random.default_rng([seed, step, task])
-        ids = self.tasks[task].train
-        starts = generator.integers(0, len(ids) - self.sequence, size=batch)
-        return _pair([ids[s : s + self.sequence + 1] for s in starts])
-
     def held_out(self, sequences: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
         """Evenly spaced held-out sequences of all tasks, this rank's part; fewer where the text is short."""
         rows: list[np.ndarray] = []

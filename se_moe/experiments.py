@@ -9,7 +9,6 @@ Shapes: N rows, D hidden, F expert hidden, V vocabulary, R ranks.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -123,7 +122,7 @@ def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], argu
         dist.init_process_group(
             "gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
         )
-        Path(folder, f"{rank}.json").write_text(json.dumps(function(*arguments)))
+        torch.save(function(*arguments), Path(folder, f"{rank}.pt"))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -132,7 +131,15 @@ def _work(rank: int, ranks: int, folder: str, function: Callable[..., Any], argu
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on `ranks` gloo processes; its JSON results by rank."""
+    """`function(*arguments)` on `ranks` gloo processes that meet at a file; its results by rank.
+
+    Arguments may be anything (the processes are forked), results are tensors and plain containers of them.
+
+    Raises:
+        RuntimeError: one of them failed; with its traceback.
+    """
+    import torch._dynamo  # an optimizer imports it: once here, not on every rank
+
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         workers = [context.Process(target=_work, args=(r, ranks, folder, function, arguments)) for r in range(ranks)]
@@ -144,7 +151,10 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
             error = Path(folder, f"{rank}.error")
             if error.exists():
                 raise RuntimeError(f"rank {rank} of {ranks}:\n{error.read_text()}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+        codes = [worker.exitcode for worker in workers]
+        if any(codes):
+            raise RuntimeError(f"exit codes of the {ranks} ranks: {codes}")
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
 def alternate(arms: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:

@@ -32,12 +32,13 @@ class Setting:
     busy: bool = False
 
 
+RESTING = {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the core to those that work
 SETTINGS = {
     "as-it-is": Setting("this machine, one thread a process"),
     "aten-default": Setting("no vector units that torch knows (ARM among them)", {"ATEN_CPU_CAPABILITY": "default"}),
     "aten-avx2": Setting("torch's own operators with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}),
     "onednn-avx2": Setting("oneDNN with AVX2: no bf16 instructions, no AMX", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "threads-2": Setting("two threads a process: sums in other parts", {"TEST_THREADS": "2"}),
+    "threads-2": Setting("two threads a process: sums in other parts", {"TEST_THREADS": "2", **RESTING}),
     "busy": Setting("every core already at work", busy=True),
 }
 

@@ -192,15 +192,7 @@ def open_classes(
     fitting, held_out = per_class_sample(train.labels_N, [1 - validation, validation], seed)
     mean_C, std_C = _statistics(train)
     return ImageSet(
-        read.name,
-        read.classes,
-        train.part(fitting),
-        train.part(held_out),
-        test,
-        mean_C,
-        std_C,
-        size,
-        read.background,
+        read.name, read.classes, train.part(fitting), train.part(held_out), test, mean_C, std_C, size, read.background
     )
 
 

@@ -254,16 +254,12 @@ def _read_archive(path: Path, modified_ns: int, remedy: str) -> tuple[dict[str, 
 
 def _record(concept: dict[str, Any], picture: dict[str, Any]) -> EmojiRecord:
     return EmojiRecord(
-        hexcode=concept["hexcode"],
-        base=concept["base"],
         concept=concept["label"],
         tags=tuple(concept["tags"]),
-        group=concept["group"],
-        subgroup=concept["subgroup"],
         tone=tuple(concept["tone"]),
-        style=picture["style"],
         view_box=picture["viewBox"],
-        body=picture["body"],
+        **{name: concept[name] for name in ("hexcode", "base", "group", "subgroup")},
+        **{name: picture[name] for name in ("style", "body")},
     )
 
 
@@ -389,13 +385,54 @@ def _archives(styles: Sequence[str]) -> list[Path]:
     return archives
 
 
-def _rows_of(archives: Sequence[Path], size: int, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """RGBA [len(rows), size, size, 4] of `rows`, which count through `archives`."""
-    parts = [pixels(archive, size) for archive in archives]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[rows]
+class _EmojiPictures(Dataset[dict[str, Any]]):
+    """Some rows of the archives that hold `styles`, on white and as cut-outs."""
+
+    records: list[EmojiRecord]
+    captions: list[str]
+
+    def __init__(self, size: int, styles: Sequence[str] | None) -> None:
+        self.size = size
+        self.styles = tuple(styles) if styles is not None else PERMISSIVE_STYLES
+        self._archives = _archives(self.styles)
+        self._all_records = [record for archive in self._archives for record in read_archive(archive)[1]]
+
+    def _choose(self, rows: Sequence[int]) -> None:
+        """Show these rows, which count through the archives."""
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self.records = [self._all_records[row] for row in rows]
+        self.captions = [record.caption for record in self.records]
+        self._images: NDArray[np.uint8] | None = None
+
+    @property
+    def rgba(self) -> NDArray[np.uint8]:
+        """Straight-alpha RGBA uint8 [N, H, W, 4]."""
+        parts = [pixels(archive, self.size) for archive in self._archives]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[self._rows]
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """RGB on white, uint8 [N, H, W, 3]."""
+        if self._images is None:
+            self._images = on_white(self.rgba)
+        return self._images
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _label(self, index: int) -> int:
+        return self.records[index].group
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "image": torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous(),
+            "caption": self.captions[index],
+            "label": self._label(index),
+            "style": self.styles.index(self.records[index].style),
+        }
 
 
-class EmojiCap(Dataset[dict[str, Any]]):
+class EmojiCap(_EmojiPictures):
     """Emoji pictures on white with captions; see the module's docstring for content and splits.
 
     Args:
@@ -429,10 +466,8 @@ class EmojiCap(Dataset[dict[str, Any]]):
             raise UserError(f'skin_tones: expected "none", "balanced" or "all", got {skin_tones!r}')
         if not 8 <= size <= 1024:
             raise UserError(f"size: expected 8 to 1024 pixels, got {size}")
-        self.split, self.size, self.skin_tones, self.seed = split, size, skin_tones, seed
-        self.styles = tuple(styles) if styles is not None else PERMISSIVE_STYLES
-        self._archives = _archives(self.styles)
-        self._all_records = [record for archive in self._archives for record in read_archive(archive)[1]]
+        super().__init__(size, styles)
+        self.split, self.skin_tones, self.seed = split, skin_tones, seed
         rows = split_rows(self._all_records, split, protocol)
         rows = [row for row in rows if self._all_records[row].style in self.styles]
         if skin_tones == "none":
@@ -449,43 +484,13 @@ class EmojiCap(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the "balanced" skin tones of `epoch`: a function of (seed, epoch) alone, equal in every process."""
-        if self.split == "test":
-            draw = "0/0"
-        else:
-            draw = f"{self.seed}/{epoch}"
+        draw = "0/0" if self.split == "test" else f"{self.seed}/{epoch}"
         rows = []
         for variants in self._variants:
             first = self._all_records[variants[0]]
             choice = sha1_int(f"{draw}/{first.base}/{first.style}") % len(variants) if len(variants) > 1 else 0
             rows.append(variants[choice])
-        self._rows = np.asarray(rows, dtype=np.int64)
-        self.records = [self._all_records[row] for row in rows]
-        self.captions = [record.caption for record in self.records]
-        self._images: NDArray[np.uint8] | None = None
-
-    @property
-    def rgba(self) -> NDArray[np.uint8]:
-        """Straight-alpha RGBA uint8 [N, H, W, 4]."""
-        return _rows_of(self._archives, self.size, self._rows)
-
-    @property
-    def images(self) -> NDArray[np.uint8]:
-        """RGB on white, uint8 [N, H, W, 3]."""
-        if self._images is None:
-            self._images = on_white(self.rgba)
-        return self._images
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        return {
-            "image": torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous(),
-            "caption": self.captions[index],
-            "label": record.group,
-            "style": self.styles.index(record.style),
-        }
+        self._choose(rows)
 
     def caption_for(self, index: int, generator: torch.Generator | None = None) -> str:
         """A training caption: with p = 0.3 one tag is appended, with p = 0.1 the style is dropped.
@@ -502,7 +507,7 @@ class EmojiCap(Dataset[dict[str, Any]]):
         return ", ".join(parts)
 
 
-class EmojiGroups(Dataset[dict[str, Any]]):
+class EmojiGroups(_EmojiPictures):
     """Nine-class image classification: which Unicode group an emoji belongs to, on emoji never seen in training.
 
     No skin-tone variants, no `component` group; a family (see the module's docstring) is test in all styles when its
@@ -515,43 +520,20 @@ class EmojiGroups(Dataset[dict[str, Any]]):
     def __init__(self, split: Split = "train", size: int = 32, styles: Sequence[str] | None = None) -> None:
         if split not in ("train", "test"):
             raise UserError(f'split: expected "train" or "test", got {split!r}')
-        self.size = size
-        self.styles = tuple(styles) if styles is not None else PERMISSIVE_STYLES
-        self._archives = _archives(self.styles)
-        everything = [record for archive in self._archives for record in read_archive(archive)[1]]
+        super().__init__(size, styles)
         rows = [
             row
-            for row, record in enumerate(everything)
+            for row, record in enumerate(self._all_records)
             if record.style in self.styles
             and not record.tone
             and record.group != COMPONENT_GROUP
             and (sha1_int(record.family) % 6 == 0) == (split == "test")
         ]
-        self._rows = np.asarray(rows, dtype=np.int64)
-        self.records = [everything[row] for row in rows]
-        self.captions = [record.caption for record in self.records]
+        self._choose(rows)
         self.labels = np.asarray([self.class_names.index(GROUPS[r.group]) for r in self.records], dtype=np.int64)
 
-    @property
-    def rgba(self) -> NDArray[np.uint8]:
-        """Straight-alpha RGBA uint8 [N, H, W, 4]."""
-        return _rows_of(self._archives, self.size, self._rows)
-
-    @functools.cached_property
-    def images(self) -> NDArray[np.uint8]:
-        """RGB on white, uint8 [N, H, W, 3]."""
-        return on_white(self.rgba)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "image": torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous(),
-            "caption": self.captions[index],
-            "label": int(self.labels[index]),
-            "style": self.styles.index(self.records[index].style),
-        }
+    def _label(self, index: int) -> int:
+        return int(self.labels[index])
 
 
 def _rasterise_odd_rows(archive: str, size: str, output: str) -> None:

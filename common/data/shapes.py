@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.paths import cache_dir
 
 # Bump whenever the same (seed, split, index) gives other pixels, boxes or captions: it is part of every cache key.
@@ -495,11 +495,6 @@ def render(scene: Scene, size: int) -> NDArray[np.uint8]:
     return _draw(scene, size)[0]
 
 
-def instance_masks(scene: Scene, size: int) -> NDArray[np.bool_]:
-    """Library. Masks bool [number of objects, size, size]: pixels of which the object covers at least half."""
-    return _draw(scene, size)[1] == np.arange(1, len(scene.objects) + 1, dtype=np.uint8)[:, None, None]
-
-
 def label_map(scene: Scene, size: int) -> NDArray[np.uint8]:
     """Class of each pixel, uint8 [size, size]: 0 background, 1 + index into SHAPES."""
     classes = [0] + [1 + SHAPES.index(o.shape) for o in scene.objects]
@@ -668,17 +663,6 @@ def _rng(seed: int, stream: int, split: str, *rest: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream, get_args(Split).index(split), *rest])
 
 
-def _write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class Shapes(Dataset[dict[str, Any]]):
     """Map-style data set of rendered scenes; item i is a pure function of (seed, split, i) and the world's arguments.
 
@@ -817,7 +801,12 @@ class Shapes(Dataset[dict[str, Any]]):
             except (OSError, ValueError, zipfile.BadZipFile):
                 pass  # damaged from outside: it is derived data, so make it again
         arrays = self._render_all()
-        _write_atomically(path, lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as stream:
+                np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+        write_atomically(path, write)
         return arrays
 
     def _render_all(self) -> dict[str, NDArray[Any]]:
@@ -847,7 +836,7 @@ class Shapes(Dataset[dict[str, Any]]):
             except (OSError, ValueError):
                 pass
         captions = [self._caption(i) for i in range(self.n)]
-        _write_atomically(path, lambda stream: stream.write(json.dumps(captions).encode()))
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(captions), encoding="utf-8"))
         return captions
 
 

@@ -419,24 +419,13 @@ def read_attributes(images: ArrayLike) -> list[dict[str, Any] | None]:
 
     None for an image without any object.
     """
-    result: list[dict[str, Any] | None] = []
-    for reading in read(images):
-        if not reading.objects:
-            result.append(None)
-            continue
-        main = reading.objects[0]
-        result.append(
-            {
-                "shape": main.shape,
-                "colour": main.colour,
-                "texture": main.texture,
-                "background": reading.background,
-                "cx": main.cx,
-                "cy": main.cy,
-                "radius": main.radius,
-            }
-        )
-    return result
+    names = ("shape", "colour", "texture", "cx", "cy", "radius")
+    return [
+        {**{name: getattr(reading.objects[0], name) for name in names}, "background": reading.background}
+        if reading.objects
+        else None
+        for reading in read(images)
+    ]
 
 
 def free_attribute_entropy(images: ArrayLike) -> dict[str, float]:

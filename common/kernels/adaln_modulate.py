@@ -16,24 +16,17 @@ so there are no atomics and the result does not depend on scheduling.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has no wheels beyond Linux; the CPU path does not need it
-    triton = None
+from common.kernels.dispatch import tl, triton, use_kernels
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Programs of a backward pass: enough to fill a large GPU several times over, few enough that their sums stay small.
 BACKWARD_PROGRAMS = 2048
 MOST_TOKENS = 64
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 1 << 14  # a token stays in registers
 
 
@@ -57,14 +50,7 @@ def gated_residual(x_BND: Tensor, y_BND: Tensor, gate_BD: Tensor) -> Tensor:
 
 
 def _use_kernels(x: Tensor, *others: Tensor) -> bool:
-    """Interpreted kernels stand in for compiled ones only where TRITON_INTERPRET asks for them."""
-    return (
-        triton is not None
-        and (x.is_cuda or INTERPRET)
-        and all(t.dtype in _KERNEL_DTYPES for t in (x, *others))
-        and x.shape[-1] <= _WIDEST
-        and x.numel() > 0
-    )
+    return use_kernels(x, *others) and x.shape[-1] <= _WIDEST and x.numel() > 0
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

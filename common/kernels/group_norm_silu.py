@@ -16,24 +16,17 @@ result does not depend on scheduling. Both NCHW and channels-last layouts are re
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has no wheels beyond Linux; the CPU path does not need it
-    triton = None
+from common.kernels.dispatch import tl, triton, use_kernels
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 WHOLE_GROUP_LIMIT = 16384
 TILE = 4096
 MAX_SPLITS = 16
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -51,8 +44,7 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, ep
 
 
 def _use_kernels(x: Tensor) -> bool:
-    """Interpreted kernels stand in for compiled ones only where TRITON_INTERPRET asks for them."""
-    return triton is not None and (x.is_cuda or INTERPRET) and x.dtype in _KERNEL_DTYPES and x.numel() > 0
+    return use_kernels(x) and x.numel() > 0
 
 
 def reference_forward(
@@ -261,21 +253,9 @@ def _launch_backward(
             cut = (geo.c_tiles, geo.splits, geo.tiles_per_split)
             _backward_sums[grid](dy, x, weight, bias, mean, rstd, sums[0], sums[1], *sizes, *cut, **blocks)
             _backward_split[grid](
-                dy,
-                x,
-                weight,
-                bias,
-                mean,
-                rstd,
-                sums[0],
-                sums[1],
-                dx,
-                *sizes,
-                *cut,
-                GROUP_C=triton.next_power_of_2(sizes.channels),
-                SPLITS=triton.next_power_of_2(geo.splits),
-                **blocks,
-            )
+                dy, x, weight, bias, mean, rstd, sums[0], sums[1], dx, *sizes, *cut,
+                GROUP_C=triton.next_power_of_2(sizes.channels), SPLITS=triton.next_power_of_2(geo.splits), **blocks,
+            )  # fmt: skip
     return dx, sums.sum(dim=(1, 3))
 
 

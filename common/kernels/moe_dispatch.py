@@ -15,24 +15,17 @@ elsewhere they are plain torch with the same closed-form gradients.
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has no wheels beyond Linux; the CPU path does not need it
-    triton = None
+from common.kernels.dispatch import INTERPRET, tl, triton, use_kernels
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 COPY_TILE = 1024  # features of a row that a program of the movements handles at a time
 TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 64  # of a half-precision matrix product
 FLOAT_TILES = 64, 64, 32  # of a float32 one, whose operands take twice the shared memory
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def permute_rows(x_TD: Tensor, route_N: Tensor, row_TK: Tensor) -> Tensor:
@@ -42,7 +35,7 @@ def permute_rows(x_TD: Tensor, route_N: Tensor, row_TK: Tensor) -> Tensor:
         x_TD: float.
         route_N, row_TK: int64, the two directions of one permutation (module docstring).
     """
-    if _use_kernels(x_TD):
+    if use_kernels(x_TD):
         return torch.ops.less_compute.moe_permute(x_TD, route_N, row_TK)
     return _Permute.apply(x_TD, route_N, row_TK)
 
@@ -55,7 +48,7 @@ def combine_rows(rows_ND: Tensor, weight_TK: Tensor, route_N: Tensor, row_TK: Te
         weight_TK: float32 combine weights; differentiable, like the rows.
         route_N, row_TK: as in `permute_rows`.
     """
-    if _use_kernels(rows_ND):
+    if use_kernels(rows_ND):
         return torch.ops.less_compute.moe_combine(rows_ND, weight_TK, route_N, row_TK)
     return _Combine.apply(rows_ND, weight_TK, route_N, row_TK)
 
@@ -73,11 +66,6 @@ def grouped_linear(rows_ND: Tensor, weight_GFD: Tensor, bias_GF: Tensor | None, 
         dtype = torch.get_autocast_dtype(rows_ND.device.type)
         rows_ND, weight_GFD = rows_ND.to(dtype), weight_GFD.to(dtype)
     return torch.ops.less_compute.moe_grouped_linear(rows_ND, weight_GFD, bias_GF, starts_G1)
-
-
-def _use_kernels(x: Tensor) -> bool:
-    """Interpreted kernels stand in for compiled ones only where TRITON_INTERPRET asks for them."""
-    return triton is not None and (x.is_cuda or INTERPRET) and x.dtype in _KERNEL_DTYPES
 
 
 def reference_gather_sum(rows_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor) -> Tensor:
@@ -159,7 +147,7 @@ def reference_grouped_weight_gradient(dout_NF: Tensor, rows_ND: Tensor, starts_G
 
 @torch.library.custom_op("less_compute::moe_permute", mutates_args=())
 def _permute_op(x_TD: Tensor, route_N: Tensor, row_TK: Tensor) -> Tensor:
-    if _use_kernels(x_TD):
+    if use_kernels(x_TD):
         return _launch_permute(x_TD.contiguous(), route_N, row_TK.shape[1])
     return x_TD.index_select(0, route_N // row_TK.shape[1])
 
@@ -171,7 +159,7 @@ def _(x_TD: Tensor, route_N: Tensor, row_TK: Tensor) -> Tensor:
 
 @torch.library.custom_op("less_compute::moe_permute_backward", mutates_args=())
 def _permute_backward_op(drows_ND: Tensor, row_TK: Tensor) -> Tensor:
-    if _use_kernels(drows_ND):
+    if use_kernels(drows_ND):
         return _launch_gather_sum(drows_ND.contiguous(), None, row_TK)
     return reference_gather_sum(drows_ND, None, row_TK)
 
@@ -195,7 +183,7 @@ _permute_op.register_autograd(_permute_backward, setup_context=_permute_setup)
 
 @torch.library.custom_op("less_compute::moe_combine", mutates_args=())
 def _combine_op(rows_ND: Tensor, weight_TK: Tensor, route_N: Tensor, row_TK: Tensor) -> Tensor:
-    if _use_kernels(rows_ND):
+    if use_kernels(rows_ND):
         return _launch_gather_sum(rows_ND.contiguous(), weight_TK.contiguous(), row_TK)
     return reference_gather_sum(rows_ND, weight_TK, row_TK)
 
@@ -207,7 +195,7 @@ def _(rows_ND: Tensor, weight_TK: Tensor, route_N: Tensor, row_TK: Tensor) -> Te
 
 @torch.library.custom_op("less_compute::moe_combine_backward", mutates_args=())
 def _combine_backward_op(dy_TD: Tensor, rows_ND: Tensor, weight_TK: Tensor, route_N: Tensor) -> tuple[Tensor, Tensor]:
-    if _use_kernels(rows_ND):
+    if use_kernels(rows_ND):
         return _launch_combine_backward(dy_TD.contiguous(), rows_ND.contiguous(), weight_TK.contiguous(), route_N)
     return reference_combine_backward(dy_TD, rows_ND, weight_TK, route_N)
 
@@ -231,7 +219,7 @@ _combine_op.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 @torch.library.custom_op("less_compute::moe_grouped_linear", mutates_args=())
 def _linear_op(rows_ND: Tensor, weight_GFD: Tensor, bias_GF: Tensor | None, starts_G1: Tensor) -> Tensor:
-    if _use_kernels(rows_ND):
+    if use_kernels(rows_ND):
         return _launch_grouped_linear(rows_ND.contiguous(), weight_GFD, bias_GF, starts_G1)
     return reference_grouped_linear(rows_ND, weight_GFD, bias_GF, starts_G1)
 
@@ -245,7 +233,7 @@ def _(rows_ND: Tensor, weight_GFD: Tensor, bias_GF: Tensor | None, starts_G1: Te
 def _linear_backward_op(
     dout_NF: Tensor, rows_ND: Tensor, weight_GFD: Tensor, starts_G1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _use_kernels(rows_ND):
+    if use_kernels(rows_ND):
         drows_ND = _launch_grouped_linear(dout_NF.contiguous(), weight_GFD.transpose(1, 2), None, starts_G1)
         dweight_GFD, dbias_GF = _launch_weight_gradient(dout_NF.contiguous(), rows_ND.contiguous(), starts_G1)
         return drows_ND, dweight_GFD, dbias_GF
@@ -295,9 +283,10 @@ def tiles(dtype: torch.dtype) -> _Tiles:
     return _Tiles(TILE_ROWS, TILE_COLUMNS, TILE_INNER, 8, 3)
 
 
-def _precision() -> str:
-    """float32 products follow torch's own switch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _product_options(cut: _Tiles) -> dict[str, Any]:
+    """How a program runs a product; those in float32 follow torch's own switch."""
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {"PRECISION": precision, "UPCAST": INTERPRET, "num_warps": cut.warps, "num_stages": cut.stages}
 
 
 def _launch_permute(x_TD: Tensor, route_N: Tensor, choices: int) -> Tensor:
@@ -317,15 +306,9 @@ def _launch_gather_sum(rows_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor
         block = min(COPY_TILE, triton.next_power_of_2(width))
         with torch.cuda.device_of(rows_ND):
             _gather_sum_kernel[(tokens, triton.cdiv(width, block))](
-                rows_ND,
-                rows_ND if weight_TK is None else weight_TK,
-                row_TK.contiguous(),
-                out_TD,
-                width,
-                CHOICES=choices,
-                WEIGHTED=weight_TK is not None,
-                BLOCK=block,
-            )
+                rows_ND, rows_ND if weight_TK is None else weight_TK, row_TK.contiguous(), out_TD, width,
+                CHOICES=choices, WEIGHTED=weight_TK is not None, BLOCK=block,
+            )  # fmt: skip
     return out_TD
 
 
@@ -353,26 +336,11 @@ def _launch_grouped_linear(rows_ND: Tensor, weight_GFD: Tensor, bias_GF: Tensor 
     row_tiles, column_tiles = triton.cdiv(rows, cut.rows) + groups, triton.cdiv(columns, cut.columns)
     with torch.cuda.device_of(rows_ND):
         _grouped_linear_kernel[(row_tiles * column_tiles,)](
-            rows_ND,
-            weight_GFD,
-            rows_ND if bias_GF is None else bias_GF.contiguous(),
-            starts_G1,
-            out_NF,
-            groups,
-            columns,
-            inner,
-            *weight_GFD.stride(),
-            column_tiles,
-            HAS_BIAS=bias_GF is not None,
-            GROUPS=triton.next_power_of_2(groups),
-            TILE_N=cut.rows,
-            TILE_F=cut.columns,
-            TILE_D=cut.inner,
-            PRECISION=_precision(),
-            UPCAST=INTERPRET,
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+            rows_ND, weight_GFD, rows_ND if bias_GF is None else bias_GF.contiguous(), starts_G1, out_NF,
+            groups, columns, inner, *weight_GFD.stride(), column_tiles,
+            HAS_BIAS=bias_GF is not None, GROUPS=triton.next_power_of_2(groups),
+            TILE_N=cut.rows, TILE_F=cut.columns, TILE_D=cut.inner, **_product_options(cut),
+        )  # fmt: skip
     return out_NF
 
 
@@ -384,22 +352,9 @@ def _launch_weight_gradient(dout_NF: Tensor, rows_ND: Tensor, starts_G1: Tensor)
     column_tiles, inner_tiles = triton.cdiv(columns, cut.rows), triton.cdiv(inner, cut.columns)
     with torch.cuda.device_of(rows_ND):
         _weight_gradient_kernel[(column_tiles * inner_tiles, groups)](
-            dout_NF,
-            rows_ND,
-            starts_G1,
-            dweight_GFD,
-            dbias_GF,
-            columns,
-            inner,
-            inner_tiles,
-            TILE_F=cut.rows,
-            TILE_D=cut.columns,
-            TILE_N=cut.inner,
-            PRECISION=_precision(),
-            UPCAST=INTERPRET,
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+            dout_NF, rows_ND, starts_G1, dweight_GFD, dbias_GF, columns, inner, inner_tiles,
+            TILE_F=cut.rows, TILE_D=cut.columns, TILE_N=cut.inner, **_product_options(cut),
+        )  # fmt: skip
     return dweight_GFD, dbias_GF
 
 

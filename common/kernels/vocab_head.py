@@ -19,25 +19,18 @@ that are computed again, and two matrix products per chunk make the gradients of
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has no wheels beyond Linux; the CPU path does not need it
-    triton = None
+from common.kernels.dispatch import INTERPRET, tl, triton, use_kernels
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OFFICIAL_EPSILON = 1e-9  # inside both logarithms of the official sampling code
 DISALLOWED = 1000.0  # what the official code takes off the logit of an id that must not be sampled
 CHUNK = 1 << 20  # logits that are in memory at a time on CPUs: a few megabytes, which stay in the cache
 GRADIENT_CHUNK = 1 << 25  # and, as gradients in half precision, on GPUs
 PROGRAMS = 528  # of the forward kernel, enough for four on each multiprocessor of a large GPU
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Two rounds of a multiply-xorshift hash; the multipliers are those of MurmurHash3's finaliser and 2**32 / golden ratio.
 _STRIDE, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 
@@ -191,14 +184,7 @@ def _chunks(rows: int, vocabulary: int, elements: int) -> list[slice]:
 
 
 def _use_kernels(hidden: Tensor, table: Tensor) -> bool:
-    """Interpreted kernels stand in for compiled ones only where TRITON_INTERPRET asks for them."""
-    return (
-        triton is not None
-        and (hidden.is_cuda or INTERPRET)
-        and hidden.dtype in _KERNEL_DTYPES
-        and table.dtype in _KERNEL_DTYPES
-        and hidden.numel() > 0
-    )
+    return use_kernels(hidden, table) and hidden.numel() > 0
 
 
 @torch.library.custom_op("less_compute::vocab_head", mutates_args=())

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -35,6 +33,7 @@ from common.data.text import TextEncoder
 from common.errors import UserError, run_main
 from common.metrics.features import Lite0Extractor, extract
 from common.metrics.lite0 import FEATURES
+from common.weights import save_weights
 
 if TYPE_CHECKING:
     from common.data.emoji import EmojiCap
@@ -288,15 +287,8 @@ def train(output: str | Path = WEIGHTS, steps: int = STEPS, seed: int = 0) -> di
         }
         for name, part in parts.items()
     }
-    target = Path(output)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     metadata = {"ceiling": json.dumps(ceiling), "steps": str(steps), "seed": str(seed)}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.half() for key, value in towers.state_dict().items()}, partial, metadata)
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: cannot write the weights ({error}); choose a writable place") from error
+    save_weights(Path(output), towers.state_dict(), metadata, torch.float16)
     return ceiling
 
 

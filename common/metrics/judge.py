@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.data.sampling import step_generator
 from common.data.shapes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, TEXTURES, Shapes
 from common.errors import UserError
-from common.files import write_atomically
 from common.images import as_uint8, resize_clean
+from common.weights import save_weights
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 SIDE = 32
@@ -140,8 +140,7 @@ def train(images: int = 16_000, steps: int = 1_500, batch: int = 64, seed: int =
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-    weights = {key: value.half().contiguous() for key, value in net.state_dict().items()}
-    write_atomically(WEIGHTS, lambda temporary: save_file(weights, str(temporary)))
+    save_weights(WEIGHTS, net.state_dict(), dtype=torch.float16)
     _load.cache_clear()
     truth = _targets(held_out)
     judge = ShapesJudge()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.cache import FeatureCache, fingerprint_module, fingerprint_strings, write_atomically
+from common.data.cache import FeatureCache, fingerprint_module, fingerprint_strings
 from common.errors import UserError
 
 N, SHARD = 23, 5
@@ -178,16 +178,3 @@ def test_module_fingerprint_sees_every_value_name_and_dtype_but_not_the_layout()
 
 def test_string_fingerprint_sees_order_and_borders() -> None:
     assert len({fingerprint_strings(s) for s in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}) == 4
-
-
-def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"No space left on device.*the earlier file is kept"):
-        write_atomically(path, write)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 
@@ -45,14 +44,6 @@ def test_image_folder_yields_image_caption_and_label(tmp_path: Path) -> None:
     assert [told(data[i]) for i in (0, 4, -2)] == [(0, "grey 0", -1), (4, "grey 4", -1), (3, "grey 3", -1)]
     assert data[0]["image"].shape == (3, 4, 4) and data[0]["image"].dtype == torch.uint8
     assert data.captions() == [f"grey {i}" for i in range(5)]
-
-
-def test_labels_in_metadata_become_classes(tmp_path: Path) -> None:
-    root = captioned(tmp_path / "d", 3)
-    rows = [{"file_name": f"{i:03d}.png", "text": "", "label": name} for i, name in enumerate(["dog", "cat", "dog"])]
-    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = open_images(root, size=4)
-    assert data.classes == ["cat", "dog"] and [data[i]["label"] for i in range(3)] == [1, 0, 1]
 
 
 def test_class_folders_give_label_and_caption(tmp_path: Path) -> None:

@@ -12,14 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from common.errors import UserError
-from common.metrics.distribution import (
-    FeatureStats,
-    fid,
-    frechet_distance,
-    inception_score,
-    kid,
-    precision_recall,
-)
+from common.metrics.distribution import FeatureStats, fid, frechet_distance, inception_score, kid, precision_recall
 
 
 def normal(count: int, dim: int, seed: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:

@@ -13,14 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from common.images import image_files, resize_clean, resize_uint8
 from common.metrics.distribution import fid, kid
-from common.metrics.evaluate import (
-    compare_features,
-    evaluate_generator,
-    flatten,
-    folder_captions,
-    format_report,
-    main,
-)
+from common.metrics.evaluate import compare_features, evaluate_generator, flatten, folder_captions, format_report, main
 from common.metrics.features import Lite0Extractor, extract, folder_features, load_extractor
 
 SIDE = 48

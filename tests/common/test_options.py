@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from common.options import TrainerOptions, at_least, check_trainer, free_options, within
+from common.options import RunOptions, TrainerOptions, at_least, check_run, check_trainer, free_options, within
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,11 @@ def test_free_options_are_the_trainers_and_the_papers_own() -> None:
     free = free_options("sampling")
     assert {"sampling", "run_dir", "resume", "trainer.devices", "trainer.threads"} <= set(free)
     assert "trainer.precision" not in free and "trainer.accumulate" not in free
+
+
+def test_a_loop_of_its_own_has_these_options_without_a_section() -> None:
+    free = free_options("device", section="")
+    assert {"device", "run_dir", "resume", "threads", "checkpoint_every", "log_every", "progress"} <= set(free)
+    check_run(RunOptions())
+    with pytest.raises(UserError, match="--log_every 0: expected a number of at least 1"):
+        check_run(RunOptions(log_every=0))

@@ -111,12 +111,7 @@ class TestPictures:
             first, rest = item["caption"].split(f" {relation} ")
             assert data.nouns[item["objects"][0]] == first and rest.startswith(data.nouns[item["objects"][1]])
             a, b = item["boxes"][0], item["boxes"][1]
-            holds = {
-                "left of": a[2] <= b[0],
-                "right of": a[0] >= b[2],
-                "above": a[3] <= b[1],
-                "below": a[1] >= b[3],
-            }
+            holds = {"left of": a[2] <= b[0], "right of": a[0] >= b[2], "above": a[3] <= b[1], "below": a[1] >= b[3]}
             assert holds[relation]
             seen.add(relation)
         assert seen == set(photos.RELATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from electra.adversarial import AdversarialPretrainer, sample_entropy
-from electra.config import ElectraConfig
 from electra.flops import training_flops
 from electra.masking import SpecialIds
 from electra.model import Batch
 from electra.objectives import ElectraPretrainer
 from electra.two_stage import same_size, second_stage, two_stage_flops
+from tests.electra.test_model import TINY
 from tests.electra.tiny_run import train
 
-CONFIG = ElectraConfig(
-    vocab_size=120,
-    embedding_size=16,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=32,
-    max_position=24,
-    dropout=0.1,
-    attention_dropout=0.0,
-    generator_factor=0.5,
-)
+CONFIG = replace(TINY, vocab_size=120, embedding_size=16, layers=1, max_position=24, dropout=0.1, init="official")
 
 
 def batch() -> Batch:

@@ -33,6 +33,7 @@ from electra.convert import (
 )
 from electra.model import Batch
 from electra.objectives import ElectraPretrainer
+from electra.wordpiece import SPECIAL_TOKENS, Tokenizer
 from tests.electra.test_objectives import SPECIAL, pretrainer, texts
 
 HEADS = ("--heads", "2", "--generator-heads", "1")
@@ -57,10 +58,7 @@ def randomised(model: ElectraPretrainer) -> ElectraPretrainer:
         ("electra.embeddings.LayerNorm.weight", "electra/embeddings/LayerNorm/gamma"),
         ("electra.embeddings.LayerNorm.bias", "electra/embeddings/LayerNorm/beta"),
         ("generator.embeddings_project.weight", "generator/embeddings_project/kernel"),
-        (
-            "electra.encoder.layer.11.attention.self.query.bias",
-            "electra/encoder/layer_11/attention/self/query/bias",
-        ),
+        ("electra.encoder.layer.11.attention.self.query.bias", "electra/encoder/layer_11/attention/self/query/bias"),
         ("electra.encoder.layer.0.output.dense.weight", "electra/encoder/layer_0/output/dense/kernel"),
         ("discriminator_predictions.dense.bias", "discriminator_predictions/dense/bias"),
         ("discriminator_predictions.dense_prediction.weight", "discriminator_predictions/dense_1/kernel"),
@@ -175,9 +173,7 @@ def test_auto_classes_refuse_a_network_with_relative_positions(tmp_path: Path) -
 def test_the_vocabulary_travels_with_both_networks(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "peace", "##ful"]) + "\n")
-    save_transformers(pretrainer(), tmp_path / "model", vocabulary)
+    save_transformers(pretrainer(), tmp_path / "model", Tokenizer([*SPECIAL_TOKENS, "the", "peace", "##ful"]))
     for folder in (tmp_path / "model", tmp_path / "model" / "generator"):
         ids = AutoTokenizer.from_pretrained(folder)("The peaceful")["input_ids"]
         assert ids == [2, 5, 6, 7, 3]

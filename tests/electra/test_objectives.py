@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from common.kernels.vocab_head import VocabHead
+from common.kernels.vocab_head import VocabHead, vocab_head
 from electra.masking import Draws, Masked, SpecialIds, choose, corrupt, gumbel_sample, slots_per_row
 from electra.model import Batch, Encoder
 from electra.objectives import OBJECTIVES, ElectraPretrainer, auc, metrics, rtd_counters
@@ -182,12 +182,15 @@ def plain_vocab_head(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_with_the_fused_head_equal_those_with_all_logits_in_memory(objective: Any) -> None:
+def test_losses_with_the_fused_head_equal_those_with_all_logits_in_memory(
+    objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = texts([20, 9])
     draws = Draws(gumbel_MV=torch.rand(int(slots_per_row([20, 9], 0.15, 20).sum()), TINY.vocab_size, generator=rng()))
     results = []
-    for options in ({}, {"head": plain_vocab_head}):
-        model = pretrainer(objective, **options)
+    for head in (vocab_head, plain_vocab_head):
+        monkeypatch.setattr("electra.objectives.vocab_head", head)
+        model = pretrainer(objective)
         losses = model(batch, draws, generator=rng(1))
         losses.total.backward()
         results.append((losses, {name: p.grad for name, p in model.named_parameters()}))

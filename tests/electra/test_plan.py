@@ -77,10 +77,7 @@ def test_a_budget_buys_as_many_steps_as_it_pays_for() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_paper_configurations_are_the_published_sizes(name: str) -> None:
-    run, config = paper_config(name)
-    assert config == SIZES[name]
-    sizes = {"small": (128, 128, 0.15), "base": (512, 256, 0.15), "large": (512, 2048, 0.25)}
-    assert (run.data.length, run.trainer.batch_size, run.objective.mask_probability) == sizes[name]
+    assert paper_config(name)[1] == SIZES[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

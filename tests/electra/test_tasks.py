@@ -229,12 +229,7 @@ def test_cells_of_another_kind_are_refused_by_line(tmp_path: Path, row: dict[str
 
 @pytest.mark.parametrize(
     "pair",
-    [
-        ("question", "sentence"),
-        ("question1", "question2"),
-        ("sentence1", "sentence2"),
-        ("premise", "hypothesis"),
-    ],
+    [("question", "sentence"), ("question1", "question2"), ("sentence1", "sentence2"), ("premise", "hypothesis")],
 )
 def test_pairs_are_known_by_the_names_of_glue(tmp_path: Path, pair: tuple[str, str]) -> None:
     path = tmp_path / "mine.tsv"

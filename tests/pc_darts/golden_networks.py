@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pc_darts.architect import Architect
+from pc_darts.config import FinalConfig, SearchConfig
 from pc_darts.counting import count
 from pc_darts.genotypes import PUBLISHED, Genotype, derive, edge_softmax
 from pc_darts.model import AuxiliaryHead, FinalNetwork
 from pc_darts.operations import channel_shuffle, drop_path
-from pc_darts.search_space import Cell, MixedOp, SearchConfig, SearchNetwork
+from pc_darts.search_space import Cell, MixedOp, SearchNetwork
 from tests.golden_case import Case, Check, assert_close, kind, load
 
 TOLERANCE = 1e-5
@@ -158,14 +159,9 @@ def check_final_network(case: Case) -> None:
     genotype = Genotype(**config["genotype"])
     if config.get("genotype_name") in PUBLISHED:
         assert genotype == PUBLISHED[config["genotype_name"]]
-    network = FinalNetwork(
-        genotype,
-        config["C"],
-        config["layers"],
-        config["num_classes"],
-        "imagenet" if "ImageNet" in config["class"] else "cifar",
-        bool(config["auxiliary"]),
-    )
+    stem = "imagenet" if "ImageNet" in config["class"] else "cifar"
+    shape = (config["C"], config["layers"], stem, config["num_classes"], bool(config["auxiliary"]))
+    network = FinalNetwork(genotype, FinalConfig(*shape))
     load(network, case)
     in_both_modes(network, lambda: network(case.group("in")["x"]), case.group("out"), "logits")
 
@@ -198,8 +194,10 @@ def check_counts(case: Case) -> None:
             classes = 1000 if data == "imagenet" else int(data.removeprefix("cifar"))
             stem, side = ("imagenet", 224) if data == "imagenet" else ("cifar", 32)
             with torch.device("meta"):
-                arguments = (genotype, int(channels), int(layers), classes, stem)
-                plain, full = (FinalNetwork(*arguments, auxiliary=auxiliary) for auxiliary in (False, True))  # type: ignore[arg-type]
+                arguments = (int(channels), int(layers), stem, classes)
+                plain, full = (
+                    FinalNetwork(genotype, FinalConfig(*arguments, auxiliary)) for auxiliary in (False, True)
+                )  # type: ignore[arg-type]
             found = {"params": count(plain, side).parameters, "macs": count(plain, side).macs}
             found["params_with_aux"] = count(full, side).parameters_with_auxiliary
             assert {k: found[k] for k in expected} == expected, f"{name} {label}"

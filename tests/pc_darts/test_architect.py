@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pc_darts.architect import Architect
-from pc_darts.search_space import SearchConfig, SearchNetwork
+from pc_darts.config import SearchConfig
+from pc_darts.search_space import SearchNetwork
 
 
 def setup(sampling: str = "shuffle", fused: bool = True, **options: float) -> tuple:

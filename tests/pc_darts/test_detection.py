@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from pc_darts.config import FinalConfig
 from pc_darts.detection import (
     Detector,
     Scenes,
@@ -27,7 +28,7 @@ from tests.pc_darts.tiny_run import CELL
 
 def detector(size: int = 32) -> Detector:
     torch.manual_seed(0)
-    return Detector(FinalNetwork(CELL, 4, 3, 8), 8, size)
+    return Detector(FinalNetwork(CELL, FinalConfig(4, 3, classes=8)), 8, size)
 
 
 def test_offsets_are_undone_and_default_boxes_cover_the_picture() -> None:

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from pc_darts.config import SearchConfig
 from pc_darts.drawing import cell_dot, cell_svg, cell_text, draw_weights, main, weights_svg
 from pc_darts.genotypes import PUBLISHED
-from pc_darts.search_space import SearchConfig, SearchNetwork
+from pc_darts.search_space import SearchNetwork
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from pc_darts.config import FinalConfig
 from pc_darts.counting import count, size_cap
 from pc_darts.genotypes import PUBLISHED, Genotype, derive, edge_count, edge_softmax, node_count
 from pc_darts.model import FinalNetwork
@@ -89,25 +90,25 @@ def test_none_is_never_chosen_but_weakens_its_edge() -> None:
 @pytest.mark.parametrize("measure", ["parameters", "macs"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_the_cap_knows_the_exact_size(measure: str, stem: str) -> None:
-    side = 64 if stem == "imagenet" else 33
-    cap = size_cap(1, measure, 6, 4, 7, stem, side)  # type: ignore[arg-type]
+    side, config = 64 if stem == "imagenet" else 33, FinalConfig(6, 4, stem, 7)  # type: ignore[arg-type]
+    cap = size_cap(1, measure, config, side)  # type: ignore[arg-type]
     for seed in range(3):
         genotype = derive(*random_weights(seed))
         with torch.device("meta"):
-            found = count(FinalNetwork(genotype, 6, 4, 7, stem), side)  # type: ignore[arg-type]
+            found = count(FinalNetwork(genotype, config), side)
         assert cap.total(genotype) == getattr(found, measure)
 
 
 def test_a_capped_cell_is_within_the_cap_and_as_free_as_it_may() -> None:
     weights = random_weights(5)
     free = derive(*weights)
-    total = size_cap(1, "parameters", 16, 8).total
+    total = size_cap(1, "parameters", FinalConfig(16, 8)).total
     for share in (0.9, 0.7, 0.5):
-        cell = derive(*weights, cap=size_cap(share * total(free), "parameters", 16, 8))
+        cell = derive(*weights, cap=size_cap(share * total(free), "parameters", FinalConfig(16, 8)))
         assert 0.3 * total(free) < total(cell) <= share * total(free)
-    assert derive(*weights, cap=size_cap(total(free), "parameters", 16, 8)) == free
+    assert derive(*weights, cap=size_cap(total(free), "parameters", FinalConfig(16, 8))) == free
 
 
 def test_a_cap_below_every_cell_is_refused() -> None:
     with pytest.raises(UserError, match="the cheapest one has"):
-        derive(*random_weights(0), cap=size_cap(10, "parameters", 16, 8))
+        derive(*random_weights(0), cap=size_cap(10, "parameters", FinalConfig(16, 8)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from pc_darts.config import FinalConfig
 from pc_darts.counting import count, multiply_adds
 from pc_darts.genotypes import PUBLISHED
 from pc_darts.model import FinalNetwork, pool_to_2x2
@@ -29,7 +30,7 @@ def test_published_networks_have_the_published_sizes(
 ) -> None:
     side, classes = (224, 1000) if stem == "imagenet" else (32, 10)
     with torch.device("meta"):
-        network = FinalNetwork(PUBLISHED[name], channels, layers, classes, stem)  # type: ignore[arg-type]
+        network = FinalNetwork(PUBLISHED[name], FinalConfig(channels, layers, stem, classes))  # type: ignore[arg-type]
     found = count(network, side)
     assert found.parameters == parameters
     assert round(found.macs / 1e6, 1) == macs
@@ -41,7 +42,7 @@ def test_published_networks_have_the_published_sizes(
 )
 def test_every_published_cell_trains_at_any_size_of_image(name: str, stem: str, side: int) -> None:
     torch.manual_seed(0)
-    network = FinalNetwork(PUBLISHED[name], 4, 3, 5, stem, True, in_channels=1)  # type: ignore[arg-type]
+    network = FinalNetwork(PUBLISHED[name], FinalConfig(4, 3, stem, 5, True, 1))  # type: ignore[arg-type]
     network.drop_path_probability = 0.2
     logits, auxiliary = network.forward_with_auxiliary(torch.randn(2, 1, side, side))
     assert logits.shape == (2, 5) and auxiliary is not None and auxiliary.shape == (2, 5)
@@ -53,13 +54,13 @@ def test_every_published_cell_trains_at_any_size_of_image(name: str, stem: str, 
 
 def test_the_auxiliary_head_is_not_counted_with_the_network() -> None:
     with torch.device("meta"):
-        network = FinalNetwork(PUBLISHED["PC_DARTS_cifar"], 36, 20, 10, "cifar", True)
+        network = FinalNetwork(PUBLISHED["PC_DARTS_cifar"], FinalConfig(auxiliary=True))
     assert count(network, 32).parameters == 3_634_678
     assert count(network, 32).parameters_with_auxiliary == 4_111_104
 
 
 def test_norms_count_two_an_element() -> None:
-    network = FinalNetwork(PUBLISHED["DARTS_V1"], 4, 1)
+    network = FinalNetwork(PUBLISHED["DARTS_V1"], FinalConfig(4, 1))
     norm = BatchNorm(6)
     assert multiply_adds(norm, torch.randn(2, 6, 5, 5)) == (0, 600)
     found = count(network, 8)
@@ -82,7 +83,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
 
 def test_drop_path_acts_in_training_only() -> None:
     torch.manual_seed(0)
-    network = FinalNetwork(PUBLISHED["DARTS_V2"], 4, 2, 5)
+    network = FinalNetwork(PUBLISHED["DARTS_V2"], FinalConfig(4, 2, classes=5))
     x = torch.randn(4, 3, 8, 8)
     plain = network(x)
     network.drop_path_probability = 0.9
@@ -93,6 +94,6 @@ def test_drop_path_acts_in_training_only() -> None:
 
 def test_impossible_final_networks_are_refused() -> None:
     with pytest.raises(UserError, match="at least 1"):
-        FinalNetwork(PUBLISHED["DARTS_V2"], 4, 0)
+        FinalConfig(4, 0)
     with pytest.raises(UserError, match="cifar or imagenet"):
-        FinalNetwork(PUBLISHED["DARTS_V2"], 4, 2, stem="mnist")  # type: ignore[arg-type]
+        FinalConfig(4, 2, stem="mnist")  # type: ignore[arg-type]

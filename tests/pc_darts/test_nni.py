@@ -59,7 +59,8 @@ def test_frozen_space_computes_only_the_chosen_operations(adapter: Any) -> None:
 
 @needs_nni
 def test_supernet_of_nni_equals_ours_with_its_alphas_and_betas(adapter: Any, tmp_path: Path) -> None:
-    from pc_darts.search_space import SearchConfig, SearchNetwork
+    from pc_darts.config import SearchConfig
+    from pc_darts.search_space import SearchNetwork
 
     strategy = adapter.PartialDarts()
     space = strategy.mutate_model(tiny_space(adapter))

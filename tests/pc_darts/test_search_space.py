@@ -14,8 +14,9 @@ from torch import Tensor
 
 from common.costs import kept_bytes
 from common.errors import UserError
+from pc_darts.config import SearchConfig
 from pc_darts.operations import FactorizedReduce, frozen_statistics, rearrange, synchronised_statistics
-from pc_darts.search_space import MixedOp, SearchConfig, SearchNetwork
+from pc_darts.search_space import MixedOp, SearchNetwork
 
 
 def batch(side: int, count: int = 4, channels: int = 3, height: int = 0) -> tuple[Tensor, Tensor]:

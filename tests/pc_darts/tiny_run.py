@@ -1,6 +1,7 @@
 """A search and a training that take seconds, and processes to kill or to join: what the tests share.
 
-Processes are forked, so that none of them has to import torch and Lightning again.
+Processes are forked, so that none of them has to import torch and Lightning again. A forked process hangs where it uses
+its parent's pool of threads, so all of these run in one thread, whatever TEST_THREADS says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from common.data.augmentation import Augmentation
 from common.data.classes import ImageSet
+from common.options import RunOptions
 from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
 from pc_darts.data import open_data, search_halves
 from pc_darts.genotypes import Genotype
@@ -29,6 +31,7 @@ from tests.drills import PATIENCE
 DATA = DataConfig(name="digits", size=8, images=120, padding=1, flip=False, validation=0.2)
 SEARCH = SearchOptions(channels=8, cells=3, nodes=2, epochs=3, warmup_epochs=1, batch_size=16)
 RETRAIN = RetrainOptions(channels=4, layers=3, epochs=2, batch_size=32, cutout=2, drop_path=0.2, auxiliary=0.4)
+RUN = RunOptions(checkpoint_every=2, log_every=1, progress=False)
 AUGMENT = Augmentation(padding=1)
 CELL = Genotype(
     (("sep_conv_3x3", 0), ("skip_connect", 1), ("dil_conv_3x3", 2), ("max_pool_3x3", 0)),
@@ -45,17 +48,17 @@ def digits() -> ImageSet:
 
 def searcher(folder: Path, machine: Machine | None = None, draw: bool = False, **options: Any) -> Searcher:
     """The tiny search; options replace those of SEARCH."""
+    torch.set_num_threads(1)
     chosen = SearchOptions(**{**SEARCH.__dict__, **options})
     halves = search_halves(digits().train, [0.5, 0.5], 0)
-    return Searcher(
-        chosen, digits(), halves, AUGMENT, folder, machine=machine, checkpoint_every=2, log_every=1, draw=draw
-    )
+    return Searcher(chosen, digits(), halves, AUGMENT, folder, machine=machine, run=RUN, draw=draw)
 
 
 def training(folder: Path, machine: Machine | None = None, seed: int = 0, **options: Any) -> RetrainResult:
     """The tiny training of CELL."""
+    torch.set_num_threads(1)
     chosen = RetrainOptions(**{**RETRAIN.__dict__, **options})
-    return retrain(CELL, chosen, digits(), AUGMENT, folder, seed, machine, checkpoint_every=2, log_every=1)
+    return retrain(CELL, chosen, digits(), AUGMENT, folder, seed, machine, RUN)
 
 
 def kill_after(steps: int) -> None:

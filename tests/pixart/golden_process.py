@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from pixart.samplers import (
     dpm_solver,
     guide,
     iddpm,
-    recorded_noise,
     sa_solver,
     uniform_times,
 )
@@ -51,19 +52,28 @@ def toy_network(abar_T: Tensor, condition_B: Tensor) -> Network:
     return network
 
 
+class Recorder:
+    """Stands for a network or a source of noise, and keeps the latents that a sampler shows it before every step."""
+
+    def __init__(self, answer: Callable[..., Tensor]) -> None:
+        self.answer, self.seen = answer, list[Tensor]()
+
+    def __call__(self, x_BCHW: Tensor, *rest: Tensor) -> Tensor:
+        self.seen.append(x_BCHW)
+        return self.answer(x_BCHW, *rest)
+
+
+def _recorded_noise(case: Case) -> Recorder:
+    noises = iter(case.group("in")["noises"])
+    return Recorder(lambda like: next(noises))
+
+
 def check_iddpm(case: Case) -> None:
-    inputs, out = case.group("in"), case.group("out")
-    trajectory: list[Tensor] = []
-    spacing = case.config["respacing"]
-    iddpm(
-        toy_network(inputs["alphas_cumprod"], inputs["y"]),
-        inputs["z"],
-        spacing,
-        noise=recorded_noise(inputs["noises"]),
-        on_step=lambda _, x: trajectory.append(x),
-    )
+    inputs, out, spacing = case.group("in"), case.group("out"), case.config["respacing"]
+    noise = _recorded_noise(case)
+    x = iddpm(toy_network(inputs["alphas_cumprod"], inputs["y"]), inputs["z"], spacing, noise=noise)
     assert Diffusion().respaced(spacing).timestep_map == out["timestep_map"].tolist()
-    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    assert_close(torch.stack([*noise.seen[1:], x]), out["trajectory"], "trajectory", TRAJECTORY)
 
 
 def _toy_guided(case: Case) -> Network:
@@ -74,50 +84,37 @@ def _toy_guided(case: Case) -> Network:
 
 def check_dpm_solver(case: Case) -> None:
     config, inputs, out = case.config, case.group("in"), case.group("out")
-    trajectory = [inputs["z"]]
-    x = dpm_solver(
-        _toy_guided(case),
-        inputs["z"],
-        int(config["steps"]),
-        order=int(config["order"]),
-        on_step=lambda _, x: trajectory.append(x),
-    )
+    model = Recorder(_toy_guided(case))
+    x = dpm_solver(model, inputs["z"], int(config["steps"]), order=int(config["order"]))
     assert_close(torch.tensor(uniform_times(int(config["steps"]))), out["times"], "times", MODULE)
-    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    assert_close(torch.stack([*model.seen, x]), out["trajectory"], "trajectory", TRAJECTORY)
     assert_close(x, out["x"], "x", TRAJECTORY)
 
 
 def check_sa_solver(case: Case) -> None:
     config, inputs, out = case.config, case.group("in"), case.group("out")
-    trajectory = [inputs["z"]]
-    x = sa_solver(
-        _toy_guided(case),
-        inputs["z"],
-        int(config["steps"]),
-        eta=float(config["eta"]),
-        predictor_order=int(config["predictor_order"]),
-        corrector_order=int(config["corrector_order"]),
-        noise=recorded_noise(inputs["noises"]),
-        on_step=lambda _, x: trajectory.append(x),
-    )
-    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    noise = _recorded_noise(case)
+    orders = {name: int(config[name]) for name in ("predictor_order", "corrector_order")}
+    model, eta = _toy_guided(case), float(config["eta"])
+    x = sa_solver(model, inputs["z"], int(config["steps"]), eta=eta, noise=noise, **orders)
+    # Its first draw comes before the first step.
+    assert_close(torch.stack([*noise.seen[1:], x]), out["trajectory"], "trajectory", TRAJECTORY)
     assert_close(x, out["x"], "x", TRAJECTORY)
 
 
 def check_diffusers_sampler(case: Case) -> None:
     inputs, out = case.group("in"), case.group("out")
-    steps = int(case.config["num_inference_steps"])
     scheduler = diffusers_scheduler()
     abar = torch.tensor(Diffusion().alphas_cumprod, dtype=torch.float32)
 
     def network(x: Tensor, t_B: Tensor) -> Tensor:
         return 0.9 * x * (1 - abar[t_B]).sqrt().view(-1, 1, 1, 1) + 0.1 * torch.tanh(x.roll(1, -1))
 
-    trajectory = [inputs["x"]]
-    diffusers_sampler(network, inputs["x"], steps, scheduler=scheduler, on_step=lambda _, x: trajectory.append(x))
+    model = Recorder(network)
+    x = diffusers_sampler(model, inputs["x"], int(case.config["num_inference_steps"]), scheduler=scheduler)
     assert_close(scheduler.timesteps, out["timesteps"], "timesteps")
     assert_close(scheduler.sigmas, out["sigmas"], "sigmas", MODULE)
-    assert_close(torch.stack(trajectory), out["trajectory"], "trajectory", TRAJECTORY)
+    assert_close(torch.stack([*model.seen, x]), out["trajectory"], "trajectory", TRAJECTORY)
 
 
 def check_training_loss(case: Case) -> None:

@@ -111,13 +111,6 @@ def test_ranks_share_each_batch_and_an_epoch_has_no_repetition() -> None:
     assert len(seen) == len(set(seen))
 
 
-def test_emitted_leftovers_cover_every_image_and_feed_every_rank() -> None:
-    sampler = BucketBatchSampler(BUCKET_N, 4, 10, seed=1, world=2, leftovers="emit")
-    batches = [sampler.global_batch(step) for step in range(sampler.batches_per_epoch)]
-    assert {s for batch in batches for s in batch} == set(range(103))
-    assert all(len(batch) % 2 == 0 for batch in batches)
-
-
 def test_buckets_smaller_than_a_batch_are_reported() -> None:
     rare = np.array([0] * 20 + [1] * 3)
     with pytest.warns(UserWarning, match="3 of 23 images are never used"):
@@ -126,12 +119,6 @@ def test_buckets_smaller_than_a_batch_are_reported() -> None:
         BucketBatchSampler(rare, 32, 10, seed=0)
     with pytest.raises(UserError, match="divided among 3 processes"):
         BucketBatchSampler(rare, 4, 10, seed=0, world=3)
-
-
-def test_sampler_draws_only_the_samples_it_was_given() -> None:
-    some = np.arange(0, 103, 2)
-    sampler = BucketBatchSampler(BUCKET_N, 2, 40, seed=0, samples=some)
-    assert {s for batch in sampler for s in batch} <= set(some.tolist())
 
 
 def test_fitting_keeps_the_aspect_and_cuts_the_centre_out() -> None:

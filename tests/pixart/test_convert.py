@@ -183,7 +183,7 @@ def test_bad_files_are_explained(tmp_path: Path) -> None:
         ("missing.pth", "no such file"),
         ("cut.pth", "truncated"),
         ("other.pth", r'"x_embedder.proj.weight" is missing'),
-        ("lacking.pth", r"lacks blocks.1.mlp.fc2.bias"),
+        ("lacking.pth", r"does not fit the network: blocks.1.mlp.fc2.bias is missing"),
         ("dit.pth", "class-conditional DiT"),
         ("pickle.pth", "refused"),
         ("empty", "no network in this folder"),
@@ -195,7 +195,7 @@ def test_bad_files_are_explained(tmp_path: Path) -> None:
                 load_transformer(tmp_path / name, SINGLE)
     with pytest.raises(UserError, match="give --heads"):
         load_transformer(tmp_path / "good.pth")
-    with pytest.raises(UserError, match=r"x_embedder.proj.weight is \[24, 4, 2, 2\], expected \[48"):
+    with pytest.raises(UserError, match=r"x_embedder.proj.weight has the shape \[24, 4, 2, 2\], expected \[48"):
         load_transformer(tmp_path / "good.pth", replace(SINGLE, width=48))
 
 

@@ -179,9 +179,6 @@ def test_parameters_after_20_steps_do_not_depend_on_the_layout(ranks: int) -> No
     assert hosted == set(expected)
 
 
-ROWS = [5, 0, 7]  # on three ranks
-
-
 def test_a_checkpoint_of_one_layout_serves_another() -> None:
     full = MultiTask().state_dict()
     parts = [MultiTask(hosted=[task]).state_dict() for task in range(4)]

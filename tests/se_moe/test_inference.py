@@ -305,7 +305,7 @@ def test_the_program_serves_what_the_trainer_left_and_prunes_it(
     model = make_model(vocabulary=256, experts=40, top_k=1)
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    (folder / "config.json").write_text(json.dumps(model.config.plain()))
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(byte_tokenizer())
     text = tmp_path / "text.txt"

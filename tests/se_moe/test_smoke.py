@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
 from se_moe import communication, experiments, reproduce, train
 from se_moe.checkpoint import load_model
 from se_moe.data import load_tokenizer
@@ -123,3 +124,8 @@ def test_train_starts_two_ranks_fills_the_table_and_leaves_a_model_to_serve(
     tokenizer = load_tokenizer(folder / "model")
     ids = torch.tensor([tokenizer.encode("the state").ids])
     assert load_model(folder / "model").generate(ids, 2, temperature=0).shape[1] == ids.shape[1] + 2
+    for option, sentence in (("--seed", "another configuration"), ("--model.aux_weight", "another configuration")):
+        with pytest.raises(UserError, match=sentence):
+            train.main(["--config", str(tmp_path / "run.yaml"), option, "1"])
+    with pytest.raises(UserError, match="is not empty"):
+        train.main(["--config", str(tmp_path / "run.yaml"), "--resume", "never"])

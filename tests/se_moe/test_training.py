@@ -13,7 +13,9 @@ from common.errors import UserError
 from se_moe.config import DataConfig, OptimiserConfig, StorageConfig, Switches, TrainConfig, read_config
 from se_moe.data import TextData, load_corpus, load_tokenizer
 from se_moe.homes import ResidentHome, TieredHome, adamw_step
-from se_moe.trainer import learning_rate
+from se_moe.model import LossOutput
+from se_moe.train import train_arm
+from se_moe.trainer import Trainer, learning_rate
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
 
@@ -134,6 +136,20 @@ def test_fused_adamw_follows_the_formula() -> None:
     adamw_step([p], [g], [m], [v], 3, 0.1, options)
     torch.testing.assert_close(p, expected)
     torch.testing.assert_close((m, v), (m1, v1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_arm_and_names_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Trainer.update
+
+    def update(self: Trainer, *batch: Any) -> tuple[LossOutput, float]:
+        found, norm = made(self, *batch)
+        return found._replace(loss=found.loss * (float("nan") if self.done == 4 else 1.0)), norm
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(UserError, match=r"the loss became nan at step 5: stopped; the last good .*step-000003\."):
+        train_arm(tiny_run.config(tmp_path, {"tiers": False}), "ours")
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ class ToyDecoder(nn.Module):
     def rec(self) -> Tensor:
         return self.conv(self.h)
 
+    def loss(
+        self,
+        criterion: KLPerceptualLoss | VQPerceptualLoss,
+        regulariser: Any = None,
+        discriminator: PatchDiscriminator | None = None,
+        step: int = 0,
+        *weights: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The autoencoder's loss and logs on the toy's own image and reconstruction."""
+        made = quantized() if isinstance(criterion, VQPerceptualLoss) else posterior()
+        w = None if discriminator is None else self.conv.weight
+        return criterion.autoencoder(self.x, self.rec(), regulariser or made, discriminator, w, step, *weights)
+
 
 def posterior() -> DiagonalGaussian:
     return DiagonalGaussian(torch.randn(2, 8, 4, 4))
@@ -67,26 +81,22 @@ def test_patchgan_strides_once_per_layer_and_caps_its_width(n_layers: int) -> No
 
 def test_kl_loss_sums_over_pixels_and_vq_loss_averages() -> None:
     toy = ToyDecoder()
-    x, rec = toy.x, toy.rec()
-    l1 = (x - rec).abs()
-    _, kl_logs = KLPerceptualLoss().autoencoder(x, rec, posterior(), None, None, 0)
-    _, vq_logs = VQPerceptualLoss(n_embed=4).autoencoder(x, rec, quantized(), None, None, 0)
-    torch.testing.assert_close(kl_logs["nll_loss"], l1.detach().sum() / 2)
-    torch.testing.assert_close(vq_logs["nll_loss"], l1.detach().mean())
+    l1 = (toy.x - toy.rec()).abs().detach()
+    torch.testing.assert_close(toy.loss(KLPerceptualLoss())[1]["nll_loss"], l1.sum() / 2)
+    torch.testing.assert_close(toy.loss(VQPerceptualLoss(n_embed=4))[1]["nll_loss"], l1.mean())
+    squared = toy.loss(VQPerceptualLoss(n_embed=4, pixel_loss="l2"))[1]["nll_loss"]
+    torch.testing.assert_close(squared, l1.square().mean())
 
 
 def test_kl_term_is_summed_over_dimensions_and_averaged_over_images() -> None:
-    toy, q = ToyDecoder(), posterior()
-    loss, logs = KLPerceptualLoss(kl_weight=0.01).autoencoder(toy.x, toy.rec(), q, None, None, 0)
+    q = posterior()
+    loss, logs = ToyDecoder().loss(KLPerceptualLoss(kl_weight=0.01), q)
     torch.testing.assert_close(logs["kl_loss"], q.kl().sum() / 2)
     torch.testing.assert_close(loss.detach(), logs["nll_loss"] + 0.01 * q.kl().mean())
 
 
 def test_codebook_loss_and_usage_are_logged() -> None:
-    toy = ToyDecoder()
-    loss, logs = VQPerceptualLoss(n_embed=4, codebook_weight=2.0).autoencoder(
-        toy.x, toy.rec(), quantized(), None, None, 0
-    )
+    loss, logs = ToyDecoder().loss(VQPerceptualLoss(n_embed=4, codebook_weight=2.0))
     torch.testing.assert_close(loss.detach(), logs["nll_loss"] + 0.5)
     assert logs["cluster_usage"].item() == 2
     assert logs["perplexity"].item() == pytest.approx(2.0, abs=1e-4)
@@ -94,19 +104,10 @@ def test_codebook_loss_and_usage_are_logged() -> None:
 
 def test_lpips_is_added_to_every_pixel_with_its_weight() -> None:
     toy, lpips = ToyDecoder(), LPIPS(VGG16Trunk(WIDTHS))
-    rec = toy.rec().detach()
-    distance = lpips(toy.x, rec)
-    _, logs = VQPerceptualLoss(lpips, n_embed=4, perceptual_weight=0.7).autoencoder(
-        toy.x, rec, quantized(), None, None, 0
-    )
-    torch.testing.assert_close(logs["p_loss"], distance.mean())
-    torch.testing.assert_close(logs["rec_loss"], (toy.x - rec).abs().mean() + 0.7 * distance.mean())
-
-
-def test_squared_error_on_request() -> None:
-    toy = ToyDecoder()
-    _, logs = VQPerceptualLoss(n_embed=4, pixel_loss="l2").autoencoder(toy.x, toy.rec(), quantized(), None, None, 0)
-    torch.testing.assert_close(logs["nll_loss"], F.mse_loss(toy.rec(), toy.x).detach())
+    distance, l1 = lpips(toy.x, toy.rec()).detach().mean(), (toy.x - toy.rec()).abs().detach().mean()
+    _, logs = toy.loss(VQPerceptualLoss(lpips, n_embed=4, perceptual_weight=0.7))
+    torch.testing.assert_close(logs["p_loss"], distance)
+    torch.testing.assert_close(logs["rec_loss"], l1 + 0.7 * distance)
 
 
 def test_adaptive_weight_is_clamped_before_disc_weight() -> None:
@@ -120,10 +121,9 @@ def test_adaptive_weight_is_clamped_before_disc_weight() -> None:
 def test_pixel_weights_do_not_change_the_adaptive_weight() -> None:
     toy, discriminator = ToyDecoder(), PatchDiscriminator(ndf=4, n_layers=1)
     criterion = KLPerceptualLoss(disc_start=0, kl_weight=0.0)
-    rec, q = toy.rec(), posterior()
-    _, plain = criterion.autoencoder(toy.x, rec, q, discriminator, toy.conv.weight, 0)
-    weights = torch.full((1, 1, 16, 16), 3.0)
-    _, weighted = criterion.autoencoder(toy.x, rec, q, discriminator, toy.conv.weight, 0, weights)
+    q = posterior()
+    _, plain = toy.loss(criterion, q, discriminator)
+    _, weighted = toy.loss(criterion, q, discriminator, 0, torch.full((1, 1, 16, 16), 3.0))
     torch.testing.assert_close(plain["d_weight"], weighted["d_weight"])
     gan = plain["d_weight"] * plain["g_loss"]
     torch.testing.assert_close(weighted["total_loss"] - gan, 3.0 * (plain["total_loss"] - gan))
@@ -133,11 +133,10 @@ def test_discriminator_starts_at_disc_start_autoencoder_steps_in_both_of_its_use
     """Alternating the two optimisers, the n-th pair of steps passes n: the GAN must start at pair `disc_start`."""
     toy, discriminator = ToyDecoder(), PatchDiscriminator(ndf=4, n_layers=1)
     criterion = KLPerceptualLoss(disc_start=3, disc_factor=0.5)
-    rec = toy.rec()
     factors, active = [], []
     for step in range(5):
-        _, logs = criterion.autoencoder(toy.x, rec, posterior(), discriminator, toy.conv.weight, step)
-        loss, _ = criterion.discriminator(toy.x, rec, discriminator, step)
+        _, logs = toy.loss(criterion, None, discriminator, step)
+        loss, _ = criterion.discriminator(toy.x, toy.rec(), discriminator, step)
         factors.append(logs["disc_factor"].item())
         active.append(loss.item() > 0)
     assert factors == [0.0, 0.0, 0.0, 0.5, 0.5]
@@ -148,12 +147,9 @@ def test_before_disc_start_the_discriminator_is_not_run_and_the_loss_is_the_same
     toy, discriminator = ToyDecoder(), PatchDiscriminator(ndf=4, n_layers=1).eval()
     calls = []
     discriminator.register_forward_hook(lambda *_: calls.append(1))
-    rec, q = toy.rec(), posterior()
+    q = posterior()
     results = [
-        KLPerceptualLoss(disc_start=10, log_inactive_gan=log).autoencoder(
-            toy.x, rec, q, discriminator, toy.conv.weight, 9
-        )
-        for log in (False, True)
+        toy.loss(KLPerceptualLoss(disc_start=10, log_inactive_gan=log), q, discriminator, 9) for log in (False, True)
     ]
     assert len(calls) == 1
     torch.testing.assert_close(results[0][0], results[1][0])
@@ -163,9 +159,7 @@ def test_before_disc_start_the_discriminator_is_not_run_and_the_loss_is_the_same
 def test_evaluation_without_gradients_has_no_adaptive_weight() -> None:
     toy, discriminator = ToyDecoder(), PatchDiscriminator(ndf=4, n_layers=1).eval()
     with torch.no_grad():
-        loss, logs = KLPerceptualLoss(disc_start=0).autoencoder(
-            toy.x, toy.rec(), posterior(), discriminator, toy.conv.weight, 5
-        )
+        loss, logs = toy.loss(KLPerceptualLoss(disc_start=0), None, discriminator, 5)
     assert logs["d_weight"] == 0
     assert torch.isfinite(loss)
 
@@ -191,7 +185,7 @@ def test_logvar_learns_only_on_request() -> None:
     toy = ToyDecoder()
     for learn in (False, True):
         criterion = KLPerceptualLoss(logvar_init=0.3, learn_logvar=learn)
-        loss, logs = criterion.autoencoder(toy.x, toy.rec(), posterior(), None, None, 0)
+        loss, logs = toy.loss(criterion)
         loss.backward()
         assert (criterion.logvar.grad is not None) == learn
         assert logs["logvar"].item() == pytest.approx(0.3)
@@ -311,20 +305,7 @@ def test_wrong_lpips_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_vgg16_taps_halve_the_resolution_and_have_the_official_layout() -> None:
     taps = VGG16Trunk(WIDTHS)(torch.zeros(1, 3, 32, 32))
     assert [tuple(tap.shape[1:]) for tap in taps] == [(w, 32 // 2**i, 32 // 2**i) for i, w in enumerate(WIDTHS)]
-    assert list(VGG16Trunk(WIDTHS).features) == [
-        "0",
-        "2",
-        "5",
-        "7",
-        "10",
-        "12",
-        "14",
-        "17",
-        "19",
-        "21",
-        "24",
-        "26",
-        "28",
-    ]
+    numbers = [int(name) for name in VGG16Trunk(WIDTHS).features]
+    assert numbers == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     with torch.device("meta"):
         assert sum(p.numel() for p in VGG16Trunk().parameters()) == 14_714_688

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.cli import parse_config
+from common.cli import read_run_config
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
 from common.errors import UserError
@@ -75,10 +75,7 @@ class Run:
         Raises:
             UserError: no run there, or its teacher was replaced.
         """
-        config_file = folder / "config.yaml"
-        if not config_file.is_file():
-            raise UserError(f"{folder}: no config.yaml there; expected the folder of a finished run")
-        config, _ = parse_config(InstaFlowConfig, None, "", ["--config", str(config_file)])
+        config = read_run_config(InstaFlowConfig, folder)
         teacher = load_teacher(config)
         refuse_other_teacher(folder, config.teacher, teacher)
         return cls(config, folder, teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.options import Attention, TrainerOptions
+from common.options import TrainerOptions
 
 TASKS = ("unconditional", "class", "text", "layout", "semantic", "superres", "inpaint")
 
@@ -208,12 +208,10 @@ class TrainerConfig(TrainerOptions):
         max_steps: optimiser steps of the diffusion stage.
         batch_size: global batch (all processes and accumulated micro-batches together).
         sample_every: steps between sample grids; 0 draws none on the way.
-        attention: which of its equal forms attention takes; auto measures them on this machine, once per shape.
     """
 
     max_steps: int = 3000
     batch_size: int = 64
-    attention: Attention = "auto"
     sample_every: int = 1000
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from common.errors import UserError
+from common.files import sweep
 from common.ledger import Claim, check_targets, peak_memory, read_claims, record, write_claims
 from common.paths import REPOSITORY, RESULTS
 from common.study import Study, kept
@@ -71,6 +72,7 @@ def main(
     given.folder = given.folder or RUNS / f"{paper}-{given.tier}"
     torch.set_num_threads(1)  # CPU seconds are then seconds of work
     given.folder.mkdir(parents=True, exist_ok=True)
+    sweep(given.folder)
     study = open_study(given)
     if given.tier == "small":
         study.results, study.figures = ledger.parent, ledger.parent / "figures" / paper

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, write_json
 from common.images import save_grid
 from common.ledger import Tier, peak_memory, read_sizes
 from common.metrics.distribution import fid, kid, precision_recall
 from common.metrics.features import extract, load_extractor
 from common.options import TrainerOptions
 from common.paths import cache_dir
-from common.training import SaveEvery, build_trainer, fit, latest_checkpoint
+from common.training import build_trainer, fit, latest_checkpoint
 from common.weights import load_weights, read_weights, save_weights
 
 ENDLESS = 10**6  # steps: a budget of CPU seconds ends training
@@ -59,10 +59,10 @@ def open_sizes(sizes: type[S], paper: str | Path, tier: Tier) -> S:
 def kept(path: Path, make: Callable[[], Mapping[str, Any]], settings: Any = None) -> dict[str, Any]:
     """Values in a JSON file: read if it holds these settings, else made and written. Null is read as NaN."""
     settings = _plain(settings)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = read_object(path) if path.is_file() else None
     if found is None or found.get("settings") != settings:
         write_json(path, ({} if settings is None else {"settings": settings}) | dict(make()))
-        found = json.loads(path.read_text(encoding="utf-8"))  # what is made is what will be read
+        found = read_object(path)  # what is made is what will be read
     return {key: float("nan") if value is None else value for key, value in found.items() if key != "settings"}
 
 
@@ -157,11 +157,15 @@ def fit_arm(
 ) -> None:
     """Train an arm without logs; with `checkpoint_every` it goes on from its last checkpoint in `folder`."""
     folder = folder or cache_dir("experiments")
-    callbacks: list[pl.Callback] = [watch]
-    if checkpoint_every:
-        callbacks.append(SaveEvery(folder / "checkpoints", checkpoint_every, last=steps))
     trainer = build_trainer(
-        folder, options, steps=steps, batch_size=batch_size, grad_clip=grad_clip, logs=False, callbacks=callbacks
+        folder,
+        options,
+        steps=steps,
+        batch_size=batch_size,
+        grad_clip=grad_clip,
+        logs=False,
+        callbacks=[watch],
+        checkpoint_every=checkpoint_every,
     )
     fit(trainer, module, data, latest_checkpoint(folder) if checkpoint_every else None)
 
@@ -265,7 +269,7 @@ class Study(Generic[S]):
         """A folder for work that goes on by itself after an interruption; work begun with other settings goes."""
         folder = self.folder / name
         begun, wanted = folder / "settings.json", _plain(settings)
-        if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != wanted):
+        if folder.is_dir() and (not begun.is_file() or read_object(begun) != wanted):
             shutil.rmtree(folder)
         write_json(begun, wanted)
         return folder

@@ -4,7 +4,6 @@ throughput in the progress bar, logs. The loop itself is Lightning's."""
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import os
@@ -29,11 +28,19 @@ from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import read_object, read_yaml, reading, sweep, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions
 from common.precision import choose_precision
-from common.processes import is_main_process
+from common.processes import (
+    end_all,
+    first_failure,
+    how_it_ended,
+    is_main_process,
+    lost_the_others,
+    start_process_group,
+)
+from common.stopping import Steps, Stopped, command
 
 LAST_CHECKPOINT = "last.ckpt"
 
@@ -130,26 +137,49 @@ class StopOnNonFinite(Callback):
 
 
 class SaveEvery(Callback):
-    """Replaces `folder/last.ckpt` every `every` steps and after the last one.
+    """Replaces `folder/last.ckpt` every `every` steps, after the last one, and before a signal ends the run.
 
     Steps are those of the main network: Lightning's own callback looks at global_step, which moves by two where a
     discriminator is trained as well and may then miss every multiple.
+
+    Args:
+        every: 0 keeps nothing.
     """
 
     def __init__(self, folder: Path, every: int, last: int) -> None:
         self.path, self.every, self.last = folder / LAST_CHECKPOINT, every, last
-        self._saved = -1
+        self._saved = self._step = -1
+        self._steps = Steps()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved = generator_step(trainer)
+        self._saved = self._step = generator_step(trainer)
+        self._steps.__enter__()  # here, since Lightning has just taken the signals
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = generator_step(trainer)
-        if step != self._saved and (step % self.every == 0 or step == self.last):
-            self._saved = step
+        if step == self._step:  # a micro-batch
+            return
+        self._step = step
+        if self.every and (step % self.every == 0 or step == self.last):
+            self._save(trainer)
+        self._steps.ended(lambda: self._save(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.__exit__(None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._step >= 0:
+            self._steps.__exit__(type(exception))
+
+    def _save(self, trainer: pl.Trainer) -> str:
+        if not self.every:
+            return ""
+        if self._saved != self._step:
+            self._saved = self._step
             trainer.save_checkpoint(self.path)
+        return f"step {self._step} is saved in {self.path}"
 
 
 class ThroughputBar(TQDMProgressBar):
@@ -251,7 +281,7 @@ def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence
     if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--resume never: {run_dir} is not empty; choose another --run_dir")
     if resume == "auto" and saved.is_file():
-        old, new = _flat(saved.read_text()), _flat(config_yaml)
+        old, new = _flat(read_yaml(saved)), _flat(yaml.safe_load(config_yaml))
         # An option that the saved config lacks is newer than that run.
         changed = [
             f"{key} was {old[key]}, is {value}"
@@ -264,11 +294,13 @@ def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence
                 f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
                 "choose another --run_dir, or delete that folder"
             )
+    if run_dir.is_dir():
+        sweep(run_dir)
     write_atomically(saved, lambda temporary: temporary.write_text(config_yaml))
 
 
-def _flat(text: str) -> dict[str, Any]:
-    """A YAML config as {"section.option": value}."""
+def _flat(config: Any) -> dict[str, Any]:
+    """A config as {"section.option": value}."""
 
     def walk(prefix: str, node: Any) -> dict[str, Any]:
         if not isinstance(node, dict):
@@ -276,7 +308,7 @@ def _flat(text: str) -> dict[str, Any]:
         parts = (walk(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items())
         return {key: value for part in parts for key, value in part.items()}
 
-    return walk("", yaml.safe_load(text))
+    return walk("", config)
 
 
 def quiet_lightning() -> None:
@@ -302,6 +334,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
     unit: tuple[str, float] = ("img", 1.0),
+    checkpoint_every: int | None = None,
 ) -> pl.Trainer:
     """A Lightning Trainer with the house's conventions; everything is written below `folder`.
 
@@ -316,6 +349,7 @@ def build_trainer(
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
         unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
+        checkpoint_every: steps; 0 keeps none. None: that of `options` where there are logs, else none.
 
     Raises:
         UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
@@ -329,7 +363,9 @@ def build_trainer(
     own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
         own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
-        own.append(SaveEvery(checkpoints, options.checkpoint_every, last=steps))
+    # Last, so that a step at which a signal ends the run has its samples.
+    every = options.checkpoint_every if logs and checkpoint_every is None else checkpoint_every or 0
+    saving = SaveEvery(checkpoints, every, last=steps)
     strategy: Any = options.strategy
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
@@ -350,7 +386,7 @@ def build_trainer(
         precision=chosen_precision,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
-        callbacks=[*own, *callbacks],
+        callbacks=[*own, *callbacks, saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),
@@ -417,7 +453,11 @@ def train(
         logs=logs,
         unit=unit,
     )
-    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+    try:
+        fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+    except Stopped as stopped:
+        stopped.options = [] if resume == "auto" else ["--resume", "auto"]
+        raise
     return trainer
 
 
@@ -425,19 +465,36 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     """`trainer.fit`, with the user's mistakes as sentences.
 
     Raises:
-        UserError: the checkpoint is damaged, pickled or of another network; the disk is full; the loss is not finite.
+        UserError: the checkpoint is damaged, pickled or of another network; the disk is full; the loss is not finite;
+            another process ended.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and trainer.world_size > 1:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        start_process_group("nccl" if device.type == "cuda" else "gloo", seconds=1800)
+    # Lightning's launcher kills this process without a word when one that it started has ended.
+    started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
+    except Stopped:
+        started.clear()
+        raise
     except RuntimeError as error:
+        if lost_the_others(error) and started:
+            processes = list(started)
+            started.clear()
+            failed = first_failure(processes, patience=3)
+            end_all(processes, patience=1)
+            if failed is not None:
+                how = how_it_ended(processes[failed].returncode)
+                raise UserError(
+                    f"rank {failed + 1} of {trainer.world_size} {how}, so the others were ended too; what was saved is "
+                    f"whole. To go on: {command()}"
+                ) from None
         if checkpoint is None or "loading state_dict" not in str(error):
             raise
         raise of_another_network(checkpoint, error) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write below {trainer.default_root_dir}: {error} (is the disk full?); "
-            "the last checkpoint there is whole, so starting again continues from it"
-        ) from error
 
 
 def of_another_network(checkpoint: Path, error: RuntimeError) -> UserError:
@@ -474,7 +531,7 @@ def write_metrics(
     """
     times = {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(total, 1)}
     if not trained and path.is_file():
-        times = json.loads(path.read_text(encoding="utf-8")).get("seconds", times)
+        times = read_object(path).get("seconds", times)
     content = {**metrics, "seconds": times}
     write_json(path, content)
     return content
@@ -484,7 +541,7 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
     """The logged quantities of a stage by step, over all its starts (a later start replaces what it did again)."""
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        with path.open(newline="") as file:
+        with reading(path, "delete it"), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for key, value in row.items():
                     if key not in ("step", "epoch") and value:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, sweep, unfinished, write_json
 from electra.wordpiece import Tokenizer
 
 FORMAT = 1
@@ -197,8 +196,9 @@ def build_store(
         manifest = _read_manifest(folder)
         if manifest is not None and manifest["fingerprint"] == fingerprint:
             return ExampleStore(folder)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-            work = Path(name) / "store"
+        sweep(folder.parent)
+        with unfinished(folder, folder=True) as place:
+            work = place / "store"
             work.mkdir()
             try:
                 builder = ExampleBuilder(max_length, random.Random(seed), keep_overflow)
@@ -206,8 +206,8 @@ def build_store(
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error}); is the disk full?") from error
             if folder.exists():
-                shutil.move(folder, Path(name) / "replaced")
-            work.replace(folder)
+                os.replace(folder, place / "replaced")
+            os.replace(work, folder)
     return ExampleStore(folder)
 
 
@@ -261,15 +261,11 @@ def _read_manifest(folder: Path) -> dict | None:  # type: ignore[type-arg]
     path = folder / _MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest["fingerprint"], str) or set(manifest["files"]) != set(_FILES):
-            raise KeyError
-        return dict(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a manifest of pre-training examples; delete {folder} to build them anew"
-        ) from error
+    advice = f"not a manifest of pre-training examples; delete {folder} to build them anew"
+    manifest = read_object(path, kinds={"fingerprint": str, "files": dict}, advice=advice)
+    if set(manifest["files"]) != set(_FILES):
+        raise UserError(f"{path}: {advice}")
+    return manifest
 
 
 def _sha256(path: Path) -> str:

@@ -13,7 +13,6 @@ is inside their training pairs. Only Inception features may be called FID; every
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.lines import read_json_lines, read_lines
 from common.errors import UserError, run_main
+from common.files import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,11 +144,11 @@ def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
             for _, row in read_json_lines(path, "file_name", "text"):
                 texts.setdefault(Path(row["file_name"]).name, row["text"])
         else:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            content = read_object(path, "no such file")
             names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
         ) from None

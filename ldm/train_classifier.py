@@ -10,7 +10,6 @@ stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -47,7 +46,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     import torch
 
     from common.data.sampling import TensorTable
-    from common.files import write_json
+    from common.files import read_object, write_json
     from common.options import check_trainer
     from common.training import open_run_folder, train
     from common.weights import save_weights
@@ -64,7 +63,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     if config.resume == "auto" and finished.is_file():
         open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)  # refuses other options
         print(f"{folder}: trained already", file=sys.stderr)
-        return json.loads(finished.read_text())
+        return read_object(finished)
     run, ldm, classes = class_run(Path(config.model))
     open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
     torch.manual_seed(config.seed)

@@ -14,10 +14,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from common.cli import parse_config
 from common.errors import UserError
+from common.files import read_yaml
 from common.options import TrainerOptions
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
@@ -327,15 +326,9 @@ def _option_names(config_class: Any, prefix: str = "--") -> list[str]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"--config {file}: no such file; the ready-made ones are in pixart/configs/") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f'--config {file}: expected options ("data:", "trainer:", ...) or a list of "stages:"')
-    return content
+    if not file.is_file():
+        raise UserError(f"--config {file}: no such file; the ready-made ones are in pixart/configs/")
+    return read_yaml(file, f"--config {file}", 'expected options ("data:", "trainer:", ...) or a list of "stages:"')
 
 
 def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:

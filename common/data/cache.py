@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import read_object, sweep, write_atomically, write_json
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -292,13 +292,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / _MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest["shards"], dict) or not isinstance(manifest["tensors"], dict):
-            raise TypeError
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a cache manifest; delete that folder to build the cache anew") from error
+    kinds = {"shards": dict, "tensors": dict, "count": int, "shard_size": int}
+    return read_object(path, kinds=kinds, advice="not a cache manifest; delete that folder to build the cache anew")
 
 
 def _shard_count(manifest: dict[str, Any]) -> int:
@@ -377,6 +372,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another cache folder") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        sweep(folder)
         yield
 
 

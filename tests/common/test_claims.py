@@ -104,7 +104,7 @@ def test_a_claim_has_what_its_tier_shares_and_what_it_says_itself(file: Path) ->
         ("budget: {images: 5}", "budgets: {images: 5}", "claim T1, tier small: unknown key 'budgets'"),
         ("smoke: {seeds: [0], ", "smoke: {seeds: 0, ", "tier smoke: seeds is 0, expected a list"),
         ("claims:", "claim:", "toy/claims.yaml: unknown key 'claim', expected one of tiers, claims"),
-        ("tiers:\n  small: {", "tiers:\n  small: [{", "toy/claims.yaml cannot be read as YAML"),
+        ("tiers:\n  small: {", "tiers:\n  small: [{", "toy/claims.yaml is not valid YAML"),
     ],
 )
 def test_a_mistake_is_named_by_file_claim_and_key(file: Path, old: str, new: str, sentence: str) -> None:

@@ -38,7 +38,7 @@ def test_a_new_room_works_at_once_and_is_found_as_a_paper(copy: Path) -> None:
     assert papers(copy) == ("two_words",)
     files = [copy / name for name in made]
     assert not any("newpaper" in file.read_text().lower() for file in files)
-    assert sum(len(file.read_text().splitlines()) for file in files) < 300
+    assert sum(len(file.read_text().splitlines()) for file in files) < 310
     run(copy, "-m", "ruff", "check", "--quiet", "--fix", "two_words", "tests")  # a name changes the order of imports
     run(copy, "-m", "ruff", "format", "--quiet", "two_words", "tests")
     run(copy, "-m", "ruff", "check", "two_words", "tests")
@@ -47,6 +47,14 @@ def test_a_new_room_works_at_once_and_is_found_as_a_paper(copy: Path) -> None:
     assert "3 passed" in run(copy, "-m", "pytest", "-o", "addopts=", "tests/two_words")
     shutil.rmtree(copy / "two_words")
     assert papers(copy) == ()
+
+
+@pytest.mark.slow
+def test_a_new_room_is_drilled_like_every_paper(copy: Path) -> None:
+    run(copy, "-m", "common.new_paper", "two_words")
+    shutil.copy(REPOSITORY / "tests" / "drills.py", copy / "tests")
+    said = run(copy, "-m", "tests.drills", "--kinds", "kill,term,int,full,readonly,records,hostile")
+    assert "two_words term: held" in said and said.endswith("all held\n")
 
 
 def test_the_template_itself_is_no_paper_and_says_its_name_in_one_word() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -51,7 +52,8 @@ def run_main(main: Callable[[], Any]) -> None:
     except UserError as error:
         # An error raised in a loader process arrives with that process's traceback in front of its message.
         _end(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", 2)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         _end(str(stopped) if is_main_process() else "", stopped.status)
     except Exception as error:
         if lost_the_others(error):

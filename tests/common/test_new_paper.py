@@ -53,7 +53,7 @@ def test_a_new_room_works_at_once_and_is_found_as_a_paper(copy: Path) -> None:
 def test_a_new_room_is_drilled_like_every_paper(copy: Path) -> None:
     run(copy, "-m", "common.new_paper", "two_words")
     shutil.copy(REPOSITORY / "tests" / "drills.py", copy / "tests")
-    said = run(copy, "-m", "tests.drills", "--kinds", "kill,term,int,full,readonly,records,hostile")
+    said = run(copy, "-m", "tests.drills", "--kinds", "kill,term,interrupt,full,readonly,records,hostile")
     assert "two_words term: held" in said and said.endswith("all held\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from common.figures import BLUE, bars, curve, kept_logs, panels, save_figure, series, small_claims, training_curve
-from common.files import read_object
 from common.training import read_logs
 
 # Table 5's order and names.
@@ -80,7 +80,7 @@ def draw_figures(results: Path, folder: Path, study: Path) -> None:
             "Held-out text as the discriminator of the first seed reads it: the darker, the more probably replaced; "
             "below a replaced token what stood there (=: the generator was right)."
         )
-        figure = _corrupted_sentence(read_object(example))
+        figure = _corrupted_sentence(json.loads(example.read_text(encoding="utf-8")))
         save_figure(figure, folder / "corrupted_sentence.png", caption)
 
 

@@ -261,15 +261,16 @@ def plain(value: Any) -> Any:
 
 def differences(run: Path, whole: Path) -> list[str]:
     """Weights and results that one run folder has and the other lacks or has otherwise; and litter."""
+    skipped = {"tiers", "checkpoints", "tokenizer"}  # what a tokenizer's files say depends on who read it last
     found = [f"{path} was left" for path in run.rglob(".*") if path.name.endswith(".part")]
     for pattern in ("*.safetensors", "*.json", "*.png", "*.svg"):
         files = {path.relative_to(folder) for folder in (run, whole) for path in folder.rglob(pattern)}
-        for file in sorted(file for file in files if not ({"tiers", "checkpoints"} & set(file.parts))):
+        for file in sorted(file for file in files if not skipped & set(file.parts)):
             if not ((run / file).is_file() and (whole / file).is_file()):
                 found.append(f"{file} is in one of the two only")
             elif pattern == "*.safetensors" and not same_weights(run / file, whole / file):
                 found.append(f"{file} differs")
-            elif pattern == "*.json" and file.name not in ("choices.json", "tokenizer.json"):  # has what was asked last
+            elif pattern == "*.json" and file.name != "choices.json":
                 contents = [plain(json.loads((folder / file).read_text())) for folder in (run, whole)]
                 if contents[0] != contents[1]:
                     found.append(f"{file} differs: {contents[0]} {contents[1]}")

@@ -75,7 +75,7 @@ test: lint browser ## lint, types and all tests (also what CI runs)
 test-machines: $(STAMP) ## the numerical tests as other machines run them (ARGS="--settings aten-default,busy")
 	$(PY) -m tests.machines $(ARGS)
 
-drills: $(STAMP) ## kill, stop, starve and deceive every trainer (ARGS="--papers ldm --kinds kill,term")
+drills: $(STAMP) ## kill, stop, starve and deceive every trainer (ARGS="--papers NAME --kinds kill,term")
 	OMP_NUM_THREADS=1 $(PY) -m tests.drills $(ARGS)
 
 report: $(STAMP) ## build the web page report/site/index.html and the README tables from results/

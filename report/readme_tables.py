@@ -31,10 +31,11 @@ from typing import Any
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.paths import REPOSITORY, RESULTS
-from report.build import Findings, in_words, load, measurements
+from report.build import Findings, load
 from report.papers import Paper, all_papers
 from report.plots import number
 from report.record_run import WITHOUT_BF16
+from report.words import conditions, in_words
 
 END = "<!-- end -->"
 NOT_MEASURED = "not measured yet"
@@ -101,7 +102,7 @@ def table(
         return ["```text", *lines, "```"] if lines else [NOT_MEASURED]
     findings = found.get(name, Findings())
     if kind == "figures":
-        links = [(Path(os.path.relpath(path, folder)).as_posix(), caption) for path, caption in findings.figures]
+        links = [(Path(os.path.relpath(p.path, folder)).as_posix(), p.caption) for p in findings.pictures]
         return [line for link, text in links for line in (text, "", f"![{Path(link).stem}]({link})", "")][:-1] or [
             NOT_MEASURED
         ]
@@ -212,8 +213,8 @@ def _state(paper: Paper, root: Path, findings: Findings) -> str:
 def _measured(claim: Mapping[str, Any]) -> dict[str, str]:
     """What was measured by metric, each once: the headline and the further conditions."""
     found: dict[str, str] = {}
-    for condition, _, text in measurements(claim):
-        found.setdefault(in_words(condition["metric"]), text)
+    for condition in conditions(claim):
+        found.setdefault(in_words(condition.metric), condition.text)
     return found
 
 

@@ -129,7 +129,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
     ids: set[str] = set()
     for number, entry in enumerate(content["claims"], start=1):
         where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _fields(entry, where, _CLAIM, {"rungs": list, "short": str})
+        _fields(entry, where, _CLAIM, {"rungs": list, "short": str, "note": str, "words": dict})
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
@@ -175,6 +175,18 @@ def read_sizes(paper: str | Path, tier: Tier) -> dict[str, Any]:
     return _merged(shared.get("sizes", {}), shared.get("budget", {}))
 
 
+def read_notes(paper: str | Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """What claims.yaml says for readers: (what came out and was tried, by claim; metrics in words, by claim).
+
+    Raises:
+        UserError: as `read_claims`.
+    """
+    _, content = _claims_file(paper)
+    notes = {entry["id"]: entry["note"] for entry in content["claims"] if "note" in entry}
+    shared = content.get("words", {})
+    return notes, {entry["id"]: {**shared, **entry.get("words", {})} for entry in content["claims"]}
+
+
 _TEXT_OR_NUMBER: tuple[type, ...] = (str, int, float)
 _NUMBER: tuple[type, ...] = (int, float)
 _KINDS: dict[Any, str] = {
@@ -197,7 +209,7 @@ def _claims_file(paper: str | Path) -> tuple[str, dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    return name, _fields(content, name, {"tiers": dict, "claims": list})
+    return name, _fields(content, name, {"tiers": dict, "claims": list}, {"words": dict})
 
 
 def _tier(name: str, content: Mapping[str, Any], tier: str) -> dict[str, Any]:

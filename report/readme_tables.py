@@ -31,7 +31,7 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.files import write_atomically
-from common.ledger import passes, read_claims
+from common.ledger import passes, read_claims, read_notes
 from common.paths import REPOSITORY, RESULTS
 from report.build import Findings, in_words, load, measurements
 from report.papers import Paper, all_papers
@@ -105,7 +105,7 @@ def table(marker: re.Match[str], root: Path, folder: Path, found: Mapping[str, F
         return figures(findings, (only or "").split(), folder, where)
     if kind == "bench":
         return bench_table(findings, only or "")
-    return claims_table(findings, _short(root / name / "claims.yaml"))
+    return claims_table(findings, root / name / "claims.yaml")
 
 
 def _quoted(results: Path, name: str) -> list[str]:
@@ -137,32 +137,39 @@ def figures(findings: Findings, names: Sequence[str], folder: Path, where: str) 
     return lines[:-1]
 
 
-def _short(file: Path) -> dict[str, str]:
-    """Each claim in one line, by its id."""
-    return {claim.id: claim.short for claim in read_claims(file, "small").values()} if file.is_file() else {}
+def claims_table(findings: Findings, file: Path) -> list[str]:
+    """One row a claim, from its most thorough tier: the headline, and what of the further conditions was missed.
 
-
-def claims_table(findings: Findings, short: Mapping[str, str]) -> list[str]:
-    """One row a claim, from its most thorough tier: the headline, and what of the further conditions was missed."""
+    Args:
+        file: the paper's claims.yaml, which has each claim in one line, and what was tried where one was missed.
+    """
     if not findings.claims:
         return [NOT_MEASURED]
     records = [best for best, *_ in findings.by_id().values()]
+    given = file.is_file()
+    short = {claim.id: claim.short for claim in read_claims(file, "small").values()} if given else {}
+    notes, words = read_notes(file) if given else ({}, {})
     rows = [
         [
             best["id"],
             "yes" if best["holds"] else "**no**",
             short.get(best["id"], best["statement"]),
-            "; ".join(_against_targets(best)),
+            "; ".join(_against_targets(best, words.get(best["id"], {}))),
         ]
         for best in records
     ]
+    lines = _markdown(["id", "holds", "claim", "measured against target"], rows)
     seeds = sorted({len(best["measured"]) for best in records})
-    words = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
-    note = f"Mean ± standard deviation over {words}. The paper's values, every condition and every seed: {REPORT}."
-    return [*_markdown(["id", "holds", "claim", "measured against target"], rows), "", note]
+    number_of = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
+    lines += ["", f"Mean ± standard deviation over {number_of}. The paper's values, every condition and seed: {REPORT}."]
+    missed = [best["id"] for best in records if not best["holds"] and best["id"] in notes]
+    if missed:
+        lines += ["", "Why the ones that miss do, and what was tried:", ""]
+        lines += [f"- **{name}** {' '.join(notes[name].split())}" for name in missed]
+    return lines
 
 
-def _against_targets(claim: Mapping[str, Any]) -> list[str]:
+def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> list[str]:
     """The headline with its bar, further conditions that were missed, and how many were met."""
     found, met = [], 0
     for place, (condition, mean, text) in enumerate(measurements(claim)):
@@ -170,9 +177,9 @@ def _against_targets(claim: Mapping[str, Any]) -> list[str]:
         if place and passes(mean, op, bar):
             met += 1
             continue
-        name = in_words(condition["metric"])
+        name = words.get(condition["metric"], in_words(condition["metric"]))
         found.append(f"{name} {_decided(mean, text, op, bar)} ({_SIGNS.get(op, op)} {number(bar)})")
-    if len(found) > 3:
+    if len(found) > 2:
         found[2:] = [f"{len(found) - 2} more missed"]
     return found + ([f"{met} more met"] if met else [])
 

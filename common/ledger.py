@@ -85,12 +85,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Claim:
-    """One falsifiable sentence of a paper, restated for one tier; `id` as in the paper's specification.
+    """One falsifiable sentence of a paper, restated for one tier.
 
     Args:
         seeds: that it is measured with.
         sizes: of networks, data and measurements; budget: what its arms may spend.
         rungs: multiples of the budget at which it is to be measured.
+        short: the statement in one line, for tables; the statement itself where it is short enough.
     """
 
     id: str
@@ -102,6 +103,7 @@ class Claim:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     rungs: tuple[int, ...] = (1,)
+    short: str = ""
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -127,7 +129,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
     ids: set[str] = set()
     for number, entry in enumerate(content["claims"], start=1):
         where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _fields(entry, where, _CLAIM, {"rungs": list, "outcome": str, "words": dict})
+        _fields(entry, where, _CLAIM, {"rungs": list, "short": str, "outcome": str, "words": dict})
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
@@ -155,6 +157,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
             sizes=_merged(shared.get("sizes", {}), own.get("sizes", {})),
             budget=_merged(shared.get("budget", {}), own.get("budget", {})),
             rungs=_whole(entry.get("rungs", [1]), f"{where}, rungs", least=1),
+            short=entry.get("short", own.get("statement", entry["statement"])),
         )
         if tier == "small" and len(claims[entry["id"]].seeds) < MIN_SEEDS_SMALL:
             raise UserError(f"{where}: seeds has fewer than {MIN_SEEDS_SMALL} in tier small")
@@ -309,7 +312,7 @@ def record(
         "measured": rows,
         "mean": means[claim.target.metric],
         "std": None if len(finite) < len(rows) else stdev(finite) if len(finite) > 1 else 0.0,
-        "holds": all(_passes(means[c.metric], c.op, c.target) for c in conditions),
+        "holds": all(passes(means[c.metric], c.op, c.target) for c in conditions),
         "tier": claim.tier,
         "seconds": float(seconds),
         "peak_memory_bytes": int(peak_memory_bytes),
@@ -461,7 +464,8 @@ def _mean(claim_id: str, metric: str, rows: Sequence[Mapping[str, float | int | 
     return fmean(finite) if len(finite) == len(values) else None
 
 
-def _passes(mean: float | None, op: str, target: float) -> bool:
+def passes(mean: float | None, op: str, target: float) -> bool:
+    """Whether a mean, None where a seed diverged, meets a bar."""
     return mean is not None and _OPERATORS[op](mean, target)
 
 

@@ -156,7 +156,9 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
     shared = {key: findings for key, findings in found.items() if key not in known}
     front = read_pictures(results / "figures") if (results / "figures").is_dir() else []
     opening = album.gallery(front) if front else ""
-    sections = [_paper_section(paper, found[paper.key], album, Room.open(paper.key, rooms, output)) for paper in measured]
+    sections = [
+        _paper_section(paper, found[paper.key], album, Room.open(paper.key, rooms, output)) for paper in measured
+    ]
     if shared:
         sections.append(_shared_section(shared, album, rooms, output))
     links = [(paper.key, paper.key) for paper in measured] + ([("shared", "across papers")] if shared else [])
@@ -235,9 +237,7 @@ def _paper_section(paper: Paper, findings: Findings, album: Album, room: Room) -
     verbs = [("train", paper.start)]
     verbs += [("reproduce", "measures the claims below")] if findings.claims else []
     verbs += [("bench", "measures speed and memory")] if findings.rows else []
-    commands = "".join(
-        f"<li><code>make {paper.key}-{verb}</code> {escape(text)}</li>" for verb, text in verbs if text
-    )
+    commands = "".join(f"<li><code>make {paper.key}-{verb}</code> {escape(text)}</li>" for verb, text in verbs if text)
     return (
         f'<section class="paper" id="{paper.key}" aria-labelledby="{paper.key}-title">'
         f'<p class="eyebrow"><code>{paper.key}</code> · {escape(paper.venue)} · {links}</p>'

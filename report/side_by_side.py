@@ -48,8 +48,12 @@ def _workload(name: str, group: Sequence[tuple[str, Workload]], several: bool, m
         unit = f' <span class="unit">{escape(first["unit"])}</span>'
         cells = [f'<th scope="rowgroup" rowspan="{len(group)}">{escape(name)}</th>'] if place == 0 else []
         cells += [f"<td>{letter}</td>"] if several else []
-        cells.append(f'<td class="num">{number(first["ours"])}{unit}</td><td class="num">{number(first["peer"])}{unit}</td>')
-        cells.append(f'<td>{ratio_plot(first["ratio"], first["target"], widest)}</td><td class="num">{_ratio(first)}</td>')
+        cells.append(
+            f'<td class="num">{number(first["ours"])}{unit}</td><td class="num">{number(first["peer"])}{unit}</td>'
+        )
+        cells.append(
+            f'<td>{ratio_plot(first["ratio"], first["target"], widest)}</td><td class="num">{_ratio(first)}</td>'
+        )
         if best is first:
             cells.append('<td class="num quiet" colspan="2">the same</td>')
         else:
@@ -107,7 +111,9 @@ def _methods(rows: Sequence[Row], metric: str, which: str) -> str:
     values = {(row["title"], row["steps"]): row for row in rows if metric in row["metrics"]}
     means = {place: row["metrics"][metric]["mean"] for place, row in values.items()}
     pick = min if which == "lowest" else max
-    best = {n: pick((m for (_, steps), m in means.items() if steps == n and m is not None), default=None) for n in columns}
+    best = {
+        n: pick((m for (_, steps), m in means.items() if steps == n and m is not None), default=None) for n in columns
+    }
 
     def cell(title: str, steps: int) -> str:
         row = values.get((title, steps))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.ledger import passes
 from report.plots import number, spread
 
 SIGNS = {">=": "≥", "<=": "≤"}
@@ -66,11 +67,6 @@ def conditions(record: Mapping[str, Any]) -> list[Measured]:
     return found
 
 
-def passes(mean: float | None, op: str, bar: float) -> bool:
-    """Whether a mean, None where a seed diverged, meets a bar."""
-    return mean is not None and {">=": mean >= bar, ">": mean > bar, "<=": mean <= bar, "<": mean < bar}[op]
-
-
 def _decided(mean: float | None, text: str, op: str, bar: float) -> str:
     """`text` with so many digits of the mean that one sees on which side of the bar it lies."""
     head, sign, std = text.partition(" ± ")
@@ -100,7 +96,7 @@ def within_noise(record: Mapping[str, Any]) -> bool:
         if one.mean is None:
             return False  # a run that diverged is no noise
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        crosses = 0 < std and abs(one.mean - one.bar) <= std
+        crosses = std > 0 and abs(one.mean - one.bar) <= std
         crossing.append(crosses)
         if not one.met:
             failing.append(crosses)

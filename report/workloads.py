@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from report.words import passes
+from common.ledger import passes
 from report.plots import number
 
 Row = Mapping[str, Any]

@@ -3,7 +3,8 @@
     python -m report.readme_tables                 # rewrite what is stale
     python -m report.readme_tables --check         # write nothing; exit status 1 when a table is stale
 
-A table stands between two markers, each alone on its line, in README.md, <folder>/README.md or benchmarks/<name>/README.md:
+A table stands between two markers, each alone on its line, in README.md, <folder>/README.md or
+benchmarks/<name>/README.md:
 
     <!-- claims:ldm -->    the claims of results/ldm.json
     <!-- bench:ldm -->     the workloads of results/bench_ldm.json; <!-- bench:ldm REGEX --> only those it matches
@@ -164,7 +165,7 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
     number_of = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
     lines += [
         "",
-        f"Mean ± standard deviation over {number_of}. The paper's values, every condition and seed: {REPORT}.",
+        f"Mean ± standard deviation over {number_of}. The paper's values, all conditions and seeds: {REPORT}.",
     ]
     missed = [best["id"] for best in records if not best["holds"] and best["id"] in notes]
     if missed:
@@ -174,7 +175,7 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
 
 
 def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> str:
-    """The number that decides the verdict: the first that missed its bar, else the headline; how many others did what."""
+    """The number that decides the verdict, the first that missed or else the headline, and what became of the others."""
     found = [(c, mean, text, passes(mean, c["op"], c["target"])) for c, mean, text in measurements(claim)]
     condition, mean, text, met = next((entry for entry in found if not entry[-1]), found[0])
     op, bar = condition["op"], condition["target"]

@@ -175,7 +175,7 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
 
 
 def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> str:
-    """The number that decides the verdict, the first that missed or else the headline, and what became of the others."""
+    """The number that decides the verdict, the first that missed or else the headline, and how the others went."""
     found = [(c, mean, text, passes(mean, c["op"], c["target"])) for c, mean, text in measurements(claim)]
     condition, mean, text, met = next((entry for entry in found if not entry[-1]), found[0])
     op, bar = condition["op"], condition["target"]

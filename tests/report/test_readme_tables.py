@@ -97,7 +97,7 @@ def test_claims_table_shows_mean_std_seeds_and_verdict_of_the_most_thorough_tier
     assert set(rows) == {"| L1", "| L2", "| L3"}
     assert rows["| L1"].startswith("| L1 | yes | latent")
     assert rows["| L1"].endswith("| FD drop 0.200 ± 0.010 (≥ 0.15); 1 more met |")
-    assert rows["| L2"].startswith("| L2 | **no** |")
+    assert rows["| L2"].startswith("| L2 | **no** | latent")
     assert rows["| L2"].endswith("| FD drop 0.200 ± 0.010 (≥ 0.95); 1 more met |")
     assert (
         rows["| L3"].endswith("| FD drop not finite (≥ 0.1); speed up not finite (> 4) |")

@@ -129,7 +129,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
     ids: set[str] = set()
     for number, entry in enumerate(content["claims"], start=1):
         where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _fields(entry, where, _CLAIM, {"rungs": list, "short": str, "note": str, "words": dict})
+        _fields(entry, where, _CLAIM, {"rungs": list, "short": str, "outcome": str, "words": dict})
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
@@ -182,7 +182,7 @@ def read_notes(paper: str | Path) -> tuple[dict[str, str], dict[str, dict[str, s
         UserError: as `read_claims`.
     """
     _, content = _claims_file(paper)
-    notes = {entry["id"]: entry["note"] for entry in content["claims"] if "note" in entry}
+    notes = {entry["id"]: entry["outcome"] for entry in content["claims"] if "outcome" in entry}
     shared = content.get("words", {})
     return notes, {entry["id"]: {**shared, **entry.get("words", {})} for entry in content["claims"]}
 

@@ -32,12 +32,13 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.files import write_atomically
-from common.ledger import passes, read_claims, read_notes
+from common.ledger import read_claims, read_notes
 from common.paths import REPOSITORY, RESULTS
-from report.build import Findings, in_words, load, measurements
+from report.build import Findings, load
 from report.papers import Paper, all_papers
 from report.plots import number
 from report.record_run import WITHOUT_BF16
+from report.words import SIGNS, conditions, in_words
 from report.workloads import cells, workloads
 
 END = "<!-- end -->"
@@ -125,7 +126,7 @@ def figures(findings: Findings, names: Sequence[str], folder: Path, where: str) 
     Raises:
         UserError: a name that no picture has, or more names than a visitor looks at.
     """
-    known = {path.stem: (path, caption) for path, caption in findings.figures}
+    known = {picture.path.stem: picture for picture in findings.pictures}
     if not known:
         return [NOT_MEASURED]
     missing = [name for name in names if name not in known]
@@ -134,8 +135,8 @@ def figures(findings: Findings, names: Sequence[str], folder: Path, where: str) 
         raise UserError(f"{where}: {f'no picture is called {missing[0]!r}' if missing else 'pictures'}; {expected}")
     lines = []
     for name in names:
-        path, caption = known[name]
-        lines += [caption, "", f"![{name}]({Path(os.path.relpath(path, folder)).as_posix()})", ""]
+        picture = known[name]
+        lines += [picture.caption, "", f"![{name}]({Path(os.path.relpath(picture.path, folder)).as_posix()})", ""]
     return lines[:-1]
 
 
@@ -176,29 +177,13 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
 
 def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> str:
     """The number that decides the verdict, the first that missed or else the headline, and how the others went."""
-    found = [(c, mean, text, passes(mean, c["op"], c["target"])) for c, mean, text in measurements(claim)]
-    condition, mean, text, met = next((entry for entry in found if not entry[-1]), found[0])
-    op, bar = condition["op"], condition["target"]
-    name = words.get(condition["metric"], in_words(condition["metric"]))
-    missed = sum(not entry[-1] for entry in found) - (not met)
+    found = conditions(claim)
+    shown = next((condition for condition in found if not condition.met), found[0])
+    missed = sum(not condition.met for condition in found) - (not shown.met)
     others = {"missed": missed, "met": len(found) - 1 - missed}
-    cell = [f"{name} {_decided(mean, text, op, bar)} ({_SIGNS.get(op, op)} {number(bar)})"]
+    name = words.get(shown.metric, in_words(shown.metric))
+    cell = [f"{name} {shown.text} ({SIGNS.get(shown.op, shown.op)} {number(shown.bar)})"]
     return "; ".join(cell + [f"{count} more {word}" for word, count in others.items() if count])
-
-
-_SIGNS = {">=": "≥", "<=": "≤"}
-
-
-def _decided(mean: float | None, text: str, op: str, bar: float) -> str:
-    """`text` with so many digits of the mean that one sees on which side of the bar it lies."""
-    head, sign, std = text.partition(" ± ")
-    if mean is None or "e" in head:
-        return text
-    decimals = len(head.partition(".")[2])
-    while decimals < 9 and passes(round(mean, decimals), op, bar) != passes(mean, op, bar):
-        decimals += 1
-        head = f"{mean:.{decimals}f}".replace("-", "−")
-    return f"{head}{sign}{std}"
 
 
 def bench_table(findings: Findings, only: str = "") -> list[str]:

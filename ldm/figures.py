@@ -6,10 +6,10 @@ from pathlib import Path
 
 from common.figures import BLUE, bars, curve, keep_captions, panels, save_figure, small_claims
 
-# Pictures that the runs and the claims' programs drew. Arms of claims train for minutes: what one sees is the beginning.
+# Pictures that the runs and the claims' programs drew. Arms of claims train for minutes.
 GRIDS = {
-    "default_run.png": "What `make ldm-train` ends with after a quarter of an hour: colours and outlines of unseen pairs of "
-    "emoji and style, no detail yet.",
+    "default_run.png": "What `make ldm-train` ends with after a quarter of an hour: colours and outlines of "
+    "unseen pairs of emoji and style, no detail yet.",
     "first_stage_mild.png": "L3: held-out emoji through the first stage with KL weight 1e-6, first seed.",
     "first_stage_strong.png": "L3: the same with KL weight 0.1: hardly blurrier, which is why the target is missed.",
     "first_stage_gan.png": "L3: the same with perceptual and adversarial loss: too few steps, colours go astray.",
@@ -19,16 +19,16 @@ GRIDS = {
     "unconditional_f2.png": "L2: the same budget at f = 2: backgrounds and blots of one colour.",
     "unconditional_f4.png": "L1, L2: the same budget at f = 4: plain backgrounds with blots that are not yet shapes.",
     "unconditional_f8.png": "L2: the same budget at f = 8: dark blots without an edge.",
-    "class_guidance_1.png": "L4: class-conditional samples, guidance 1: blots after 90 CPU seconds, no class to be seen.",
+    "class_guidance_1.png": "L4: class-conditional samples, guidance 1: blots after 90 CPU seconds, no class seen.",
     "class_guidance_1p5.png": "L4: the same noises, guidance 1.5.",
-    "class_guidance_3.png": "L4: the same noises, guidance 3: more contrast, still no class; L4 holds by the numbers only.",
+    "class_guidance_3.png": "L4: the same noises, guidance 3: more contrast, still no class; L4 holds by numbers only.",
     "layout.png": "L5: boxes and, right of each, what was drawn for them: the boxes are ignored, as the claim says.",
-    "semantic_2x_rescaled.png": "L8: maps of twice the training size and, right of each, what was drawn, rescaled latents: "
-    "specks where the shapes are not yet formed.",
+    "semantic_2x_rescaled.png": "L8: maps of twice the training size and, right of each, what was drawn, rescaled "
+    "latents: specks, no shapes yet.",
     "semantic_2x_raw.png": "L8: the same with raw latents.",
     "superres_truth.png": "L6, x4 super-resolution: the true pictures.",
     "superres_regression.png": "L6: by regression: blurred, and ahead in FID, PSNR and SSIM.",
-    "superres_latent.png": "L6: by latent diffusion after 50 CPU seconds: some colours are right, patterns stand in for detail.",
+    "superres_latent.png": "L6: by latent diffusion after 50 CPU seconds: some right colours, else patterns.",
     "superres_pixel.png": "L6: by pixel diffusion in the same time: noise.",
     "inpaint_pixel.png": "L7, inpainting: on pixels, the holes are filled with noise.",
     "inpaint_kl.png": "L7: the same holes in the KL latent space: smears instead of noise.",

@@ -3,11 +3,11 @@
     python -m report.build                          # results/ -> report/site/index.html
     python -m report.build --results DIR --output FILE
 
-Reads results/<paper>.json (claims), results/bench_<name>.json (side-by-side rows), results/<name>.json of a comparison of
-methods, and the pictures under results/figures/ that have a caption in their folder's captions.json ({"file name":
-"caption"}); what a missed claim came to and what its numbers are called stands in the paper's claims.yaml, which pictures
-come first in its paper.yaml. Pictures lie beside the page and are asked for when they come into view; styles and script
-are inside. It asks nothing of the network and opens from the file system.
+Reads results/<paper>.json (claims), results/bench_<name>.json (side-by-side rows), results/<name>.json of a comparison
+of methods, and the pictures under results/figures/ that have a caption in their folder's captions.json ({"file name":
+"caption"}). What a missed claim came to and what its numbers are called stands in the paper's claims.yaml, which
+pictures come first in its paper.yaml. Pictures lie beside the page and are asked for when they come into view; styles
+and script are inside. It asks nothing of the network and opens from the file system.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from common.files import write_atomically
 from common.ledger import TIERS, read_claims, read_notes
 from common.paths import REPOSITORY, RESULTS
 from report.papers import Paper, all_papers
-from report.pictures import Album, Picture, read_pictures, strongest_first
+from report.pictures import Album, Picture, read_pictures, strongest_first, with_code
 from report.plots import number, rung_plot, seed_plot
 from report.side_by_side import bench_section, comparison_tables
 from report.words import (
@@ -272,10 +272,10 @@ def _body(findings: Findings, album: Album, room: Room, strongest: Sequence[str]
     if findings.rows:
         parts.append(bench_section(findings.rows))
     if others:
-        parts.append(
-            f'<details class="more"><summary>{len(others)} more picture{"s" * (len(others) > 1)}: plots of the claims, and '
-            f"what their arms drew after minutes of training</summary>{album.gallery(others)}</details>"
+        told = (
+            f"{len(others)} more picture{'s' * (len(others) > 1)}: plots, and what arms drew after minutes of training"
         )
+        parts.append(f'<details class="more"><summary>{told}</summary>{album.gallery(others)}</details>')
     return "".join(parts)
 
 
@@ -296,26 +296,30 @@ def _claim_card(records: Sequence[Mapping[str, Any]], room: Room) -> str:
     outcome = room.outcomes.get(best["id"], "")
     if outcome:
         heading = "What came out" if best["holds"] else "Why it missed, and what was tried"
-        outcome = f'<p class="why"><b>{heading}.</b> {escape(outcome)}</p>'
+        outcome = f'<p class="why"><b>{heading}.</b> {with_code(outcome)}</p>'
     return (
         f'<article class="claim" id="{room.key}-{escape(best["id"])}">'
         f'<header><span class="id">{escape(best["id"])}</span>{_badge(best["holds"], verdict(best))}</header>'
         f"<h3>{escape(best['statement'])}</h3>"
         f'<dl class="pair"><div><dt>The paper</dt><dd>{escape(value)} <cite>{escape(paper["source"])}</cite></dd></div>'
         f"<div><dt>Target here</dt><dd>{escape(str(best['target']['text']))}</dd></div></dl>"
-        f"{_measurement(best, room)}{outcome}{rest}</article>"
+        f"{_measurement(best, room, outcome)}{rest}</article>"
     )
 
 
-def _measurement(claim: Mapping[str, Any], room: Room) -> str:
-    """The headline's seeds as a plot, further conditions a line each; budgets and machines where there are several."""
+def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str:
+    """The headline's seeds as a plot, further conditions a line each; budgets and machines where there are several.
+
+    Args:
+        outcome: HTML that says what came of it.
+    """
     headline, *further = conditions(claim)
     values = [row.get(headline.metric) for row in claim["measured"]]
     name = room.metric(claim["id"], headline.metric)
     plot = seed_plot(name, values, headline.op, headline.bar, headline.mean)
     parts = [
-        f'<figure class="plot"><figcaption><span class="metric">{escape(name)} {ARROWS[headline.op]}</span> '
-        f"<b>{headline.text}</b></figcaption>{plot}</figure>"
+        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)} '
+        f"{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
     ]
     if further:
         lines = "".join(_condition(one, room.metric(claim["id"], one.metric), len(values)) for one in further)
@@ -323,6 +327,7 @@ def _measurement(claim: Mapping[str, Any], room: Room) -> str:
     climbed = [{**claim, **entry} for entry in (claim, *claim.get("rungs", ()))]
     if len(climbed) > 1:
         parts.append(_ladder(climbed, headline, name))
+    parts.append(outcome)
     facts = [f"{escape(claim['tier'])} tier", _seeds(claim), time_taken(claim), escape(claim["hardware"])]
     if warning := few_images(claim, room.images.get(claim["id"])):
         facts.append(warning)
@@ -335,11 +340,17 @@ def _measurement(claim: Mapping[str, Any], room: Room) -> str:
 
 
 def _condition(one: Measured, name: str, seeds: int) -> str:
-    sign = _badge(one.met, "")
+    sign = _sign(one)
     if one.yes is not None:
         return f'<li>{sign}<span class="metric">{escape(name)}</span> <b>in {one.yes} of {seeds} seeds</b></li>'
     bar = f'<span class="quiet">{escape(SIGNS.get(one.op, one.op))} {number(one.bar)}</span>'
-    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> <b>{one.text}</b> {bar}</li>'
+    shown = f'<span class="value"><b>{one.text}</b> {bar}</span>'
+    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> {shown}</li>'
+
+
+def _sign(one: Measured) -> str:
+    told, sign, kind = ("met", "✓", "yes") if one.met else ("missed", "✕", "no")
+    return f'<span class="pip {kind}" role="img" aria-label="{told}">{sign}</span>'
 
 
 def _ladder(climbed: Sequence[Mapping[str, Any]], headline: Measured, name: str) -> str:

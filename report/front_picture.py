@@ -63,9 +63,9 @@ def text_to_image(results: Path) -> tuple[Figure, str]:
                 axis.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, **INK)
     _title(figure, 0.43, "A straightened flow: same noises, same prompts, one step")
     return figure, (
-        "Text to image. Left: what the latent diffusion model in `ldm/pretrained/emoji64` draws for six prompts, trained "
-        "on two CPU cores. Right: with one step the 25-step teacher draws fog; after reflow and distillation (InstaFlow) "
-        "one step draws nearly what 25 did. First seed, nothing picked but the prompts."
+        "Text to image. Left: what the latent diffusion model of `ldm/pretrained/emoji64`, trained on two CPU cores, "
+        "draws for six prompts. Right: with one step the 25-step teacher draws fog; after reflow and distillation "
+        "(InstaFlow) one step draws nearly what 25 did. First seed, nothing picked but the prompts."
     )
 
 
@@ -84,8 +84,8 @@ def search(results: Path) -> tuple[Figure, str]:
     axis.set_xlabel("share of the channels that is searched", **INK)
     _title(figure, 0.58, "Memory of the search, a picture")
     return figure, (
-        "Architecture search. Left: a cell drawn by the search of `make pc_darts-train` (an arrow is an operation, a box "
-        "a feature map). Right: searching a quarter of the channels keeps less than a third of the memory (claim PC1). "
+        "Architecture search. Left: the cell that `make pc_darts-train` found (an arrow is an operation, a box a "
+        "feature map). Right: searching a quarter of the channels keeps less than a third of the memory (claim PC1). "
         "Whether the cells are better than random ones is another matter: here they are not (PC3)."
     )
 
@@ -100,8 +100,8 @@ def language(results: Path) -> tuple[Figure, str]:
     axis.set_anchor("NW")
     _title(figure, 0.015, "ELECTRA reads: which tokens were replaced?")
     told = (
-        "Bold: a generator wrote this token; below, what stood there before (=: it guessed right). The darker, the surer "
-        "is the discriminator that the token is not the author's. It learns from every token, BERT from a masked few."
+        "Bold: a generator wrote this token; below, what stood there before (=: it guessed right). The darker, the "
+        "surer is the discriminator that the token is not the author's. It learns from every token, BERT from a few."
     )
     figure.text(0.015, 0.50, "\n".join(textwrap.wrap(told, 84)), va="top", **INK | {"fontsize": 10.5})
     scores = small_claims(results / "electra.json")["E1"]
@@ -132,10 +132,14 @@ FAMILIES: dict[str, Callable[[Path], tuple[Figure, str]]] = {
 }
 
 
-def _picture(path: Path) -> np.ndarray:
+def _found(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing; expected a picture that the paper's program drew")
-    with Image.open(path) as image:
+    return path
+
+
+def _picture(path: Path) -> np.ndarray:
+    with Image.open(_found(path)) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -144,7 +148,7 @@ def _drawing(path: Path) -> np.ndarray:
     import resvg_py
 
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    svg = path.read_text(encoding="utf-8").replace("Helvetica, Arial, sans-serif", "DejaVu Sans")
+    svg = _found(path).read_text(encoding="utf-8").replace("Helvetica, Arial, sans-serif", "DejaVu Sans")
     png = resvg_py.svg_to_bytes(
         svg_string=svg, width=1140, skip_system_fonts=True, font_files=[str(fonts / "DejaVuSans.ttf")]
     )

@@ -16,7 +16,8 @@ from common.errors import UserError
 from common.figures import CAPTIONS
 
 SUFFIXES = (".png", ".svg")
-STRIP = 4.0  # times as wide as high: on a telephone it scrolls in a box of its own
+STRIP, WIDE = 4.0, 1.9  # times as wide as high: a strip has a row of its own; on a telephone both scroll in a box
+SHEET = (1000, 500)  # pixels from which a picture is a sheet of many: a row of its own
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels; (4, 3) of a file that holds no picture, which the page then says."""
         if self.path.suffix == ".svg":
-            box = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+) ([\d.]+)"', self.path.read_text(encoding="utf-8"))
+            text = self.path.read_text(encoding="utf-8")
+            box = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+) ([\d.]+)"', text)
+            box = box or re.search(r'<svg [^>]*width="([\d.]+)" height="([\d.]+)"', text)
             return (round(float(box[1])), round(float(box[2]))) if box else (4, 3)
         try:
             with Image.open(self.path) as image:
@@ -62,6 +65,11 @@ def read_pictures(folder: Path) -> list[Picture]:
     return [Picture(folder / name, text) for name, text in captions.items() if Path(name).suffix in SUFFIXES]
 
 
+def with_code(text: str) -> str:
+    """Plain text as HTML, what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def strongest_first(pictures: Sequence[Picture], strongest: Collection[str]) -> tuple[list[Picture], list[Picture]]:
     """(those that `strongest` names, in its order; the rest). Without names the first four lead."""
     known = {picture.path.name: picture for picture in pictures}
@@ -92,10 +100,12 @@ class Album:
         link = f"{self.folder.name}/{place.as_posix()}"
         # A drawing has no pixels to keep to.
         natural = width if picture.path.suffix == ".png" else max(width, 640)
+        kind = "strip" if shape >= STRIP else "wide" if shape >= WIDE else "picture"
+        kind = "wide sheet" if width >= SHEET[0] and height >= SHEET[1] else kind
         return (
-            f'<figure class="{"strip" if shape >= STRIP else "picture"}" style="--shape:{shape:.3f};--natural:{natural}px">'
+            f'<figure class="{kind}" style="--shape:{shape:.3f};--natural:{natural}px">'
             f'<a class="zoom" href="{link}"><img src="{link}" width="{width}" height="{height}" loading="lazy" '
-            f'decoding="async" alt="{caption}"></a><figcaption>{caption}</figcaption></figure>'
+            f'decoding="async" alt="{caption}"></a><figcaption>{with_code(picture.caption)}</figcaption></figure>'
         )
 
     def tidy(self) -> None:

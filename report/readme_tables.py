@@ -178,10 +178,10 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
 def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> str:
     """The number that decides the verdict, the first that missed or else the headline, and how the others went."""
     found = conditions(claim)
-    shown = next((condition for condition in found if not condition.met), found[0])
-    missed = sum(not condition.met for condition in found) - (not shown.met)
-    others = {"missed": missed, "met": len(found) - 1 - missed}
+    shown = next((one for one in found if not one.met), found[0])
     name = words.get(shown.metric, in_words(shown.metric))
+    missed = sum(not one.met for one in found) - (not shown.met)
+    others = {"missed": missed, "met": len(found) - 1 - missed}
     cell = [f"{name} {shown.text} ({SIGNS.get(shown.op, shown.op)} {number(shown.bar)})"]
     return "; ".join(cell + [f"{count} more {word}" for word, count in others.items() if count])
 

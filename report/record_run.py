@@ -6,8 +6,9 @@
 
 Writes results/run_<paper>.md (the run's table.md and a line on time and machine), results/runs/<folder's name>.json
 (the run's metrics.json with the machine, versions and commit) and, for every --figure FILE CAPTION,
-results/figures/<paper>/default_run_<name> with its caption. Nothing is computed here. On a CPU without bf16 instructions (or with
-ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json is written.
+results/figures/<paper>/default_run_<name> with its caption. Nothing is computed here. On a CPU without bf16
+instructions (or with ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json
+is written.
 """
 
 from __future__ import annotations

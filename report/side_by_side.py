@@ -33,7 +33,7 @@ def bench_section(rows: Sequence[Row]) -> str:
     memory = any(workload.memory for group in found.values() for _, workload in group)
     body = "".join(_workload(name, group, several, memory, widest) for name, group in found.items())
     head = ["Workload", *(["Machine"] if several else []), "ours", "peer as users run it", "worse ← 1 → better", ""]
-    head += ["peer at its best", ""] + (["peak memory, ours to peer"] if memory else [])
+    head += ["peer at its best", ""] + (["memory, ours / peer"] if memory else [])
     return (
         f'<h3 class="part">Side by side</h3><p class="facts">Measured on {named}. {met}; a ratio above 1 is better for '
         f"us. Commit {', '.join(map(escape, commits(rows)))}.</p>{_table('bench', head, body)}"
@@ -55,12 +55,13 @@ def _workload(name: str, group: Sequence[tuple[str, Workload]], several: bool, m
             f'<td>{ratio_plot(first["ratio"], first["target"], widest)}</td><td class="num">{_ratio(first)}</td>'
         )
         if best is first:
-            cells.append('<td class="num quiet" colspan="2">the same</td>')
+            same = "the same" if len(workload.rows) > 1 else "-"
+            cells.append(f'<td class="num quiet" colspan="2">{same}</td>')
         else:
             sides = f'<span class="meta">{escape(workload.sides[workload.best()])}</span>'
             cells.append(f'<td class="num">{number(best["peer"])}{unit}{sides}</td><td class="num">{_ratio(best)}</td>')
         if memory:
-            cells.append(f"<td>{_memory(workload)}</td>")
+            cells.append(f'<td class="num">{_memory(workload)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "".join(lines)
 
@@ -76,7 +77,8 @@ def _memory(workload: Workload) -> str:
     if workload.memory is None:
         return ""
     row = min(workload.memory.rows, key=lambda row: row["ratio"])
-    return f"{number(row['ours'], 3)} to {number(row['peer'], 3)} {escape(row['unit'])} {_ratio(row)}"
+    numbers = f"{number(row['ours'], 3)} / {number(row['peer'], 3)}"
+    return f'{numbers} <span class="unit">{escape(row["unit"])}</span><span class="meta">{_ratio(row)}</span>'
 
 
 def _every_row(rows: Sequence[Row], machines: Mapping[str, str]) -> str:
@@ -100,7 +102,7 @@ def comparison_tables(content: Mapping[str, Any]) -> str:
             if any(metric in row["metrics"] for row in rows):
                 caption = (
                     f"Budget {budget} ({setting['forward_equivalents']:,} forward-equivalents): {words}; "
-                    f"{setting['images']:,} images, mean ± standard deviation over seeds, the {which} of a column in bold."
+                    f"{setting['images']:,} images, mean ± standard deviation over seeds, a column's {which} in bold."
                 )
                 parts.append(f'<p class="facts">{escape(caption)}</p>{_methods(rows, metric, which)}')
     return "".join(parts)

@@ -57,7 +57,7 @@ def conditions(record: Mapping[str, Any]) -> list[Measured]:
     found = []
     for metric, op, bar in asked:
         values = [row.get(metric) for row in rows]
-        mean = None if None in values else statistics.fmean(values)
+        mean = None if None in values else statistics.mean(values)
         std = None if None in values or len(values) < 2 else statistics.stdev(values)
         text = spread(mean, std) if len(values) > 1 else number(mean)
         question = op == ">=" and bar == YES_SHARE and set(values) <= {0, 1, None}

@@ -96,11 +96,11 @@ def test_claims_table_shows_mean_std_seeds_and_verdict_of_the_most_thorough_tier
     rows = {line.split(" | ")[0]: line for line in text_of(tables).splitlines() if line.startswith("| L")}
     assert set(rows) == {"| L1", "| L2", "| L3"}
     assert rows["| L1"].startswith("| L1 | yes | latent")
-    assert rows["| L1"].endswith("| fd drop 0.200 ± 0.010 (≥ 0.15); 1 more met |")
+    assert rows["| L1"].endswith("| FD drop 0.200 ± 0.010 (≥ 0.15); 1 more met |")
     assert rows["| L2"].startswith("| L2 | **no** | latent")
-    assert rows["| L2"].endswith("| fd drop 0.200 ± 0.010 (≥ 0.95); 1 more met |")
+    assert rows["| L2"].endswith("| FD drop 0.200 ± 0.010 (≥ 0.95); 1 more met |")
     assert (
-        rows["| L3"].endswith("| fd drop not finite (≥ 0.1); speed up not finite (> 4) |")
+        rows["| L3"].endswith("| FD drop not finite (≥ 0.1); speed up not finite (> 4) |")
         or "1 more met" in rows["| L3"]
     )
     assert "over 3 seeds" in text_of(tables)

@@ -292,7 +292,7 @@ def _times(budget: Mapping[str, Any], rung: int, where: str) -> dict[str, Any]:
     for key, value in budget.items():
         if isinstance(value, dict):
             found[key] = _times(value, rung, f"{where}, {key}")
-        elif isinstance(value, bool) or not isinstance(value, _NUMBER):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{where}: {key} is {value!r}, expected a number, which a rung multiplies")
         else:
             found[key] = value * rung
@@ -441,17 +441,19 @@ def _joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, 
     found = {**new, **({"rungs": rungs} if rungs else {})}
     if old is not None and new.get("timed"):
         earlier = {key: value for key, value in old.items() if key not in (*_OF_THE_CLAIM, "rungs", "machines")}
-        machines = [m for m in (earlier, *old.get("machines", ())) if not _same_cpu(m, new)]
+        machines = [m for m in (earlier, *old.get("machines", ())) if not same_cpu(cpu_of(m), cpu_of(new))]
         found |= {"machines": machines} if machines else {}
     return found
 
 
-def _same_cpu(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two records are of one kind of CPU; older ones name the processor only."""
-    if a.get("cpu") and b.get("cpu"):
-        return bool(a["cpu"] == b["cpu"])
-    names = [str(rec["hardware"]).rsplit(", ", 2)[0] for rec in (a, b)]
-    return names[0] == names[1]
+def cpu_of(rec: Mapping[str, Any]) -> str:
+    """The kind of CPU of a record; older ones name the processor only, as a part of the machine."""
+    return str(rec.get("cpu") or str(rec["hardware"]).rsplit(", ", 2)[0])
+
+
+def same_cpu(a: str, b: str) -> bool:
+    """Whether two records may be of one kind of CPU (`cpu_of`)."""
+    return a == b or a.startswith(f"{b}, ") or b.startswith(f"{a}, ")
 
 
 @dataclass(frozen=True)

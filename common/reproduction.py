@@ -24,7 +24,17 @@ import torch
 
 from common.errors import UserError
 from common.files import write_json
-from common.ledger import Claim, check_targets, peak_memory, provenance, read_claims, read_ledger, record, write_claims
+from common.ledger import (
+    Claim,
+    check_targets,
+    cpu_of,
+    peak_memory,
+    provenance,
+    read_claims,
+    read_ledger,
+    record,
+    write_claims,
+)
 from common.paths import REPOSITORY, RESULTS
 from common.study import Study, kept
 
@@ -243,8 +253,9 @@ def measurements(notes: Path, claim: Claim) -> dict[str, dict[int, dict[str, Any
             one = {"values": values, "seconds": entry["seconds"], "peak": entry["peak"], "made": made}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is no measurement of a claim; restore it from git or delete it") from None
-        found.setdefault(str(entry["cpu"]) if claim.timed else "", {})[entry["seed"]] = one
-    return found
+        found.setdefault(entry["cpu"] if claim.timed else "", {})[entry["seed"]] = one
+    # What an older record names by its processor alone does not count beside a newer one of that processor.
+    return {cpu: of for cpu, of in found.items() if not any(other.startswith(f"{cpu}, ") for other in found)}
 
 
 def adopt(ledger: Path, paper: str) -> int:
@@ -258,9 +269,7 @@ def adopt(ledger: Path, paper: str) -> int:
         claim = claims.get(old["id"])
         if claim is None or old["tier"] != "small":
             continue
-        made = {"precision": None, "cpu": None} | {
-            key: old[key] for key in ("precision", "cpu", "hardware", "versions", "commit") if key in old
-        }
+        made = {key: old.get(key) for key in ("precision", "hardware", "versions", "commit")} | {"cpu": cpu_of(old)}
         for row in old["measured"]:
             path = note_of(notes, claim, row["seed"], made["cpu"])
             if row["seed"] not in claim.seeds or path.is_file():

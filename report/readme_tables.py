@@ -30,6 +30,7 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.files import write_atomically
+from common.ledger import verdict
 from common.paths import REPOSITORY, RESULTS
 from report.build import Findings, in_words, load, measurements
 from report.papers import Paper, all_papers
@@ -119,7 +120,7 @@ def claims_table(findings: Findings) -> list[str]:
             str(best["target"]["text"]),
             "; ".join(f"{name} {text}" for name, text in _measured(best).items()),
             f"{len(best['measured'])} ({best['tier']})",
-            "yes" if best["holds"] else "**no**",
+            _verdict(best),
         ]
         for best, *_ in findings.by_id().values()
     ]
@@ -207,6 +208,15 @@ def _state(paper: Paper, root: Path, findings: Findings) -> str:
         parts[0] += f" (not {', '.join(failing)})"
     parts.append(f"{first['id']} {verdict}: {name} {text}, target {target}")
     return "; ".join(parts)
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    """Whether it holds, and from which rung on where it was measured at more than one."""
+    found = verdict(claim)
+    word = "yes" if found.holds else "**no**"
+    if len(found.rungs) > 1:
+        return f"{word}; {found.text}"
+    return f"{word} (within noise)" if found.within_noise else word
 
 
 def _measured(claim: Mapping[str, Any]) -> dict[str, str]:

@@ -369,11 +369,11 @@ def m10(study: Study, seed: int) -> dict[str, float]:
         teacher: MoELanguageModel,
         first: int,
         steps: int,
-        **how: float,
+        weight: float = 0.5,
     ) -> MoELanguageModel:
         def train(network: MoELanguageModel, folder: Path) -> tuple[MoELanguageModel, dict[str, Any]]:
             torch.manual_seed(seed)
-            distil(teacher, network, batches(first, steps), checkpoint=folder / "last.ckpt", **how)
+            distil(teacher, network, batches(first, steps), weight=weight, checkpoint=folder / "last.ckpt")
             return network, {"steps": steps}
 
         return study.arm(f"M10-{name}", seed, start, train, study.settings).network

@@ -50,7 +50,7 @@ setup: $(STAMP) ## make the Python environment (the other commands do this by th
 %-bench: $(STAMP) ## speed and memory beside the peers, into results/bench_<paper>.json
 	$(PY) -m benchmarks.$* $(ARGS)
 
-campaign: $(STAMP) ## climb the ladder of budgets at lowest priority (ARGS="--plan", "--papers ldm --hours 8")
+campaign: $(STAMP) ## climb the ladder of budgets at lowest priority (ARGS="--plan", ARGS="--hours 8")
 	$(PY) -m common.campaign $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and mypy

@@ -342,7 +342,6 @@ def build_trainer(
     show = options.progress and not os.environ.get("CI")
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
-    # After what callbacks book at the end of a step, which is part of the checkpoint.
     saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
     settings: dict[str, Any] = dict(
         default_root_dir=folder,
@@ -355,7 +354,8 @@ def build_trainer(
         precision=chosen_precision,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
-        callbacks=[*own, *callbacks, *saving],
+        # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
+        callbacks=[*own, *saving, *callbacks] if logs else [*own, *callbacks, *saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),

@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "electra",
         __doc__,
         (e1, e2, e3, e4a, e4b, e5a, e5b, e6a, e6b, e6c, e7a, e7b, e8),
-        lambda given: Study(open_sizes(Sizes, "electra", given.tier), given.folder),
+        lambda given: Study(open_sizes(Sizes, "electra", given.tier, given.rung), given.folder),
         figures=figures,
         options=options,
         instead=cost_or_calibration,

@@ -32,7 +32,7 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.files import write_atomically
-from common.ledger import read_claims, read_notes
+from common.ledger import read_claims, read_notes, verdict
 from common.paths import REPOSITORY, RESULTS
 from report.build import Findings, load
 from report.papers import Paper, all_papers
@@ -155,7 +155,7 @@ def claims_table(findings: Findings, file: Path) -> list[str]:
     rows = [
         [
             best["id"],
-            "yes" if best["holds"] else "**no**",
+            _verdict(best),
             short.get(best["id"], best["statement"]),
             _against_targets(best, words.get(best["id"], {})),
         ]
@@ -252,7 +252,18 @@ def _state(paper: Paper, root: Path, findings: Findings) -> str:
     best = [records[0] for records in findings.by_id().values()]
     if not best:
         return NOT_MEASURED if (root / paper.key / "model.py").is_file() else "not built yet"
-    return f"{sum(claim['holds'] for claim in best)} of {len(best)} claims hold"
+    holding = sum(claim["holds"] for claim in best)
+    later = sum(verdict(claim).rungs[-1][1] for claim in best if not claim["holds"])
+    return f"{holding} of {len(best)} claims hold" + (f", {later} more at a larger budget" if later else "")
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    """Whether it holds, and from which rung on where it was measured at more than one."""
+    found = verdict(claim)
+    word = "yes" if found.holds else "**no**"
+    if len(found.rungs) > 1:
+        return f"{word}; {found.text}"
+    return f"{word} (within noise)" if found.within_noise else word
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

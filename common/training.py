@@ -333,8 +333,8 @@ def build_trainer(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
-    checkpoint_every: int | None = None,
 ) -> pl.Trainer:
     """A Lightning Trainer with the house's conventions; everything is written below `folder`.
 
@@ -348,8 +348,8 @@ def build_trainer(
         grad_clip: largest norm of the gradient; 0 does not clip.
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
+        logs, checkpoints: write them; checkpoints None: as `logs` says.
         unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
-        checkpoint_every: steps; 0 keeps none. None: that of `options` where there are logs, else none.
 
     Raises:
         UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
@@ -357,15 +357,16 @@ def build_trainer(
     quiet_lightning()
     tune_allocator()
     fix_form(options.attention)
-    use_choices(Choices(folder if logs else None))
-    checkpoints = folder / "checkpoints"
+    checkpoints = logs if checkpoints is None else checkpoints
+    # Equal forms round differently: a run that goes on takes the forms that it began with.
+    use_choices(Choices(folder if checkpoints else None))
+    place = folder / "checkpoints"
     chosen_precision = precision or options.precision
-    own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
+    own: list[Callback] = [StopOnNonFinite(place, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
         own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
-    # Last, so that a step at which a signal ends the run has its samples.
-    every = options.checkpoint_every if logs and checkpoint_every is None else checkpoint_every or 0
-    saving = SaveEvery(checkpoints, every, last=steps)
+    # Last: a step at which a signal ends the run has its samples, and what callbacks book is part of its checkpoint.
+    saving = SaveEvery(place, options.checkpoint_every if checkpoints else 0, last=steps)
     strategy: Any = options.strategy
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
@@ -424,13 +425,15 @@ def train(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
 
     Args:
         resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
-        logs: False keeps nothing below `folder`, and starts anew.
+        logs: False writes none.
+        checkpoints: False keeps nothing below `folder`, and starts anew; None: as `logs` says.
 
     Returns:
         the Trainer, after its work.
@@ -439,7 +442,8 @@ def train(
         UserError: as `build_trainer` and `fit`.
     """
     quiet_lightning()
-    precision = choose_precision(folder if logs else None, options, module, data)
+    checkpoints = logs if checkpoints is None else checkpoints
+    precision = choose_precision(folder if checkpoints else None, options, module, data)
     trainer = build_trainer(
         folder,
         options,
@@ -451,10 +455,11 @@ def train(
         optimisers=optimisers,
         callbacks=callbacks,
         logs=logs,
+        checkpoints=checkpoints,
         unit=unit,
     )
     try:
-        fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+        fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
     except Stopped as stopped:
         stopped.options = [] if resume == "auto" else ["--resume", "auto"]
         raise

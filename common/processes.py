@@ -7,9 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -80,6 +80,48 @@ def first_failure(processes: Sequence[Popen[bytes]], patience: float = 0.0) -> i
         if time.monotonic() >= last:
             return None
         time.sleep(0.02)
+
+
+class Guard(threading.Thread):
+    """Ends this process with a sentence when one that it started has failed, unless it does so by itself meanwhile.
+
+    Lightning's own guard kills it without a word.
+
+    Args:
+        launcher: its `procs` gets the processes; they are taken from there.
+        sentence: what is said of the one with this number.
+    """
+
+    processes: ClassVar[list[Popen[bytes]]] = []  # a later training has those that an earlier one started
+
+    def __init__(self, launcher: Any, sentence: Callable[[int, str], str]) -> None:
+        super().__init__(daemon=True)
+        self.launcher, self.sentence = launcher, sentence
+        self.over = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            started = getattr(self.launcher, "procs", [])
+            self.processes.extend(started)
+            started.clear()
+            failed = first_failure(self.processes)
+            if failed is None:
+                continue
+            asked = self.processes[failed].returncode > 128  # by a signal: this one ends at the same step
+            if not self.over.wait(30 if asked else 3):
+                os.write(2, f"error: {self.said(failed)}\n".encode())
+                end_all(self.processes, patience=1)
+                os._exit(2)
+
+    def said(self, failed: int) -> str:
+        return self.sentence(failed, how_it_ended(self.processes[failed].returncode))
 
 
 def how_it_ended(status: int) -> str:

@@ -33,9 +33,9 @@ from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions
 from common.precision import choose_precision
 from common.processes import (
+    Guard,
     end_all,
     first_failure,
-    how_it_ended,
     is_main_process,
     lost_the_others,
     start_process_group,
@@ -478,25 +478,29 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         if device.type == "cuda":
             torch.cuda.set_device(device)
         start_process_group("nccl" if device.type == "cuda" else "gloo", seconds=1800)
-    # Lightning's launcher kills this process without a word when one that it started has ended.
-    started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+    ranks = trainer.world_size
+
+    def failed(number: int, how: str) -> str:
+        rank = f"rank {number + 1} of {ranks}"
+        return f"{rank} {how}, so the others were ended too; what was saved is whole. To go on: {command()}"
+
+    with Guard(trainer.strategy.launcher, failed) as guard:
+        _fit(trainer, module, data, checkpoint, guard)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
+    guard: Guard,
+) -> None:
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
-    except Stopped:
-        started.clear()
-        raise
     except RuntimeError as error:
-        if lost_the_others(error) and started:
-            processes = list(started)
-            started.clear()
-            failed = first_failure(processes, patience=3)
-            end_all(processes, patience=1)
-            if failed is not None:
-                how = how_it_ended(processes[failed].returncode)
-                raise UserError(
-                    f"rank {failed + 1} of {trainer.world_size} {how}, so the others were ended too; what was saved is "
-                    f"whole. To go on: {command()}"
-                ) from None
+        if lost_the_others(error) and (number := first_failure(guard.processes, patience=3)) is not None:
+            end_all(guard.processes, patience=1)
+            raise UserError(guard.said(number)) from None
         if checkpoint is None or "loading state_dict" not in str(error):
             raise
         raise of_another_network(checkpoint, error) from None

@@ -367,9 +367,10 @@ class Drill:
             with running(command, said, **held(3, self.folder / f"{name}-held")) as launcher:
                 both = two_ranks(launcher, self.folder / f"{name}-held")
                 both[1].send_signal(number)
-                assert launcher.wait(SECONDS) != 0
+                status = launcher.wait(SECONDS)
                 assert not psutil.wait_procs(both, timeout=SECONDS)[1]
             text = said.read_text()
+            assert status > 0, f"{status} {text}"
             if TORCHRUN[1] not in command:
                 assert "rank 1" in text and "Traceback" not in text and "To go on: " in text, text
             succeed(*command[1:])
@@ -513,6 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     getattr(drill, kind)()
                     outcome = "held"
                 except AssertionError as error:
+                    traceback.print_exc()
                     outcome = f"FAILED: {error}"
                     failed.append(f"{paper} {kind}")
                 print(f"{paper} {kind}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)

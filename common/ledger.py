@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -89,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Claim:
-    """One falsifiable sentence of a paper, restated for one tier; `id` as in the paper's specification.
+    """One falsifiable sentence of a paper, restated for one tier.
 
     Args:
         seeds: that it is measured with.
@@ -97,6 +97,7 @@ class Claim:
         rungs: multiples of the budget at which it is to be measured; rung: the one that `budget` is at.
         timed: it is about time, so only an idle machine measures it, and every kind of CPU has a record of its own.
         note: what is to be known of its design, of a higher rung for example.
+        short: the statement in one line, for tables; the statement itself where it is short enough.
     """
 
     id: str
@@ -111,6 +112,7 @@ class Claim:
     rung: int = 1
     timed: bool = False
     note: str = ""
+    short: str = ""
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -144,7 +146,8 @@ def read_claims(paper: str | Path, tier: Tier, rung: int = 1) -> dict[str, Claim
     ids: set[str] = set()
     for number, entry in enumerate(content["claims"], start=1):
         where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _fields(entry, where, _CLAIM, {"rungs": list, "timed": bool, "note": str})
+        known = {"rungs": list, "timed": bool, "note": str, "short": str, "outcome": str, "words": dict}
+        _fields(entry, where, _CLAIM, known)
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
@@ -176,6 +179,7 @@ def read_claims(paper: str | Path, tier: Tier, rung: int = 1) -> dict[str, Claim
             rungs=_whole(rungs, f"{where}, rungs", least=1),
             timed=timed,
             note=entry.get("note", ""),
+            short=entry.get("short", own.get("statement", entry["statement"])),
         )
         if tier == "small" and len(claim.seeds) < MIN_SEEDS_SMALL:
             raise UserError(f"{where}: seeds has fewer than {MIN_SEEDS_SMALL} in tier small")
@@ -211,6 +215,18 @@ def read_sizes(paper: str | Path, tier: Tier, rung: int = 1) -> dict[str, Any]:
     return _merged(shared.get("sizes", {}), budget)
 
 
+def read_notes(paper: str | Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """What claims.yaml says for readers: (what came out and was tried, by claim; metrics in words, by claim).
+
+    Raises:
+        UserError: as `read_claims`.
+    """
+    _, content = _claims_file(paper)
+    notes = {entry["id"]: entry["outcome"] for entry in content["claims"] if "outcome" in entry}
+    shared = content.get("words", {})
+    return notes, {entry["id"]: {**shared, **entry.get("words", {})} for entry in content["claims"]}
+
+
 _TEXT_OR_NUMBER: tuple[type, ...] = (str, int, float)
 _NUMBER: tuple[type, ...] = (int, float)
 _KINDS: dict[Any, str] = {
@@ -235,7 +251,7 @@ def _claims_file(paper: str | Path) -> tuple[str, dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    return name, _fields(content, name, {"tiers": dict, "claims": list}, {"precision": str})
+    return name, _fields(content, name, {"tiers": dict, "claims": list}, {"precision": str, "words": dict})
 
 
 def _tier(name: str, content: Mapping[str, Any], tier: str) -> dict[str, Any]:
@@ -353,7 +369,7 @@ def record(
         "measured": rows,
         "mean": means[claim.target.metric],
         "std": _deviation(rows, claim.target.metric),
-        "holds": all(_passes(means[c.metric], c.op, c.target) for c in conditions),
+        "holds": all(passes(means[c.metric], c.op, c.target) for c in conditions),
         "within_noise": _within_noise(target, rows),
         "tier": claim.tier,
         **rung,
@@ -511,9 +527,9 @@ def _within_noise(target: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         if any(value is None for value in values):
             return False  # one diverged: that is no noise
         spread = _deviation(rows, condition["metric"]) or 0.0
-        crosses = spread > 0.0 and abs(fmean(values) - condition["target"]) <= spread
+        crosses = spread > 0.0 and abs(mean(values) - condition["target"]) <= spread
         crossing.append(crosses)
-        if not _passes(fmean(values), condition["op"], condition["target"]):
+        if not passes(mean(values), condition["op"], condition["target"]):
             failing.append(crosses)
     return all(failing) if failing else any(crossing)
 
@@ -640,10 +656,11 @@ def _mean(claim_id: str, metric: str, rows: Sequence[Mapping[str, float | int | 
         raise UserError(f"claim {claim_id}: metric {metric!r} was not measured for seed {missing[0]}")
     values = [row[metric] for row in rows]
     finite = [value for value in values if value is not None]
-    return fmean(finite) if len(finite) == len(values) else None
+    return mean(finite) if len(finite) == len(values) else None  # exact: three times 0.2 have the mean 0.2
 
 
-def _passes(mean: float | None, op: str, target: float) -> bool:
+def passes(mean: float | None, op: str, target: float) -> bool:
+    """Whether a mean, None where a seed diverged, meets a bar."""
     return mean is not None and _OPERATORS[op](mean, target)
 
 

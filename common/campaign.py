@@ -21,13 +21,14 @@ import importlib
 import json
 import os
 import signal
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import reproduction
-from common.errors import UserError, run_main
+from common.errors import UserError, first_line, run_main
 from common.figures import draw_ladder
 from common.files import write_json
 from common.jobs import ENGINES, Engine, Job, JobError, run_jobs
@@ -125,6 +126,9 @@ def measure(paper: str, claim: str, rung: int, seed: int, results: str) -> dict[
         importlib.import_module(f"{paper}.reproduce").main(options)
     except UserError as error:
         return {"error": str(error)}
+    except Exception as error:  # the other claims are not to wait for it
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
     known = read_claims(paper, "small", rung)[claim]
     path = reproduction.note_of(reproduction.notes_of(ledger), known, seed, None)
     return {"path": str(path.relative_to(results)), "note": json.loads(path.read_text(encoding="utf-8"))}

@@ -232,7 +232,7 @@ def _outcome(findings: Findings) -> str:
 
 
 def _paper_section(paper: Paper, findings: Findings, album: Album, room: Room) -> str:
-    files = [("README.md", "README"), ("model.py", "code"), ("claims.yaml", "claims"), ("configs", "settings")]
+    files = [("README.md", "README"), ("", "code"), ("claims.yaml", "claims"), ("configs", "settings")]
     links = " · ".join(filter(None, [_arxiv(paper), *(room.link(name, text) for name, text in files)]))
     verbs = [("train", paper.start)]
     verbs += [("reproduce", "measures the claims below")] if findings.claims else []

@@ -105,7 +105,7 @@ class Album:
         return (
             f'<figure class="{kind}" style="--shape:{shape:.3f};--natural:{natural}px">'
             f'<a class="zoom" href="{link}"><img src="{link}" width="{width}" height="{height}" loading="lazy" '
-            f'decoding="async" alt="{caption}"></a><figcaption>{with_code(picture.caption)}</figcaption></figure>'
+            f'alt="{caption}"></a><figcaption>{with_code(picture.caption)}</figcaption></figure>'
         )
 
     def tidy(self) -> None:

@@ -48,9 +48,9 @@ def _workload(name: str, group: Sequence[tuple[str, Workload]], several: bool, m
         unit = f' <span class="unit">{escape(first["unit"])}</span>'
         cells = [f'<th scope="rowgroup" rowspan="{len(group)}">{escape(name)}</th>'] if place == 0 else []
         cells += [f"<td>{letter}</td>"] if several else []
-        cells.append(
-            f'<td class="num">{number(first["ours"])}{unit}</td><td class="num">{number(first["peer"])}{unit}</td>'
-        )
+        peer = _sides(workload.sides[0]) if len(workload.rows) > 1 and workload.sides[0].startswith("against") else ""
+        cells.append(f'<td class="num">{number(first["ours"])}{unit}</td>')
+        cells.append(f'<td class="num">{number(first["peer"])}{unit}{peer}</td>')
         cells.append(
             f'<td>{ratio_plot(first["ratio"], first["target"], widest)}</td><td class="num">{_ratio(first)}</td>'
         )
@@ -58,12 +58,16 @@ def _workload(name: str, group: Sequence[tuple[str, Workload]], several: bool, m
             same = "the same" if len(workload.rows) > 1 else "-"
             cells.append(f'<td class="num quiet" colspan="2">{same}</td>')
         else:
-            sides = f'<span class="meta">{escape(workload.sides[workload.best()])}</span>'
+            sides = _sides(workload.sides[workload.best()])
             cells.append(f'<td class="num">{number(best["peer"])}{unit}{sides}</td><td class="num">{_ratio(best)}</td>')
         if memory:
             cells.append(f'<td class="num">{_memory(workload)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "".join(lines)
+
+
+def _sides(text: str) -> str:
+    return f'<span class="meta">{escape(text)}</span>'
 
 
 def _ratio(row: Row) -> str:
@@ -136,7 +140,9 @@ def _methods(rows: Sequence[Row], metric: str, which: str) -> str:
 
 
 def _table(kind: str, head: Sequence[str], body: str) -> str:
-    cells = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    words = ("Workload", "Machine", "Measured", "method", "unit", "worse ← 1 → better")
+    kinds = ["" if text in words else ' class="num"' for text in head]
+    cells = "".join(f'<th scope="col"{side}>{escape(text)}</th>' for side, text in zip(kinds, head))
     return (
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{cells}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -116,7 +116,7 @@ def time_taken(record: Mapping[str, Any]) -> str:
     if shared > seconds:
         return f"{duration(shared)} of CPU time for its arms, shared with other claims; {duration(seconds)} to measure"
     if seconds < 1:
-        return "time not counted: what it compares was made for other claims"
+        return "time not on record: its parts were there already"
     return duration(seconds)
 
 

@@ -269,8 +269,7 @@ class RunFolder:
         if self.resume not in ("auto", "never"):
             above = Path(self.resume).absolute().parents
             resumed = next((folder for folder in above if (folder / "config.yaml").is_file()), self.path)
-        begun = saved.is_file() or resumed != self.path
-        record = _checked_inputs(self.path, resumed, inputs, begun, self.moved)
+        record = _checked_inputs(self.path, resumed, inputs, self.moved)
         write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
         if record != _recorded_inputs(self.path):
             write_json(self.path / INPUTS, record)
@@ -336,23 +335,23 @@ def record_inputs(folder: Path, resume: str, inputs: Inputs) -> None:
     if is_main_process():
         checkpoint = checkpoint_to_resume(resume, folder)
         resumed = folder if checkpoint is None else checkpoint.absolute().parent.parent
-        record = _checked_inputs(folder, resumed, inputs, checkpoint is not None)
+        record = _checked_inputs(folder, resumed, inputs)
         if record != _recorded_inputs(folder):
             write_json(folder / INPUTS, record)
 
 
 def _checked_inputs(
-    folder: Path, resumed: Path, inputs: Inputs, begun: bool, moved: Mapping[str, str] | None = None
+    folder: Path, resumed: Path, inputs: Inputs, moved: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The record of a run or stage that goes on with these inputs.
+    """The record of a run or stage that goes on with these inputs, or begins with them where nothing was trained yet.
 
     Args:
         resumed: the folder that it goes on from, which is `folder` but for `--resume CHECKPOINT`.
-        begun: whether there is work already; that an input of it was not recorded is said.
         moved: see `RunFolder`.
     """
     found = {name: value() if callable(value) else value for name, value in inputs.items()}
-    known = refuse_other_inputs(resumed, found, moved)
+    begun = holds_work(resumed)  # else it has failed before, perhaps because of the data that were now put right
+    known = refuse_other_inputs(resumed, found, moved) if begun else {}
     unknown = [name for name in found if name not in known]
     if unknown and begun:
         print(
@@ -361,6 +360,11 @@ def _checked_inputs(
             file=sys.stderr,
         )
     return known | found
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has come so far that something below its folder was learned: a checkpoint or tensors."""
+    return any(next(folder.rglob(pattern), None) for pattern in ("*.ckpt", "*.safetensors"))
 
 
 def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import read_run_config
-from common.data.cache import FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
+from common.data.cache import MODEL, FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
 from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.files import read_object
 from common.images import to_unit
 from common.options import check_trainer, free_options
 from common.processes import is_main_process
-from common.training import Inputs, open_run_folder
+from common.training import Inputs, holds_work, open_run_folder
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
@@ -104,7 +105,9 @@ def inputs_of(config: LdmConfig, task: Task) -> Inputs:
         "text encoder": config.conditioner.encoder if config.conditioner.kind == "frozen" else None,
     }
     inputs: dict[str, Callable[[], str] | str] = {
-        name: partial(fingerprint_path, Path(path)) for name, path in given.items() if path and Path(path).exists()
+        name: partial(fingerprint_path, Path(path), MODEL)
+        for name, path in given.items()
+        if path and Path(path).exists()
     }
     inputs["data"] = task.fingerprint
     if task.classes:
@@ -148,11 +151,12 @@ class Run:
             )
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        tokenizer = saved_tokenizer(folder)
+        tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
         opened.begin(inputs_of(config, task))
         if task.tokenizer is not None and tokenizer is None and is_main_process():
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")
         return cls(config, folder, task)

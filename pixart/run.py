@@ -13,7 +13,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from common.data.cache import fingerprint_path, names_of
+from common.data.cache import MODEL, fingerprint_path, names_of
 from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
@@ -22,7 +22,7 @@ from common.options import at_least, check_trainer, free_options
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, Inputs, open_run_folder, train
+from common.training import EveryNSteps, Inputs, RunFolder, open_run_folder, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -76,7 +76,7 @@ def inputs_of(config: StageConfig, start: Path | None) -> Inputs:
         inputs["text encoder"] = lambda: FrozenEncoder(encoder).fingerprint
     if start is not None:
         weights = start / WEIGHTS
-        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start)
+        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start, MODEL)
     return inputs
 
 
@@ -146,6 +146,7 @@ class Stage:
     config: StageConfig
     folder: Path
     start: Path | None
+    opened: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -173,8 +174,15 @@ class Stage:
             torch.set_num_threads(trainer.threads)
         start = starting_weights(config, names)
         opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
-        opened.begin(inputs_of(config, start))
-        return cls(config, config.folder, start)
+        stage = cls(config, config.folder, start, opened)
+        if stage.finished:
+            stage.begin()
+        return stage
+
+    def begin(self) -> None:
+        """Refuse other inputs than those that the stage was begun with; write its config."""
+        assert self.opened is not None
+        self.opened.begin(inputs_of(self.config, self.start))
 
     @property
     def weights(self) -> Path:
@@ -215,6 +223,7 @@ class Stage:
                 f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
             )
         network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
+        self.begin()
         table = self._features(pictures, codec, encoder)
         self.seconds["features"] = time.perf_counter() - started
         module = StageModule(network, codec, config)

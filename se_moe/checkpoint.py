@@ -160,6 +160,7 @@ def _meta(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.done,
         "fixed": fixed_options(trainer.config),
         "model": trainer.model.config.plain(),
+        "data": trainer.data.fingerprint,
         "ranks": trainer.groups.world_size,
         "experts": [list(key) for key in _all_keys(trainer)],
     }
@@ -170,8 +171,10 @@ def _all_keys(trainer: Trainer) -> list[ExpertKey]:
 
 
 def fixed_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide a run's numbers, as plain JSON."""
-    return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
+    """The options that decide a run's numbers, as plain JSON; of the data not where they lie."""
+    found = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
+    del found["data"]["tasks"]
+    return found
 
 
 def read_meta(step: Path) -> dict[str, Any]:
@@ -210,7 +213,11 @@ def open_trainer(
     if step is None:
         return Trainer(config, data, device, tier_folder, groups, **options)
     meta = read_meta(step)
-    changed = [key for key, value in fixed_options(config).items() if meta["fixed"].get(key) != value]
+    known = meta["fixed"]
+    known["data"].pop("tasks", None)  # checkpoints of before the data's fingerprint have it
+    changed = [key for key, value in fixed_options(config).items() if known.get(key) != value]
+    if meta.get("data", data.fingerprint) != data.fingerprint:
+        changed.append("the text of data.tasks")
     if changed:
         raise UserError(
             f"{step} was written with other options ({', '.join(changed)}); choose another --run_dir, or give the "

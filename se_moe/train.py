@@ -54,7 +54,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     run, main = Path(config.run_dir), groups.rank == 0
     folder = run / arm
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
-    last = checkpoint.newest(checkpoints)
+    last = checkpoint.newest_sound(checkpoints, groups)
     if arm == "deepspeed":
         trainer: ArmTrainer = DeepSpeedTrainer(config, data, device, groups)  # always from the start
     else:

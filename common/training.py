@@ -66,9 +66,9 @@ def refuse_damaged(path: Path) -> None:
     """Raise UserError where a part of a checkpoint is not what its checksum says: torch writes one (CRC-32) for every
     tensor and reads without looking at them. Checkpoints of before zip files (torch 1.5) have none.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:

@@ -33,9 +33,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from newpaper.evaluate import digits, measure
     from newpaper.trainer import DenoiserTraining
 
-    opened = open_run_folder(folder, config.resume, text, free_options())  # refuses another run's
     table = digits("train")
-    opened.begin({"data": fingerprint_tensors(table.columns)})  # refuses other data than it was begun with
+    open_run_folder(folder, config.resume, text, free_options()).begin({"data": fingerprint_tensors(table.columns)})
     module = DenoiserTraining(config)
     data = StepDataModule(table, batch, steps, config.seed, accumulate=options.accumulate)
     train(folder / "training", module, data, options, steps=steps, batch_size=batch, resume=config.resume)

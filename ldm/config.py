@@ -279,7 +279,8 @@ class LdmConfig:
         task: unconditional, class, text, layout, semantic, superres or inpaint.
         run_dir: folder of this run's checkpoints, logs, samples and metrics.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
-        init_from: another run's model.safetensors, or a pipeline folder, from which the second stage starts.
+        init_from: another run's model.safetensors, or a pipeline folder, from which the second stage starts; its
+            tokenizer and the scale of its latents come with it.
         stages: which parts to run.
     """
 

@@ -321,8 +321,8 @@ def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str
     name = room.metric(claim["id"], headline.metric)
     plot = seed_plot(name, values, headline.op, headline.bar, headline.mean)
     parts = [
-        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)} '
-        f"{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
+        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)}'
+        f"\u00a0{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
     ]
     if further:
         lines = "".join(_condition(one, room.metric(claim["id"], one.metric), len(values)) for one in further)
@@ -350,7 +350,7 @@ def _condition(one: Measured, name: str, seeds: int) -> str:
         return f'<li>{sign}<span class="metric">{escape(name)}</span> <b>in {one.yes} of {seeds} seeds</b></li>'
     bar = f'<span class="quiet">{escape(SIGNS.get(one.op, one.op))} {number(one.bar)}</span>'
     shown = f'<span class="value"><b>{one.text}</b> {bar}</span>'
-    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> {shown}</li>'
+    return f'<li>{sign}<span class="metric">{escape(name)}\u00a0{ARROWS[one.op]}</span> {shown}</li>'
 
 
 def _sign(one: Measured) -> str:

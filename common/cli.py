@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
+from common.paths import REPOSITORY
 
 Config = TypeVar("Config")
 
@@ -43,13 +44,13 @@ def parse_config(
         UserError: a missing file, an unknown key, a value of the wrong type or out of its range, named as the user
             wrote it.
     """
-    given, arguments = _split(sys.argv[1:] if argv is None else argv)
+    given, arguments = take("--config", argv)
     for name in given:
         if not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; the ready-made ones are in configs/")
     files = given or ([] if default_config is None else [str(default_config)])
     parser = _parser(config_class, description, default_config)
-    _refuse_unknown(arguments, [*parser._option_string_actions, *(f"--{name}" for name, _ in _options(config_class))])
+    _refuse_unknown(arguments, [*parser._option_string_actions, *(f"--{name}" for name in parser.types)])
     written = [*beneath, *(word for name in files for word in ("--config", name))]
     try:
         if {"-h", "--help"} & {*arguments}:  # whose defaults are then the values that apply
@@ -58,6 +59,9 @@ def parse_config(
         namespace = parser.parse_args([*written, *arguments])
     except ArgumentError as error:
         reason = _one_sentence(str(error))
+        if wrong := re.fullmatch(r"option \"([\w.]+)\": Expected a <class .*>\. Got value: (.*)", reason):
+            for kind, allowed in ranges_of(parser.types.get(wrong[1])):
+                allowed.check(wrong[1], wrong[2], kind)
         if "parsing config" in reason and len(files) == 1:
             raise UserError(f"--config {files[0]} is not valid YAML: {reason}") from None
         raise UserError(f"{reason}; --help lists every option") from None
@@ -76,10 +80,10 @@ def _parser(config_class: type, description: str, default_config: Path | None) -
         "--config", action="config", help=f"YAML file with the options below; they win over it (default: {default})"
     )
     parser.add_class_arguments(config_class)
-    ranges = {name: f"; {limits[0]}" for name, hint in _options(config_class) if (limits := _limits(hint))}
+    parser.types = dict(_options(config_class))  # with ranges, which jsonargparse drops
     for action in parser._actions:
-        if action.dest in ranges:
-            action.help = f"{(action.help or '').rstrip('.')}{ranges[action.dest]}"
+        if limits := _limits(parser.types.get(action.dest)):
+            action.help = f"{(action.help or '').rstrip('.')}; {limits[0]}"
     return parser
 
 
@@ -142,7 +146,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, word: str) -> Any:
         """A word of the command line as its option's type, within its range."""
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-        if not is_text(word) and action.type is not Path or action.type is Path and not word.strip():
+        if (not is_text(word) and action.type is not Path) or (action.type is Path and not word.strip()):
             raise UserError(f"{name} {word!r}: expected text that is not empty")
         for kind, allowed in ranges_of(action.type):
             try:
@@ -163,22 +167,33 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         switch = action.default is None or action.default is False or action.default == []
         if switch or action.default is argparse.SUPPRESS or "(default" in text or not action.option_strings:
             return text
-        return f"{text} (default: %(default)s)"
+        return f"{text} (default: {shown(action.default).replace('%', '%%')})"
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of `--config FILE` and `--config=FILE`, and the other words."""
-    files, others, words = [], [], iter(arguments)
+def shown(value: Any) -> str:
+    """A default, as the user would write it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value))
+    return str(value.relative_to(REPOSITORY) if isinstance(value, Path) and value.is_relative_to(REPOSITORY) else value)
+
+
+def take(option: str, arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The values of an option, `--option VALUE` or `--option=VALUE`, wherever it stands, and the other words.
+
+    Args:
+        arguments: None for those of this process.
+    """
+    values, others, words = [], [], iter(sys.argv[1:] if arguments is None else arguments)
     for word in words:
-        if word.startswith("--config="):
-            files.append(word.split("=", 1)[1])
-        elif word == "--config":
-            if (name := next(words, None)) is None:
-                raise UserError("--config needs the name of a YAML file")
-            files.append(name)
+        if word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            if (value := next(words, None)) is None:
+                raise UserError(f"{option} needs a value")
+            values.append(value)
         else:
             others.append(word)
-    return files, others
+    return values, others
 
 
 def _one_sentence(message: str) -> str:

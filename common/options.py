@@ -62,9 +62,9 @@ class Range:
         """
         limit = (LARGEST if kind is int else FURTHEST) if self.most is None else self.most
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if number and (kind is float or value == int(value)) and self.least <= value <= limit:
-            if not (self.above and value == self.least):
-                return
+        fits = number and self.least <= value <= limit and not (self.above and value == self.least)
+        if fits and (kind is float or value == int(value)):
+            return
         shown = str(replace(self, most=limit) if number and value > limit else self)
         of = "of " if shown.startswith("at") else ""
         raise UserError(f"--{name} {value}: expected a {'whole ' if kind is int else ''}number {of}{shown}")
@@ -74,6 +74,7 @@ Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
+Portion = Annotated[float, Range(0, 1, above=True)]  # a share that is not nothing
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Threads = Annotated[int, Range(0, 4096)]
@@ -197,11 +198,33 @@ def check_ranges(options: Any, section: str = "", declared: type | None = None) 
                 if number not in also:
                     allowed.check(f"{section}{name}", number, kind)
         for word in entries:
-            if isinstance(word, str) and (not word.strip() and defaults[name] != word or not is_text(word)):
+            if isinstance(word, str) and ((not word.strip() and defaults[name] != word) or not is_text(word)):
                 raise UserError(f"--{section}{name} {word!r}: expected text that is not empty; for none leave it out")
         for kind in sections_of(hint):
             if value is not None:
                 check_ranges(value, f"{section}{name}.", kind)
+
+
+def device(word: str) -> str:
+    """A device of torch's, as the type of an option.
+
+    Raises:
+        UserError: it is none, or this machine has no GPU.
+    """
+    kind, _, number = word.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or (kind, bool(number)) == ("cpu", True):
+        raise UserError(f"--device {word}: expected cpu, cuda or cuda:N, the number of a GPU")
+    if kind == "cuda":
+        import torch
+
+        if int(number or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {word}: this machine has {torch.cuda.device_count()} usable GPUs; use cpu")
+    return word
+
+
+def device_or_auto(word: str) -> str:
+    """The same, or auto."""
+    return word if word == "auto" else device(word)
 
 
 def is_text(word: str) -> bool:
@@ -240,4 +263,3 @@ def check_trainer(
         )
     if resume not in ("auto", "never") and not Path(resume).is_file():
         raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")
-

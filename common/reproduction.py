@@ -20,8 +20,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from common.cli import Parser
 from common.errors import UserError
 from common.ledger import Claim, check_targets, peak_memory, read_claims, record, write_claims
+from common.options import Seed
 from common.paths import REPOSITORY, RESULTS
 from common.study import Study, kept
 
@@ -37,7 +39,7 @@ def main(
     open_study: Callable[[argparse.Namespace], S],
     *,
     figures: Callable[[S, Path], None] | None = None,
-    options: Callable[[argparse.ArgumentParser], None] | None = None,
+    options: Callable[[Parser], None] | None = None,
     instead: Callable[[S, argparse.Namespace], bool] | None = None,
     without: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
@@ -89,15 +91,20 @@ def main(
     return records
 
 
-def options_parser(paper: str, description: str | None) -> argparse.ArgumentParser:
+def options_parser(paper: str, description: str | None) -> Parser:
     """The options of every `reproduce.py`; a paper adds its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
+    parser = Parser(description=description)
+    parser.add_argument(
+        "--tier",
+        choices=("smoke", "small"),
+        default="small",
+        help="smoke takes 2 to 3 minutes, small measures the claims on record",
+    )
     parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier")
     parser.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=Seed,
         metavar="N",
         help="only these, without a record: for a second process on another core",
     )

@@ -6,7 +6,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from common.errors import UserError
-from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole, check_ranges
+from common.options import (
+    Count,
+    NotNegative,
+    Portion,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    TrainerOptions,
+    Whole,
+    check_ranges,
+)
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm", "two_stage", "adversarial"]
 Tying = Literal["none", "embeddings", "all"]
@@ -57,7 +68,8 @@ class ModelConfig:
         init: official is a normal of std `init_std` cut at two deviations; fan_in a std of 0.7 / sqrt(fan_in).
         generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
         generator_heads: heads of the generator's attentions; 0 keeps the width of a head, at least one head.
-        generator_intermediate_size: width of the generator's feed-forward layers; 0 shrinks the main network's by the same factor.
+        generator_intermediate_size: width of the generator's feed-forward layers; 0 shrinks the main network's by the
+            same factor.
         generator: what replaces tokens: a network, or uniform or unigram draws without one (paper section 3.2).
         tying: what generator and main network share: none, embeddings (the embedding block), all encoder weights.
     """
@@ -73,7 +85,7 @@ class ModelConfig:
     init_std: Positive = 0.02
     relative_positions: bool = False
     init: Init = "official"
-    generator_factor: Annotated[float, Range(0, 1, above=True)] = 0.25
+    generator_factor: Portion = 0.25
     generator_heads: Whole = 0
     generator_intermediate_size: Whole = 0
     generator: GeneratorKind = "network"
@@ -147,7 +159,7 @@ class ObjectiveConfig:
         mlm_weight: of the likelihood term that keeps the adversarial generator near the data (adversarial).
     """
 
-    mask_probability: Annotated[float, Range(0, 1, above=True)] = 0.15
+    mask_probability: Portion = 0.15
     disc_weight: NotNegative = 50.0
     temperature: Positive = 1.0
     disallow_correct: bool = False
@@ -211,7 +223,7 @@ class FinetuneConfig:
 
     lr: Positive = 3e-4
     scratch_lr: Positive | None = None
-    layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.8
+    layer_decay: Portion = 0.8
     weight_decay: NotNegative = 0.0
     epochs: Annotated[float, Range(0, 10**4, above=True)] = 3
     batch_size: Count = 32

@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.files import write_json
-from common.options import at_least, check_trainer, free_options
+from common.options import check_trainer, free_options
 from common.processes import is_main_process
 from common.training import EveryNSteps, open_run_folder, train
 from common.weights import check_weights
@@ -237,7 +237,6 @@ def check_options(config: ElectraRun) -> None:
     if not config.arms or len(set(config.arms)) < len(config.arms):
         raise UserError(f"--arms {config.arms}: expected at least one objective, each once")
     check_trainer(trainer, {"trainer.batch_size": trainer.batch_size}, resume=config.resume)
-    at_least("trainer.max_steps", trainer.max_steps, 1)
     if config.data.length > config.model.max_position:
         raise UserError(
             f"--data.length {config.data.length} is more than --model.max_position {config.model.max_position}"

@@ -145,7 +145,7 @@ def table(stages: Sequence[Stage], cluster: costs.Cluster) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = costs.plan_parser(__doc__, DEFAULT)
-    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml", help="YAML file of a run")
     parser.add_argument("--teacher", help="a diffusers directory (default: the config's; absent: Stable Diffusion 1.5)")
     options = parser.parse_args(argv)
     given = ["--config", str(options.config)] + (["--teacher", options.teacher] if options.teacher else [])

@@ -24,7 +24,7 @@ from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, p
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import write_atomically
-from common.options import at_least, check_trainer, free_options
+from common.options import check_trainer, free_options
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
@@ -212,8 +212,6 @@ def check_options(config: InstaFlowConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
-    at_least("distil.k", config.distil.k, 1)
-    at_least("reflow.rounds", config.reflow.rounds, 0)
     if config.student.stack != "none" and config.student.init == "wrapped":
         raise UserError("--student.stack needs --student.init raw or negate: a wrapped network cannot be stacked")
     if config.pairs.online and config.reflow.rounds == 0:

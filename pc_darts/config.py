@@ -13,6 +13,7 @@ from common.options import (
     Count,
     Decay,
     NotNegative,
+    Portion,
     Range,
     RunOptions,
     Seed,
@@ -55,7 +56,7 @@ class DataConfig:
     size: Annotated[int, Range(8, 4096)] = 32
     images: Count | None = None
     validation: Annotated[float, Range(0, 0.9, above=True)] = 0.1
-    halves: list[Annotated[float, Range(0, 1, above=True)]] = field(default_factory=lambda: [0.5, 0.5])
+    halves: list[Portion] = field(default_factory=lambda: [0.5, 0.5])
     padding: Annotated[int, Range(0, 4096)] = 4
     flip: bool = True
     resized_crop: Share = 0.0

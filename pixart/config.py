@@ -6,7 +6,6 @@ A stage is one YAML file with the options of `StageConfig`. A recipe is a YAML f
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,12 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from common.cli import parse_config
+from common.cli import parse_config, take
 from common.errors import UserError
 from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
+Steps = Annotated[int, Range(1, 1000)]  # of a sampler
+Timestep = Annotated[float, Range(0, 999)]
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
 
@@ -216,7 +217,7 @@ class SamplingConfig:
     """
 
     sampler: Literal["dpm-solver", "iddpm", "sa-solver"] = "dpm-solver"
-    steps: Annotated[int, Range(1, 1000)] = 20
+    steps: Steps = 20
     guidance: NotNegative = 4.5
     grid: Count = 24
     metric_images: Count = 500
@@ -251,7 +252,7 @@ class StageConfig:
     seed: Seed = 0
     resume: str = "auto"
     init_from: str | None = None
-    reparam_t: Annotated[float, Range(0, 999)] = 500.0
+    reparam_t: Timestep = 500.0
     vae: str = "ldm/pretrained/shapes32-v/vae"
     text_encoder: str | None = None
     controlnet_form: Literal["official", "full"] = "official"
@@ -285,14 +286,9 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     Raises:
         UserError: a missing or unreadable file, an unknown stage or option, a value of the wrong type.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path, default=SMALL)
-    parser.add_argument("--stage")
-    try:
-        own, arguments = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name} needs a value") from None
-    file, wanted = own.config, own.stage
+    named, arguments = take("--config", argv)
+    picked, arguments = take("--stage", arguments)
+    file, wanted = Path(named[-1]) if named else SMALL, picked[-1] if picked else None
     content = _read_yaml(file)
     if "stages" not in content:
         files, shared = [file], []

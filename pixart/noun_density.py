@@ -22,7 +22,6 @@ modern parser will give slightly other figures), so compare sets counted with th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import re
@@ -36,6 +35,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from common.cli import Parser
 from common.data.lines import read_lines, read_rows
 from common.errors import UserError, run_main
 from common.files import write_atomically
@@ -244,7 +244,7 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("captions", nargs="*", help="files, shapes:dense, shapes:web, shapes:sparse or emoji")
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
     parser.add_argument("--train_on", type=Path, metavar="FOLDER", help="train the tagger on the Brown corpus")

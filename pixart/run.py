@@ -15,7 +15,7 @@ import torch
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import at_least, check_trainer, free_options
+from common.options import check_trainer, free_options
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
@@ -139,8 +139,6 @@ class Stage:
             ema_decay=config.optimiser.ema_decay,
             grad_clip=config.optimiser.grad_clip,
         )
-        at_least("trainer.max_steps", trainer.max_steps, 1)
-        at_least("trainer.max_minutes", trainer.max_minutes, 0)
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         start = starting_weights(config, names)

@@ -12,7 +12,6 @@ ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-wi
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
@@ -86,9 +86,9 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
 
 def main(argv: Sequence[str] | None = None) -> None:
     """See --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper")
-    parser.add_argument("run_dir", type=Path)
+    parser = Parser(description=__doc__)
+    parser.add_argument("paper", help="name of the paper")
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run of its train.py")
     parser.add_argument("--figure", action="append", default=[], help="picture of the run folder; may be repeated")
     options = parser.parse_args(argv)
     print(record(options.paper, options.run_dir, options.figure))

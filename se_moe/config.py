@@ -13,11 +13,11 @@ from common.options import (
     Count,
     Decay,
     NotNegative,
+    Portion,
     Positive,
     Range,
     RunOptions,
     Seed,
-    Share,
     Threads,
     Whole,
     check_ranges,
@@ -193,8 +193,8 @@ class StorageConfig:
     """Budgets of the tiers, for every rank.
 
     Args:
-        device_mb: device memory in MB for dense parameters with their states and for the experts in use; 0 takes what the
-            dense parameters need and half of what all experts with their states would.
+        device_mb: device memory in MB for dense parameters with their states and for the experts in use; 0 takes what
+            the dense parameters need and half of what all experts with their states would.
         cached_share: part of the rank's experts that host memory holds.
         rule: which expert leaves the cache (`cache.RULES`).
         beta: factor on all hits at the end of a period (Algorithm 2); 1: no decay.
@@ -207,9 +207,9 @@ class StorageConfig:
     """
 
     device_mb: NotNegative = 0.0
-    cached_share: Annotated[float, Range(0, 1, above=True)] = 0.5
+    cached_share: Portion = 0.5
     rule: Literal["repaired", "text", "pseudocode", "lfu", "lru"] = "repaired"
-    beta: Annotated[float, Range(0, 1, above=True)] = 0.5
+    beta: Portion = 0.5
     period: Whole = 256
     threshold: NotNegative = 0.0
     folder: str | None = None

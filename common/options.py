@@ -190,9 +190,13 @@ def check_ranges(options: Any, section: str = "", declared: type | None = None) 
     """
     defaults = {field.name: field.default for field in fields(declared or options)}
     for name, hint in types_of(declared or type(options)).items():
-        value = getattr(options, name)
+        value, kinds = getattr(options, name), get_args(hint)
+        if value is None and type(None) in kinds:
+            continue
+        if value is None:
+            raise UserError(f"--{section}{name} null: expected a value; for the default leave it out")
         entries = value if isinstance(value, (list, tuple)) else [value]
-        also = {None, *(word for part in get_args(hint) if get_origin(part) is Literal for word in get_args(part))}
+        also = {word for part in kinds if get_origin(part) is Literal for word in get_args(part)}
         for kind, allowed in ranges_of(hint):
             for number in entries:
                 if number not in also:
@@ -201,8 +205,9 @@ def check_ranges(options: Any, section: str = "", declared: type | None = None) 
             if isinstance(word, str) and ((not word.strip() and defaults[name] != word) or not is_text(word)):
                 raise UserError(f"--{section}{name} {word!r}: expected text that is not empty; for none leave it out")
         for kind in sections_of(hint):
-            if value is not None:
-                check_ranges(value, f"{section}{name}.", kind)
+            if not hasattr(value, "__dict__"):
+                raise UserError(f"--{section}{name} {value}: expected a section with the options of its own")
+            check_ranges(value, f"{section}{name}.", kind)
 
 
 def device(word: str) -> str:

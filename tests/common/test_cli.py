@@ -107,7 +107,18 @@ def test_wrong_option_is_one_sentence_that_names_it(arguments: list[str], words:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("inner: {rato: 1}", "rato"), ("steps: [", "c.yaml|yaml|parse"), ("steps: x", "steps")]
+    ("text", "words"),
+    [
+        ("inner: {rato: 1}", "rato"),
+        ("steps: [", "c.yaml|yaml|parse"),
+        ("steps: x", "steps"),
+        ("steps: -1", "^--steps -1: expected"),
+        ("steps: 1e30", "steps"),
+        ("inner: {rate: .nan}", "--inner.rate nan: expected"),
+        ("inner: {rate: null}", "rate"),
+        ("inner: {widths: 3}", "widths"),
+        ("inner: 7", "inner"),
+    ],
 )
 def test_wrong_file_is_one_sentence_that_names_the_key(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)

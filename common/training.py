@@ -6,12 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import os
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,22 @@ from torch import Tensor
 from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
-from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.errors import UserError, first_line, stop_if_not_finite
+from common.files import read_object, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions
 from common.precision import choose_precision
 from common.processes import is_main_process
 
 LAST_CHECKPOINT = "last.ckpt"
+INPUTS = "inputs.json"
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """`torch.load` with `weights_only=True` and a clear sentence for a missing, truncated or pickled file."""
+    """`torch.load` with `weights_only=True` and a clear sentence for a missing, truncated, damaged or pickled file."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
+    refuse_damaged(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -56,6 +60,24 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a dictionary of tensors")
     return content
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise UserError where a part of a checkpoint is not what its checksum says: torch writes one (CRC-32) for every
+    tensor and reads without looking at them. Checkpoints of before zip files (torch 1.5) have none.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        raise UserError(
+            f"checkpoint {path} is damaged ({damaged}: its checksum does not fit): restore it from a copy, or delete "
+            "it and start again, which trains this stage anew"
+        )
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any], weights: Mapping[str, Any], step: int | None) -> None:
@@ -94,23 +116,6 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def stop_if_not_finite(loss: float, step: int, last: Path | None, advice: str, what: str = "loss") -> None:
-    """End a run whose loss is NaN or infinite, before its next checkpoint.
-
-    Args:
-        last: the latest checkpoint, if there is one.
-        advice: what the user should try.
-
-    Raises:
-        UserError: it is not finite.
-    """
-    if math.isfinite(loss):
-        return
-    found = last is not None and last.exists()
-    kept = f"the last good checkpoint is {last}" if found else "no checkpoint had been written yet"
-    raise UserError(f"the {what} became {loss} at step {step}: stopped; {kept}. Try {advice}")
-
-
 class StopOnNonFinite(Callback):
     """A NaN or infinite loss ends the run before it can reach the weights' next checkpoint."""
 
@@ -126,7 +131,7 @@ class StopOnNonFinite(Callback):
         if isinstance(loss, Tensor) and not torch.isfinite(loss.detach()).all():
             last = self.checkpoints / LAST_CHECKPOINT
             advice = "a lower optimiser.lr or precision 32-true"
-            stop_if_not_finite(float(loss.detach()), generator_step(trainer), last, advice)
+            stop_if_not_finite(float(loss.detach()), generator_step(trainer), last, advice=advice)
 
 
 class SaveEvery(Callback):
@@ -236,35 +241,138 @@ class EveryNSteps(Callback):
                 self.action(step)
 
 
-def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence[str] = ()) -> None:
-    """Create the run folder and save the config; refuse to mix two different runs in one folder.
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder that `open_run_folder` has looked into; nothing is written before `begin`.
+
+    moved: options that say another place than before, by the input that lies there.
+    """
+
+    path: Path
+    resume: str
+    config_yaml: str
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    def begin(self, inputs: Inputs) -> None:
+        """Refuse a run that was begun with other inputs (`record_inputs`), then write the config and the record.
+
+        Args:
+            inputs: fingerprints of what the run learns from, by the names that messages use: data, tokenizer, ...
+        """
+        if not is_main_process():
+            return
+        saved = self.path / "config.yaml"
+        record_inputs(self.path, self.resume, inputs, saved.is_file(), self.moved)
+        write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
+
+
+def open_run_folder(
+    run_dir: Path,
+    resume: str,
+    config_yaml: str,
+    free: Sequence[str] = (),
+    places: Mapping[str, Sequence[str]] | None = None,
+) -> RunFolder:
+    """Refuse to mix two different runs in one folder; what it returns begins the run when its inputs are known.
 
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty folder; a path is left to the caller.
         free: options that may differ between two starts of the same run, dotted (`trainer.devices`) or whole sections.
+        places: options that only say where an input lies, by the input's name; such data may be moved, since its
+            fingerprint tells whether it is still the same.
     """
+    unmoved = RunFolder(run_dir, resume, config_yaml)
     if not is_main_process():  # it was started by, or together with, a process that does all this
-        return
+        return unmoved
     saved = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run_dir {run_dir} is a file; choose a folder")
     if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--resume never: {run_dir} is not empty; choose another --run_dir")
-    if resume == "auto" and saved.is_file():
-        old, new = _flat(saved.read_text()), _flat(config_yaml)
-        # An option that the saved config lacks is newer than that run.
-        changed = [
-            f"{key} was {old[key]}, is {value}"
-            for key, value in new.items()
-            if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
-        ]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
-                "choose another --run_dir, or delete that folder"
-            )
-    write_atomically(saved, lambda temporary: temporary.write_text(config_yaml))
+    if resume != "auto" or not saved.is_file():
+        return unmoved
+    old, new = _flat(saved.read_text(encoding="utf-8")), _flat(config_yaml)
+    recorded = _recorded_inputs(run_dir)
+    input_at = {option: name for name, options in (places or {}).items() for option in options if name in recorded}
+    # An option that the saved config lacks is newer than that run.
+    changed = {
+        key: f"{key} was {old[key]}, is {value}"
+        for key, value in new.items()
+        if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
+    }
+    refused = [sentence for key, sentence in changed.items() if key not in input_at]
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UserError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(refused[:3])}{more}): "
+            "choose another --run_dir, or delete that folder"
+        )
+    return RunFolder(run_dir, resume, config_yaml, {input_at[key]: sentence for key, sentence in changed.items()})
+
+
+Inputs = Mapping[str, Callable[[], str] | str]  # fingerprints by the names that messages use: data, tokenizer, ...
+
+
+def record_inputs(
+    folder: Path, resume: str, inputs: Inputs, begun: bool, moved: Mapping[str, str] | None = None
+) -> None:
+    """Write down, in `folder`/inputs.json, fingerprints of what a run or a stage learns from; refuse other ones.
+
+    Args:
+        resume: as the run has it; a checkpoint elsewhere goes on with the inputs that the record above it names.
+        inputs: by name; a text that people can read (the names of classes) is shown when it has changed.
+        begun: whether `folder` holds work already; without a record of an input that is said, once.
+        moved: see `RunFolder`.
+
+    Raises:
+        UserError: naming the inputs that have changed.
+    """
+    if not is_main_process():
+        return
+    recorded = folder
+    if resume not in ("auto", "never"):
+        begun, above = True, Path(resume).absolute().parents
+        recorded = next((place for place in above[:3] if (place / INPUTS).is_file()), folder)
+    found = {name: value() if callable(value) else value for name, value in inputs.items()}
+    known = {} if resume == "never" else refuse_other_inputs(recorded, found, moved)
+    unknown = [name for name in found if name not in known]
+    if unknown and begun:
+        print(
+            f"{folder}: its {', '.join(unknown)} were not recorded when it was begun, so it cannot be checked whether "
+            "they have changed; they are recorded now",
+            file=sys.stderr,
+        )
+    if unknown or recorded != folder:
+        write_json(folder / INPUTS, known | found)
+
+
+def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What `record_inputs` has written down in `folder`, {} where it has not.
+
+    Raises:
+        UserError: naming those of `inputs` that are others now.
+    """
+    known = _recorded_inputs(folder)
+    found = {name: value() if callable(value) else value for name, value in inputs.items() if name in known}
+    changed = [name for name, value in found.items() if known[name] != value]
+    if not changed:
+        return known
+    names = " and ".join(f"{'other' if n == 'data' or n.endswith('s') else 'another'} {n}" for n in changed)
+    details = [(moved or {}).get(name) or _difference(name, known[name], found[name]) for name in changed]
+    detail = f" ({'; '.join(filter(None, details))})" if any(details) else ""
+    raise UserError(
+        f"{folder} was begun with {names} than there is now{detail}, and going on would mix the two: restore what "
+        "it was begun with, choose another --run_dir, or delete that folder"
+    )
+
+
+def _recorded_inputs(folder: Path) -> dict[str, str]:
+    return read_object(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    """What changed in an input that people can read."""
+    return f"{name} were {old}, are {new}" if "," in old + new and len(old + new) < 400 else ""
 
 
 def _flat(text: str) -> dict[str, Any]:

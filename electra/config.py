@@ -191,7 +191,7 @@ class TrainerConfig(TrainerOptions):
     """How to run.
 
     Args:
-        max_steps: optimiser steps of the first arm; the others get as many FLOPs.
+        max_steps: optimiser steps of electra; every other objective gets as many FLOPs.
         batch_size: rows of the global batch (all processes and accumulated micro-batches together).
         evaluate_every: steps between losses on held-out text (0: only at the end).
     """
@@ -263,11 +263,12 @@ class ElectraRun:
     Args:
         arms: objectives to pre-train with, each in its own folder below run_dir: electra (replaced-token detection),
             electra15 (its loss on masked tokens only), mlm (BERT), replace_mlm, all_tokens_mlm, two_stage, adversarial.
-            Arms after the first get as many training FLOPs as the first.
+            Each gets as many training FLOPs as trainer.max_steps steps of electra take.
         run_dir: folder of this run's checkpoints, logs, encoders and metrics.
         seed: of the weights' start, the order of the data and the masks.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
-        init_from: a transformers directory or a run's arm to continue the discriminator and generator from.
+        init_from: a transformers directory or a run's arm to continue the discriminator and generator from; its
+            vocabulary comes with it.
     """
 
     arms: list[Objective] = field(default_factory=lambda: ["electra"])

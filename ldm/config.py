@@ -340,7 +340,8 @@ class LdmConfig:
         run_dir: folder of this run's checkpoints, logs, samples and metrics.
         seed: of the weights' start, the order of the data, the noise and the samples.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
-        init_from: another run's model.safetensors, or a pipeline folder, from which the second stage starts.
+        init_from: another run's model.safetensors, or a pipeline folder, from which the second stage starts; its
+            tokenizer and the scale of its latents come with it.
         stages: which parts to run, of first_stage, diffusion, evaluate.
         export_pipeline: write a diffusers pipeline beside the weights, where it can carry the model.
     """

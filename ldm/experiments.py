@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.errors import stop_if_not_finite
 from common.images import to_uint8, to_unit
 from common.ledger import Tier, read_claims
 from common.metrics.distribution import fid
@@ -298,6 +299,7 @@ def train_regression(config: LdmConfig, task: Task, seconds: float) -> Regressio
     while time.process_time() - started < seconds:
         rows = torch.randint(len(images), (config.trainer.batch_size,), generator=step_generator(config.seed, step))
         loss = F.mse_loss(network(to_unit(low[rows]), config.data.size), to_unit(images[rows]))
+        stop_if_not_finite(float(loss.detach()), step, advice="a lower optimiser.lr", what="regression's loss")
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.grad_clip)

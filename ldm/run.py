@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import read_run_config
-from common.data.cache import FeatureCache, fingerprint_module
+from common.data.cache import FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
 from common.data.sampling import TensorTable
 from common.errors import UserError
+from common.files import read_object
 from common.images import to_unit
 from common.options import check_trainer, free_options
 from common.processes import is_main_process
-from common.training import open_run_folder
+from common.training import Inputs, open_run_folder
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
@@ -81,6 +85,35 @@ def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStag
     )
 
 
+# Options that only say where an input lies, by what messages call it.
+PLACES = {
+    "data": ["data.path", "data.eval_path"],
+    "first stage": ["first_stage.weights"],
+    "first stage's starting weights": ["first_stage.init_from"],
+    "starting weights": ["init_from"],
+    "text encoder": ["conditioner.encoder"],
+}
+
+
+def inputs_of(config: LdmConfig, task: Task) -> Inputs:
+    """Fingerprints of what a run learns from."""
+    given = {
+        "first stage": config.first_stage.weights,
+        "first stage's starting weights": config.first_stage.init_from,
+        "starting weights": config.init_from,
+        "text encoder": config.conditioner.encoder if config.conditioner.kind == "frozen" else None,
+    }
+    inputs: dict[str, Callable[[], str] | str] = {
+        name: partial(fingerprint_path, Path(path)) for name, path in given.items() if path and Path(path).exists()
+    }
+    inputs["data"] = task.fingerprint
+    if task.classes:
+        inputs["classes"] = names_of(task.classes)
+    if task.tokenizer is not None:
+        inputs["tokenizer"] = fingerprint_strings([task.tokenizer.backend_tokenizer.to_str()])
+    return inputs
+
+
 @dataclass
 class Run:
     """A run folder and what is in it."""
@@ -114,9 +147,11 @@ class Run:
                 f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
             )
         folder = Path(config.run_dir)
-        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
+        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         tokenizer = saved_tokenizer(folder)
-        task = prepare(config, tokenizer)
+        start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
+        task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
+        opened.begin(inputs_of(config, task))
         if task.tokenizer is not None and tokenizer is None and is_main_process():
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")
@@ -196,16 +231,41 @@ def saved_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
+def tokenizer_beside(start: Path, config: LdmConfig) -> Any:
+    """The tokenizer that the weights of `init_from` were trained with: their embeddings mean its words.
+
+    Raises:
+        UserError: a text run's weights without one.
+    """
+    if config.task != "text" or config.conditioner.kind == "frozen" or not start.exists():
+        return None
+    folder = start if start.is_dir() else start.parent
+    tokenizer = saved_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(
+            f"init_from {start}: {folder / 'tokenizer'} is missing, and without it nobody knows which words its "
+            "embeddings stand for; expected a run's model.safetensors in its folder, or a pipeline folder"
+        )
+    return tokenizer
+
+
 def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
-    """Denoiser and conditioner of another run's model.safetensors, or of an exported pipeline (`init_from`)."""
+    """Denoiser and conditioner of another run's model.safetensors, or of an exported pipeline (`init_from`), and the
+    scale of the latents that they were trained on.
+    """
     if path.is_dir():
-        from ldm.convert import unet_from_diffusers_dir
+        from ldm.convert import autoencoder_from_diffusers_dir, unet_from_diffusers_dir
 
         text = path / "text_encoder" / "model.safetensors"
         if not text.is_file():
             raise UserError(f"init_from {path}: expected a pipeline folder with unet/ and text_encoder/")
         given = {f"model.diffusion_model.{k}": v for k, v in unet_from_diffusers_dir(path).state_dict().items()}
         given |= {f"cond_stage_model.bert.{k}": v.float() for k, v in read_weights(text)[0].items()}
+        first_stage = autoencoder_from_diffusers_dir(path / "vae").state_dict()
+        given |= {f"first_stage_model.{k}": v for k, v in first_stage.items()}
+        vae = read_object(path / "vae" / "config.json", f"init_from {path}")
+        # Stable Diffusion's, which diffusers takes where a config does not say it.
+        given["scale_factor"] = torch.tensor(float(vae.get("scaling_factor") or 0.18215))
     elif path.is_file():
         given, _ = read_weights(path, "init_from")
     else:
@@ -216,6 +276,21 @@ def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
 
     check_weights(second_stage(given), second_stage(ldm.state_dict()), f"init_from {path}", "this configuration")
     ldm.load_state_dict(second_stage(given), strict=False)
+    if "scale_factor" in given:
+        ldm.scale_factor.copy_(given["scale_factor"])
+    own = {k: v for k, v in ldm.state_dict().items() if k.startswith("first_stage_model.")}
+    theirs = {k: v for k, v in given.items() if k.startswith("first_stage_model.")}
+
+    def equal(a: Tensor, b: Tensor) -> bool:  # up to half precision, in which pipelines are kept
+        return a.shape == b.shape and torch.allclose(a.to(b), b, rtol=2e-3, atol=1e-6)
+
+    same = own.keys() == theirs.keys() and all(equal(theirs[k], v) for k, v in own.items())
+    if theirs and not same and is_main_process():
+        print(
+            f"init_from {path}: its latents are those of another first stage than this run's; to go on in the same "
+            "latents give its own with --first_stage.weights",
+            file=sys.stderr,
+        )
 
 
 def table_fingerprint(images: Tensor) -> str:

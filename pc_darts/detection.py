@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from common.cli import Parser
 from common.data.sampling import step_generator
 from common.data.shapes import MAX_OBJECTS, SHAPES, Shapes
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_json
 from common.options import Count, Seed
 from pc_darts.config import FinalConfig
@@ -300,8 +300,7 @@ def train_detector(detector: Detector, scenes: Scenes, steps: int, batch_size: i
         chosen = torch.randint(len(labels_NA), (batch_size,), generator=step_generator(seed, step))
         logits_BAK, offsets_BA4 = detector(scenes.x_NCHW[chosen])
         loss = detection_loss(logits_BAK, offsets_BA4, labels_NA[chosen], offsets_NA4[chosen])
-        if not torch.isfinite(loss):
-            raise UserError(f"the detection loss became {float(loss)} at step {step}: stopped; try a lower rate")
+        stop_if_not_finite(float(loss.detach()), step, what="detection loss")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), CLIP)

@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 
 from common.cli import Parser
 from common.data.lines import read_lines, read_rows
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_atomically
 
 WEIGHTS = Path(__file__).with_name("noun_tagger.safetensors")
@@ -215,9 +215,10 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
     for epoch in range(epochs):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.02 * 0.3**epoch
-        for rows in torch.randperm(len(x)).split(2048):
+        for number, rows in enumerate(torch.randperm(len(x)).split(2048)):
             logits = weight(x[rows]).squeeze(1) + bias
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
+            stop_if_not_finite(float(loss.detach()), number, what=f"loss of epoch {epoch}")
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
+from common.data.cache import fingerprint_path, names_of
+from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
@@ -19,7 +22,7 @@ from common.options import check_trainer, free_options
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, open_run_folder, train
+from common.training import EveryNSteps, Inputs, open_run_folder, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -32,8 +35,8 @@ from pixart.convert import (
     reparameterise,
     save_transformer,
 )
-from pixart.data import BucketDataModule, Pictures, open_pictures
-from pixart.features import Codec, FeatureTable, codec_factor, open_features
+from pixart.data import BucketDataModule, Pictures, content_version, folder_source, open_pictures
+from pixart.features import Codec, FeatureTable, codec_factor, codec_fingerprint, open_features
 from pixart.model import DiT, PixArt
 from pixart.sample import ABOUT, CONTROL, Painter, open_painter
 from pixart.text import TextEncoder
@@ -50,6 +53,31 @@ FREE_OPTIONS = free_options(
     "trainer.gradient_checkpointing",
     "trainer.workers",
 )
+# Options that only say where an input lies, by what messages call it.
+PLACES = {
+    "data": ["data.path"],
+    "autoencoder": ["vae"],
+    "text encoder": ["text_encoder"],
+    "starting weights": ["init_from"],
+}
+
+
+def inputs_of(config: StageConfig, start: Path | None) -> Inputs:
+    """Fingerprints of what a stage learns from."""
+    source = folder_source(config.data) if config.data.name == "folder" else None
+    inputs: dict[str, Callable[[], str] | str] = {
+        "data": content_version(config.data) if source is None else source.fingerprint,
+        "autoencoder": partial(codec_fingerprint, config.vae),
+    }
+    if source is not None and source.classes:
+        inputs["classes"] = names_of(source.classes)
+    if config.kind != "class":
+        encoder = None if config.text_encoder is None else existing_path(config.text_encoder)
+        inputs["text encoder"] = lambda: FrozenEncoder(encoder).fingerprint
+    if start is not None:
+        weights = start / WEIGHTS
+        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start)
+    return inputs
 
 
 def network_config(config: StageConfig, codec: Codec, encoder: TextEncoder | None, classes: int) -> PixArtConfig:
@@ -142,10 +170,9 @@ class Stage:
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         start = starting_weights(config, names)
-        open_run_folder(config.folder, config.resume, text, FREE_OPTIONS)
-        stage = cls(config, config.folder, start)
-        stage._remember_start()
-        return stage
+        opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
+        opened.begin(inputs_of(config, start))
+        return cls(config, config.folder, start)
 
     @property
     def weights(self) -> Path:
@@ -156,25 +183,6 @@ class Stage:
     def finished(self) -> bool:
         """Whether the weights are there already."""
         return self.config.resume == "auto" and (self.weights / ABOUT).is_file()
-
-    def _remember_start(self) -> None:
-        """Refuse to go on from other starting weights than those the stage was begun with."""
-        if self.start is None or not is_main_process():
-            return
-        file = self.start / WEIGHTS if self.start.is_dir() else self.start
-        if not file.is_file():
-            return  # a diffusers directory: its weights have other names, and nobody retrains it
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        record = self.folder / "start.json"
-        if record.is_file() and self.config.resume == "auto":
-            known = read_object(record).get("sha256")
-            if known != digest:
-                raise UserError(
-                    f"{self.folder} was started from other weights than {file} now holds: delete that folder to train "
-                    "the stage again, or choose another --run_dir"
-                )
-        write_json(record, {"path": str(self.start), "sha256": digest})
 
     def codec(self, device: str | torch.device = "cpu") -> Codec:
         """The frozen autoencoder."""

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from common.data.lines import read_json_lines, read_lines
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import file_sha256, write_atomically, write_json
 from common.paths import cache_dir
 from common.teacher import Teacher
 
@@ -200,7 +200,7 @@ def generate_pairs(
         shard = _make_shard(source, prompts, states, range(first, last), seed, batch_size)
         name = f"pairs-{number:05d}.safetensors"
         write_atomically(folder / name, lambda temporary, s=shard: save_file(s, temporary))  # type: ignore[misc]
-        record = {"file": name, "first": first, "pairs": last - first, "sha256": _file_sha256(folder / name)}
+        record = {"file": name, "first": first, "pairs": last - first, "sha256": file_sha256(folder / name)}
         with _locked(folder):
             manifest = _read_manifest(folder) or manifest
             manifest["shards"][str(number)] = record
@@ -387,14 +387,9 @@ def _available(shards: dict[str, Any]) -> int:
     return available
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sound(folder: Path, record: dict[str, Any]) -> bool:
     path = folder / record["file"]
-    return path.is_file() and _file_sha256(path) == record["sha256"]
+    return path.is_file() and file_sha256(path) == record["sha256"]
 
 
 @contextmanager

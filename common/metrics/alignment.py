@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.cli import Parser
 from common.data.text import TextEncoder
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.metrics.features import Lite0Extractor, extract
 from common.metrics.lite0 import FEATURES
 from common.options import Count, Seed
@@ -203,7 +203,7 @@ def fit_towers(
         optimizer = torch.optim.AdamW(towers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         batch = min(BATCH, len(styled_ND))
-        for _ in tqdm(range(steps), desc="alignment scorer", mininterval=1):
+        for step in tqdm(range(steps), desc="alignment scorer", mininterval=1):
             rows = torch.multinomial(weights_N, batch, generator=generator)
             sizes = torch.randint(len(features_SND), (batch,), generator=generator)
             plain = torch.rand(batch, generator=generator) < STYLE_DROP
@@ -212,6 +212,7 @@ def fit_towers(
             same_style = styles_N[rows][:, None] == styles_N[rows]
             cosines = towers.embed_texts(texts) @ towers.embed_images(features_SND[sizes, rows]).T
             loss = contrastive_loss(cosines, same_concept & (same_style | plain[:, None]), towers.log_scale)
+            stop_if_not_finite(float(loss.detach()), step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.cache import FeatureCache, fingerprint_module, fingerprint_strings
+from common.data import cache as cache_module
+from common.data.cache import FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings
 from common.errors import UserError
 
 N, SHARD = 23, 5
@@ -178,3 +181,38 @@ def test_module_fingerprint_sees_every_value_name_and_dtype_but_not_the_layout()
 
 def test_string_fingerprint_sees_order_and_borders() -> None:
     assert len({fingerprint_strings(s) for s in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}) == 4
+
+
+def test_damaged_shard_is_named_and_computed_again(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = shard_bytes(tmp_path)
+    path = tmp_path / "shard-00001.safetensors"
+    content = bytearray(whole[1])
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"shard-00001.*damaged.*computed again"):
+        build(tmp_path)
+    assert shard_bytes(tmp_path) == whole
+
+
+def test_checksums_of_large_sets_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache_module, "REMEMBERED", 3)
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # so that no file has just changed
+    reads: list[Path] = []
+
+    def read(path: Path) -> str:
+        reads.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(cache_module, "file_sha256", read)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text(f"text {name}")
+    first = fingerprint_path(folder)
+    assert len(reads) == 2 and fingerprint_path(folder) == first and len(reads) == 2
+    times = (folder / "a").stat()
+    (folder / "a").write_text("text A")  # as long as before
+    os.utime(folder / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint_path(folder) != first and reads[2:] == [folder / "a"]

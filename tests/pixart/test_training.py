@@ -178,7 +178,7 @@ def test_stage_begun_from_other_weights_is_refused(reference: Path, tmp_path: Pa
     with torch.no_grad():
         model.final_layer.linear.bias.add_(1.0)
     save_transformer(model, start)
-    with pytest.raises(UserError, match="was started from other weights"):
+    with pytest.raises(UserError, match="begun with other starting weights"):
         train(tmp_path / "run", "stage2", init_from=start, trainer__max_steps=1)
 
 

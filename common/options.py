@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
@@ -235,36 +234,3 @@ def device_or_auto(word: str) -> str:
 def is_text(word: str) -> bool:
     """Whether it can be written as UTF-8 and be part of a path."""
     return "\0" not in word and not any("\ud800" <= letter <= "\udfff" for letter in word)
-
-
-def check_trainer(
-    options: TrainerOptions,
-    batches: Mapping[str, int],
-    *,
-    resume: str = "auto",
-    ema_decay: float = 0.0,
-    grad_clip: float = 0.0,
-) -> None:
-    """Refuse, before anything is written, what would fail after work has begun.
-
-    Args:
-        batches: global batch size of each stage by the option that says it ("trainer.batch_size").
-        ema_decay, grad_clip: of the optimiser, which sharding strategies cannot do.
-
-    Raises:
-        UserError: naming the option and what was expected.
-    """
-    check_ranges(options, "trainer.")
-    for name, batch in batches.items():
-        if batch < 1 or batch % options.accumulate:
-            raise UserError(
-                f"--{name} {batch} cannot be divided into --trainer.accumulate {options.accumulate} micro-batches"
-            )
-    sharded = [name for name in ("fsdp", "deepspeed_stage_3") if name in options.strategy]
-    if sharded and (ema_decay > 0 or grad_clip > 0):
-        raise UserError(
-            f"--trainer.strategy {options.strategy} shards the weights that the moving average follows and cannot clip "
-            "by norm: set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
-        )
-    if resume not in ("auto", "never") and not Path(resume).is_file():
-        raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")

@@ -17,9 +17,9 @@ import torch
 from common.data.cache import fingerprint_path
 from common.errors import UserError
 from common.files import write_json
-from common.options import check_trainer, free_options
+from common.options import free_options
 from common.processes import is_main_process
-from common.training import EveryNSteps, open_run_folder, train
+from common.training import EveryNSteps, check_trainer, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
@@ -100,11 +100,13 @@ class Run:
         inputs: dict[str, Callable[[], str] | str] = {"data": corpus, "tokenizer": tokenizer.fingerprint}
         if config.init_from is not None and Path(config.init_from).exists():
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from))
-        opened.begin(inputs)
+        tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        run = cls(config, folder, tokenizer, train, held_out, tasks)
+        run.check_networks()
+        opened.begin(inputs)
         if is_main_process():
             tokenizer.save(folder / "tokenizer")
-        run = cls(config, folder, tokenizer, train, held_out, open_tasks(config.downstream))
         run.seconds["data"] = time.perf_counter() - started
         return run
 
@@ -163,6 +165,17 @@ class Run:
         if config.init_from is not None:
             start_from(network, Path(config.init_from))
         return network
+
+    def check_networks(self) -> None:
+        """Refuse sizes that no network has, and an `init_from` that does not fit; nothing is trained.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        arms = [arm for arm in self.arms() if not arm.finished]
+        for name in {"mlm" if arm.name == "two_stage" else arm.name for arm in arms}:
+            with torch.device("cpu" if self.config.init_from is not None else "meta"):
+                self.network(name)
 
     def pretrain(self, arm: Arm, callbacks: Sequence[pl.Callback] = ()) -> None:
         """Pre-train or resume an arm and write its encoders."""

@@ -131,10 +131,6 @@ def train_first_stage(
     else:
         model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
-    if config.train == "decoder" and not (config.init_from and isinstance(model, AutoencoderKL)):
-        raise UserError(
-            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
-        )
     module = FirstStageTrainer(model, config, seed, config.batch_size)
     preview = first_rows(images, 16)
 

@@ -50,8 +50,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     from common.data.cache import fingerprint_path
     from common.data.sampling import TensorTable
     from common.files import write_json
-    from common.options import check_trainer
-    from common.training import open_run_folder, train
+    from common.training import check_trainer, open_run_folder, train
     from common.weights import save_weights
     from ldm.classifier import accuracy_by_noise, build_classifier, class_run, latent_space
     from ldm.run import FREE_OPTIONS, inputs_of

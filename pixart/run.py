@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,11 +19,11 @@ from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import check_trainer, free_options
+from common.options import free_options
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, Inputs, open_run_folder, train
+from common.training import EveryNSteps, Inputs, check_trainer, open_run_folder, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -139,6 +140,22 @@ def is_class_conditional(path: Path) -> bool:
     return "y_embedder.embedding_table.weight" in read_state_dict(path)
 
 
+def check_options(config: StageConfig) -> None:
+    """Refuse what would fail after work has begun, as far as the options alone tell.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer = config.trainer
+    check_trainer(
+        trainer,
+        {"trainer.batch_size": trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+
+
 @dataclass
 class Stage:
     """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json."""
@@ -147,6 +164,7 @@ class Stage:
     folder: Path
     start: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
+    prepared: Any = None  # what `prepare` made when the stage was opened
 
     @classmethod
     def open(cls, config: StageConfig, text: str, names: list[str]) -> Stage:
@@ -159,20 +177,16 @@ class Stage:
         Raises:
             UserError: the folder holds another run, an option is wrong, or the stage before is not finished.
         """
-        trainer = config.trainer
-        check_trainer(
-            trainer,
-            {"trainer.batch_size": trainer.batch_size},
-            resume=config.resume,
-            ema_decay=config.optimiser.ema_decay,
-            grad_clip=config.optimiser.grad_clip,
-        )
-        if trainer.threads:
-            torch.set_num_threads(trainer.threads)
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
         start = starting_weights(config, names)
         opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
+        stage = cls(config, config.folder, start)
+        if not stage.finished:
+            stage.prepared = stage.prepare()
         opened.begin(inputs_of(config, start))
-        return cls(config, config.folder, start)
+        return stage
 
     @property
     def weights(self) -> Path:
@@ -198,11 +212,14 @@ class Stage:
             None if path is None else existing_path(path), self.config.network.caption_tokens, device, dtype
         )
 
-    def train(self, callbacks: list[pl.Callback] | None = None) -> Painter:
-        """Train or resume the stage, write its weights, and return what samples from them."""
-        started = time.perf_counter()
-        config, trainer_config = self.config, self.config.trainer
-        device = encoding_device(trainer_config.accelerator)
+    def prepare(self) -> tuple[Codec, TextEncoder | None, Pictures, Network]:
+        """The frozen parts, the pictures, and the network as it starts.
+
+        Raises:
+            UserError: one of them is missing, too small, or does not fit the others.
+        """
+        config = self.config
+        device = encoding_device(config.trainer.accelerator)
         codec, encoder = self.codec(device), self.encoder(device)
         multiple = codec.factor * config.network.patch_size
         pictures = open_pictures(config.data, "train", config.seed, multiple)
@@ -212,7 +229,15 @@ class Stage:
             raise UserError(
                 f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
             )
-        network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
+        shape = network_config(config, codec, encoder, pictures.classes)
+        return codec, encoder, pictures, build_network(config, shape, self.start)
+
+    def train(self, callbacks: list[pl.Callback] | None = None) -> Painter:
+        """Train or resume the stage, write its weights, and return what samples from them."""
+        started = time.perf_counter()
+        config, trainer_config = self.config, self.config.trainer
+        codec, encoder, pictures, network = self.prepared or self.prepare()
+        self.prepared = None
         table = self._features(pictures, codec, encoder)
         self.seconds["features"] = time.perf_counter() - started
         module = StageModule(network, codec, config)

@@ -47,7 +47,7 @@ class DataConfig:
 
     tasks: list[str] = field(default_factory=lambda: ["sotu"])
     shares: list[Count] = field(default_factory=list)
-    vocabulary: Annotated[int, Range(260, 10**6)] = 2000
+    vocabulary: Annotated[int, Range(300, 10**6)] = 2000
     sequence: Annotated[int, Range(2, 10**6)] = 64
 
 
@@ -307,6 +307,31 @@ class TrainConfig(RunOptions):
                 f"--data.shares has {len(self.data.shares)} numbers and --data.tasks {len(self.data.tasks)} names; "
                 "give one number for every task"
             )
+
+    def check_ranks(self, world: int) -> None:
+        """Refuse what the processes would refuse one after the other.
+
+        Args:
+            world: number of processes.
+
+        Raises:
+            UserError: naming the option.
+        """
+        shared, model = self.parallel.expert_ranks or world, self.model
+        if not self.arms:
+            raise UserError(f"--arms is empty; choose from {', '.join(ARMS)}")
+        if self.batch % world:
+            raise UserError(f"--batch {self.batch}: it must be a multiple of the {world} ranks")
+        if world % shared:
+            raise UserError(f"--parallel.expert_ranks {shared}: it must divide the number of processes, {world}")
+        nodes = self.parallel.per_node
+        if self.switches.hierarchical and 0 < nodes < shared and shared % nodes:
+            raise UserError(f"--parallel.per_node {nodes}: it must divide the {shared} ranks that share the experts")
+        if any(model.has_experts(layer) for layer in range(model.layers)):
+            if model.experts % shared:
+                raise UserError(f"--model.experts {model.experts}: it must be a multiple of the {shared} ranks")
+            if model.top_k > model.experts:
+                raise UserError(f"--model.top_k {model.top_k}: there are {model.experts} experts to choose from")
 
     def network(self, vocabulary: int) -> ModelConfig:
         """The network of this run's text."""

@@ -17,10 +17,10 @@ from common.options import (
     RunOptions,
     TrainerOptions,
     check_ranges,
-    check_trainer,
     device,
     free_options,
 )
+from common.training import check_trainer
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,17 @@ def test_a_number_out_of_range_is_named(given: dict[str, Any], sentence: str) ->
 
 
 def test_sharding_refuses_averages_and_clipping_and_resume_wants_a_file(tmp_path: Path) -> None:
-    check_trainer(TrainerOptions(strategy="fsdp"), {})
+    check_trainer(TrainerOptions(strategy="ddp"), {}, ema_decay=0.99, grad_clip=1.0)
     with pytest.raises(UserError, match=r"set --optimiser\.ema_decay 0"):
         check_trainer(TrainerOptions(strategy="fsdp"), {}, ema_decay=0.99)
     with pytest.raises(UserError, match=r"--resume .*nothing: no such file"):
         check_trainer(TrainerOptions(), {}, resume=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("given", [{"strategy": "magic"}, {"accelerator": "abacus"}, {"accelerator": "tpu"}])
+def test_a_machine_that_is_not_there_is_refused_before_anything_is_written(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"trainer options .*{next(iter(given.values()))}.* do not fit this machine"):
+        check_trainer(TrainerOptions(**given), {})
 
 
 @pytest.mark.parametrize(

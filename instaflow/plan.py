@@ -1,6 +1,6 @@
 """What a run costs, worked out before it starts: U-Net forward-equivalents, FLOP and GPU-days of every stage.
 
-    make instaflow-plan                                   the published schedule, beside the paper's 199.2 A100 days
+    make instaflow-plan  # the published schedule, beside the paper's 199.2 A100 days
     python instaflow/plan.py --gpu h100 --gpus 8 --utilisation 0.5
     python instaflow/plan.py --config instaflow/configs/small.yaml --teacher ldm/pretrained/shapes32-v
 

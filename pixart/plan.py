@@ -1,6 +1,6 @@
 """What the paper's training costs, stage by stage, on a named cluster; needs no GPU and no memory.
 
-    make pixart-plan                                      the table, for 64 x A100
+    make pixart-plan  # the table, for 64 x A100
     python pixart/plan.py --gpu h100 --gpus 16 --strategy deepspeed
     python pixart/plan.py --json stage2 stage3c
 

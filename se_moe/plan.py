@@ -1,6 +1,6 @@
 """What training and serving the paper's models costs in each storage tier: equation (1) and its inverse.
 
-    make se_moe-plan                                    the paper's five models, and the largest model of 1 x H200
+    make se_moe-plan  # the paper's five models, and the largest model of 1 x H200
     python se_moe/plan.py --gpu a100 --gpus 8 --alpha 0.1
     python se_moe/plan.py --gpus 1 --host_gb 200 --file_gb 2000 --json
 

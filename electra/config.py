@@ -122,7 +122,8 @@ class ElectraConfig(ModelConfig):
             return self
         hidden = round(self.hidden_size * self.generator_factor)
         heads = self.generator_heads or max(1, hidden * self.heads // self.hidden_size)
-        intermediate = self.generator_intermediate_size or round(self.intermediate_size * self.generator_factor)
+        smaller = max(1, round(self.intermediate_size * self.generator_factor))
+        intermediate = self.generator_intermediate_size or smaller
         embedding = hidden if self.tying == "none" else self.embedding_size
         return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
 

@@ -1,7 +1,7 @@
 """Weights of the official TensorFlow code and of transformers, both ways.
 
-    python electra/convert.py import CHECKPOINT OUT    official -> transformers: OUT/ and OUT/generator/
-    python electra/convert.py export DIR OUT.npz       transformers (DIR/ and, where it is, DIR/generator/) -> official
+    python electra/convert.py import CHECKPOINT OUT  # official -> transformers: OUT/ and OUT/generator/
+    python electra/convert.py export DIR OUT.npz     # transformers (DIR/ and its generator, if any) -> official
 
 CHECKPOINT is a checkpoint of the official code (its folder, or the part of its files' names before ".index"), or an
 .npz or .safetensors file of its variables. `--heads` is needed where heads are not 64 wide: weights do not tell.

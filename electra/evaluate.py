@@ -1,12 +1,12 @@
 """Fine-tune a saved encoder on labelled tasks and print its scores beside the same network from scratch.
 
-    python electra/evaluate.py runs/electra/electra                          # the default tasks, three seeds
+    python electra/evaluate.py runs/electra-small/electra                     # the default tasks, three seeds
     python electra/evaluate.py DIR OTHER_DIR --tasks acceptability,pos       # two encoders side by side
     python electra/evaluate.py DIR --tasks file:reviews.tsv --seeds 0 --output scores.json
     python electra/evaluate.py DIR --tasks sentiment --predict sentences.txt # one label a line, tab, the sentence
 
-DIR is a transformers directory with its vocabulary. Scores are per cent on the test split, the median over the seeds
-and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
+DIR is a transformers directory with its vocabulary, or the folder of a run's arm. Scores are per cent on the test
+split, the median over the seeds and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Published checkpoints and ours, both ways.
 
-    python instaflow/convert.py 2_rectified_flow_from_sd_1_5 runs/2rf           official layout -> ours
-    python instaflow/convert.py --to official runs/instaflow/pipeline released  ours -> official layout
+    python instaflow/convert.py 2_rectified_flow_from_sd_1_5 runs/2rf           # official layout -> ours
+    python instaflow/convert.py --to official runs/instaflow/pipeline released  # ours -> official layout
     python instaflow/convert.py --one_step instaflow_0_9B_from_sd_1_5 runs/instaflow-0.9B
 
 The published directories (`2_rectified_flow_from_sd_1_5`, `instaflow_0_9B_from_sd_1_5`) have Stable Diffusion's layout

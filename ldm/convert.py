@@ -4,9 +4,11 @@
     python ldm/convert.py --from compvis   --to diffusers model.ckpt folder/           --config the-authors.yaml
     python ldm/convert.py --from diffusers --to ours      folder/    model.safetensors
     python ldm/convert.py --from ours      --to compvis   model.safetensors model.ckpt
+    python ldm/convert.py --from ours      --to diffusers runs/ldm-small folder/       # a finished run, float32
 
 compvis    the authors' `.ckpt`: model.diffusion_model.*, first_stage_model.*, cond_stage_model.*, model_ema.*
-ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header
+ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header;
+           or a run folder, which holds one
 diffusers  a folder with unet/, vae/ or vqvae/, bert/ (the paper's tau as LDMBertModel) and scheduler/
 
 `--config` (a file of ldm/configs/paper or one of the authors' YAMLs) is needed to go from a `.ckpt` to diffusers: the

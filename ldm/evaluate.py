@@ -1,6 +1,6 @@
 """Metrics of a trained model against held-out images.
 
-    python evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
+    python ldm/evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 """

@@ -1,9 +1,9 @@
-"""Draw images: `python sample.py --prompt "a red star left of a blue ring"` writes a PNG.
+"""Draw images: `python ldm/sample.py --prompt "a red star left of a blue ring"` writes a PNG.
 
-    python sample.py --prompt "two hearts" --model pretrained/shapes32-v   # a diffusers directory (ours or yours)
-    python sample.py --model runs/ldm-small                  # a finished run of train.py: its task's grid
-    python sample.py --model runs/ldm-small --size 64x96     # larger than trained (convolutional sampling)
-    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
+    python ldm/sample.py --prompt "two hearts" --model ldm/pretrained/shapes32-v # a diffusers directory (ours or yours)
+    python ldm/sample.py --model runs/ldm-small              # a finished run of train.py: its task's grid
+    python ldm/sample.py --model runs/ldm-small --size 64x96 # larger than trained (convolutional sampling)
+    python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a run folder of train.py or any diffusers text-to-image directory.
 """

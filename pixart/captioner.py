@@ -1,7 +1,7 @@
 """Auto-labelling (appendix A.4): dense captions for an image folder from any vision-language model directory.
 
-    python captioner.py my/photos --model /models/llava-1.5-7b-hf                 # writes my/photos/metadata.jsonl
-    python captioner.py my/photos --model /models/blip --output blip.jsonl --device cuda --dtype bfloat16
+    python pixart/captioner.py my/photos --model /models/llava-1.5-7b-hf          # writes my/photos/metadata.jsonl
+    python pixart/captioner.py my/photos --model /models/blip --output blip.jsonl --device cuda --dtype bfloat16
 
 `--model` is a Hugging Face directory of an image-text-to-text model (LLaVA, Qwen-VL, BLIP, GIT, ...) or of a
 vision-encoder-decoder; code that comes with a model is never run. Models with a chat template are asked the paper's

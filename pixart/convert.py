@@ -1,6 +1,6 @@
 """Checkpoints of PixArt-alpha between three homes, both ways, exactly; and the initialiser of stage 2.
 
-    python pixart/convert.py --to ours      PixArt-XL-2-512x512.pth  folder/       (--weights trained: not the EMA)
+    python pixart/convert.py --to ours      PixArt-XL-2-512x512.pth  folder/       # --weights trained: not the EMA
     python pixart/convert.py --to diffusers PixArt-XL-2-512x512.pth  transformer/
     python pixart/convert.py --to official  transformer/             model.pth
     python pixart/convert.py --reparameterise DiT-XL-2-256x256.pt --to ours  initial/  folder/

@@ -1,6 +1,6 @@
 """Generated images against real ones, every number with its judge, its sample counts and the real-vs-real floor.
 
-    python -m common.metrics.evaluate REAL_DIR FAKE_DIR [--extractor lite0|inception:PATH] [--json OUT]
+    python -m common.metrics.evaluate REAL_DIR FAKE_DIR --extractor inception:PATH --json OUT
 
 How to read the report
     kid_*        headline: unbiased squared MMD on features; 0 when both sets come from one source, whatever the count.

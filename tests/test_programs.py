@@ -11,7 +11,8 @@ import pytest
 
 from common.cli import Parser, shown
 from common.errors import UserError
-from common.paths import papers
+from common.paths import REPOSITORY, papers
+from common.training import RunFolder
 from tests.programs import call, help_of, name_of, numbers_of, options_of, parser_of, programs, shown_defaults, trainers
 
 WRONG = ("-1", "0", "nan", "inf", "1e30", "1" * 23)
@@ -94,3 +95,39 @@ def test_help_shows_the_defaults_that_apply(program: str) -> None:
         call(program, [])
     assert {name: applied[name] for name in told} == told
     assert len(told) > 10
+
+
+class Reached(BaseException):
+    """Raised where a run's folder would be written."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", trainers())
+def test_a_number_within_its_range_passes_the_checks_or_is_a_sentence(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(RunFolder, "begin", stop)
+    if program == "se_moe.train":  # as one of its processes
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    smoke = REPOSITORY / program.partition(".")[0] / "configs" / "smoke.yaml"
+    given = ["--config", str(smoke)] if smoke.is_file() else []
+    reached = 0
+    for action, hint in options_of(program):
+        for kind, allowed in numbers_of(hint):
+            for word in ("0", "1", "-1"):
+                try:
+                    allowed.check("x", kind(word), kind)
+                except UserError:
+                    continue
+                value = f"[{word}]" if "list" in str(hint) else f"[{word}, {word}]" if "tuple" in str(hint) else word
+                try:
+                    call(program, [*given, "--run_dir", str(tmp_path / "run"), f"{name_of(action)}={value}"])
+                except Reached:
+                    reached += 1
+                except UserError as error:
+                    assert "\n" not in str(error)
+                assert not list(tmp_path.iterdir()), name_of(action)
+    assert reached > 10

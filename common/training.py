@@ -75,7 +75,7 @@ def refuse_damaged(path: Path) -> None:
         damaged = first_line(error)
     if damaged is not None:
         raise UserError(
-            f"checkpoint {path} is damaged ({damaged}: its checksum does not fit): restore it from a copy, or delete "
+            f"checkpoint {path} is damaged ({damaged.partition('/')[2] or damaged}: its checksum does not fit): restore it from a copy, or delete "
             "it and start again, which trains this stage anew"
         )
 
@@ -241,6 +241,9 @@ class EveryNSteps(Callback):
                 self.action(step)
 
 
+Inputs = Mapping[str, Callable[[], str] | str]  # fingerprints by the names that messages use: data, tokenizer, ...
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder that `open_run_folder` has looked into; nothing is written before `begin`.
@@ -257,13 +260,19 @@ class RunFolder:
         """Refuse a run that was begun with other inputs (`record_inputs`), then write the config and the record.
 
         Args:
-            inputs: fingerprints of what the run learns from, by the names that messages use: data, tokenizer, ...
+            inputs: fingerprints of what the run learns from.
         """
         if not is_main_process():
             return
-        saved = self.path / "config.yaml"
-        record_inputs(self.path, self.resume, inputs, saved.is_file(), self.moved)
+        _refuse_changes(self.path, [sentence for name, sentence in self.moved.items() if name not in inputs])
+        saved, resumed = self.path / "config.yaml", self.path
+        if self.resume not in ("auto", "never"):
+            above = Path(self.resume).absolute().parents
+            resumed = next((folder for folder in above if (folder / "config.yaml").is_file()), self.path)
+        record = _checked_inputs(self.path, resumed, inputs, self.moved)
         write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
+        if record != _recorded_inputs(self.path):
+            write_json(self.path / INPUTS, record)
 
 
 def open_run_folder(
@@ -300,41 +309,49 @@ def open_run_folder(
         for key, value in new.items()
         if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
     }
-    refused = [sentence for key, sentence in changed.items() if key not in input_at]
-    if refused:
-        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise UserError(
-            f"{run_dir} holds a run with another configuration ({'; '.join(refused[:3])}{more}): "
-            "choose another --run_dir, or delete that folder"
-        )
+    _refuse_changes(run_dir, [sentence for key, sentence in changed.items() if key not in input_at])
     return RunFolder(run_dir, resume, config_yaml, {input_at[key]: sentence for key, sentence in changed.items()})
 
 
-Inputs = Mapping[str, Callable[[], str] | str]  # fingerprints by the names that messages use: data, tokenizer, ...
+def _refuse_changes(run_dir: Path, changed: Sequence[str]) -> None:
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
+            "choose another --run_dir, or delete that folder"
+        )
 
 
-def record_inputs(
-    folder: Path, resume: str, inputs: Inputs, begun: bool, moved: Mapping[str, str] | None = None
-) -> None:
-    """Write down, in `folder`/inputs.json, fingerprints of what a run or a stage learns from; refuse other ones.
+def record_inputs(folder: Path, resume: str, inputs: Inputs) -> None:
+    """Write down, in `folder`/inputs.json, fingerprints of what a stage learns from; refuse other ones.
 
     Args:
-        resume: as the run has it; a checkpoint elsewhere goes on with the inputs that the record above it names.
-        inputs: by name; a text that people can read (the names of classes) is shown when it has changed.
-        begun: whether `folder` holds work already; without a record of an input that is said, once.
-        moved: see `RunFolder`.
+        folder: of the stage.
+        resume: as the run has it; a checkpoint elsewhere goes on with the inputs of its own stage.
 
     Raises:
         UserError: naming the inputs that have changed.
     """
-    if not is_main_process():
-        return
-    recorded = folder
-    if resume not in ("auto", "never"):
-        begun, above = True, Path(resume).absolute().parents
-        recorded = next((place for place in above[:3] if (place / INPUTS).is_file()), folder)
+    if is_main_process():
+        checkpoint = checkpoint_to_resume(resume, folder)
+        resumed = folder if checkpoint is None else checkpoint.absolute().parent.parent
+        record = _checked_inputs(folder, resumed, inputs)
+        if record != _recorded_inputs(folder):
+            write_json(folder / INPUTS, record)
+
+
+def _checked_inputs(
+    folder: Path, resumed: Path, inputs: Inputs, moved: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The record of a run or stage that goes on with these inputs, or begins with them where nothing was trained yet.
+
+    Args:
+        resumed: the folder that it goes on from, which is `folder` but for `--resume CHECKPOINT`.
+        moved: see `RunFolder`.
+    """
     found = {name: value() if callable(value) else value for name, value in inputs.items()}
-    known = {} if resume == "never" else refuse_other_inputs(recorded, found, moved)
+    begun = holds_work(resumed)  # else it has failed before, perhaps because of the data that were now put right
+    known = refuse_other_inputs(resumed, found, moved) if begun else {}
     unknown = [name for name in found if name not in known]
     if unknown and begun:
         print(
@@ -342,12 +359,20 @@ def record_inputs(
             "they have changed; they are recorded now",
             file=sys.stderr,
         )
-    if unknown or recorded != folder:
-        write_json(folder / INPUTS, known | found)
+    return known | found
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has come so far that something below its folder was learned: a checkpoint or tensors."""
+    return any(next(folder.rglob(pattern), None) for pattern in ("*.ckpt", "*.safetensors"))
 
 
 def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What `record_inputs` has written down in `folder`, {} where it has not.
+    """What was written down in `folder` of a run's inputs, {} where nothing was.
+
+    Args:
+        inputs: as they are now; those that are no part of the record are left out.
+        moved: see `RunFolder`.
 
     Raises:
         UserError: naming those of `inputs` that are others now.
@@ -444,6 +469,7 @@ def build_trainer(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """A Lightning Trainer with the house's conventions; everything is written below `folder`.
@@ -458,6 +484,7 @@ def build_trainer(
         grad_clip: largest norm of the gradient; 0 does not clip.
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
+        logs, checkpoints: write them; checkpoints None: as `logs` says.
         unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
 
     Raises:
@@ -466,13 +493,14 @@ def build_trainer(
     quiet_lightning()
     tune_allocator()
     fix_form(options.attention)
-    use_choices(Choices(folder if logs else None))
-    checkpoints = folder / "checkpoints"
+    checkpoints = logs if checkpoints is None else checkpoints
+    # Equal forms round differently: a run that goes on takes the forms that it began with.
+    use_choices(Choices(folder if checkpoints else None))
+    place = folder / "checkpoints"
     chosen_precision = precision or options.precision
-    own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
+    own: list[Callback] = [StopOnNonFinite(place, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
         own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
-        own.append(SaveEvery(checkpoints, options.checkpoint_every, last=steps))
     strategy: Any = options.strategy
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
@@ -482,6 +510,7 @@ def build_trainer(
     show = options.progress and not os.environ.get("CI")
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
+    saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
     return _lightning(
         options,
         chosen_precision,
@@ -491,7 +520,8 @@ def build_trainer(
         max_epochs=-1,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
-        callbacks=[*own, *callbacks],
+        # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
+        callbacks=[*own, *saving, *callbacks] if logs else [*own, *callbacks, *saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),
@@ -545,13 +575,15 @@ def train(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
 
     Args:
         resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
-        logs: False keeps nothing below `folder`, and starts anew.
+        logs: False writes none.
+        checkpoints: False keeps nothing below `folder`, and starts anew; None: as `logs` says.
 
     Returns:
         the Trainer, after its work.
@@ -560,7 +592,8 @@ def train(
         UserError: as `build_trainer` and `fit`.
     """
     quiet_lightning()
-    precision = choose_precision(folder if logs else None, options, module, data)
+    checkpoints = logs if checkpoints is None else checkpoints
+    precision = choose_precision(folder if checkpoints else None, options, module, data)
     trainer = build_trainer(
         folder,
         options,
@@ -572,9 +605,10 @@ def train(
         optimisers=optimisers,
         callbacks=callbacks,
         logs=logs,
+        checkpoints=checkpoints,
         unit=unit,
     )
-    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
     return trainer
 
 

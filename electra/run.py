@@ -14,12 +14,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from common.data.cache import fingerprint_path
+from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import write_json
 from common.options import free_options
 from common.processes import is_main_process
-from common.training import EveryNSteps, check_trainer, open_run_folder, train
+from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
@@ -99,7 +99,7 @@ class Run:
         corpus = load_corpus(config.data.corpus).fingerprint
         inputs: dict[str, Callable[[], str] | str] = {"data": corpus, "tokenizer": tokenizer.fingerprint}
         if config.init_from is not None and Path(config.init_from).exists():
-            inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from))
+            inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
         run = cls(config, folder, tokenizer, train, held_out, tasks)
@@ -287,7 +287,7 @@ def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
         UserError: the weights come without one, or with another than the given one.
     """
     given = None if config.data.vocabulary is None else load_tokenizer(config.data.vocabulary)
-    if given is None and config.resume == "auto" and (folder / "tokenizer").is_dir():
+    if given is None and holds_work(folder) and (folder / "tokenizer").is_dir():
         return load_tokenizer(folder / "tokenizer")
     if config.init_from is None or not Path(config.init_from).is_dir():
         return given or open_tokenizer(config.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import read_run_config
-from common.data.cache import FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
+from common.data.cache import MODEL, FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
 from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.files import read_object
@@ -22,7 +23,7 @@ from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
 from common.options import Range, free_options
 from common.processes import is_main_process
-from common.training import Inputs, check_trainer, open_run_folder
+from common.training import Inputs, check_trainer, holds_work, open_run_folder
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
@@ -114,7 +115,9 @@ def inputs_of(config: LdmConfig, task: Task) -> Inputs:
         "text encoder": config.conditioner.encoder if config.conditioner.kind == "frozen" else None,
     }
     inputs: dict[str, Callable[[], str] | str] = {
-        name: partial(fingerprint_path, Path(path)) for name, path in given.items() if path and Path(path).exists()
+        name: partial(fingerprint_path, Path(path), MODEL)
+        for name, path in given.items()
+        if path and Path(path).exists()
     }
     inputs["data"] = task.fingerprint
     if task.classes:
@@ -144,7 +147,7 @@ class Run:
             torch.set_num_threads(config.trainer.threads)
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        tokenizer = saved_tokenizer(folder)
+        tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
         run = cls(config, folder, task)
@@ -152,6 +155,7 @@ class Run:
             check_networks(config, task)
         opened.begin(inputs_of(config, task))
         if task.tokenizer is not None and tokenizer is None and is_main_process():
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")
         return run

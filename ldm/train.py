@@ -99,12 +99,14 @@ def train_first_stage(
     resume: bool = True,
     callbacks: list[pl.Callback] | None = None,
     save: bool = True,
+    checkpoints: bool | None = None,
 ) -> FirstStage:
     """Train (or load) the first stage: reconstruction, a mild regulariser, a patch discriminator (appendix G).
 
     Args:
         images: table or stream with a uint8 column `image` [N, 3, H, W].
         folder: gets `first_stage.safetensors`, logs, checkpoints and reconstruction grids.
+        save: False leaves all of them out; checkpoints: True writes these all the same, and goes on from them.
 
     Returns:
         The first stage, in eval mode with gradients off.
@@ -157,6 +159,7 @@ def train_first_stage(
         batch_size=config.batch_size,
         resume="auto" if resume else "never",
         logs=save,
+        checkpoints=checkpoints,
         callbacks=[
             StopAtCount(config.steps),
             *([EveryNSteps(max(1, config.steps // 4), draw)] if save else []),
@@ -185,7 +188,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
 
     from common.data.cache import fingerprint_module
     from common.data.sampling import TensorTable
-    from common.training import EveryNSteps, latest_checkpoint, record_inputs, train
+    from common.training import EveryNSteps, record_inputs, train
     from ldm.run import build_latent_diffusion, load_second_stage
     from ldm.sample import task_grid
     from ldm.streaming import data_module
@@ -205,8 +208,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     holes = mask_bank(config.data.size, MASKS, config.seed) if config.task == "inpaint" else None
     module = DiffusionTrainer(ldm, config, holes)
     folder = run.folder / "diffusion"
-    begun = latest_checkpoint(folder) is not None
-    record_inputs(folder, config.resume, {"first stage": lambda: fingerprint_module(first_stage)}, begun)
+    record_inputs(folder, config.resume, {"first stage": lambda: fingerprint_module(first_stage)})
 
     def draw(step: int) -> None:
         with module.ema.swapped_into(ldm) if module.ema else torch.no_grad():

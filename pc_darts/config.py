@@ -136,7 +136,7 @@ class SearchConfig(SearchShape):
 
 @dataclass(frozen=True)
 class SearchOptions(SgdOptions, SearchShape):
-    """The search (specification sections 2.1 to 2.5); defaults are the paper's on CIFAR-10.
+    """The search; defaults are the paper's on CIFAR-10.
 
     Args:
         fused: the batched mixed cell; false is the operation-by-operation reference (same gradients, slower).

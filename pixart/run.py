@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from common.data.cache import fingerprint_path, names_of
+from common.data.cache import MODEL, fingerprint_path, names_of
 from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
@@ -23,7 +22,7 @@ from common.options import free_options
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, Inputs, check_trainer, open_run_folder, train
+from common.training import EveryNSteps, Inputs, RunFolder, check_trainer, open_run_folder, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -77,7 +76,7 @@ def inputs_of(config: StageConfig, start: Path | None) -> Inputs:
         inputs["text encoder"] = lambda: FrozenEncoder(encoder).fingerprint
     if start is not None:
         weights = start / WEIGHTS
-        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start)
+        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start, MODEL)
     return inputs
 
 
@@ -163,8 +162,8 @@ class Stage:
     config: StageConfig
     folder: Path
     start: Path | None
+    opened: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    prepared: Any = None  # what `prepare` made when the stage was opened
 
     @classmethod
     def open(cls, config: StageConfig, text: str, names: list[str]) -> Stage:
@@ -182,11 +181,15 @@ class Stage:
             torch.set_num_threads(config.trainer.threads)
         start = starting_weights(config, names)
         opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
-        stage = cls(config, config.folder, start)
-        if not stage.finished:
-            stage.prepared = stage.prepare()
-        opened.begin(inputs_of(config, start))
+        stage = cls(config, config.folder, start, opened)
+        if stage.finished:
+            stage.begin()
         return stage
+
+    def begin(self) -> None:
+        """Refuse other inputs than those that the stage was begun with; write its config."""
+        assert self.opened is not None
+        self.opened.begin(inputs_of(self.config, self.start))
 
     @property
     def weights(self) -> Path:
@@ -212,14 +215,11 @@ class Stage:
             None if path is None else existing_path(path), self.config.network.caption_tokens, device, dtype
         )
 
-    def prepare(self) -> tuple[Codec, TextEncoder | None, Pictures, Network]:
-        """The frozen parts, the pictures, and the network as it starts.
-
-        Raises:
-            UserError: one of them is missing, too small, or does not fit the others.
-        """
-        config = self.config
-        device = encoding_device(config.trainer.accelerator)
+    def train(self, callbacks: list[pl.Callback] | None = None) -> Painter:
+        """Train or resume the stage, write its weights, and return what samples from them."""
+        started = time.perf_counter()
+        config, trainer_config = self.config, self.config.trainer
+        device = encoding_device(trainer_config.accelerator)
         codec, encoder = self.codec(device), self.encoder(device)
         multiple = codec.factor * config.network.patch_size
         pictures = open_pictures(config.data, "train", config.seed, multiple)
@@ -229,15 +229,8 @@ class Stage:
             raise UserError(
                 f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
             )
-        shape = network_config(config, codec, encoder, pictures.classes)
-        return codec, encoder, pictures, build_network(config, shape, self.start)
-
-    def train(self, callbacks: list[pl.Callback] | None = None) -> Painter:
-        """Train or resume the stage, write its weights, and return what samples from them."""
-        started = time.perf_counter()
-        config, trainer_config = self.config, self.config.trainer
-        codec, encoder, pictures, network = self.prepared or self.prepare()
-        self.prepared = None
+        network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
+        self.begin()
         table = self._features(pictures, codec, encoder)
         self.seconds["features"] = time.perf_counter() - started
         module = StageModule(network, codec, config)

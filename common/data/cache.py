@@ -17,7 +17,7 @@ import os
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ _MANIFEST = "manifest.json"
 REMEMBERED = 2**28  # bytes: checksums of the files of larger sets are kept, so that they are read once
 WHOLE = 2**36  # bytes: of the files of larger sets both ends stand for what lies between
 END = 2**16  # bytes of each end
+MODEL = (".json", ".safetensors", ".bin", ".txt", ".model")  # files of a model's folder beside pictures and logs
 
 
 def fingerprint_module(module: nn.Module) -> str:
@@ -81,11 +82,15 @@ def fingerprint_files(paths: Sequence[Path], root: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def fingerprint_path(path: Path) -> str:
-    """`fingerprint_files` of one file, whatever its name, or of all files below a folder but hidden ones."""
+def fingerprint_path(path: Path, suffixes: Collection[str] = ()) -> str:
+    """`fingerprint_files` of one file, whatever its name, or of the files below a folder but hidden ones.
+
+    Args:
+        suffixes: of the files that count in a folder; () for all. MODEL for what makes up a model.
+    """
     if path.is_file():
         return file_checksums([path])[path][:32]
-    files = [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in path.rglob("*") if file.is_file() and (not suffixes or file.suffix in suffixes)]
     return fingerprint_files([f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)], path)
 
 

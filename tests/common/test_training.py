@@ -176,7 +176,9 @@ def begin(folder: Path, text: str = CONFIG, resume: str = "auto", **inputs: str)
 
 def test_run_goes_on_with_what_it_was_begun_with_and_names_what_is_another(tmp_path: Path) -> None:
     folder, other = tmp_path / "run", CONFIG.replace("devices: 1", "devices: 2")
+    begin(folder, data="9")  # and fails, since the data were bad; now they are better
     begin(folder, data="1", tokenizer="2", classes="cat, dog")
+    (folder / "last.ckpt").touch()
     begin(folder, data="1", tokenizer="2", classes="cat, dog")
     for changed, sentence in (
         ({"data": "3"}, "was begun with other data than there is now, and"),
@@ -193,9 +195,12 @@ def test_run_goes_on_with_what_it_was_begun_with_and_names_what_is_another(tmp_p
 def test_data_may_be_moved_where_their_fingerprint_is_known(tmp_path: Path) -> None:
     moved = CONFIG.replace("run_dir: a", "run_dir: b")
     begin(tmp_path / "old")
+    (tmp_path / "old" / "last.ckpt").touch()
     refused(r"another configuration \(run_dir was a, is b\)", begin, tmp_path / "old", moved, data="1")
     begin(tmp_path / "run", data="1")
+    (tmp_path / "run" / "last.ckpt").touch()
     refused(r"other data .*\(run_dir was a, is b\)", begin, tmp_path / "run", moved, data="2")
+    refused(r"another configuration \(run_dir was a, is b\)", begin, tmp_path / "run", moved)  # there is none now
     begin(tmp_path / "run", moved, data="1")
 
 
@@ -203,6 +208,7 @@ def test_run_of_before_there_were_records_goes_on_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(tmp_path / "run")
+    (tmp_path / "run" / "last.ckpt").touch()
     capsys.readouterr()
     begin(tmp_path / "run", data="1")
     assert "its data were not recorded when it was begun" in capsys.readouterr().err
@@ -214,6 +220,8 @@ def test_run_of_before_there_were_records_goes_on_and_says_so(
 def test_checkpoint_of_another_folder_goes_on_with_that_folders_inputs(tmp_path: Path) -> None:
     begin(tmp_path / "run", data="1")
     checkpoint = tmp_path / "run" / "stage" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
     refused(f"{tmp_path / 'run'} was begun with other data", begin, tmp_path / "b", resume=str(checkpoint), data="2")
     assert not (tmp_path / "b").exists()
     begin(tmp_path / "b", resume=str(checkpoint), data="1")

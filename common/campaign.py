@@ -232,12 +232,8 @@ def print_plan(steps: Sequence[Step]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--papers", metavar="A,B", help="default: all that have claims")
-    parser.add_argument(
-        "--hours", type=Positive, help="end after so many hours, in the middle of a training if need be"
-    )
-    parser.add_argument(
-        "--engine", choices=ENGINES, default="here", help="where trainings run: in this process, in several, or on Ray"
-    )
+    parser.add_argument("--hours", type=Positive, help="end after so many hours, in the middle of a training too")
+    parser.add_argument("--engine", choices=ENGINES, default="here", help="here, in processes, or on a Ray cluster")
     parser.add_argument("--workers", type=Whole, default=0, help="of the engine processes; 0: one for each core")
     parser.add_argument("--plan", action="store_true", help="print the queue, measure and write nothing")
     parser.add_argument("--rebuild", action="store_true", help="bring the ledgers up to results/arms/ and stop")

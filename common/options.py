@@ -27,6 +27,7 @@ from common.errors import UserError
 
 LARGEST = 10**9  # of counts: what does not fit 32 bits is a slip of the finger
 FURTHEST = 10**6  # of weights, rates, scales: beyond it float32 has no digits left for a step
+REPEATS = 4  # of a sample in one batch
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,21 @@ def check_ranges(options: Any, section: str = "", declared: type | None = None) 
             if not hasattr(value, "__dict__"):
                 raise UserError(f"--{section}{name} {value}: expected a section with the options of its own")
             check_ranges(value, f"{section}{name}.", kind)
+
+
+def refuse_large_batch(name: str, batch: int, samples: int, what: str = "training samples") -> None:
+    """Refuse a batch that takes every sample many times: a small set may be smaller than a batch, but a slip of the
+    finger would never end.
+
+    Args:
+        name: of the option, without the dashes.
+        samples: that there are.
+
+    Raises:
+        UserError: naming both.
+    """
+    if batch > REPEATS * samples:
+        raise UserError(f"--{name} {batch}: expected at most {REPEATS} times the {samples} {what}")
 
 
 def device(word: str) -> str:

@@ -75,8 +75,8 @@ def refuse_damaged(path: Path) -> None:
         damaged = first_line(error)
     if damaged is not None:
         raise UserError(
-            f"checkpoint {path} is damaged ({damaged.partition('/')[2] or damaged}: its checksum does not fit): restore it from a copy, or delete "
-            "it and start again, which trains this stage anew"
+            f"checkpoint {path} is damaged ({damaged.partition('/')[2] or damaged}: its checksum does not fit): "
+            "restore it from a copy, or delete it and start again, which trains this stage anew"
         )
 
 

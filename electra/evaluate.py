@@ -223,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds {arguments.seeds}: expected whole numbers with commas between them") from None
+    for seed in seeds:
+        Range(0, 2**32 - 1).check("seeds", seed, int)
     own = {field.name for field in fields(FinetuneConfig)}
     config = FinetuneConfig(**{key: value for key, value in vars(arguments).items() if key in own})
     tasks = [

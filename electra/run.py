@@ -17,7 +17,7 @@ import torch
 from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import write_json
-from common.options import free_options
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
@@ -104,6 +104,7 @@ class Run:
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
         run = cls(config, folder, tokenizer, train, held_out, tasks)
         run.check_networks()
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
         opened.begin(inputs)
         if is_main_process():
             tokenizer.save(folder / "tokenizer")

@@ -26,7 +26,7 @@ from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.metrics.features import load_extractor
 from common.metrics.perceptual import perceptual_distance
-from common.options import free_options
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
@@ -217,6 +217,12 @@ def check_options(config: InstaFlowConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
+    pairs = config.pairs.count
+    last = config.distil.pairs if config.reflow.rounds else pairs
+    samples = {"reflow": pairs, "reflow.then": pairs, "distil": last, "perceptual": last}
+    for name, stage in batches.items():
+        if name.partition(".")[0] in config.stages:
+            refuse_large_batch(f"{name}.batch_size", stage.batch_size, samples[name], "pairs")
     if "perceptual" in config.stages and config.perceptual.steps:
         perceptual_distance(config.perceptual.trunk)
     if config.evaluation.judge not in (None, "shapes64") and "evaluate" in config.stages:

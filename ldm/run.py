@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import read_object
 from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
-from common.options import Range, free_options
+from common.options import Range, free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.training import Inputs, check_trainer, holds_work, open_run_folder
 from common.weights import check_weights, load_weights, read_weights, save_weights
@@ -30,6 +30,7 @@ from ldm.config import LdmConfig
 from ldm.diffusion import LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage
 from ldm.model import ConditionedUNet, UNet
+from ldm.streaming import ShardStream
 from ldm.tasks import BertConditioner, Task, null_input, prepare
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
@@ -153,6 +154,10 @@ class Run:
         run = cls(config, folder, task)
         if not run.finished:
             check_networks(config, task)
+            if not isinstance(task.train, ShardStream):
+                refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(task.train))
+                if needs_first_stage(config):
+                    refuse_large_batch("first_stage.batch_size", config.first_stage.batch_size, len(task.train))
         opened.begin(inputs_of(config, task))
         if task.tokenizer is not None and tokenizer is None and is_main_process():
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -219,6 +224,11 @@ class Run:
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
 
 
+def needs_first_stage(config: LdmConfig) -> bool:
+    """Whether this run trains its autoencoder."""
+    return config.first_stage.kind != "pixels" and not config.first_stage.weights and "first_stage" in config.stages
+
+
 def check_options(config: LdmConfig) -> None:
     """Refuse what would fail after work has begun.
 
@@ -244,7 +254,7 @@ def check_options(config: LdmConfig) -> None:
         raise UserError(
             "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
         )
-    if stage.perceptual and stage.kind != "pixels" and not stage.weights and "first_stage" in config.stages:
+    if stage.perceptual and needs_first_stage(config):
         perceptual_distance(stage.perceptual_trunk)
     if config.sampling.sampler != "ddpm":
         Range(1, config.diffusion.timesteps).check("sampling.steps", config.sampling.steps, int)

@@ -18,7 +18,7 @@ from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import free_options
+from common.options import free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
@@ -224,6 +224,7 @@ class Stage:
         multiple = codec.factor * config.network.patch_size
         pictures = open_pictures(config.data, "train", config.seed, multiple)
         self._check(pictures)
+        refuse_large_batch("trainer.batch_size", trainer_config.batch_size, len(pictures), "training pictures")
         measured = min(config.sampling.metric_images, config.data.eval_images)
         if config.evaluate and len(self.held_out(measured)) < MIN_HELD_OUT:
             raise UserError(

@@ -102,7 +102,7 @@ def test_commands_are_found_in_pages_usage_texts_and_configs() -> None:
 def test_a_shown_command_can_be_typed_from_the_root(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     if command.startswith("make "):
-        paper = re.sub(r"<paper>|PAPER", "ldm", command)
+        paper = re.sub(r"<paper>|my_paper|PAPER", "ldm", command)
         assert made(paper), command
         return
     if (found := of_program(command)) is None:

@@ -19,6 +19,7 @@ from common.options import (
     check_ranges,
     device,
     free_options,
+    refuse_large_batch,
 )
 from common.training import check_trainer
 
@@ -136,3 +137,9 @@ def test_a_loop_of_its_own_has_these_options_without_a_section() -> None:
     assert {"device", "run_dir", "resume", "threads", "checkpoint_every", "log_every", "progress"} <= set(free)
     with pytest.raises(UserError, match="--log_every 0: expected a whole number of at least 1"):
         check_ranges(RunOptions(log_every=0))
+
+
+def test_a_small_set_may_be_smaller_than_a_batch_but_not_by_much() -> None:
+    refuse_large_batch("trainer.batch_size", 64, 16)
+    with pytest.raises(UserError, match=r"^--trainer\.batch_size 65: expected at most 4 times the 16 pictures$"):
+        refuse_large_batch("trainer.batch_size", 65, 16, "pictures")

@@ -306,7 +306,12 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
             continue
         # What all stages share, beneath the stage's file, beneath the command line.
         beneath = [*shared, "--name", name]
-        stages.append(parse_config(StageConfig, stage_file, description, arguments, beneath))
+        try:
+            stages.append(parse_config(StageConfig, stage_file, description, arguments, beneath))
+        except SystemExit:
+            if "--print_config" not in asked or stage_file == files[-1] or wanted is not None:
+                raise
+            print("---")  # and the next stage's
     names = [config.name for config, _ in stages]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: two stages have the same name: {', '.join(names)}")

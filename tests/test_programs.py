@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jsonargparse
 import pytest
+import yaml
 
 from common.cli import Parser, shown
 from common.errors import UserError
@@ -73,9 +74,22 @@ def test_a_refused_command_line_is_a_sentence_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("program", trainers())
+def test_a_trainer_prints_its_options_as_a_file_and_its_usage_in_few_lines(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(program, ["--print_config", "--seed=12345"])
+    assert stopped.value.code in (0, None)
+    printed = [*yaml.safe_load_all(capsys.readouterr().out)]  # of each stage, where there are several
+    assert [options["seed"] for options in printed] == [12345] * len(printed)
+    assert len(parser_of(program).format_usage().splitlines()) <= 3
+
+
 @pytest.mark.parametrize("program", programs())
 def test_help_shows_the_defaults_of_small_programs(program: str) -> None:
     text = help_of(program).replace(" ", "")
+    assert isinstance(parser_of(program), (Parser, jsonargparse.ArgumentParser)), "common.cli has the parsers"
     for action, _ in options_of(program) if isinstance(parser_of(program), Parser) else ():
         if action.option_strings and action.default not in (None, False, True, [], ""):
             assert shown(action.default).replace(" ", "") in text, (program, name_of(action))

@@ -12,7 +12,6 @@ and script are inside. It asks nothing of the network and opens from the file sy
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import TIERS, read_claims, read_notes, verdict, within_noise
@@ -415,9 +415,11 @@ def _bytes(count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files and figures/")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html")
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html", help="page to write"
+    )
     arguments = parser.parse_args()
     page = build(arguments.results, arguments.output)
     print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")

@@ -22,7 +22,7 @@ from common.files import read_object
 from common.images import to_unit
 from common.options import check_trainer, free_options
 from common.processes import is_main_process
-from common.training import Inputs, holds_work, open_run_folder
+from common.training import Inputs, holds_work, open_run_folder, say_other_inputs
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
@@ -154,7 +154,10 @@ class Run:
         tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
-        opened.begin(inputs_of(config, task))
+        inputs = inputs_of(config, task)
+        if start is not None:
+            say_other_inputs(start.parent, inputs, ["classes"])
+        opened.begin(inputs)
         if task.tokenizer is not None and tokenizer is None and is_main_process():
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")

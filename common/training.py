@@ -74,9 +74,10 @@ def refuse_damaged(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
         damaged = first_line(error)
     if damaged is not None:
+        part = damaged.partition("/")[2] or damaged  # behind the name that the file had while it was written
         raise UserError(
-            f"checkpoint {path} is damaged ({damaged.partition('/')[2] or damaged}: its checksum does not fit): "
-            "restore it from a copy, or delete it and start again, which trains this stage anew"
+            f"checkpoint {path} is damaged ({part}: its checksum does not fit): restore it from a copy, or delete it "
+            "and start again, which trains this stage anew"
         )
 
 
@@ -362,6 +363,25 @@ def _checked_inputs(
     return known | found
 
 
+def say_other_inputs(origin: Path, inputs: Inputs, names: Sequence[str]) -> None:
+    """Say where weights that a run starts from were trained with other inputs than the run has.
+
+    Args:
+        origin: the folder of the run that made the weights, if it is one.
+        names: of the inputs whose meaning the weights have learned.
+    """
+    known = _recorded_inputs(origin)
+    for name in names:
+        if name in known and name in inputs:
+            value = inputs[name]
+            if known[name] != (value() if callable(value) else value) and is_main_process():
+                print(
+                    f"{origin}: these weights were trained with {_other(name)} than this run has, so what they have "
+                    f"learned of the {name} means something else here",
+                    file=sys.stderr,
+                )
+
+
 def holds_work(folder: Path) -> bool:
     """Whether a run has come so far that something below its folder was learned: a checkpoint or tensors."""
     return any(next(folder.rglob(pattern), None) for pattern in ("*.ckpt", "*.safetensors"))
@@ -382,7 +402,7 @@ def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] |
     changed = [name for name, value in found.items() if known[name] != value]
     if not changed:
         return known
-    names = " and ".join(f"{'other' if n == 'data' or n.endswith('s') else 'another'} {n}" for n in changed)
+    names = " and ".join(map(_other, changed))
     details = [(moved or {}).get(name) or _difference(name, known[name], found[name]) for name in changed]
     detail = f" ({'; '.join(filter(None, details))})" if any(details) else ""
     raise UserError(
@@ -393,6 +413,10 @@ def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] |
 
 def _recorded_inputs(folder: Path) -> dict[str, str]:
     return read_object(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+
+
+def _other(name: str) -> str:
+    return f"{'other' if name == 'data' or name.endswith('s') else 'another'} {name}"
 
 
 def _difference(name: str, old: str, new: str) -> str:

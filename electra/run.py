@@ -96,8 +96,10 @@ class Run:
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, PLACES)
         tokenizer = run_tokenizer(config, folder)
-        corpus = load_corpus(config.data.corpus).fingerprint
-        inputs: dict[str, Callable[[], str] | str] = {"data": corpus, "tokenizer": tokenizer.fingerprint}
+        inputs: dict[str, Callable[[], str] | str] = {
+            "data": lambda: load_corpus(config.data.corpus).fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+        }
         if config.init_from is not None and Path(config.init_from).exists():
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)

@@ -23,7 +23,7 @@ from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
 from common.options import Range, free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import Inputs, check_trainer, holds_work, open_run_folder
+from common.training import Inputs, check_trainer, holds_work, open_run_folder, say_other_inputs
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
@@ -158,7 +158,10 @@ class Run:
                 refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(task.train))
                 if needs_first_stage(config):
                     refuse_large_batch("first_stage.batch_size", config.first_stage.batch_size, len(task.train))
-        opened.begin(inputs_of(config, task))
+        inputs = inputs_of(config, task)
+        if start is not None:
+            say_other_inputs(start.parent, inputs, ["classes"])
+        opened.begin(inputs)
         if task.tokenizer is not None and tokenizer is None and is_main_process():
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")

@@ -22,7 +22,7 @@ from common.options import free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, Inputs, RunFolder, check_trainer, open_run_folder, train
+from common.training import EveryNSteps, Inputs, RunFolder, check_trainer, open_run_folder, say_other_inputs, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -189,7 +189,11 @@ class Stage:
     def begin(self) -> None:
         """Refuse other inputs than those that the stage was begun with; write its config."""
         assert self.opened is not None
-        self.opened.begin(inputs_of(self.config, self.start))
+        if is_main_process():
+            inputs = inputs_of(self.config, self.start)
+            if self.start is not None:
+                say_other_inputs(self.start.parent, inputs, ["autoencoder", "text encoder", "classes"])
+            self.opened.begin(inputs)
 
     @property
     def weights(self) -> Path:

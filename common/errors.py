@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common.processes import LOST, die_with_launcher, is_launched, is_main_process, lost_the_others
@@ -36,6 +38,26 @@ def refused_by_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return True
     return any(words in str(error) for words in _WORDS)
+
+
+def stop_if_not_finite(
+    loss: float, step: int, last: Path | None = None, *, advice: str = "a lower rate", what: str = "loss"
+) -> None:
+    """End a loop whose loss is NaN or infinite, before its next checkpoint: every loop of the repository calls this.
+
+    Args:
+        last: where the loop's latest checkpoint is or would be; None for a loop that writes none.
+        advice: what the user should try.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    kept = ""
+    if last is not None:
+        kept = f"; the last good checkpoint is {last}" if last.exists() else "; no checkpoint had been written yet"
+    raise UserError(f"the {what} became {loss} at step {step}: stopped{kept}. Try {advice}")
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -26,6 +26,15 @@ def is_main_process() -> bool:
     )
 
 
+def process_place() -> tuple[int, int]:
+    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_launched() -> bool:
     """Whether a launcher (torchrun, Lightning, a trainer's own) started this process as one of several."""
     return "RANK" in os.environ or "LOCAL_RANK" in os.environ or LAUNCHER in os.environ

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import read_object, sweep, unfinished, write_json
+from common.files import file_sha256, read_object, sweep, unfinished, write_json
+from common.processes import is_main_process
 from electra.wordpiece import Tokenizer
 
 FORMAT = 1
@@ -155,10 +157,8 @@ class ExampleStore:
         manifest = _read_manifest(self.folder)
         assert manifest is not None
         for name in _FILES:
-            if _sha256(self.folder / f"{name}.npy") != manifest["files"][name]["sha256"]:
-                raise UserError(
-                    f"{self.folder / name}.npy: its checksum differs; delete {self.folder} to build it anew"
-                )
+            if file_sha256(self.folder / f"{name}.npy") != manifest["files"][name]["sha256"]:
+                raise UserError(f"{self.folder / name}.npy: damaged (its checksum differs from {_MANIFEST})")
 
 
 def build_store(
@@ -171,7 +171,7 @@ def build_store(
     keep_overflow: bool = True,
     max_tokens: int | None = None,
 ) -> ExampleStore:
-    """Open the examples in `folder` if they are of these settings; otherwise build them there, whole or not at all.
+    """Open the examples in `folder` if they are of these settings and whole; otherwise build them there.
 
     Args:
         folder: the store's own folder; parallel processes that ask for the same one wait for the first.
@@ -195,7 +195,13 @@ def build_store(
         fcntl.flock(lock, fcntl.LOCK_EX)
         manifest = _read_manifest(folder)
         if manifest is not None and manifest["fingerprint"] == fingerprint:
-            return ExampleStore(folder)
+            try:
+                store = ExampleStore(folder)
+                if is_main_process():
+                    store.verify()
+                return store
+            except UserError as error:
+                warnings.warn(f"{error}; the examples are built anew", stacklevel=2)
         sweep(folder.parent)
         with unfinished(folder, folder=True) as place:
             work = place / "store"
@@ -245,7 +251,7 @@ def _write_rows(
     files = {}
     for name in _FILES:
         path = work / f"{name}.npy"
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     statistics = {
         "rows": len(first_lengths),
         "tokens": offsets[-1],
@@ -266,8 +272,3 @@ def _read_manifest(folder: Path) -> dict | None:  # type: ignore[type-arg]
     if set(manifest["files"]) != set(_FILES):
         raise UserError(f"{path}: {advice}")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

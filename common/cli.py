@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
+from common.files import read_yaml
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
 from common.paths import REPOSITORY
 
@@ -48,6 +49,8 @@ def parse_config(
     for name in given:
         if not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; the ready-made ones are in configs/")
+        # First by a reader that refuses what is too deep: the one of the command line would overflow the stack.
+        read_yaml(Path(name), f"--config {name}", "--help lists every option")
     files = given or ([] if default_config is None else [str(default_config)])
     parser = _parser(config_class, description, default_config)
     _refuse_unknown(arguments, [*parser._option_string_actions, *(f"--{name}" for name in parser.types)])

@@ -228,7 +228,7 @@ def test_the_hours_end_a_campaign_within_an_arm_and_what_cannot_be_measured_is_s
 def test_mistakes_on_the_command_line_are_named(root: Path) -> None:
     refused("--papers tea: expected some of toy", climb, root, "--papers", "toy,tea")
     refused("--hours 0.0: expected a number above 0", climb, root, "--hours", "0")
-    refused("--workers -1: expected 0 or more", climb, root, "--workers", "-1")
+    refused("--workers -1: expected a whole number of at least 0", climb, root, "--workers", "-1")
 
 
 @pytest.fixture

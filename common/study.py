@@ -41,6 +41,7 @@ ENDLESS = 10**6  # steps: a budget of CPU seconds ends training
 CHECKPOINT_EVERY = 200  # steps of an arm between checkpoints
 
 S = TypeVar("S")
+T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -354,11 +355,11 @@ class Study(Generic[S]):
         return folder
 
     @contextmanager
-    def _timed(self, path: Path, make: Callable[[], S]) -> Iterator[Callable[[], S]]:
+    def _timed(self, path: Path, make: Callable[[], T]) -> Iterator[Callable[[], T]]:
         """`make`, timed: what it takes is written down for the claims that will read the piece instead."""
         booked = self.folder / "seconds" / path.relative_to(self.folder).with_suffix(".txt")
 
-        def made() -> S:
+        def made() -> T:
             started = time.perf_counter()
             found = make()
             write_atomically(booked, partial(Path.write_text, data=str(time.perf_counter() - started)))

@@ -33,7 +33,7 @@ from common.data.sampling import generator_step
 from common.errors import UserError, first_line, stop_if_not_finite
 from common.files import read_object, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
-from common.options import TrainerOptions
+from common.options import TrainerOptions, check_ranges
 from common.precision import choose_precision
 from common.processes import is_main_process
 
@@ -446,6 +446,41 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*(does not have many workers|Experiment logs directory).*")
 
 
+def check_trainer(
+    options: TrainerOptions,
+    batches: Mapping[str, int],
+    *,
+    resume: str = "auto",
+    ema_decay: float = 0.0,
+    grad_clip: float = 0.0,
+) -> None:
+    """Refuse, before anything is written, what would fail after work has begun.
+
+    Args:
+        batches: global batch size of each stage by the option that says it ("trainer.batch_size").
+        ema_decay, grad_clip: of the optimiser, which sharding strategies cannot do.
+
+    Raises:
+        UserError: naming the option and what was expected.
+    """
+    check_ranges(options, "trainer.")
+    for name, batch in batches.items():
+        if batch < 1 or batch % options.accumulate:
+            raise UserError(
+                f"--{name} {batch} cannot be divided into --trainer.accumulate {options.accumulate} micro-batches"
+            )
+    sharded = [name for name in ("fsdp", "deepspeed_stage_3") if name in options.strategy]
+    if sharded and (ema_decay > 0 or grad_clip > 0):
+        raise UserError(
+            f"--trainer.strategy {options.strategy} shards the weights that the moving average follows and cannot clip "
+            "by norm: set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_file():
+        raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")
+    quiet_lightning()
+    _lightning(options, "32-true" if options.precision == "auto" else options.precision, enable_progress_bar=False)
+
+
 def build_trainer(
     folder: Path,
     options: TrainerOptions,
@@ -500,15 +535,13 @@ def build_trainer(
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
     saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
-    settings: dict[str, Any] = dict(
+    return _lightning(
+        options,
+        chosen_precision,
+        strategy=strategy,
         default_root_dir=folder,
         max_steps=steps * optimisers,
         max_epochs=-1,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision=chosen_precision,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
         # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
@@ -521,19 +554,35 @@ def build_trainer(
         else False,
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=options.log_every,
-        enable_checkpointing=False,
         enable_progress_bar=show,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
+
+
+def _lightning(options: TrainerOptions, precision: str, **settings: Any) -> pl.Trainer:
+    """A Lightning Trainer on the machine that the options name.
+
+    Raises:
+        UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
+    """
+    machine: dict[str, Any] = {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "num_nodes": options.num_nodes,
+        "strategy": options.strategy,
+        "precision": precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     try:
-        return pl.Trainer(**settings)
-    except (MisconfigurationException, ValueError) as error:
+        return pl.Trainer(**(machine | settings))
+    except (MisconfigurationException, ValueError, ImportError) as error:
         raise UserError(
             f"trainer options accelerator {options.accelerator}, devices {options.devices}, strategy "
-            f"{options.strategy}, precision {chosen_precision} do not fit this machine: {' '.join(str(error).split())}"
+            f"{options.strategy}, precision {precision} do not fit this machine: {' '.join(str(error).split())}"
         ) from None
 
 

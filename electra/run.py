@@ -17,9 +17,9 @@ import torch
 from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import write_json
-from common.options import at_least, check_trainer, free_options
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import EveryNSteps, holds_work, open_run_folder, train
+from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
@@ -103,11 +103,13 @@ class Run:
         if config.init_from is not None and Path(config.init_from).exists():
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)
-        opened.begin(inputs)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        run = cls(config, folder, tokenizer, train, held_out, tasks)
+        run.check_networks()
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
+        opened.begin(inputs)
         if is_main_process():
             tokenizer.save(folder / "tokenizer")
-        run = cls(config, folder, tokenizer, train, held_out, tasks)
         run.seconds["data"] = time.perf_counter() - started
         return run
 
@@ -166,6 +168,17 @@ class Run:
         if config.init_from is not None:
             start_from(network, Path(config.init_from))
         return network
+
+    def check_networks(self) -> None:
+        """Refuse sizes that no network has, and an `init_from` that does not fit; nothing is trained.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        arms = [arm for arm in self.arms() if not arm.finished]
+        for name in {"mlm" if arm.name == "two_stage" else arm.name for arm in arms}:
+            with torch.device("cpu" if self.config.init_from is not None else "meta"):
+                self.network(name)
 
     def pretrain(self, arm: Arm, callbacks: Sequence[pl.Callback] = ()) -> None:
         """Pre-train or resume an arm and write its encoders."""
@@ -252,7 +265,6 @@ def check_options(config: ElectraRun) -> None:
     if not config.arms or len(set(config.arms)) < len(config.arms):
         raise UserError(f"--arms {config.arms}: expected at least one objective, each once")
     check_trainer(trainer, {"trainer.batch_size": trainer.batch_size}, resume=config.resume)
-    at_least("trainer.max_steps", trainer.max_steps, 1)
     if config.data.length > config.model.max_position:
         raise UserError(
             f"--data.length {config.data.length} is more than --model.max_position {config.model.max_position}"

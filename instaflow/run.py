@@ -24,11 +24,13 @@ from common.data.cache import fingerprint_strings
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.options import at_least, check_trainer, free_options
+from common.metrics.features import load_extractor
+from common.metrics.perceptual import perceptual_distance
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
-from common.training import open_run_folder, refuse_other_inputs
+from common.training import check_trainer, open_run_folder, refuse_other_inputs
 from common.weights import load_weights, save_weights
 from instaflow.config import InstaFlowConfig, TrainerConfig
 from instaflow.flow import FlowSource, UNetFlow
@@ -64,8 +66,12 @@ class Run:
         opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         teacher = load_teacher(config)
         prompts = prompt_list(config.pairs.prompts, config.pairs.count)
+        run = cls(config, folder, teacher)
+        run.teacher_source()  # which knows whether there is such a solver
+        if not run.finished:
+            run.new_student(make_student(teacher, config.student.init))
         opened.begin({"teacher": teacher.checksum, "prompts": fingerprint_strings(prompts)})
-        return cls(config, folder, teacher)
+        return run
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
@@ -211,8 +217,16 @@ def check_options(config: InstaFlowConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
-    at_least("distil.k", config.distil.k, 1)
-    at_least("reflow.rounds", config.reflow.rounds, 0)
+    pairs = config.pairs.count
+    last = config.distil.pairs if config.reflow.rounds else pairs
+    samples = {"reflow": pairs, "reflow.then": pairs, "distil": last, "perceptual": last}
+    for name, stage in batches.items():
+        if name.partition(".")[0] in config.stages:
+            refuse_large_batch(f"{name}.batch_size", stage.batch_size, samples[name], "pairs")
+    if "perceptual" in config.stages and config.perceptual.steps:
+        perceptual_distance(config.perceptual.trunk)
+    if config.evaluation.judge not in (None, "shapes64") and "evaluate" in config.stages:
+        load_extractor(str(config.evaluation.judge))
     if config.student.stack != "none" and config.student.init == "wrapped":
         raise UserError("--student.stack needs --student.init raw or negate: a wrapped network cannot be stacked")
     if config.pairs.online and config.reflow.rounds == 0:

@@ -20,15 +20,17 @@ from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.files import read_object
 from common.images import to_unit
-from common.options import check_trainer, free_options
+from common.metrics.perceptual import perceptual_distance
+from common.options import Range, free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import Inputs, holds_work, open_run_folder, say_other_inputs
+from common.training import Inputs, check_trainer, holds_work, open_run_folder, say_other_inputs
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
 from ldm.diffusion import LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage
 from ldm.model import ConditionedUNet, UNet
+from ldm.streaming import ShardStream
 from ldm.tasks import BertConditioner, Task, null_input, prepare
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
@@ -43,12 +45,16 @@ FREE_OPTIONS = free_options(
 )
 
 
-def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
-    """Denoiser and conditioner for a task, around a frozen first stage."""
+def build_denoiser(config: LdmConfig, task: Task, first_stage: FirstStage) -> UNet:
+    """The U-Net for a task's conditions in the latent space of a first stage.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
     channels = first_stage.embed_dim
     extra = task.concat_channels if task.name != "inpaint" else channels + 1
     crossattn = task.conditioning_key == "crossattn"
-    unet = UNet(
+    return UNet(
         config.unet,
         channels + extra,
         channels,
@@ -57,6 +63,11 @@ def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStag
         num_classes=task.num_classes if task.conditioning_key == "adm" else None,
         image_size=config.data.size // first_stage.downsampling,
     )
+
+
+def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
+    """Denoiser and conditioner for a task, around a frozen first stage."""
+    unet = build_denoiser(config, task, first_stage)
     conditioner: Any = task.conditioner
     if task.name == "inpaint":
         conditioner = "first_stage"
@@ -132,28 +143,21 @@ class Run:
         Raises:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
         """
-        trainer = config.trainer
-        if trainer.threads:
-            torch.set_num_threads(trainer.threads)
-        check_trainer(
-            trainer,
-            {"trainer.batch_size": trainer.batch_size},
-            resume=config.resume,
-            ema_decay=config.optimiser.ema_decay,
-            grad_clip=config.optimiser.grad_clip,
-        )
-        halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
-        if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
-            raise UserError(
-                f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
-                f"{len(config.unet.channel_mult) - 1} times by the denoiser; "
-                f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
-            )
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
+        run = cls(config, folder, task)
+        if not run.finished:
+            check_networks(config, task)
+            if not isinstance(task.train, ShardStream):
+                refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(task.train))
+                if needs_first_stage(config):
+                    refuse_large_batch("first_stage.batch_size", config.first_stage.batch_size, len(task.train))
         inputs = inputs_of(config, task)
         if start is not None:
             say_other_inputs(start.parent, inputs, ["classes"])
@@ -162,7 +166,7 @@ class Run:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")
-        return cls(config, folder, task)
+        return run
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
@@ -221,6 +225,64 @@ class Run:
         save_weights(self.folder / "model.safetensors", own_state(ldm))
         if self.config.export_pipeline and exportable(self.task, self.config):
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
+
+
+def needs_first_stage(config: LdmConfig) -> bool:
+    """Whether this run trains its autoencoder."""
+    return config.first_stage.kind != "pixels" and not config.first_stage.weights and "first_stage" in config.stages
+
+
+def check_options(config: LdmConfig) -> None:
+    """Refuse what would fail after work has begun.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer, stage = config.trainer, config.first_stage
+    check_trainer(
+        trainer,
+        {"trainer.batch_size": trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+    halvings = 0 if stage.kind == "pixels" else len(stage.ch_mult) - 1
+    smallest = 2 ** (halvings + len(config.unet.channel_mult) - 1)
+    if config.data.size % smallest:
+        raise UserError(
+            f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
+            f"{len(config.unet.channel_mult) - 1} times by the denoiser; use a multiple of {smallest}"
+        )
+    if stage.train == "decoder" and not (stage.init_from and stage.kind == "kl"):
+        raise UserError(
+            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
+        )
+    if stage.perceptual and needs_first_stage(config):
+        perceptual_distance(stage.perceptual_trunk)
+    if config.sampling.sampler != "ddpm":
+        Range(1, config.diffusion.timesteps).check("sampling.steps", config.sampling.steps, int)
+    if config.init_from is not None and not Path(config.init_from).exists():
+        raise UserError(f"init_from {config.init_from}: no such file or folder")
+
+
+def check_networks(config: LdmConfig, task: Task) -> None:
+    """Refuse sizes that no network has and weights that do not fit them; nothing is trained.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    options, size = config.first_stage, config.data.size
+    given = [(name, path) for name in ("weights", "init_from") if (path := getattr(options, name))]
+    try:
+        if given and options.kind != "pixels":
+            first_stage = load_first_stage(Path(given[0][1]), options, size, option=f"first_stage.{given[0][0]}")
+        else:
+            with torch.device("meta"):
+                first_stage = build_first_stage(options, size)
+        with torch.device("meta"):
+            build_denoiser(config, task, first_stage)
+    except ValueError as error:
+        raise UserError(f"these options describe no network: {error}") from None
 
 
 def own_state(ldm: LatentDiffusion) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Train a latent diffusion model: first stage, denoiser in its latent space, samples and metrics.
 
-    python train.py                                        # configs/small.yaml: captions to emoji on a laptop
-    python train.py --config configs/class.yaml            # another task; every task has a ready-made file
-    python train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
-    python train.py --data.name folder --data.path PHOTOS  # your own images (metadata.jsonl with "file_name", "text")
-    python train.py --data.name shards --data.path "DIR/*.parquet"                   # data that do not fit one disk
-    python train.py --trainer.devices 2 --trainer.strategy ddp                       # one machine, two processes
-    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp
+    python ldm/train.py                                    # configs/small.yaml: captions to emoji on a laptop
+    python ldm/train.py --config ldm/configs/class.yaml        # another task; every task has a ready-made file
+    python ldm/train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
+    python ldm/train.py --data.name folder --data.path PHOTOS # your own images
+    python ldm/train.py --data.name shards --data.path "DIR/*.parquet"               # data that do not fit one disk
+    python ldm/train.py --trainer.devices 2 --trainer.strategy ddp                   # one machine, two processes
+    torchrun --nnodes 2 --nproc-per-node 8 ... ldm/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
+        --trainer.strategy ddp
 
 Started again after an interruption, it continues where it stopped, with the same losses as without the interruption.
 A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sample grids), metrics.json and pipeline/.
@@ -133,10 +134,6 @@ def train_first_stage(
     else:
         model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
-    if config.train == "decoder" and not (config.init_from and isinstance(model, AutoencoderKL)):
-        raise UserError(
-            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
-        )
     module = FirstStageTrainer(model, config, seed, config.batch_size)
     preview = first_rows(images, 16)
 

@@ -1,8 +1,8 @@
 """Train the classifier of noisy latents that classifier guidance needs (appendix D.4).
 
-    python train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
-    python train_classifier.py --model runs/mine --run_dir runs/mine-classifier
-    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
+    python ldm/train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
+    python ldm/train_classifier.py --model runs/mine --run_dir runs/mine-classifier
+    python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a finished run of train.py with task class. Started again after an interruption, it continues where it
 stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held-out accuracy by noise level) and logs.
@@ -50,8 +50,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     from common.data.cache import fingerprint_path
     from common.data.sampling import TensorTable
     from common.files import write_json
-    from common.options import check_trainer
-    from common.training import open_run_folder, train
+    from common.training import check_trainer, open_run_folder, train
     from common.weights import save_weights
     from ldm.classifier import accuracy_by_noise, build_classifier, class_run, latent_space
     from ldm.run import FREE_OPTIONS, inputs_of

@@ -39,6 +39,7 @@ def run(config: RunConfig, text: str) -> dict[str, Any]:
     with open_machine(config.device, config.threads) as machine:
         opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.path"]})
         comparison = Comparison(config, machine)
+        comparison.check()
         opened.begin({"data": comparison.data.contents, "classes": names_of(comparison.data.classes)})
         if config.genotype is not None:
             arms = [comparison.given(config.genotype)]

@@ -18,11 +18,11 @@ from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import at_least, check_trainer, free_options
+from common.options import free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, Inputs, RunFolder, open_run_folder, say_other_inputs, train
+from common.training import EveryNSteps, Inputs, RunFolder, check_trainer, open_run_folder, say_other_inputs, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -139,6 +139,22 @@ def is_class_conditional(path: Path) -> bool:
     return "y_embedder.embedding_table.weight" in read_state_dict(path)
 
 
+def check_options(config: StageConfig) -> None:
+    """Refuse what would fail after work has begun, as far as the options alone tell.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer = config.trainer
+    check_trainer(
+        trainer,
+        {"trainer.batch_size": trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+
+
 @dataclass
 class Stage:
     """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json."""
@@ -160,18 +176,9 @@ class Stage:
         Raises:
             UserError: the folder holds another run, an option is wrong, or the stage before is not finished.
         """
-        trainer = config.trainer
-        check_trainer(
-            trainer,
-            {"trainer.batch_size": trainer.batch_size},
-            resume=config.resume,
-            ema_decay=config.optimiser.ema_decay,
-            grad_clip=config.optimiser.grad_clip,
-        )
-        at_least("trainer.max_steps", trainer.max_steps, 1)
-        at_least("trainer.max_minutes", trainer.max_minutes, 0)
-        if trainer.threads:
-            torch.set_num_threads(trainer.threads)
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
         start = starting_weights(config, names)
         opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
         stage = cls(config, config.folder, start, opened)
@@ -221,6 +228,7 @@ class Stage:
         multiple = codec.factor * config.network.patch_size
         pictures = open_pictures(config.data, "train", config.seed, multiple)
         self._check(pictures)
+        refuse_large_batch("trainer.batch_size", trainer_config.batch_size, len(pictures), "training pictures")
         measured = min(config.sampling.metric_images, config.data.eval_images)
         if config.evaluate and len(self.held_out(measured)) < MIN_HELD_OUT:
             raise UserError(

@@ -12,7 +12,6 @@ and script are inside. It asks nothing of the network and opens from the file sy
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import TIERS, read_claims, read_notes, verdict, within_noise
@@ -321,8 +321,8 @@ def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str
     name = room.metric(claim["id"], headline.metric)
     plot = seed_plot(name, values, headline.op, headline.bar, headline.mean)
     parts = [
-        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)} '
-        f"{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
+        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)}'
+        f"\u00a0{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
     ]
     if further:
         lines = "".join(_condition(one, room.metric(claim["id"], one.metric), len(values)) for one in further)
@@ -350,7 +350,7 @@ def _condition(one: Measured, name: str, seeds: int) -> str:
         return f'<li>{sign}<span class="metric">{escape(name)}</span> <b>in {one.yes} of {seeds} seeds</b></li>'
     bar = f'<span class="quiet">{escape(SIGNS.get(one.op, one.op))} {number(one.bar)}</span>'
     shown = f'<span class="value"><b>{one.text}</b> {bar}</span>'
-    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> {shown}</li>'
+    return f'<li>{sign}<span class="metric">{escape(name)}\u00a0{ARROWS[one.op]}</span> {shown}</li>'
 
 
 def _sign(one: Measured) -> str:
@@ -415,9 +415,11 @@ def _bytes(count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files and figures/")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html")
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html", help="page to write"
+    )
     arguments = parser.parse_args()
     page = build(arguments.results, arguments.output)
     print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")

@@ -20,7 +20,6 @@ Without a results file the table says "not measured yet". Equal results give equ
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import read_claims, read_notes, verdict
@@ -279,7 +279,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a table is stale")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="folder with README.md and the papers' folders")

@@ -110,11 +110,13 @@ def main(argv: Sequence[str] | None = None) -> str:
     from common.data.cache import fingerprint_strings
     from common.training import open_run_folder
     from se_moe import deepspeed_arm
-    from se_moe.launch import start_ranks
+    from se_moe.launch import choose_device, start_ranks
     from se_moe.run import measured, table, text_data
 
     folder = Path(config.run_dir)
     if "SE_MOE_RENDEZVOUS" not in os.environ:  # else `start_ranks` has started this process
+        config.check_ranks(int(os.environ.get("WORLD_SIZE", config.parallel.ranks)))
+        choose_device(config.parallel.device)
         opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.tasks"]})
         data = text_data(config)  # which also puts it into the cache for all processes
         opened.begin({"data": data.fingerprint, "tokenizer": fingerprint_strings([data.tokenizer.to_str()])})

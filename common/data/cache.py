@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import file_sha256, write_atomically, write_json
+from common.files import file_sha256, locked, write_atomically, write_json
 from common.paths import cache_dir
-from common.processes import is_main_process
+from common.processes import is_main_process, process_place
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -182,6 +182,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open the cache in `folder`; compute whatever shard is missing or damaged (by its checksum) first.
 
+        Several processes, those of torchrun for example, share the shards out; all return when all are there.
+
         Args:
             folder: the cache's own folder.
             n: number of items of the data set.
@@ -217,7 +219,9 @@ class FeatureCache:
                 manifest = {**wanted, "tensors": {}, "shards": {}}
                 write_json(folder / _MANIFEST, manifest)
             _refuse_stale(folder, manifest, wanted)
-            _build_missing(folder, manifest, compute, progress)
+            missing = _missing(folder, manifest)
+        if missing:
+            manifest = _build(folder, manifest, missing, compute, progress)
         return cls(folder, manifest, reading)
 
     @classmethod
@@ -307,50 +311,63 @@ class FeatureCache:
         return {**self.__dict__, "_shards": self._shards if self.reading == "loaded" else {}}
 
 
-def _build_missing(
-    folder: Path,
-    manifest: dict[str, Any],
-    compute: Callable[[list[int]], dict[str, torch.Tensor]],
-    progress: bool,
-) -> None:
-    from safetensors.torch import save_file
-
+def _missing(folder: Path, manifest: dict[str, Any]) -> list[int]:
+    """Numbers of the shards that must be computed; damaged ones are struck from the manifest."""
     # Every shard is read once at each start of a program: by the process that makes the damaged ones anew.
     fault_of = _shard_damage if is_main_process() else _shard_fault
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         faults = list(pool.map(lambda number: fault_of(folder, manifest, number), range(_shard_count(manifest))))
-    missing = []
-    for number, fault in enumerate(faults):
-        if fault is not None:
-            if str(number) in manifest["shards"]:
-                warnings.warn(f"{fault}; it is computed again", stacklevel=3)
-            missing.append(number)
-    if not missing:
-        return
+    missing = [number for number, fault in enumerate(faults) if fault is not None]
+    damaged = [number for number in missing if manifest["shards"].pop(str(number), None) is not None]
+    for number in damaged:
+        warnings.warn(f"{faults[number]}; it is computed again", stacklevel=3)
+    if damaged:
+        write_json(folder / _MANIFEST, manifest)
+    return missing
+
+
+def _build(
+    folder: Path,
+    manifest: dict[str, Any],
+    missing: Sequence[int],
+    compute: Callable[[list[int]], dict[str, torch.Tensor]],
+    progress: bool,
+) -> dict[str, Any]:
+    """Compute what is missing, every process its share and then what others have not begun; returns the manifest."""
+    from safetensors.torch import save_file
     from tqdm import tqdm
 
-    done = _shard_count(manifest) - len(missing)
+    rank, world = process_place()
+    own = missing[rank::world]
+    theirs = [number for number in reversed(missing) if number not in own]
+    shards = _shard_count(manifest)
     for number in tqdm(
-        missing,
+        [*own, *theirs],
         desc=f"caching {folder.name}",
         unit="shard",
-        initial=done,
-        total=done + len(missing),
+        initial=shards - len(missing),
+        total=shards,
         disable=not progress,
     ):
-        start = number * manifest["shard_size"]
-        indices = list(range(start, min(start + manifest["shard_size"], manifest["count"])))
-        tensors = {name: values.detach().to("cpu").contiguous() for name, values in compute(indices).items()}
-        forms = _forms(tensors, len(indices))
-        if not manifest["tensors"]:
-            manifest["tensors"] = forms
-        if forms != manifest["tensors"]:
-            raise ValueError(f"compute() returned {forms} for shard {number}, but {manifest['tensors']} before")
         path = _shard_path(folder, number)
-        write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
-        # The shard is in place before the manifest knows it: a kill between the two only costs this shard again.
-        manifest["shards"][str(number)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        write_json(folder / _MANIFEST, manifest)
+        with locked(path):
+            manifest = _read_manifest(folder) or manifest
+            if str(number) in manifest["shards"]:  # another process was faster
+                continue
+            start = number * manifest["shard_size"]
+            indices = list(range(start, min(start + manifest["shard_size"], manifest["count"])))
+            tensors = {name: values.detach().to("cpu").contiguous() for name, values in compute(indices).items()}
+            forms = _forms(tensors, len(indices))
+            write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
+            # The shard is in place before the manifest knows it: a kill between the two only costs this shard again.
+            with _locked(folder):
+                manifest = _read_manifest(folder) or manifest
+                if forms != (manifest["tensors"] or forms):
+                    raise ValueError(f"compute() returned {forms} for shard {number}, but {manifest['tensors']} before")
+                manifest["tensors"] = forms
+                manifest["shards"][str(number)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                write_json(folder / _MANIFEST, manifest)
+    return _read_manifest(folder) or manifest
 
 
 def _forms(tensors: dict[str, torch.Tensor], count: int) -> dict[str, Any]:
@@ -468,7 +485,7 @@ def _clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time: the other ranks wait, then find the cache complete."""
+    """One process at a time reads and writes the manifest."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")

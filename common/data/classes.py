@@ -192,6 +192,8 @@ def open_classes(
             raise UserError(f"data.images {images}: expected at least one picture")
         # A share of every class, so that small subsets keep all classes.
         train = train.part(per_class_sample(train.labels_N, [images / len(train)], derive_seed(seed, 2))[0])
+    if not len(train):
+        raise UserError(f"data.images {images}: not one picture of any of the {len(read.classes)} classes is left")
     fitting, held_out = per_class_sample(train.labels_N, [1 - validation, validation], seed)
     mean_C, std_C = _statistics(train)
     return ImageSet(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import file_sha256, write_atomically, write_json
 from common.paths import cache_dir
+from common.processes import process_place
 from common.teacher import Teacher
 
 MANIFEST = "manifest.json"
@@ -211,13 +211,6 @@ def generate_pairs(
     if _available((_read_manifest(folder) or manifest)["shards"]) < count:
         return None
     return PairDataset(folder, source, count)
-
-
-def process_place() -> tuple[int, int]:
-    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_pairs(

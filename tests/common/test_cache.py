@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,37 @@ def test_build_killed_in_the_middle_resumes_to_the_same_files(tmp_path: Path) ->
     assert computed == list(range(2 * SHARD, N))
     build(tmp_path / "b")
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def build_a_share(folder: str, rank: int, meeting: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    calls: list[int] = []
+
+    def compute(indices: list[int]) -> dict[str, torch.Tensor]:
+        if not calls:
+            meeting.wait()  # both are at work
+        calls.append(indices[0] // SHARD)
+        return features(indices)
+
+    cache = build(Path(folder), compute)
+    assert torch.equal(cache[:]["token"], torch.arange(N) * 3)
+    (Path(folder) / f"rank{rank}.txt").write_text(str(sorted(calls)))
+
+
+def test_processes_of_one_run_share_the_shards_out_and_each_finds_all_of_them(tmp_path: Path) -> None:
+    build(tmp_path / "one")
+    context = multiprocessing.get_context("fork")
+    meeting = context.Barrier(2)
+    workers = [context.Process(target=build_a_share, args=(str(tmp_path / "two"), r, meeting)) for r in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    computed = [json.loads((tmp_path / "two" / f"rank{rank}.txt").read_text()) for rank in (0, 1)]
+    assert sorted(computed[0] + computed[1]) == [0, 1, 2, 3, 4]  # each once
+    assert 0 in computed[0] and 1 in computed[1]
+    assert shard_bytes(tmp_path / "two") == shard_bytes(tmp_path / "one")
 
 
 def test_finished_cache_computes_nothing_again(tmp_path: Path) -> None:

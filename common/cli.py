@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
+from common.files import read_yaml
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
 from common.paths import REPOSITORY
 
@@ -89,15 +90,7 @@ def read_options(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise UserError(f"--config {file}: no such file; the ready-made ones are in configs/")
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f'--config {file}: expected options by name ("data:", "trainer:", ...), found {content!r:.40}')
-    return content
+    return read_yaml(file, f"--config {file}", 'expected options by name ("data:", "trainer:", ...)')
 
 
 def _parser(config_class: type, description: str, default_config: Path | None) -> ArgumentParser:

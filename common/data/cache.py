@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import file_sha256, locked, write_atomically, write_json
+from common.files import file_sha256, locked, read_object, sweep, write_atomically, write_json
 from common.paths import cache_dir
 from common.processes import is_main_process, process_place
 
@@ -418,13 +418,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / _MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest["shards"], dict) or not isinstance(manifest["tensors"], dict):
-            raise TypeError
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a cache manifest; delete that folder to build the cache anew") from error
+    kinds = {"shards": dict, "tensors": dict, "count": int, "shard_size": int}
+    return read_object(path, kinds=kinds, advice="not a cache manifest; delete that folder to build the cache anew")
 
 
 def _shard_count(manifest: dict[str, Any]) -> int:
@@ -509,4 +504,5 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another cache folder") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        sweep(folder)
         yield

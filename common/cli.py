@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
-from common.files import read_yaml
+from common.files import refuse_deep, text_of
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
 from common.paths import REPOSITORY
 
@@ -90,7 +90,16 @@ def read_options(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise UserError(f"--config {file}: no such file; the ready-made ones are in configs/")
-    return read_yaml(file, f"--config {file}", 'expected options by name ("data:", "trainer:", ...)')
+    import yaml
+
+    try:
+        content = yaml.safe_load(text_of(file, "expected a file of options"))
+        refuse_deep(content)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f'--config {file}: expected options by name ("data:", "trainer:", ...), found {content!r:.40}')
+    return content
 
 
 def _parser(config_class: type, description: str, default_config: Path | None) -> ArgumentParser:

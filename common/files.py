@@ -188,6 +188,7 @@ def read_yaml(path: Path, what: str = "", advice: str = AGAIN) -> dict[str, Any]
 
 
 def text_of(path: Path, advice: str) -> str:
+    """The text of a small file, a record or a configuration; `advice` ends the refusal of a large one."""
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, no more than {LARGEST:,} were expected: {advice}")
     return path.read_text(encoding="utf-8-sig")

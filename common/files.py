@@ -155,8 +155,8 @@ def read_object(
     if not path.is_file():
         raise UserError(f"{what}: {path} does not exist")
     try:
-        content = json.loads(_text(path, advice))
-        _refuse_deep(content)
+        content = json.loads(text_of(path, advice))
+        refuse_deep(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: not valid JSON ({first_line(error)}); {advice}") from None
     return _checked(content, path, "a JSON object", kinds or {}, advice)
@@ -177,20 +177,21 @@ def read_yaml(path: Path, what: str = "", advice: str = AGAIN) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{name} cannot be read: no such file")
     try:
-        content = yaml.safe_load(_text(path, advice))  # in Python: the loader in C overflows the stack where it is deep
-        _refuse_deep(content)
+        content = yaml.safe_load(text_of(path, advice))
+        refuse_deep(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())[:300]}; {advice}") from None
     return _checked(content, name, "options by name", {}, advice)
 
 
-def _text(path: Path, advice: str) -> str:
+def text_of(path: Path, advice: str) -> str:
+    """The text of a small file, a record or a configuration; `advice` ends the refusal of a large one."""
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, no more than {LARGEST:,} were expected: {advice}")
     return path.read_text(encoding="utf-8-sig")
 
 
-def _refuse_deep(content: Any) -> None:
+def refuse_deep(content: Any) -> None:
     """Raise ValueError for lists in lists in lists, and for few lines of YAML that stand for very many values."""
     level, count = [content], 0
     for _ in range(DEEPEST):

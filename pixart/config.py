@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from common.cli import parse_config, take
+from common.cli import parse_config, read_options, take
 from common.errors import UserError
-from common.files import read_yaml
 from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
 Steps = Annotated[int, Range(1, 1000)]  # of a sampler
@@ -288,7 +287,7 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     named, arguments = take("--config", argv)
     picked, arguments = take("--stage", arguments)
     file, wanted = Path(named[-1]) if named else SMALL, picked[-1] if picked else None
-    content = _read_yaml(file)
+    content = read_options(file)
     if "stages" not in content:
         files, shared = [file], []
     else:
@@ -300,7 +299,7 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     asked = {"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in arguments}
     stages = []
     for stage_file in files:
-        name = str(_read_yaml(stage_file).get("name", stage_file.stem))
+        name = str(read_options(stage_file).get("name", stage_file.stem))
         if asked and wanted not in (None, name):
             continue
         # What all stages share, beneath the stage's file, beneath the command line.
@@ -319,12 +318,6 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
             raise UserError(f"--stage {wanted}: {file} has no such stage; it has {', '.join(names)}")
         stages = [stage for stage in stages if stage[0].name == wanted]
     return Recipe(stages, names)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"--config {file}: no such file; the ready-made ones are in pixart/configs/")
-    return read_yaml(file, f"--config {file}", 'expected options ("data:", "trainer:", ...) or a list of "stages:"')
 
 
 def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:

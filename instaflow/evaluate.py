@@ -146,7 +146,7 @@ def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
             for _, row in read_json_lines(path, "file_name", "text"):
                 texts.setdefault(Path(row["file_name"]).name, row["text"])
         else:
-            content = read_object(path, "no such file")
+            content = read_object(path, "no such file", advice="not a caption file, see evaluate.py --help")
             names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))

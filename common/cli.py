@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
+from common.files import refuse_deep, text_of
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
 from common.paths import REPOSITORY
 
@@ -92,7 +93,8 @@ def read_options(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.safe_load(text_of(file, "expected a file of options"))
+        refuse_deep(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(content, dict):

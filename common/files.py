@@ -23,26 +23,24 @@ AGAIN = "restore it, or delete it to have it made again"
 
 @contextlib.contextmanager
 def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, to be moved there; gone afterwards, by `sweep` after signal 9."""
+    """A temporary place for a file or folder, to be moved to `path`; gone afterwards, by `sweep` after signal 9."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        temporary.chmod(0o755)  # mkdtemp makes folders private
-        handle = claim(temporary)
-    else:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        temporary = Path(name)
-        claim(temporary, handle)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    handle = claim(fresh)
+    temporary = fresh.with_suffix(".part")  # it has this name only while it is claimed
+    fresh.rename(temporary)
+    temporary.chmod(0o755)  # mkdtemp makes folders private
     try:
-        yield temporary
+        # A file lies in a folder, since libraries put another file in its place, which nobody has claimed.
+        yield temporary if folder else temporary / path.name
     finally:
         os.close(handle)
-        _remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def claim(place: Path, handle: int | None = None) -> int:
-    """Keep `sweep` from a file or folder while the returned handle is open: as long as its process lives."""
-    handle = os.open(place, os.O_RDONLY) if handle is None else handle
+def claim(place: Path) -> int:
+    """Keep `sweep` from a folder while the returned handle is open: as long as its process lives."""
+    handle = os.open(place, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
@@ -78,7 +76,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)  # mkstemp makes files private
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as RuntimeError ("PytorchStreamWriter failed writing file").
@@ -180,7 +177,7 @@ def read_yaml(path: Path, what: str = "", advice: str = AGAIN) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{name} cannot be read: no such file")
     try:
-        content = yaml.safe_load(text_of(path, advice))
+        content = yaml.safe_load(text_of(path, advice))  # in Python: the loader in C overflows the stack where it is deep
         refuse_deep(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())[:300]}; {advice}") from None

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data.lines import read_lines
+from common.data.lines import read_lines, text_files
 from common.errors import UserError
 from electra.fetch_text import find_text, wikipedia_dump
 
@@ -115,7 +115,7 @@ def _load_one(name: str, root: str | Path | None) -> Corpus:
         return _load_stream(name)
     path = Path(name)
     if path.exists():
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        files = text_files(path)
         if not files:
             raise UserError(f"corpus {name}: the folder has no .txt file")
         return Corpus(name, lambda split: _read_text_files(files, split), _file_fingerprint("text", files))

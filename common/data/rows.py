@@ -1,36 +1,52 @@
 """Rows of tables that hold pictures, captions and labels: which columns do, and what their cells may be.
 
-Tables come from `datasets` (a name on the hub, a folder saved to disk) and from parquet files; the rows of image
-folders (`common.data.folders`) go through the same rules. A cell that breaks them is a broken picture: counted,
-passed over, and refused when there are many.
+Tables come from `datasets` (a name on the hub, a folder saved to disk) and from files (.parquet, .arrow, .jsonl, .csv,
+.tsv); the rows of image folders (`common.data.folders`) go through the same rules. A cell that breaks them is a broken
+picture: counted, passed over, and refused when there are many.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from common.data.cache import fingerprint_strings
+from common.data.lines import read_rows
 from common.errors import UserError, first_line
-from common.images import CorruptImage, list_files
+from common.files import list_files
+from common.images import CorruptImage
+from common.processes import say_once
 
 HELD_OUT_SHARE = 10  # of data without splits, one in ten is held out
 FEWEST_IMAGES = 20  # of fewer images none can be held out
+TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
 MOST_CLASSES = 1_000_000  # a larger label is a mistake, not a class
 LEFT_OUT = ""  # in place of a column's name: do not read one
 
 # Names that columns go by where `image`, `text` or `label` is missing, and those that hold no captions.
 _IMAGE_NAMES = {"image", "img", "image_path", "img_path", "path", "file", "file_name", "filename", "filepath"}
 _TEXT_NAMES = {"caption", "captions", "prompt", "prompts", "description", "sentence", "sentences"}
-_LABEL_NAMES = {"labels", "class", "class_id", "class_name", "class_label", "category", "category_id", "target"}
+_LABEL_NAMES = {
+    "label",
+    "labels",
+    "class",
+    "class_id",
+    "class_name",
+    "class_label",
+    "category",
+    "category_id",
+    "target",
+}
 _KEY_NAMES = {*_IMAGE_NAMES, "id", "key", "url", "uri", "hash", "md5", "sha256", "source", "license", "split"}
 
 # Words in the names of folders and files that say which split they are, as `datasets` has them.
@@ -45,10 +61,12 @@ class Source(Protocol):
     """Pictures with captions and labels, by number; what `Images` and pixart read.
 
     splits: of every row, or empty where the data have none. about: one line on what was taken for what.
+    captions_from: the files or the column with the captions, "" where they are classes' names or missing.
     """
 
     classes: list[str]
     splits: Sequence[str]
+    captions_from: str
     about: str
 
     @property
@@ -102,6 +120,12 @@ def splits_of(names: Sequence[PurePath], strict: bool = True) -> list[str]:
     return found if "train" in kinds else [split or "train" for split in found]
 
 
+def rows_to_measure(source: Source) -> list[int]:
+    """The rows that a program which trains nothing compares with: the held-out split, or all where there are none."""
+    held_out = [split for split in ("test", "validation") if split in source.splits]
+    return [row for row in range(len(source)) if not held_out or source.splits[row] == held_out[0]]
+
+
 def hold_out(source: Source) -> tuple[list[int], list[int]]:
     """Rows to train on and rows to measure by, which are disjoint.
 
@@ -147,7 +171,13 @@ class Columns:
 
 
 def choose_column(
-    where: str, kind: str, wanted: str | None, names: Sequence[str], candidates: Sequence[str], need: bool = False
+    where: str,
+    kind: str,
+    wanted: str | None,
+    names: Sequence[str],
+    candidates: Sequence[str],
+    need: bool = False,
+    prefix: str = "data.",
 ) -> str | None:
     """The column of a kind (image, caption, label): the one that is wanted, or the one candidate.
 
@@ -162,7 +192,7 @@ def choose_column(
     if wanted is None and len(candidates) != 1 and need:
         option = {"caption": "text"}.get(kind, kind)
         found = f"{' and '.join(candidates)} may be the {kind} column" if candidates else f"no {kind} column was found"
-        raise UserError(f"{where}: {found}; its columns are {listed}; name one with --data.{option}_column")
+        raise UserError(f"{where}: {found}; its columns are {listed}; name one with --{prefix}{option}_column")
     return wanted or (candidates[0] if len(candidates) == 1 else None)
 
 
@@ -196,7 +226,8 @@ def find_columns(
     bare = [n for n in names if isinstance(features[n], datasets.Image) or "binary" in dtype(n)]
     bare += [n for n in names if isinstance(features[n], dict) and "bytes" in features[n]]
     paths = [n for n in names if n.lower() in _IMAGE_NAMES and "string" in dtype(n)]
-    chosen = choose_column(where, "image", image, names, ["image"] if "image" in names else bare or paths, True)
+    called = [name for name in names if name.lower() == "image"]
+    chosen = choose_column(where, "image", image, names, called or bare or paths, True)
     assert chosen is not None
     kinds = [n for n in names if isinstance(features[n], datasets.ClassLabel)]
     scalars = [n for n in names if "int" in dtype(n) or dtype(n) in ("string", "large_string")]
@@ -208,8 +239,8 @@ def find_columns(
 
 def text_candidates(strings: Sequence[str], names: Sequence[str]) -> list[str]:
     """Which of some columns of strings may hold captions: `text`, or those called so, or those not called otherwise."""
-    if "text" in names:
-        return ["text"]
+    if called := [name for name in names if name.lower() == "text"]:
+        return called
     known = [name for name in strings if name.lower() in _TEXT_NAMES]
     return known or [name for name in strings if name.lower() not in _KEY_NAMES]
 
@@ -219,8 +250,8 @@ def label_candidates(scalars: Sequence[str], names: Sequence[str], classes: Sequ
 
     A column called `label` does in any case, so that cells of another type are refused and not overlooked.
     """
-    if "label" in names:
-        return ["label"]
+    if called := [name for name in names if name.lower() == "label"]:
+        return called
     return list(classes) or [name for name in scalars if name.lower() in _LABEL_NAMES]
 
 
@@ -270,18 +301,32 @@ def label_of(cell: Any, number_of: Mapping[str, int], column: str = "label") -> 
     """
     if isinstance(cell, float) and (math.isnan(cell) or cell.is_integer()):
         cell = None if math.isnan(cell) else int(cell)  # tables with gaps keep whole numbers as floats
-    if cell is None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
         return -1
-    if isinstance(cell, str) and cell in number_of:
-        return number_of[cell]
+    if isinstance(cell, str) and cell.strip() in number_of:
+        return number_of[cell.strip()]
     if isinstance(cell, int) and not isinstance(cell, bool) and -1 <= cell < MOST_CLASSES:
         return cell
     raise CorruptImage(f'"{column}" must be an integer from 0 to {MOST_CLASSES - 1} or a string, got {cell!r}')
 
 
 def class_names(labels: Iterable[Any]) -> list[str]:
-    """The sorted names among labels; empty where they are numbers."""
-    return sorted({label for label in labels if isinstance(label, str)})
+    """The sorted names among labels, without spaces around them; empty where they are numbers."""
+    return sorted({label.strip() for label in labels if isinstance(label, str)} - {""})
+
+
+def typed(cells: Sequence[str | None]) -> list[Any]:
+    """A column of a file that knows strings only (.csv, .tsv): numbers where all are, else the strings, trimmed.
+
+    None where a cell is empty.
+    """
+    trimmed = [cell.strip() or None if cell is not None else None for cell in cells]
+    try:
+        numbers = [None if cell is None else float(cell) for cell in trimmed]
+    except ValueError:
+        return list(trimmed)
+    whole = [cell is not None and len(cell) < 20 and cell.lstrip("+-").isdecimal() for cell in trimmed]
+    return [int(cell) if is_whole else number for cell, is_whole, number in zip(trimmed, whole, numbers)]  # type: ignore[arg-type]
 
 
 def class_words(name: str) -> str:
@@ -289,8 +334,30 @@ def class_words(name: str) -> str:
     return name.replace("_", " ").replace("-", " ")
 
 
+def read_captioned(path: Path, text: str | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """("FILE line N", row, caption) of a .jsonl, .csv, .tsv or .parquet file without pictures.
+
+    Args:
+        text: the column of the captions; None takes `text`, or the one that may be it.
+
+    Raises:
+        UserError: no such column, or a cell of another kind than `caption_of` reads, by line.
+    """
+    rows = list(read_rows(path))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    strings = [name for name in names if any(isinstance(row.get(name), str | list) for _, row in rows)]
+    column = choose_column(str(path), "caption", text, names, text_candidates(strings, names), need=True, prefix="")
+    for where, row in rows:
+        if column not in row:
+            raise UserError(f'{where}: "{column}" is missing')
+        try:
+            yield where, row, caption_of(row[column], str(column))
+        except CorruptImage as error:
+            raise UserError(f"{where}: {error}") from None
+
+
 class Table:
-    """A `Source` of the tables of `datasets`, one a split ("" where there are no splits).
+    """A `Source` of the tables of `datasets`, one or several a split ("" where there are no splits).
 
     Args:
         folder: what relative paths of pictures are relative to.
@@ -303,7 +370,7 @@ class Table:
     def __init__(
         self,
         name: str,
-        tables: Mapping[str, Any],
+        tables: Sequence[tuple[str, Any]],
         folder: Path | None = None,
         image: str | None = None,
         text: str | None = None,
@@ -312,15 +379,17 @@ class Table:
         import datasets
 
         self.name, self.folder = name, folder
-        tables = {split: table for split, table in tables.items() if len(table)}
+        tables = [(split, table) for split, table in tables if len(table)]
         if not tables:
             raise UserError(f"{name}: it has no row")
-        first = next(iter(tables.values()))
+        first = tables[0][1]
+        self._tables = [str(table._fingerprint) for _, table in tables]
         self.columns = find_columns(name, first.features, image, text, label)
-        self._ends = list(accumulate(len(table) for table in tables.values()))
+        self.captions_from = self.columns.text or ""
+        self._ends = list(accumulate(len(table) for _, table in tables))
         wanted = [column for column in (self.columns.text, self.columns.label) if column]
         self._pictures, self._words = [], []
-        for split, table in tables.items():
+        for split, table in tables:
             for column in (self.columns.image, *wanted):
                 if column not in table.column_names:
                     raise UserError(f"{name}: the split {split!r} has no column {column!r}, others have")
@@ -330,16 +399,49 @@ class Table:
             self._pictures.append(bare)
             self._words.append(table.select_columns(wanted) if wanted else None)
         self.splits: Sequence[str] = []
-        if "" not in tables:
-            self.splits = [split for split, table in tables.items() for _ in range(len(table))]
+        if all(split for split, _ in tables):
+            self.splits = [split for split, table in tables for _ in range(len(table))]
         feature = first.features[self.columns.label] if self.columns.label else None
         self.classes: list[str] = list(getattr(feature, "names", []))  # of a ClassLabel
         if not self.classes and "string" in str(getattr(feature, "dtype", "")):
-            self.classes = class_names(label for t in tables.values() for label in t.unique(self.columns.label))
+            self.classes = class_names(label for _, t in tables for label in t.unique(self.columns.label))
         self._number_of = {name: number for number, name in enumerate(self.classes)}
-        counts = ", ".join(f"{split} {len(table)}" for split, table in tables.items()) if self.splits else len(self)
+        counts = ", ".join(f"{s} {self.splits.count(s)}" for s in dict.fromkeys(self.splits)) or str(len(self))
         self.about = f"{name}: a table of {counts} rows, {self.columns.about}"
-        self.fingerprint = fingerprint_strings([*(str(t._fingerprint) for t in tables.values()), repr(self.columns)])
+        self.about += f", {len(self.classes)} classes" if self.classes else ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tables, the columns, and of sizes and times of change of the files that cells name."""
+        parts = [*self._tables, repr(self.columns)]
+        for path in self._cells("path"):
+            if isinstance(path, str):
+                with contextlib.suppress(OSError, CorruptImage):
+                    stat = os.stat(picture_of(path, self.folder))
+                    parts.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+        return fingerprint_strings(parts)
+
+    def _cells(self, *fields: str) -> Iterator[Any]:
+        """Of every row the picture's cell; of a struct the first of these fields that is there."""
+        for table in self._pictures:
+            for batch in table.with_format("arrow").iter(1000):
+                column = batch[self.columns.image].combine_chunks()
+                parts = [column]
+                if "struct" in str(column.type):
+                    parts = [column.field(name) for name in fields if column.type.get_field_index(name) >= 0]
+                elif "binary" in str(column.type) and "bytes" not in fields:
+                    parts = []
+                for row in range(len(column)):
+                    yield next((cell for part in parts if (cell := part[row].as_py())), None)
+
+    @cached_property
+    def _first_alike(self) -> list[int]:
+        """Of every row the first row with the same picture: a picture with several captions has several rows."""
+        first: dict[Any, int] = {}
+        return [
+            first.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell or row, row)
+            for row, cell in enumerate(self._cells("bytes", "path"))
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -347,7 +449,10 @@ class Table:
     def _row(self, tables: Sequence[Any], index: int) -> dict[str, Any]:
         part = bisect_right(self._ends, index)
         table = tables[part]
-        return {} if table is None else table[index - (self._ends[part - 1] if part else 0)]
+        try:
+            return {} if table is None else table[index - (self._ends[part - 1] if part else 0)]
+        except UnicodeDecodeError as error:
+            raise CorruptImage(f"a string in it is not UTF-8 ({error.reason})") from None
 
     def raw(self, index: int) -> Path | bytes:
         return picture_of(self._row(self._pictures, index)[self.columns.image], self.folder)
@@ -366,11 +471,11 @@ class Table:
         return f"{self.name}{split} row {index - (self._ends[part - 1] if part else 0)}"
 
     def key(self, index: int) -> str:
-        return str(index)
+        return str(self._first_alike[index])
 
 
-def load_tables(name: str) -> dict[str, Any]:
-    """The tables of a hub name, a folder saved by `datasets`, a parquet file or a folder of them, by split.
+def load_tables(name: str) -> list[tuple[str, Any]]:
+    """(split, table) of a hub name, a folder saved by `datasets`, a file of TABLE_SUFFIXES or a folder of tables.
 
     Raises:
         UserError: nothing of the kind can be reached or read.
@@ -382,14 +487,17 @@ def load_tables(name: str) -> dict[str, Any]:
     try:
         if is_saved(path):
             loaded = datasets.load_from_disk(name)
+        elif path.exists() and path.suffix.lower() in (".jsonl", ".csv", ".tsv"):
+            loaded = _read_table(path)
         elif path.exists():
-            files = parquet_files(path) if path.is_dir() else [path]
+            files = table_files(path) if path.is_dir() else [path]
             splits = splits_of([file.relative_to(path) for file in files], strict=False) if path.is_dir() else []
             by_split: dict[str, list[str]] = {}
             for file, split in zip(files, splits or ["train"] * len(files)):
                 by_split.setdefault(split, []).append(str(file))
-            by_split.pop("", None)
-            loaded = datasets.load_dataset("parquet", data_files=by_split)
+            if outside := by_split.pop("", []):
+                say_once(f"{name}: {len(outside)} tables of no split passed over, the first is {outside[0]}")
+            loaded = datasets.load_dataset(files[0].suffix.lower()[1:], data_files=by_split)
             if not splits:
                 loaded = loaded["train"]
         else:
@@ -402,8 +510,27 @@ def load_tables(name: str) -> dict[str, Any]:
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     if not isinstance(loaded, dict):
-        return {"": loaded}
-    return {split_of([split])[0] or split: table for split, table in loaded.items()}
+        return [("", loaded)]
+    return [(split_of([split])[0] or split, table) for split, table in loaded.items()]
+
+
+def _read_table(path: Path) -> Any:
+    """A .jsonl, .csv or .tsv file as a table of `datasets`."""
+    import datasets
+    import pyarrow
+
+    rows = list(read_rows(path))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    columns = {name: [row.get(name) for _, row in rows] for name in names}
+    if path.suffix.lower() != ".jsonl":
+        strings = {"text", *_TEXT_NAMES, *_IMAGE_NAMES}
+        columns = {name: cells if name.lower() in strings else typed(cells) for name, cells in columns.items()}
+    for name, cells in columns.items():
+        try:
+            pyarrow.array(cells)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+            raise UserError(f"{path}: the cells of {name!r} are not of one kind ({first_line(error)})") from None
+    return datasets.Dataset.from_dict(columns)
 
 
 def is_saved(path: Path) -> bool:
@@ -411,6 +538,24 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
-def parquet_files(path: Path) -> list[Path]:
-    """The parquet files below a folder that are not an image folder's metadata."""
-    return [file for file in list_files(path) if file.suffix.lower() == ".parquet" and file.stem != "metadata"]
+def table_files(path: Path) -> list[Path]:
+    """The tables below a folder that are not an image folder's metadata: parquet files, or else arrow files."""
+    files = [file for file in list_files(path) if file.stem != "metadata"]
+    kinds = [[file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".arrow")]
+    return kinds[0] or kinds[1]
+
+
+def has_pictures(file: Path) -> bool:
+    """Whether a parquet or arrow file has a column that may hold pictures."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.suffix.lower() == ".arrow":
+            with pyarrow.memory_map(str(file)) as source:
+                schema = pyarrow.ipc.open_stream(source).schema
+        else:
+            schema = pyarrow.parquet.read_schema(file)
+    except (OSError, pyarrow.ArrowInvalid):
+        return True  # a damaged table is refused by name where it is read
+    return any("binary" in str(field.type) or field.name.lower() in _IMAGE_NAMES for field in schema)

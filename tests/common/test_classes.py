@@ -103,7 +103,7 @@ def cifar_files(root: Path, name: str, head: int) -> None:
 @pytest.mark.parametrize(("name", "head", "classes"), [("cifar10", 1, 10), ("cifar100", 2, 100)])
 def test_binary_cifar_is_read(tmp_path: Path, name: str, head: int, classes: int) -> None:
     cifar_files(tmp_path / "set", name, head)
-    data = open_classes(name, 32, str(tmp_path / "set"))  # type: ignore[arg-type]
+    data = open_classes(name, 32, str(tmp_path / "set"), validation=0.25)  # type: ignore[arg-type]
     assert len(data.classes) == classes and len(data.test) == 40
     assert len(data.train) + len(data.validation) == (200 if name == "cifar10" else 40)
     row = np.fromfile(tmp_path / "set" / ("test_batch.bin" if head == 1 else "test.bin"), np.uint8)[: head + 3072]

@@ -13,7 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from common.images import image_files, resize_clean, resize_uint8
 from common.metrics.distribution import fid, kid
-from common.metrics.evaluate import compare_features, evaluate_generator, flatten, folder_captions, format_report, main
+from common.metrics.evaluate import compare_features, evaluate_generator, flatten, format_report, main, open_measured
 from common.metrics.features import Lite0Extractor, extract, folder_features, load_extractor
 
 SIDE = 48
@@ -172,7 +172,7 @@ def test_captions_beside_generated_pictures_keep_separators(tmp_path: Path) -> N
     folder = write_folder(tmp_path / "fake", drawings(2, 0), ["a\u2028b", "c"])
     lines = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text("\ufeff" + lines.replace("\\u2028", "\u2028"), encoding="utf-8")
-    assert folder_captions(folder, image_files(folder)) == ["a\u2028b", "c"]
+    assert open_measured(folder).captions == ["a\u2028b", "c"]
 
 
 def test_the_program_explains_bad_folders_and_captions(tmp_path):
@@ -189,8 +189,10 @@ def test_the_program_explains_bad_folders_and_captions(tmp_path):
     refused('metadata.jsonl line 2: "text" is missing')
     (fake / "metadata.jsonl").write_text("\n".join(lines[:-1]))
     refused("no line for 009.png")
+    (fake / "metadata.jsonl").write_text("\n".join(lines))
     (fake / "000.png").write_bytes(b"not a picture")
-    refused("000.png: not a readable image")
+    with pytest.warns(UserWarning, match="skipped"):
+        refused("1 of 10 images cannot be read, more than 1 %.*\n.*000.png: cannot identify")
     arguments[0] = str(tmp_path / "absent")
     refused("no such folder")
 

@@ -16,7 +16,8 @@ class PairsConfig:
 
     Args:
         prompts: shapes or emoji (captions of the repository's training sets), or a text file, one prompt a line
-            (.jsonl: the field "text").
+            (or a table: .jsonl, .csv, .tsv, .parquet). Of a file of 20 prompts or more, one in ten is held out.
+        text_column: the column of the prompts in a table; None takes `text`, or the one that may be it.
         count: pairs for the first reflow; for distillation see `distil.pairs`.
         solver: any scheduler class of diffusers by name.
         online: reflow on pairs that are drawn afresh in every step, by the same solver, instead of kept on disk
@@ -25,6 +26,7 @@ class PairsConfig:
     """
 
     prompts: str = "shapes"
+    text_column: str | None = None
     count: int = 2048
     solver: str = "DPMSolverMultistepScheduler"
     steps: int = 25

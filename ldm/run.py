@@ -15,6 +15,7 @@ from common.data.cache import FeatureCache, fingerprint_module
 from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.images import to_unit
+from common.metrics.evaluate import say_few
 from common.options import check_trainer, free_options
 from common.processes import is_main_process
 from common.training import open_run_folder
@@ -117,6 +118,8 @@ class Run:
         open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
         tokenizer = saved_tokenizer(folder)
         task = prepare(config, tokenizer)
+        if "evaluate" in config.stages and is_main_process():
+            say_few(min(config.sampling.metric_images, len(task.reference)))
         if task.tokenizer is not None and tokenizer is None and is_main_process():
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")

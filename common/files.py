@@ -86,6 +86,15 @@ def refuse_code(part: Path) -> None:
             )
 
 
+def is_text(name: str) -> bool:
+    """Whether a string is Unicode text: names of files may hold bytes that are not, as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def list_files(folder: Path) -> list[Path]:
     """Every file below a folder, sorted by path. Hidden files and folders (`.name`, the `._*` of other systems) and
     folders like `__MACOSX` do not count; links are followed, each folder is read once."""

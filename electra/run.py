@@ -16,7 +16,7 @@ import torch
 from common.errors import UserError
 from common.files import write_json
 from common.options import at_least, check_trainer, free_options
-from common.processes import is_main_process
+from common.processes import is_main_process, say_once
 from common.training import EveryNSteps, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
@@ -33,6 +33,7 @@ from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import SecondStage, second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer
 
+MOST_UNKNOWN, SAY_UNKNOWN = 0.5, 0.01  # shares of unknown tokens in the text: refused, said
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
 
@@ -92,6 +93,13 @@ class Run:
         open_run_folder(folder, config.resume, text, FREE_OPTIONS)
         tokenizer = open_tokenizer(config.data)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
+            raise UserError(
+                f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
+                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+            )
+        if share > SAY_UNKNOWN:
+            say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
         if is_main_process():
             tokenizer.save(folder / "tokenizer")
         run = cls(config, folder, tokenizer, train, held_out, open_tasks(config.downstream))

@@ -234,6 +234,7 @@ class TextEncoder:
         self._encoder = text_data.TextEncoder(path, device=device, dtype=dtype, batch_size=batch_size)
         self.length = length
         self.clean = clean
+        self._said = False
 
     @property
     def path(self) -> Path:
@@ -251,13 +252,24 @@ class TextEncoder:
         options = (self._encoder.fingerprint, str(self.length), str(self.clean), str(self._encoder.dtype), "pad=last")
         return fingerprint_strings(options)
 
+    def _cleaned(self, texts: Sequence[str]) -> list[str]:
+        return [clean_caption(text) if self.clean else text.lower().strip() for text in texts]
+
+    def say_lost(self, texts: Sequence[str]) -> None:
+        """Warn, once, of texts that the cleaning leaves nothing of: those in Chinese characters, for example."""
+        lost = [i for i, cleaned in enumerate(self._cleaned(texts)) if texts[i].strip() and not cleaned]
+        self._said = self._said or bool(lost)
+        text_data.say_lost("captions", texts, lost, "cleaned to nothing, as if they were empty")
+
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """features_BLC float32 and mask_BL bool (True = real token), on the CPU.
 
         Positions behind the last token repeat its features with mask 0, as in the authors' cached captions; a caption
         with no token at all keeps one zero token, so that attention always has something to look at.
         """
-        cleaned = [clean_caption(text) if self.clean else text.lower().strip() for text in texts]
+        if not self._said:
+            self.say_lost(texts)
+        cleaned = self._cleaned(texts)
         features_BLC, mask_BL = self._encoder.encode(cleaned, self.length)
         return fit_length(features_BLC.float(), mask_BL, self.length)
 

@@ -384,7 +384,9 @@ def _folder(request: _Request) -> _Read:
     if empty := getattr(found, "empty", []):
         raise UserError(f"{empty[0]}: the folder of a class holds no picture; fill it or remove it")
     opened = Images(found, Framing(side))
-    labels = {row: found.label(row)[1] for row in range(len(found)) if not opened.corrupt[row]}
+    # A picture with several captions has several rows: it counts once, or one part would show it to another.
+    once = {found.key(row): row for row in reversed(range(len(found))) if not opened.corrupt[row]}
+    labels = {row: found.label(row)[1] for row in sorted(once.values())}
     classes = tuple(found.classes) or tuple(f"class {k}" for k in range(max(labels.values(), default=-1) + 1))
     if not classes:
         raise UserError(f"{root}: its pictures have no classes; expected one subfolder of pictures per class")

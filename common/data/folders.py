@@ -53,7 +53,7 @@ from common.data.rows import (
     typed,
 )
 from common.errors import UserError
-from common.files import list_files, write_json
+from common.files import is_text, list_files, write_json
 from common.images import IMAGE_SUFFIXES, OTHER_PICTURES, WHITE, CorruptImage, decoded
 from common.paths import cache_dir
 from common.processes import say_once
@@ -218,7 +218,7 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
         captions_from = "the .txt beside each picture"
     classes = class_names(row.label for row in rows)
     for name in classes:
-        if not name.isprintable() and name.encode(errors="replace").decode() != name:
+        if not is_text(name):
             raise UserError(f"{root}: the name of the class {name!r} is not UTF-8 text; rename its folder")
     number_of = {name: number for number, name in enumerate(classes)}
     records = []

@@ -75,8 +75,9 @@ def test_captions_are_read_from_three_kinds_of_files(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 'a.jsonl line 2: "text" is missing'),
         ("a.jsonl", "nonsense\n", "a.jsonl line 1: not JSON"),
-        ("a.csv", "id,caption\n1,a\n", 'no "text" column'),
-        ("a.parquet", "", "are read from"),
+        ("a.csv", "id,url\n1,a\n", "no caption column was found; its columns are id, url; name one with --text_column"),
+        ("a.parquet", "", "not a whole parquet file"),
+        ("a.xml", "", "are read from"),
     ],
 )
 def test_bad_caption_files_are_refused_by_line(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -115,14 +115,9 @@ def several_captions(root: Path) -> Path:
 
 def paths_in_a_table(root: Path) -> Path:
     write(root, LEVELS)
-    lines = [
-        json.dumps(
-            {"image_path": path.relative_to(root).as_posix(), "caption": path.stem, "category": path.parent.name}
-        )
-        for path in sorted(root.rglob("*.png"))
-        for _ in range(2)
-    ]
-    (root / "list.jsonl").write_text("\n".join(lines))
+    files = [path.relative_to(root) for path in sorted(root.rglob("*.png")) for _ in range(2)]
+    rows = [{"image_path": str(file), "caption": file.stem, "category": str(file.parent)} for file in files]
+    (root / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root / "list.jsonl"
 
 

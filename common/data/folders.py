@@ -519,7 +519,7 @@ def _decode_all(source: Source, progress: bool) -> dict[int, str]:
     def fault(row: int) -> str | None:
         try:
             source.label(row)
-            with decoded(source.raw(row)):
+            with decoded(source.raw(row), side=64):
                 return None
         except CorruptImage as error:
             return str(error)

@@ -314,6 +314,15 @@ def _read_metadata(root: Path, files: list[Path], text: str | None, label: str |
         label_column = choose_column(str(file), "label", label, names, label_candidates(scalars, names))
         strings = [name for name in strings if name not in (picture_column, label_column)]
         text_column = choose_column(str(file), "caption", text, names, text_candidates(strings, names))
+        if (
+            label is None
+            and text_column
+            and all(
+                row.get(label_column or "") is None or isinstance(row[str(label_column)], list | dict | bool)
+                for _, row in table
+            )
+        ):
+            label_column = None  # several labels a picture, or a flag: captions do without
         captions_from = file.name if text_column else captions_from
         labels = [row.get(label_column or "") for _, row in table]
         labels = typed(labels) if file.suffix == ".csv" else [None if cell == "" else cell for cell in labels]

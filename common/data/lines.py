@@ -127,6 +127,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path} line {number}"
             if not names:
                 names = [cell.strip() for cell in cells]
+                if len(names) == 1 and (parted := [sign for sign in _OTHER_SIGNS[suffix] if sign in names[0]]):
+                    raise UserError(
+                        f"{where}: cells parted by {parted[0]!r}; expected {_SIGN[suffix]!r} in {suffix} files"
+                    )
             elif len(cells) > len(names):
                 named = ", ".join(names)
                 raise UserError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns ({named})")
@@ -134,6 +138,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, dict(zip(names, [*cells, *[None] * (len(names) - len(cells))]))
     else:
         raise UserError(f"{path}: expected a file that ends in .jsonl, .csv, .tsv or .parquet")
+
+
+_SIGN = {".csv": ",", ".tsv": "\t"}
+_OTHER_SIGNS = {".csv": ";\t|", ".tsv": ",;|"}
 
 
 def _tsv_cells(path: str | Path) -> Iterator[tuple[int, list[str]]]:

@@ -231,9 +231,12 @@ def find_columns(
     assert chosen is not None
     kinds = [n for n in names if isinstance(features[n], datasets.ClassLabel)]
     scalars = [n for n in names if "int" in dtype(n) or dtype(n) in ("string", "large_string")]
+    named = label is not None or "label" in need
     label = choose_column(where, "label", label, names, label_candidates(scalars, names, kinds), "label" in need)
     left = [n for n in names if n not in (chosen, label) and strings(n)]
     text = choose_column(where, "caption", text, names, text_candidates(left, names), "caption" in need)
+    if text and label and not named and (dtype(label) == "bool" or not dtype(label)) and label not in kinds:
+        label = None  # several labels a picture, or a flag: captions do without
     return Columns(chosen, text, label)
 
 

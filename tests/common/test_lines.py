@@ -100,3 +100,9 @@ def test_texts_are_found_and_read_by_the_same_rules(tmp_path: Path, capsys: pyte
     assert text_files(tmp_path / "notes.md") == [tmp_path / "notes.md"]
     assert read_text(tmp_path / "deep" / "B.TXT") == "one\x85more\n\ntwo\u2028\x0c\n"
     refused("notes.md line 1: not UTF-8 text", read_text, tmp_path / "notes.md")
+
+
+@pytest.mark.parametrize(("name", "head", "sign"), [("a.csv", "file;text", "';'"), ("a.tsv", "file,text", "','")])
+def test_cells_parted_by_another_sign_are_refused(tmp_path: Path, name: str, head: str, sign: str) -> None:
+    (tmp_path / name).write_text(f"{head}\nb\n")
+    refused(f"{name} line 1: cells parted by {sign}; expected", list, read_rows(tmp_path / name))

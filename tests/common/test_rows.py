@@ -264,3 +264,17 @@ def test_strings_that_are_no_text_are_broken_rows(tmp_path: Path) -> None:
     stream = ShardedImages(path, size=4, batch_size=1, buffer=1, repeat=False)
     with pytest.raises(UserError, match="1 of 2 images"), pytest.warns(UserWarning, match="not UTF-8"):
         list(stream)
+
+
+@pytest.mark.parametrize("cell", [[1, 2], True])
+def test_labels_of_other_kinds_do_not_keep_captions_from_being_read(cell: Any, tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": f"grey {i}", "label": cell} for i in range(2)]
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = parquet(tmp_path / "t.parquet", image=pictures(range(2)), text=["grey 0", "grey 1"], label=[cell] * 2)
+    for where in (tmp_path / "in", table):
+        assert [open_source(where).label(i) for i in range(2)] == [("grey 0", -1), ("grey 1", -1)]
+        with pytest.raises((UserError, CorruptImage), match='"label" must be an integer'):
+            open_source(where, text=LEFT_OUT).label(0)

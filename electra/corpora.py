@@ -82,7 +82,8 @@ def load_corpus(spec: str, root: str | Path | None = None) -> Corpus:
     Raises:
         UserError: an unknown name, or its files are missing.
     """
-    parts = [_load_one(part.strip(), root) for part in spec.split(",") if part.strip()]
+    names = [spec] if Path(spec).exists() else spec.split(",")  # a comma may be part of a path
+    parts = [_load_one(part.strip(), root) for part in names if part.strip()]
     if not parts:
         raise UserError(f"corpus {spec!r}: no name given; choose from {', '.join(NAMED)}, a file or a folder")
     if len(parts) == 1:

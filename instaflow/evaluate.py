@@ -221,10 +221,12 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from common.images import open_rgb, resize_uint8
-    from common.metrics.evaluate import evaluate_generator, format_report, open_measured
+    from common.metrics.evaluate import MINIMUM, evaluate_generator, format_report, open_measured
     from common.metrics.measures import fixed_noise
 
-    found = open_measured(options.images, True, options.image_column, options.text_column)
+    found = open_measured(options.images, True, options.image_column, options.text_column, 2 * MINIMUM)
+    if options.count < 2 * MINIMUM:
+        raise UserError(f"--count {options.count}: too few images to measure, at least {2 * MINIMUM} are needed")
     if options.captions:
         captions = read_captions(options.captions, found.names, options.text_column)
     elif found.captions is not None:

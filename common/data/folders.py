@@ -157,8 +157,15 @@ class Folder:
     def where(self, index: int) -> str:
         return str(self.records[index].path)
 
+    @cached_property
+    def _first_alike(self) -> list[int]:
+        """Of every row the first one with the same file, which several links or lines may lead to."""
+        first: dict[tuple[int, int], int] = {}
+        stats = (record.path.stat() for record in self.records)
+        return [first.setdefault((stat.st_dev, stat.st_ino), row) for row, stat in enumerate(stats)]
+
     def key(self, index: int) -> str:
-        return self.records[index].path.relative_to(self.root).as_posix()
+        return self.records[self._first_alike[index]].path.relative_to(self.root).as_posix()
 
 
 def read_folder(where: str | Path, text: str | None = None, label: str | None = None) -> Folder:
@@ -207,14 +214,15 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
         names = _class_folders([row.picture.relative_to(root) for row in rows], bool(splits))
         rows = [replace(row, label=name) for row, name in zip(rows, names)]
         empty = _empty_folders(rows)
-    beside = {file for file in files if file.suffix == ".txt"} & {row.picture.with_suffix(".txt") for row in rows}
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    beside = {texts[row.picture.with_suffix("")] for row in rows if row.picture.with_suffix("") in texts}
     if beside and not captions_from and text != LEFT_OUT:
-        bare = [row.picture for row in rows if row.picture.with_suffix(".txt") not in beside]
+        bare = [row.picture for row in rows if row.picture.with_suffix("") not in texts]
         if bare and not isinstance(rows[0].label, str):
             raise UserError(
                 f"{root}: {len(bare)} of {len(rows)} pictures have no .txt beside them, the first is {bare[0]}"
             )
-        rows = [replace(row, caption=_caption_beside(row.picture, beside, row.caption)) for row in rows]
+        rows = [replace(row, caption=_caption_beside(row.picture, texts, row.caption)) for row in rows]
         captions_from = "the .txt beside each picture"
     classes = class_names(row.label for row in rows)
     for name in classes:
@@ -261,9 +269,9 @@ def _about(
     return about
 
 
-def _caption_beside(picture: Path, texts: set[Path], otherwise: str | None) -> str | None:
-    path = picture.with_suffix(".txt")
-    return next((line.strip() for _, line in read_lines(path)), "") if path in texts else otherwise
+def _caption_beside(picture: Path, texts: Mapping[Path, Path], otherwise: str | None) -> str | None:
+    path = texts.get(picture.with_suffix(""))
+    return otherwise if path is None else next((line.strip() for _, line in read_lines(path)), "")
 
 
 def _class_folders(names: Sequence[PurePath], split: bool) -> Sequence[str | None]:

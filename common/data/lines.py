@@ -127,10 +127,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path} line {number}"
             if not names:
                 names = [cell.strip() for cell in cells]
-                if len(names) == 1 and (parted := [sign for sign in _OTHER_SIGNS[suffix] if sign in names[0]]):
-                    raise UserError(
-                        f"{where}: cells parted by {parted[0]!r}; expected {_SIGN[suffix]!r} in {suffix} files"
-                    )
+                found = [sign for sign in _OTHER_SIGNS[suffix] if sign in names[0]]
+                if len(names) == 1 and found:
+                    raise UserError(f"{where}: cells parted by {found[0]!r}; expected {_SIGN[suffix]!r} in a {suffix}")
             elif len(cells) > len(names):
                 named = ", ".join(names)
                 raise UserError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns ({named})")

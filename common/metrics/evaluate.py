@@ -230,16 +230,19 @@ class Measured:
     captions: list[str] | None
 
 
-def open_measured(where: Path, held_out: bool = False, image: str | None = None, text: str | None = None) -> Measured:
+def open_measured(
+    where: Path, held_out: bool = False, image: str | None = None, text: str | None = None, minimum: int = 0
+) -> Measured:
     """The pictures of a folder or table that can be read; class folders give no captions.
 
     Args:
         held_out: of data with splits take those of `test`, or else of `validation`.
         image, text: names of columns of a table or of the metadata; None finds them.
+        minimum: of the pictures.
 
     Raises:
-        UserError: nothing there, a bad line, a picture without caption where others have one, or more than 1 % of
-            the pictures cannot be read.
+        UserError: nothing there, fewer pictures than that, a bad line, a picture without caption where others have
+            one, or more than 1 % of the pictures cannot be read.
     """
     if not where.exists():
         raise UserError(f"{where}: no such folder; expected a folder of images")
@@ -249,6 +252,7 @@ def open_measured(where: Path, held_out: bool = False, image: str | None = None,
         raise UserError(f"{source.captions_from}: no line for {first} ({len(unnamed)} such images); add its caption")
     broken = broken_rows(source)
     rows = [row for row in (rows_to_measure(source) if held_out else range(len(source))) if row not in broken]
+    _require(len(rows), minimum, "real" if held_out else "generated")
     captions = [source.label(row)[0] for row in rows] if source.captions_from else None
     return Measured([source.raw(row) for row in rows], [source.where(row) for row in rows], captions)
 
@@ -270,9 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     judge = load_extractor(options.extractor, options.device)
     columns = {"image": options.image_column, "text": options.text_column}
-    real, fake = open_measured(options.real, held_out=True, **columns), open_measured(options.fake, **columns)
-    _require(len(real.pictures), 2 * MINIMUM, "real")
-    _require(len(fake.pictures), MINIMUM, "generated")
+    real = open_measured(options.real, held_out=True, **columns, minimum=2 * MINIMUM)
+    fake = open_measured(options.fake, **columns, minimum=MINIMUM)
     extra = None
     if options.real_extra is not None:
         extra = folder_features(open_measured(options.real_extra, held_out=True, **columns).pictures, judge)

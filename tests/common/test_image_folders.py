@@ -162,7 +162,7 @@ def test_columns_of_other_names_are_found_or_named(tmp_path: Path) -> None:
 
 
 def test_kohyas_captions_lie_beside_the_pictures(tmp_path: Path) -> None:
-    root = tree(tmp_path / "own", "1.png", "1.txt", "2.JPG", "2.txt", "LICENSE.txt")
+    root = tree(tmp_path / "own", "1.png", "1.TXT", "2.JPG", "2.txt", "LICENSE.txt")
     (root / "2.txt").write_bytes("\ufeff\r\n a cat\u2028on a mat \r\nsecond line".encode())
     own = read_folder(root)
     assert [own.label(i) for i in range(2)] == [("about 1", -1), ("a cat\u2028on a mat", -1)]
@@ -298,3 +298,12 @@ def test_splits_inside_a_folder_of_shards_are_honoured(tmp_path: Path) -> None:
     train, held_out = ShardedImages(root, size=4, batch_size=1, repeat=False).hold_out()
     assert sorted(int(item["image"].max()) for item in train) == list(range(5))
     assert [int(item["image"].max()) for item in held_out] == [5, 6]
+
+
+def test_links_to_one_picture_stay_in_one_part(tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", *(f"{i:02d}.png" for i in range(30)))
+    for i in range(30):
+        (root / f"link{i:02d}.png").symlink_to(root / f"{i:02d}.png")
+    own = read_folder(root)
+    train, held_out = ({own.raw(i).resolve() for i in rows} for rows in hold_out(own))
+    assert not train & held_out and len(train | held_out) == 30 and held_out

@@ -184,7 +184,7 @@ def _begun(captioner: Captioner, output: Path) -> set[str]:
     if output.exists():
         try:
             known = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             known = None
         if known != record:
             begun = f"with {known.get('model')}" if isinstance(known, dict) else "by something else"

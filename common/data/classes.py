@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from common.data.lines import read_text
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
 from common.paths import existing_path
@@ -349,7 +350,7 @@ def _cifar(request: _Request) -> _Read:
         images = torch.from_numpy(rows[:, head:].reshape(-1, 3, 32, 32).copy())
         labels = torch.from_numpy(rows[:, head - 1].astype(np.int64))
         parts.append(_pictures(_resized(images, request.size), labels))
-    listed = (root / names).read_text().split() if (root / names).is_file() else []
+    listed = read_text(root / names).split() if (root / names).is_file() else []
     classes = tuple(listed) if len(listed) == count else tuple(f"class {k}" for k in range(count))
     return _Read(request.name, classes, parts[0], parts[1], 0.0)
 

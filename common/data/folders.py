@@ -322,14 +322,8 @@ def _read_metadata(root: Path, files: list[Path], text: str | None, label: str |
         label_column = choose_column(str(file), "label", label, names, label_candidates(scalars, names))
         strings = [name for name in strings if name not in (picture_column, label_column)]
         text_column = choose_column(str(file), "caption", text, names, text_candidates(strings, names))
-        if (
-            label is None
-            and text_column
-            and all(
-                row.get(label_column or "") is None or isinstance(row[str(label_column)], list | dict | bool)
-                for _, row in table
-            )
-        ):
+        cells = [row.get(label_column or "") for _, row in table]
+        if label is None and text_column and all(isinstance(cell, list | dict | bool | None) for cell in cells):
             label_column = None  # several labels a picture, or a flag: captions do without
         captions_from = file.name if text_column else captions_from
         labels = [row.get(label_column or "") for _, row in table]
@@ -401,7 +395,7 @@ def open_source(
     """
     path = Path(where)
     if path.is_dir():
-        is_table = is_saved(path) or any(map(has_pictures, table_files(path)[:1]))
+        is_table = is_saved(path) or _is_table(path, image)
     else:
         is_table = path.suffix.lower() in TABLE_SUFFIXES if path.exists() else not _is_path(str(where))
     source: Source
@@ -412,6 +406,14 @@ def open_source(
         source = read_folder(path, text, label)
     say_once(source.about)
     return source
+
+
+def _is_table(folder: Path, image: str | None) -> bool:
+    """Whether the tables of a folder are its data: they hold pictures, or there is nothing else."""
+    tables = table_files(folder)
+    if not tables or image is not None or has_pictures(tables[0]):
+        return bool(tables)
+    return not any(file.suffix.lower() in IMAGE_SUFFIXES for file in list_files(folder))
 
 
 def need_words(source: Source, rows: Sequence[int]) -> None:

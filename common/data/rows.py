@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -23,8 +24,9 @@ from typing import Any, Protocol
 from common.data.cache import fingerprint_strings
 from common.data.lines import read_rows
 from common.errors import UserError, first_line
-from common.files import list_files
+from common.files import list_files, write_json
 from common.images import CorruptImage
+from common.paths import cache_dir
 from common.processes import say_once
 
 HELD_OUT_SHARE = 10  # of data without splits, one in ten is held out
@@ -36,17 +38,8 @@ LEFT_OUT = ""  # in place of a column's name: do not read one
 # Names that columns go by where `image`, `text` or `label` is missing, and those that hold no captions.
 _IMAGE_NAMES = {"image", "img", "image_path", "img_path", "path", "file", "file_name", "filename", "filepath"}
 _TEXT_NAMES = {"caption", "captions", "prompt", "prompts", "description", "sentence", "sentences"}
-_LABEL_NAMES = {
-    "label",
-    "labels",
-    "class",
-    "class_id",
-    "class_name",
-    "class_label",
-    "category",
-    "category_id",
-    "target",
-}
+_LABEL_NAMES = {"label", "labels", "class", "class_id", "class_name", "class_label", "category", "category_id"}
+_LABEL_NAMES.add("target")
 _KEY_NAMES = {*_IMAGE_NAMES, "id", "key", "url", "uri", "hash", "md5", "sha256", "source", "license", "split"}
 
 # Words in the names of folders and files that say which split they are, as `datasets` has them.
@@ -439,12 +432,22 @@ class Table:
 
     @cached_property
     def _first_alike(self) -> list[int]:
-        """Of every row the first row with the same picture: a picture with several captions has several rows."""
-        first: dict[Any, int] = {}
-        return [
-            first.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell or row, row)
+        """Of every row the first row with the same picture: a picture with several captions has several rows.
+
+        Remembered under the cache, since all bytes are read.
+        """
+        path = cache_dir("scans") / f"{self.fingerprint}-alike.json"
+        with contextlib.suppress(OSError, ValueError):
+            again = {int(row): first for row, first in json.loads(path.read_text(encoding="utf-8")).items()}
+            return [again.get(row, row) for row in range(len(self))]
+        seen: dict[Any, int] = {}
+        first = [
+            seen.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell or row, row)
             for row, cell in enumerate(self._cells("bytes", "path"))
         ]
+        with contextlib.suppress(UserError):  # a full or read-only cache
+            write_json(path, {str(row): other for row, other in enumerate(first) if row != other})
+        return first
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -138,21 +138,17 @@ def caption_folder(
     """
     from tqdm import tqdm
 
-    from common.images import IMAGE_SUFFIXES, CorruptImage, decode
+    from common.images import CorruptImage, decode, image_files
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    files = [path.relative_to(folder).as_posix() for path in list_files(folder)]
-    unwritable = [name for name in files if not is_text(name)]
-    names = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and is_text(name)]
-    if not names:
-        raise UserError(f"{folder}: holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    others = [name for name in files if name not in set(names) and folder / name != output]
+    pictures = [path for path in image_files(folder) if is_text(str(path))]
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    others = sorted(path.relative_to(folder).as_posix() for path in {*list_files(folder)} - {*pictures, output})
     if others:
         listed = ", ".join(map(ascii, others[:3])) + (", ..." if others[3:] else "")
-        reason = " (names that are not UTF-8 cannot be written down)" if unwritable else ""
-        say_once(f"{folder}: {len(names)} pictures; {len(others)} files passed over{reason}: {listed}")
+        say_once(f"{folder}: {len(names)} pictures; {len(others)} files passed over: {listed}")
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []

@@ -81,7 +81,8 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0, task: str = "") ->
     columns = {"image": data.image_column, "text": data.text_column, "label": data.label_column}
     for name in {"unconditional": ("text", "label"), "class": ("text",)}.get(PIXELS_ALONE.get(task, task), ()):
         columns[name] = columns[name] or LEFT_OUT
-    return user_images(data.path, data.size, split, seed, **columns)
+    need = {"text": ("caption",), "class": ("label",)}.get(task, ())
+    return user_images(data.path, data.size, split, seed, need, **columns)
 
 
 class UserImages(Dataset[dict[str, Any]]):
@@ -101,15 +102,17 @@ class UserImages(Dataset[dict[str, Any]]):
         return self.images[index]
 
 
-def user_images(where: str, size: int, split: str, seed: int, **columns: str | None) -> UserImages:
+def user_images(
+    where: str, size: int, split: str, seed: int, need: Sequence[str] = (), **columns: str | None
+) -> UserImages:
     """The user's images of a part, train or test, which share none (`hold_out`).
 
     Args:
-        columns: image, text and label, for `open_source`.
+        need, columns: for `open_source`; of columns image, text and label.
     """
     from common.data.folders import Framing, Images, open_source
 
-    source = open_source(where, **columns)
+    source = open_source(where, **columns, need=need)
     rows, held_out = hold_out(source)
     if not held_out:
         raise UserError(

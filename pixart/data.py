@@ -318,11 +318,16 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     if not root.exists():
         raise UserError(f"data.path {root}: no such folder")
     text = config.text_column if config.prompt is None else LEFT_OUT  # one caption for all needs no other
-    source = open_source(root, config.image_column, text, config.label_column)
+    columns = (config.image_column, text, config.label_column)
+    source = open_source(root, *columns)
     broken = broken_rows(source)
     readable = [i for i in range(len(source)) if i not in broken]
     if config.prompt is None:
-        need_words(source, readable)
+        try:
+            need_words(source, readable)
+        except UserError:
+            open_source(root, *columns, need=("caption",))  # names several columns that may be
+            raise
     sizes_of = {i: picture_size(source.raw(i)) for i in readable}
     usable = {readable[i] for i in usable_shapes(torch.tensor([sizes_of[i] for i in readable]))}
     if not usable:

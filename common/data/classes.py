@@ -381,7 +381,7 @@ def _folder(request: _Request) -> _Read:
     if not root.exists():
         raise UserError(f"data.path {request.path}: no such folder; expected one subfolder of pictures per class")
     side = round(request.size * MARGIN) if request.margin else request.size
-    found = open_source(root.absolute(), request.image_column, LEFT_OUT, request.label_column)
+    found = open_source(root.absolute(), request.image_column, LEFT_OUT, request.label_column, need=("label",))
     if empty := getattr(found, "empty", []):
         raise UserError(f"{empty[0]}: the folder of a class holds no picture; fill it or remove it")
     opened = Images(found, Framing(side))

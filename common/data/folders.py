@@ -168,7 +168,9 @@ class Folder:
         return self.records[self._first_alike[index]].path.relative_to(self.root).as_posix()
 
 
-def read_folder(where: str | Path, text: str | None = None, label: str | None = None) -> Folder:
+def read_folder(
+    where: str | Path, text: str | None = None, label: str | None = None, need: Sequence[str] = ()
+) -> Folder:
     """The pictures of an image folder by the convention of `datasets` ("imagefolder"), without decoding any.
 
     - Folders train, validation (val, valid, dev) and test (eval, ...) at any level are splits; files called so too
@@ -183,6 +185,7 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
 
     Args:
         text, label: columns of the metadata; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: no picture, or naming the line of the metadata: not JSON, a key is missing or of the wrong type,
@@ -198,7 +201,7 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
     files = list_files(root)
     metadata = [file for file in files if file.name in METADATA]
     if metadata:
-        rows, captions_from = _read_metadata(root, metadata, text, label)
+        rows, captions_from = _read_metadata(root, metadata, text, label, need)
     else:
         rows, captions_from = [_Row(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES], ""
     if not rows:
@@ -303,7 +306,9 @@ def _is_empty_class(folder: Path) -> bool:
     return not files or any(file.suffix.lower() in OTHER_PICTURES for file in files)
 
 
-def _read_metadata(root: Path, files: list[Path], text: str | None, label: str | None) -> tuple[list[_Row], str]:
+def _read_metadata(
+    root: Path, files: list[Path], text: str | None, label: str | None, need: Sequence[str]
+) -> tuple[list[_Row], str]:
     """The rows of the metadata files, and where captions are from."""
     kinds = sorted({file.name for file in files})
     if len(kinds) > 1:
@@ -319,9 +324,11 @@ def _read_metadata(root: Path, files: list[Path], text: str | None, label: str |
             picture_column = next((name for name in names if name.endswith("_file_name")), picture_column)
         strings = [name for name in names if any(_is_text(row.get(name)) for _, row in table)]
         scalars = [name for name in names if all(isinstance(row.get(name), int | str | None) for _, row in table)]
-        label_column = choose_column(str(file), "label", label, names, label_candidates(scalars, names))
+        several = label_candidates(scalars, names)
+        label_column = choose_column(str(file), "label", label, names, several, "label" in need and len(several) > 1)
         strings = [name for name in strings if name not in (picture_column, label_column)]
-        text_column = choose_column(str(file), "caption", text, names, text_candidates(strings, names))
+        several = text_candidates(strings, names)
+        text_column = choose_column(str(file), "caption", text, names, several, "caption" in need and len(several) > 1)
         cells = [row.get(label_column or "") for _, row in table]
         if label is None and text_column and all(isinstance(cell, list | dict | bool | None) for cell in cells):
             label_column = None  # several labels a picture, or a flag: captions do without
@@ -381,7 +388,11 @@ def _named_picture(where: str, row: Mapping[str, Any], column: str, folder: Path
 
 
 def open_source(
-    where: str | Path, image: str | None = None, text: str | None = None, label: str | None = None
+    where: str | Path,
+    image: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    need: Sequence[str] = (),
 ) -> Source:
     """The user's pictures, undecoded, and one line on stderr about them.
 
@@ -389,6 +400,7 @@ def open_source(
         where: an image folder (`read_folder`), a data set saved by `datasets`, a folder of parquet or arrow files, one
             table (.parquet, .arrow, .jsonl, .csv, .tsv), or the name of a Hugging Face data set.
         image, text, label: names of columns; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: nothing there, a bad line of metadata, a column that is missing or cannot be told.
@@ -401,9 +413,9 @@ def open_source(
     source: Source
     if is_table:
         folder = path if path.is_dir() else path.parent
-        source = Table(str(where), load_tables(str(where)), folder, image, text, label)
+        source = Table(str(where), load_tables(str(where)), folder, image, text, label, need)
     else:
-        source = read_folder(path, text, label)
+        source = read_folder(path, text, label, need)
     say_once(source.about)
     return source
 

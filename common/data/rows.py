@@ -163,6 +163,10 @@ class Columns:
         return ", ".join(parts)
 
 
+class NoCandidate(UserError):
+    """No column may be of a kind that is needed."""
+
+
 def choose_column(
     where: str,
     kind: str,
@@ -185,7 +189,8 @@ def choose_column(
     if wanted is None and len(candidates) != 1 and need:
         option = {"caption": "text"}.get(kind, kind)
         found = f"{' and '.join(candidates)} may be the {kind} column" if candidates else f"no {kind} column was found"
-        raise UserError(f"{where}: {found}; its columns are {listed}; name one with --{prefix}{option}_column")
+        kind_of_error = UserError if candidates else NoCandidate
+        raise kind_of_error(f"{where}: {found}; its columns are {listed}; name one with --{prefix}{option}_column")
     return wanted or (candidates[0] if len(candidates) == 1 else None)
 
 
@@ -225,11 +230,12 @@ def find_columns(
     kinds = [n for n in names if isinstance(features[n], datasets.ClassLabel)]
     scalars = [n for n in names if "int" in dtype(n) or dtype(n) in ("string", "large_string")]
     named = label is not None or "label" in need
-    label = choose_column(where, "label", label, names, label_candidates(scalars, names, kinds), "label" in need)
+    found = label_candidates(scalars, names, kinds)
+    label = choose_column(where, "label", label, names, found, "label" in need)
     left = [n for n in names if n not in (chosen, label) and strings(n)]
     text = choose_column(where, "caption", text, names, text_candidates(left, names), "caption" in need)
-    if text and label and not named and (dtype(label) == "bool" or not dtype(label)) and label not in kinds:
-        label = None  # several labels a picture, or a flag: captions do without
+    if text and label and not named and label not in [*kinds, *scalars]:
+        label = None  # several labels a picture, a flag, a score: captions do without
     return Columns(chosen, text, label)
 
 
@@ -358,6 +364,7 @@ class Table:
     Args:
         folder: what relative paths of pictures are relative to.
         image, text, label: names of columns; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: a column is missing or cannot be told, or there is no row.
@@ -371,6 +378,7 @@ class Table:
         image: str | None = None,
         text: str | None = None,
         label: str | None = None,
+        need: Sequence[str] = (),
     ) -> None:
         import datasets
 
@@ -381,6 +389,9 @@ class Table:
         first = tables[0][1]
         self._tables = [str(table._fingerprint) for _, table in tables]
         self.columns = find_columns(name, first.features, image, text, label)
+        if missing := [k for k in need if (self.columns.text if k == "caption" else self.columns.label) is None]:
+            with contextlib.suppress(NoCandidate):
+                find_columns(name, first.features, image, text, label, missing)
         self.captions_from = self.columns.text or ""
         self._ends = list(accumulate(len(table) for _, table in tables))
         wanted = [column for column in (self.columns.text, self.columns.label) if column]
@@ -405,6 +416,8 @@ class Table:
         counts = ", ".join(f"{s} {self.splits.count(s)}" for s in dict.fromkeys(self.splits)) or str(len(self))
         self.about = f"{name}: a table of {counts} rows, {self.columns.about}"
         self.about += f", {len(self.classes)} classes" if self.classes else ""
+        if empty := sum(_empty_cells(table, self.columns.text) for table in self._words if self.columns.text):
+            self.about += f", {empty} captions are empty"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -478,6 +491,20 @@ class Table:
 
     def key(self, index: int) -> str:
         return str(self._first_alike[index])
+
+
+def _empty_cells(table: Any, column: str) -> int:
+    """Cells without text of a column of strings, null or blank; of lists those that are null."""
+    import pyarrow
+    import pyarrow.compute
+
+    cells = table.with_format("arrow")[:][column]
+    blank = 0
+    if pyarrow.types.is_string(cells.type) or pyarrow.types.is_large_string(cells.type):
+        with contextlib.suppress(pyarrow.ArrowInvalid):  # not UTF-8, which is refused where it is read
+            trimmed = pyarrow.compute.utf8_trim_whitespace(cells)
+            blank = pyarrow.compute.sum(pyarrow.compute.equal(trimmed, "")).as_py() or 0
+    return cells.null_count + blank
 
 
 def load_tables(name: str) -> list[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from common.data.rows import (
     class_names,
     find_columns,
     has_pictures,
+    is_saved,
     label_of,
     picture_of,
     splits_of,
@@ -195,6 +196,8 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         names = _expand([shards] if isinstance(shards, str | Path) else shards)
 
         def open_shard(name: str) -> list[_ParquetShard | _FolderShard]:
+            if is_saved(Path(name)) or Path(name).suffix.lower() in (".arrow", ".jsonl", ".csv", ".tsv"):
+                raise UserError(f"{name}: shards are parquet files or image folders; open it with --data.name hf")
             if not Path(name).is_dir():
                 return [_ParquetShard(name, image_column, caption_column, label_column, need)]
             source = read_folder(Path(name), caption_column, label_column or None)

@@ -278,3 +278,33 @@ def test_labels_of_other_kinds_do_not_keep_captions_from_being_read(cell: Any, t
         assert [open_source(where).label(i) for i in range(2)] == [("grey 0", -1), ("grey 1", -1)]
         with pytest.raises((UserError, CorruptImage), match='"label" must be an integer'):
             open_source(where, text=LEFT_OUT).label(0)
+
+
+def test_several_candidates_for_what_a_task_needs_are_named(tmp_path: Path) -> None:
+    two = {"en": ["a", "b"], "de": ["c", "d"], "fine_label": [0, 1], "class": [0, 1], "category": [0, 1]}
+    table = parquet(tmp_path / "t.parquet", image=pictures(range(2)), **two)
+    rows = [{"file_name": f"{i}.png", **{name: cells[i] for name, cells in two.items()}} for i in range(2)]
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    several = "en and de may be the caption column.*name one with --data.text_column"
+    for where in (table, tmp_path / "in"):
+        refused(several, open_source, where, need=["caption"])
+        refused("class and category may be the label column", open_source, where, need=["label"])
+        assert open_source(where, text="de", label="class", need=["caption", "label"]).label(1) == ("d", 1)
+        assert open_source(where).label(0) == ("", -1)
+
+
+def test_empty_captions_of_a_table_are_said(tmp_path: Path) -> None:
+    texts = ["a", None, " ", "b"]
+    source = open_source(parquet(tmp_path / "t.parquet", image=pictures(range(4)), text=texts))
+    assert source.about.endswith("pictures from image, captions from text, 2 captions are empty")
+
+
+def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"image": ["a.png"]}).save_to_disk(tmp_path / "saved")
+    sentence = "saved: shards are parquet files or image folders; open it with --data.name hf"
+    refused(sentence, ShardedImages, tmp_path / "saved", 4, 1)

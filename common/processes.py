@@ -19,3 +19,12 @@ def say_once(line: str) -> None:
     """A line on stderr, once and by one process."""
     if is_main_process():
         print(line, file=sys.stderr)
+
+
+def process_place() -> tuple[int, int]:
+    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))

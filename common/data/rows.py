@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import file_checksums, fingerprint_strings, remembered
 from common.data.lines import read_rows
 from common.errors import UserError, first_line
 from common.files import list_files, write_json
@@ -387,7 +387,6 @@ class Table:
         if not tables:
             raise UserError(f"{name}: it has no row")
         first = tables[0][1]
-        self._tables = [str(table._fingerprint) for _, table in tables]
         self.columns = find_columns(name, first.features, image, text, label)
         if missing := [k for k in need if (self.columns.text if k == "caption" else self.columns.label) is None]:
             with contextlib.suppress(NoCandidate):
@@ -418,30 +417,38 @@ class Table:
         self.about += f", {len(self.classes)} classes" if self.classes else ""
         if empty := sum(_empty_cells(table, self.columns.text) for table in self._words if self.columns.text):
             self.about += f", {empty} captions are empty"
+        self._tables = tables
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tables, the columns, and of sizes and times of change of the files that cells name."""
-        parts = [*self._tables, repr(self.columns)]
-        for path in self._cells("path"):
-            if isinstance(path, str):
-                with contextlib.suppress(OSError, CorruptImage):
-                    stat = os.stat(picture_of(path, self.folder))
-                    parts.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+        """Of the cells that are read, by split, and of the names of the classes, wherever the table lies."""
+        parts = [repr(self.columns), *self.classes]
+        for (split, table), pictures, words in zip(self._tables, self._pictures, self._words):
+            # Cells that are paths say nothing of the pictures, so that what is remembered of the table would not do.
+            inside = not isinstance(self._cell(pictures[0]), Path)
+            files = [Path(file["filename"]) for file in table.cache_files if inside]
+
+            def read(pictures: Any = pictures, words: Any = words) -> str:
+                return fingerprint_strings([*self._picture_checksums(pictures), *_cell_checksums(words)])
+
+            parts += [split, str(len(table)), remembered(files, repr(self.columns) + split, read)]
         return fingerprint_strings(parts)
 
-    def _cells(self, *fields: str) -> Iterator[Any]:
-        """Of every row the picture's cell; of a struct the first of these fields that is there."""
-        for table in self._pictures:
-            for batch in table.with_format("arrow").iter(1000):
-                column = batch[self.columns.image].combine_chunks()
-                parts = [column]
-                if "struct" in str(column.type):
-                    parts = [column.field(name) for name in fields if column.type.get_field_index(name) >= 0]
-                elif "binary" in str(column.type) and "bytes" not in fields:
-                    parts = []
-                for row in range(len(column)):
-                    yield next((cell for part in parts if (cell := part[row].as_py())), None)
+    def _cell(self, row: dict[str, Any]) -> Path | bytes:
+        try:
+            return picture_of(row[self.columns.image], self.folder)
+        except CorruptImage as error:
+            return str(error).encode()
+
+    def _picture_checksums(self, pictures: Any) -> Iterator[str]:
+        files: list[Path] = []
+        for picture in map(self._cell, pictures):
+            if isinstance(picture, bytes):
+                yield hashlib.sha256(picture).hexdigest()
+            else:
+                files += [picture] if picture.is_file() else []
+                yield picture.name
+        yield from file_checksums(files).values()
 
     @cached_property
     def _first_alike(self) -> list[int]:
@@ -453,10 +460,11 @@ class Table:
         with contextlib.suppress(OSError, ValueError):
             again = {int(row): first for row, first in json.loads(path.read_text(encoding="utf-8")).items()}
             return [again.get(row, row) for row in range(len(self))]
-        seen: dict[Any, int] = {}
+        seen: dict[bytes | Path, int] = {}
+        cells = (self._cell(row) for table in self._pictures for row in table)
         first = [
-            seen.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell or row, row)
-            for row, cell in enumerate(self._cells("bytes", "path"))
+            seen.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell, row)
+            for row, cell in enumerate(cells)
         ]
         with contextlib.suppress(UserError):  # a full or read-only cache
             write_json(path, {str(row): other for row, other in enumerate(first) if row != other})
@@ -491,6 +499,11 @@ class Table:
 
     def key(self, index: int) -> str:
         return str(self._first_alike[index])
+
+
+def _cell_checksums(words: Any) -> Iterator[str]:
+    if words is not None:
+        yield from (json.dumps(row, sort_keys=True, default=str) for row in words)
 
 
 def _empty_cells(table: Any, column: str) -> int:

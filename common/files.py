@@ -177,7 +177,7 @@ def read_yaml(path: Path, what: str = "", advice: str = AGAIN) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{name} cannot be read: no such file")
     try:
-        content = yaml.safe_load(text_of(path, advice))  # in Python: the loader in C overflows the stack where it is deep
+        content = yaml.safe_load(text_of(path, advice))  # not the loader in C: deep content overflows its stack
         refuse_deep(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())[:300]}; {advice}") from None
@@ -256,3 +256,37 @@ def refuse_code(part: Path) -> None:
                 f"{part / name}: auto_map asks to run Python code that comes with the files, which is never done here; "
                 "expected a model whose code is in diffusers or transformers"
             )
+
+
+def is_text(name: str) -> bool:
+    """Whether a string is Unicode text: names of files may hold bytes that are not, as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted by path. Hidden files and folders (`.name`, the `._*` of other systems) and
+    folders like `__MACOSX` do not count; links are followed, each folder is read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(path: str) -> None:
+        real = os.path.realpath(path)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                walk(entry.path)
+            elif entry.is_file() and not entry.name.startswith("."):
+                found.append(Path(entry.path))
+
+    walk(str(folder))
+    return sorted(found)

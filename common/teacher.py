@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
 from common.files import read_object, refuse_code
 
@@ -436,7 +436,8 @@ def encode_text(
     """Text states [B, L, D] as `StableDiffusionPipeline.encode_prompt` computes them."""
     parts: list[Tensor] = []
     masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
-    cut: list[str] = []
+    cut: list[int] = []
+    unknown: list[int] = []
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
         tokens = tokenizer(
@@ -446,18 +447,16 @@ def encode_text(
             truncation=True,
             return_tensors="pt",
         )
-        cut += [prompt for prompt, encoding in zip(chunk, tokens.encodings or ()) if encoding.overflowing]
+        cut += [first + i for i, encoding in enumerate(tokens.encodings or ()) if encoding.overflowing]
+        unknown += [first + i for i in unknown_texts(tokenizer, tokens.input_ids.tolist())]
         mask = tokens.attention_mask.to(device) if masked else None
         parts.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
     if not parts:
         raise UserError("no prompts given; expected at least one")
-    if cut and not getattr(tokenizer, "said_that_it_cuts", False):
-        tokenizer.said_that_it_cuts = True
-        warnings.warn(
-            f"{len(cut)} of {len(prompts)} prompts are cut to {tokenizer.model_max_length} tokens, the first is "
-            f"{cut[0]!r} (said once)",
-            stacklevel=3,
-        )
+    if (cut or unknown) and not getattr(tokenizer, "said_what_is_lost", False):
+        tokenizer.said_what_is_lost = True
+        say_lost("prompts", prompts, cut, f"cut to {tokenizer.model_max_length} tokens")
+        say_lost("prompts", prompts, unknown, "unknown to the tokenizer")
     return torch.cat(parts)
 
 

@@ -18,7 +18,7 @@ from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import unfinished, write_json
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
+from common.processes import is_main_process, say_once
 from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
@@ -36,6 +36,7 @@ from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import SecondStage, second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer, load_tokenizer
 
+MOST_UNKNOWN, SAY_UNKNOWN = 0.5, 0.01  # shares of unknown tokens in the text: refused, said
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
 # Options that only say where an input lies, by what messages call it.
@@ -104,6 +105,13 @@ class Run:
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
+            raise UserError(
+                f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
+                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+            )
+        if share > SAY_UNKNOWN:
+            say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
         run = cls(config, folder, tokenizer, train, held_out, tasks)
         run.check_networks()
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.data.lines import read_json_lines
 from common.errors import UserError, first_line, run_main
-from common.files import read_object, write_json
+from common.files import is_text, list_files, read_object, write_json
 from common.options import Count, device
+from common.processes import say_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,7 +144,12 @@ def caption_folder(
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
+    pictures = [path for path in image_files(folder) if is_text(str(path))]
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    others = sorted(path.relative_to(folder).as_posix() for path in {*list_files(folder)} - {*pictures, output})
+    if others:
+        listed = ", ".join(map(ascii, others[:3])) + (", ..." if others[3:] else "")
+        say_once(f"{folder}: {len(names)} pictures; {len(others)} files passed over: {listed}")
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []

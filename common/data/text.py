@@ -36,6 +36,23 @@ def packaged_minilm() -> Path:
     return Path(str(importlib.resources.files(_PACKAGE) / "model"))
 
 
+def say_lost(name: str, texts: Sequence[str], lost: Sequence[int], how: str) -> None:
+    """Warn of the texts, by number, that do not reach a network as they were written; nothing where all do."""
+    if lost:
+        first = texts[lost[0]][:200]
+        warnings.warn(f"{len(lost)} of {len(texts)} {name} are {how}, the first is {first!r}", stacklevel=3)
+
+
+def unknown_texts(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the texts of which a transformers tokenizer knows no piece; empty ones are none of them."""
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    others |= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if unknown is None or unknown in others:
+        return []
+    return [i for i, row in enumerate(ids) if unknown in row and set(row) <= {unknown, *others}]
+
+
 class TextEncoder:
     """Encode captions with a frozen transformers encoder.
 
@@ -134,13 +151,12 @@ class TextEncoder:
         if not texts:
             return []
         tokens = self._tokenizer(list(texts), truncation=True, max_length=limit + 1, padding=False)["input_ids"]
-        cut = [i for i, ids in enumerate(tokens) if len(ids) > limit]
+        cut, unknown = [i for i, ids in enumerate(tokens) if len(ids) > limit], unknown_texts(self._tokenizer, tokens)
+        if (cut or unknown) and not self._warned:
+            self._warned = True
+            say_lost("texts", texts, cut, f"cut to {limit} tokens")
+            say_lost("texts", texts, unknown, "unknown to the tokenizer")
         if cut:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{len(cut)} texts are cut to {limit} tokens, the first is {texts[cut[0]]!r}", stacklevel=3
-                )
             tokens = self._tokenizer(list(texts), truncation=True, max_length=limit, padding=False)["input_ids"]
         return tokens
 

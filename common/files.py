@@ -1,4 +1,4 @@
-"""Files that are whole or absent, never half written; configs that name no code to run."""
+"""Files that are whole or absent, never half written."""
 
 from __future__ import annotations
 
@@ -74,13 +74,3 @@ def read_object(path: Path, what: str = "a part is missing") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
     return content
-
-
-def refuse_code(part: Path) -> None:
-    """Raise UserError where the configs of a part name Python code to load it with (`auto_map`), which is never run."""
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        if (part / name).is_file() and "auto_map" in read_object(part / name):
-            raise UserError(
-                f"{part / name}: auto_map asks to run Python code that comes with the files, which is never done here; "
-                "expected a model whose code is in diffusers or transformers"
-            )

@@ -1,10 +1,10 @@
 """How good the few-step images are: of a training run, or of any pipeline directory on your own captions and images.
 
-    python evaluate.py --run_dir runs/instaflow-small                     # a finished run: its metrics.json again
-    python evaluate.py --model PIPELINE --images DIR                      # captions from DIR/metadata.jsonl
-    python evaluate.py --model PIPELINE --images val2017 --captions captions_val2017.json --count 5000 \\
+    python instaflow/evaluate.py --run_dir runs/instaflow-small           # a finished run: its metrics.json again
+    python instaflow/evaluate.py --model PIPELINE --images DIR            # captions from DIR/metadata.jsonl
+    python instaflow/evaluate.py --model PIPELINE --images val2017 --captions captions_val2017.json --count 5000 \\
         --extractor inception:pt_inception-2015-12-05.pth --clip CLIP_DIR  # FID-5k and CLIP score as in the paper
-    python evaluate.py --model TEACHER --solver DPMSolverMultistepScheduler --steps 25 --guidance 5 ...   # the teacher
+    python instaflow/evaluate.py --model TEACHER --solver DPMSolverMultistepScheduler --steps 25 --guidance 5 ...
 
 The paper's FID-30k resizes to 256 pixels before anything else: --size 256. Guidance stays off for one-step models: it
 is inside their training pairs. Only Inception features may be called FID; every number names its judge and its counts.
@@ -181,13 +181,12 @@ def clip_score(images: Tensor, captions: Sequence[str], folder: Path, batch: int
     import torch
     from transformers import AutoTokenizer, CLIPModel
 
-    from common.files import refuse_code
     from common.images import resize_clean
+    from common.pretrained import from_folder
 
-    refuse_code(folder)
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = from_folder(CLIPModel, folder, use_safetensors=True).eval()
+        tokenizer = from_folder(AutoTokenizer, folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {folder}: not a CLIPModel directory ({' '.join(str(error).split())[:160]})") from None
     side = model.config.vision_config.image_size

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
-from common.teacher import quiet_libraries
+from common.pretrained import from_folder, quiet_libraries
 from common.weights import INDEX, check_weights, read_weights, save_weights
 from pixart.config import PixArtConfig
 from pixart.model import DiT, PixArt, position_embedding
@@ -456,7 +456,7 @@ def export_pipeline(model: PixArt, folder: Path | str, *, dtype: torch.dtype | N
     folder = Path(folder)
     save_diffusers(model, folder / "transformer", dtype)
     with quiet_libraries():
-        transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        transformer = from_folder(PixArtTransformer2DModel, folder / "transformer", torch_dtype=dtype)
         missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
         stock = PixArtAlphaPipeline(transformer=transformer, scheduler=diffusers_scheduler(), **{**missing, **parts})
         stock.save_pretrained(folder)

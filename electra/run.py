@@ -21,7 +21,7 @@ from common.training import EveryNSteps, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
-from electra.convert import load_pretrained, pretraining_state, save_transformers
+from electra.convert import encoder_folder, generator_folder, load_pretrained, pretraining_state, save_transformers
 from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
 from electra.evaluate import open_tasks
 from electra.examples import ExampleStore
@@ -261,9 +261,9 @@ def start_from(network: ElectraPretrainer, path: Path) -> None:
     Raises:
         UserError: nothing there, or weights of another network.
     """
-    main = next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
-    generator = path / "generator"
-    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator.is_dir() else None)
+    main = encoder_folder(path)
+    generator = generator_folder(main)
+    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator else None)
     own = {key: value for key, value in network.state_dict().items() if "." in key}
     check_weights(
         state, own, f"--init_from {path}", "--model and the arm's objective (give those of the run that made it)"

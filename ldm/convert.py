@@ -33,6 +33,7 @@ from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
+from ldm.diffusion import make_betas
 from ldm.layouts import (
     StateDict,
     first_stage_from_diffusers,
@@ -262,13 +263,43 @@ def load_diffusers(path: Path) -> Checkpoint:
 
 
 def load_ours(path: Path) -> Checkpoint:
-    """A .safetensors with the authors' names and the architecture in its header (or a `.ckpt` of a training run)."""
+    """A .safetensors with the authors' names and the architecture in its header, or the folder of a run with one."""
+    path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors":
         return load_compvis(path)
     state, notes = read_weights(path, "checkpoint")
     found = split_compvis(state, what=f"checkpoint {path}")
-    found.config |= json.loads(notes.get("config", "{}"))
+    found.config |= described(notes, path)
     return found
+
+
+def described(notes: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The architecture in the header of one of our files; empty where it says nothing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        about = json.loads(notes.get("config", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: the note `config` in its header is no JSON ({error})") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: the note `config` in its header is no JSON object")
+    return about
+
+
+def first_stage_in(path: Path, option: str) -> tuple[StateDict, dict[str, Any] | None]:
+    """A first stage's tensors from a file of one or of a whole model, and what our files say of it (else None)."""
+    notes: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        state, notes = read_weights(path, option)
+    else:
+        state = read_state_dict(path)
+    prefix = PREFIXES["first_stage"]
+    if whole := {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}:
+        state = whole
+    weights = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    return weights, described(notes, path).get("first_stage")
 
 
 def to_compvis_names(checkpoint: Checkpoint) -> StateDict:
@@ -294,17 +325,27 @@ def save_ours(checkpoint: Checkpoint, path: Path) -> None:
     save_weights(path, to_compvis_names(checkpoint), {"config": json.dumps(checkpoint.config)})
 
 
+# The noise schedules of `make_betas` by diffusers' names; others are written as their betas.
+BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
 def scheduler_config(
-    beta_start: float, beta_end: float, timesteps: int = 1000, prediction: str = "epsilon"
+    beta_start: float, beta_end: float, timesteps: int = 1000, prediction: str = "epsilon", schedule: str = "linear"
 ) -> dict[str, Any]:
-    """Settings with which diffusers' DDIMScheduler equals the authors' DDIM sampler (golden diffusers_ddim_equal)."""
+    """Settings with which diffusers' DDIMScheduler equals the authors' DDIM sampler (golden diffusers_ddim_equal).
+
+    Args:
+        schedule: see `make_betas`; stock diffusers draws with the same noise levels.
+    """
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"prediction {prediction!r}: expected epsilon, v_prediction or sample")
+    betas = None if schedule in BETA_SCHEDULES else make_betas(schedule, timesteps, beta_start, beta_end).tolist()
     return {
         "num_train_timesteps": timesteps,
         "beta_start": beta_start,
         "beta_end": beta_end,
-        "beta_schedule": "scaled_linear",
+        "beta_schedule": BETA_SCHEDULES.get(schedule, "linear"),
+        **({} if betas is None else {"trained_betas": betas}),
         "prediction_type": prediction,
         "steps_offset": 1,
         "set_alpha_to_one": False,
@@ -366,7 +407,10 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
     if "first_stage" in checkpoint.parts:
         ddconfig = (config.get("first_stage") or {}).get("ddconfig") or {}
         converted = first_stage_to_diffusers(
-            checkpoint.parts["first_stage"], config.get("scale_factor") or 1.0, ddconfig.get("resolution", 256)
+            checkpoint.parts["first_stage"],
+            config.get("scale_factor") or 1.0,
+            ddconfig.get("resolution", 256),
+            (config.get("first_stage") or {}).get("norm_groups", 32),
         )
         components["vae" if converted[1]["_class_name"] == "AutoencoderKL" else "vqvae"] = converted
     tau = checkpoint.parts.get("conditioner", {})
@@ -376,12 +420,13 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
         print("the conditioner has no counterpart in diffusers and is left out (class embeddings, map rescalers)")
 
     def fill(folder: Path) -> None:
-        for name, (state, values) in components.items():
-            _write_component(folder / name, state, values)
+        for name, (state, component) in components.items():
+            _write_component(folder / name, state, component)
         if schedule := config.get("schedule"):
             start, end = schedule["linear_start"], schedule["linear_end"]
             timesteps, prediction = schedule.get("timesteps", 1000), schedule.get("prediction", "epsilon")
-            _write_scheduler(folder / "scheduler", scheduler_config(start, end, timesteps, prediction))
+            values = scheduler_config(start, end, timesteps, prediction, schedule.get("kind", "linear"))
+            _write_scheduler(folder / "scheduler", values)
 
     _replace_folder(path, fill)
 
@@ -399,6 +444,7 @@ def write_pipeline(
     scaling_factor: float = 1.0,
     prediction: str = "epsilon",
     timesteps: int = 1000,
+    schedule: str = "linear",
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """A folder that plain `DiffusionPipeline.from_pretrained` opens as a stock StableDiffusionPipeline.
@@ -407,13 +453,13 @@ def write_pipeline(
         unet: cross-attention U-Net whose context is the text encoder's last hidden state.
         text_encoder: transformers BertModel; the pipeline calls it without attention mask (all tokens are seen).
         tokenizer: fast transformers tokenizer whose `model_max_length` is the text encoder's context length.
-        beta_start, beta_end: of the "linear" (in sqrt(beta)) schedule.
+        beta_start, beta_end, timesteps, schedule: see `make_betas`.
         sample_size: side of the latents that the U-Net was trained on.
         scaling_factor: what the latents are multiplied by after encoding.
         prediction: epsilon, v_prediction or sample.
         dtype: of the stored weights.
     """
-    scheduler = scheduler_config(beta_start, beta_end, timesteps, prediction)
+    scheduler = scheduler_config(beta_start, beta_end, timesteps, prediction, schedule)
     unet_weights, unet_config = unet_to_diffusers(unet.state_dict(), {**unet.config, "image_size": sample_size})
     vae_weights, vae_config = first_stage_to_diffusers(
         vae.state_dict(), scaling_factor, sample_size * vae.downsampling, vae.norm_groups

@@ -1,12 +1,13 @@
 """Train a latent diffusion model: first stage, denoiser in its latent space, samples and metrics.
 
-    python train.py                                        # configs/small.yaml: captions to emoji on a laptop
-    python train.py --config configs/class.yaml            # another task; every task has a ready-made file
-    python train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
-    python train.py --data.name folder --data.path PHOTOS  # your own images (metadata.jsonl with "file_name", "text")
-    python train.py --data.name shards --data.path "DIR/*.parquet"                   # data that do not fit one disk
-    python train.py --trainer.devices 2 --trainer.strategy ddp                       # one machine, two processes
-    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp
+    python ldm/train.py                                    # configs/small.yaml: captions to emoji on a laptop
+    python ldm/train.py --config ldm/configs/class.yaml        # another task; every task has a ready-made file
+    python ldm/train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
+    python ldm/train.py --data.name folder --data.path PHOTOS # your own images
+    python ldm/train.py --data.name shards --data.path "DIR/*.parquet"               # data that do not fit one disk
+    python ldm/train.py --trainer.devices 2 --trainer.strategy ddp                   # one machine, two processes
+    torchrun --nnodes 2 --nproc-per-node 8 ... ldm/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
+        --trainer.strategy ddp
 
 Started again after an interruption, it continues where it stopped, with the same losses as without the interruption.
 A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sample grids), metrics.json and pipeline/.
@@ -14,6 +15,7 @@ A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sam
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -114,7 +116,7 @@ def train_first_stage(
     from common.training import EveryNSteps, train
     from common.weights import save_weights
     from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
-    from ldm.first_stage import build_first_stage, freeze, load_first_stage
+    from ldm.first_stage import build_first_stage, describe, freeze, load_first_stage
     from ldm.streaming import data_module
     from ldm.trainer import FirstStageTrainer, StopAtCount
 
@@ -169,7 +171,7 @@ def train_first_stage(
     if save and trainer.is_global_zero:
         draw(config.steps)
         with module.averaged():
-            save_weights(weights, model.state_dict())
+            save_weights(weights, model.state_dict(), {"config": json.dumps({"first_stage": describe(model, size)})})
     if module.ema is not None:
         module.ema.copy_to(model)
     # With the strides it would have if read from its file: a resumed run, which reads it, encodes to the same bits.
@@ -188,7 +190,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
 
     from common.data.sampling import TensorTable
     from common.training import EveryNSteps, train
-    from ldm.run import build_latent_diffusion, load_second_stage
+    from ldm.run import build_latent_diffusion, load_second_stage, not_exportable
     from ldm.sample import task_grid
     from ldm.streaming import data_module
     from ldm.tasks import mask_bank
@@ -199,6 +201,8 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     ldm = build_latent_diffusion(config, run.task, first_stage)
     if config.init_from:
         load_second_stage(ldm, Path(config.init_from))
+    if config.export_pipeline and config.task == "text" and (reason := not_exportable(ldm, run.task)):
+        print(f"{run.folder}/pipeline will not be written: {reason}", file=sys.stderr)
     latent = config.first_stage.kind != "pixels"
     cached = latent and config.data.cache_latents and isinstance(run.task.train, TensorTable)
     table = run.latents(first_stage) if cached else run.task.train

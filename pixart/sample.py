@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes"
 ABOUT = "pixart.json"  # beside our weights: which codec and text encoder they were trained with
 CONTROL = "controlnet.safetensors"
+VAE = "vae"  # beside them too, so that a run folder draws by itself
 
 
 @dataclass
@@ -181,11 +182,10 @@ def open_painter(
     about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():
         about = read_object(folder / ABOUT)
-    elif folder.is_dir() and is_diffusers(folder):
-        vae = vae or (str(folder / "vae") if (folder / "vae").is_dir() else None)
-        if text_encoder is None and (folder / "text_encoder").is_dir():
-            text_encoder = str(joined_text_encoder(folder))
-    vae, text_encoder = vae or about.get("vae"), text_encoder or about.get("text_encoder")
+    elif folder.is_dir() and is_diffusers(folder) and text_encoder is None and (folder / "text_encoder").is_dir():
+        text_encoder = str(joined_text_encoder(folder))
+    own = str(folder / VAE) if (folder / VAE / "config.json").is_file() else None
+    vae, text_encoder = vae or own or about.get("vae"), text_encoder or about.get("text_encoder")
     if vae is None:
         raise UserError(f"--vae is missing: {weights} does not come with its AutoencoderKL directory")
     network: Any = load_dit(folder) if about.get("kind") == "class" else load_transformer(folder, heads=heads)

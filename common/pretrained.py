@@ -27,8 +27,8 @@ CONFIGS = (
 
 @contextmanager
 def quiet_libraries(*names: str) -> Iterator[None]:
-    """Without the libraries' (default: diffusers', transformers') loading bars and remarks (image processors that are not used, text encoders besides CLIP);
-    what matters of them, missing weights, is refused here."""
+    """Without loading bars and remarks of libraries (default: transformers and diffusers) on image processors that are
+    not used or text encoders besides CLIP; what matters of them, missing weights, is refused here."""
     wanted = names or ("transformers", "diffusers")
     libraries: list[Any] = [importlib.import_module(f"{name}.utils.logging") for name in wanted]
     levels = [library.get_verbosity() for library in libraries]

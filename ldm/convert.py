@@ -4,9 +4,11 @@
     python ldm/convert.py --from compvis   --to diffusers model.ckpt folder/           --config the-authors.yaml
     python ldm/convert.py --from diffusers --to ours      folder/    model.safetensors
     python ldm/convert.py --from ours      --to compvis   model.safetensors model.ckpt
+    python ldm/convert.py --from ours      --to diffusers runs/ldm-small folder/       # a finished run, float32
 
 compvis    the authors' `.ckpt`: model.diffusion_model.*, first_stage_model.*, cond_stage_model.*, model_ema.*
-ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header
+ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header;
+           or a run folder, which holds one
 diffusers  a folder with unet/, vae/ or vqvae/, bert/ (the paper's tau as LDMBertModel) and scheduler/
 
 `--config` (a file of ldm/configs/paper or one of the authors' YAMLs) is needed to go from a `.ckpt` to diffusers: the
@@ -57,10 +59,14 @@ _DIFFUSERS_VERSION = "0.42.1"
 
 @dataclass
 class Checkpoint:
-    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known of the architecture."""
+    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known of the architecture.
+
+    tokenizer: the folder of the one that a run of ours has learned.
+    """
 
     parts: dict[str, StateDict] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 class _Inert:
@@ -264,12 +270,14 @@ def load_diffusers(path: Path) -> Checkpoint:
 
 def load_ours(path: Path) -> Checkpoint:
     """A .safetensors with the authors' names and the architecture in its header, or the folder of a run with one."""
+    tokenizer = path / "tokenizer" if path.is_dir() else None
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors":
         return load_compvis(path)
     state, notes = read_weights(path, "checkpoint")
     found = split_compvis(state, what=f"checkpoint {path}")
     found.config |= described(notes, path)
+    found.tokenizer = tokenizer if tokenizer and tokenizer.is_dir() else None
     return found
 
 
@@ -414,7 +422,12 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
         )
         components["vae" if converted[1]["_class_name"] == "AutoencoderKL" else "vqvae"] = converted
     tau = checkpoint.parts.get("conditioner", {})
-    if "transformer.token_emb.weight" in tau:
+    whole = "bert.embeddings.word_embeddings.weight" in tau and "conditioner" in config and checkpoint.tokenizer
+    if whole:
+        components["vae"][1]["force_upcast"] = False
+        bert = {name.removeprefix("bert."): tensor for name, tensor in tau.items()}
+        components["text_encoder"] = text_component(bert, config["conditioner"])
+    elif "transformer.token_emb.weight" in tau:
         components["bert"] = text_encoder_to_diffusers(tau)
     elif tau:
         print("the conditioner has no counterpart in diffusers and is left out (class embeddings, map rescalers)")
@@ -427,6 +440,9 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
             timesteps, prediction = schedule.get("timesteps", 1000), schedule.get("prediction", "epsilon")
             values = scheduler_config(start, end, timesteps, prediction, schedule.get("kind", "linear"))
             _write_scheduler(folder / "scheduler", values)
+        if whole and checkpoint.tokenizer is not None:
+            shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
+            _write_pipeline_files(folder)
 
     _replace_folder(path, fill)
 
@@ -465,22 +481,46 @@ def write_pipeline(
         vae.state_dict(), scaling_factor, sample_size * vae.downsampling, vae.norm_groups
     )
     vae_config["force_upcast"] = False
-    text_weights = text_encoder.state_dict()
-    if "pooler.dense.weight" not in text_weights:
-        # BertModel always has a pooler; nothing reads it here, but a missing one is drawn at random on loading.
-        width = text_encoder.config.hidden_size
-        text_weights |= {"pooler.dense.weight": torch.zeros(width, width), "pooler.dense.bias": torch.zeros(width)}
-    # dtype float32: diffusers reads its own networks in float32 unless told otherwise, and transformers must follow.
-    text_config = {**text_encoder.config.to_dict(), "architectures": ["BertModel"], "dtype": "float32"}
     version = {"_diffusers_version": _DIFFUSERS_VERSION}
     parts = {
         "unet": (unet_weights, {**unet_config, **version}),
         "vae": (vae_weights, {**vae_config, **version}),
-        "text_encoder": (text_weights, text_config),
+        "text_encoder": text_component(text_encoder.state_dict(), text_encoder.config.to_dict()),
     }
+
+    def fill(folder: Path) -> None:
+        for name, (weights, config) in parts.items():
+            _write_component(folder / name, weights, config, dtype)
+        _write_scheduler(folder / "scheduler", scheduler)
+        tokenizer.save_pretrained(str(folder / "tokenizer"))
+        _write_pipeline_files(folder)
+
+    _replace_folder(path, fill)
+    return path
+
+
+def text_component(weights: StateDict, config: Mapping[str, Any]) -> tuple[StateDict, dict[str, Any]]:
+    """Weights and config.json of a BertModel as stock pipelines load it."""
+    if "pooler.dense.weight" not in weights:
+        # BertModel always has a pooler; nothing reads it here, but a missing one is drawn at random on loading.
+        width = config["hidden_size"]
+        weights = {
+            **weights,
+            "pooler.dense.weight": torch.zeros(width, width),
+            "pooler.dense.bias": torch.zeros(width),
+        }
+    # dtype float32: diffusers reads its own networks in float32 unless told otherwise, and transformers must follow.
+    return weights, {**config, "architectures": ["BertModel"], "dtype": "float32"}
+
+
+def _write_pipeline_files(folder: Path) -> None:
+    """What makes components and a tokenizer a StableDiffusionPipeline."""
+    tokenizer_config = folder / "tokenizer" / "tokenizer_config.json"
+    # Newer transformers call the class by a name that older ones do not know.
+    _write_json(tokenizer_config, {**_json(tokenizer_config), "tokenizer_class": "PreTrainedTokenizerFast"})
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
-        **version,
+        "_diffusers_version": _DIFFUSERS_VERSION,
         **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
         "requires_safety_checker": False,
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -489,19 +529,7 @@ def write_pipeline(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-
-    def fill(folder: Path) -> None:
-        for name, (weights, config) in parts.items():
-            _write_component(folder / name, weights, config, dtype)
-        _write_scheduler(folder / "scheduler", scheduler)
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
-        tokenizer_config = folder / "tokenizer" / "tokenizer_config.json"
-        # Newer transformers call the class by a name that older ones do not know.
-        _write_json(tokenizer_config, {**_json(tokenizer_config), "tokenizer_class": "PreTrainedTokenizerFast"})
-        _write_json(folder / "model_index.json", index)
-
-    _replace_folder(path, fill)
-    return path
+    _write_json(folder / "model_index.json", index)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -155,7 +155,7 @@ class Run:
             return cls(config, folder, task)
         config.data = replace(config.data, name="folder", path=str(images))
         own = whole_folder(config.data)
-        if kept is not None and config.task == "class" and list(own.classes) != kept.classes:
+        if kept is not None and config.task == "class" and own.classes and list(own.classes) != kept.classes:
             raise UserError(
                 f"--images {images} has the classes {', '.join(own.classes[:3])}, ...; {folder} was trained on "
                 f"{', '.join(kept.classes[:3])}, ...: expected the same, in the same order"
@@ -223,7 +223,9 @@ def about_model(ldm: LatentDiffusion, config: LdmConfig) -> dict[str, Any]:
     """What the header of model.safetensors says of the networks; `convert.py` and `Run.existing` read it."""
     unet: Any = ldm.model.diffusion_model
     about = {"unet": unet.config, "schedule": schedule_of(config)}
-    first_stage = ldm.first_stage_model
+    first_stage, conditioner = ldm.first_stage_model, ldm.cond_stage_model
+    if isinstance(conditioner, BertConditioner):
+        about["conditioner"] = conditioner.bert.config.to_dict()
     if isinstance(first_stage, (AutoencoderKL, VQModel)):
         about["first_stage"] = describe(first_stage, config.data.size)
     return about

@@ -128,6 +128,7 @@ def train_first_stage(
     if resume and save and weights.is_file():
         return freeze(load_first_stage(weights, config, size))
     torch.manual_seed(seed)
+    model: FirstStage
     if config.init_from:
         model = load_first_stage(Path(config.init_from), config, size, option="first_stage.init_from")
     else:

@@ -44,6 +44,7 @@ from pixart.buckets import (
 )
 from pixart.config import DataConfig
 
+Split = Literal["train", "test"]
 Part = Literal["train", "test", "all"]
 
 # Bump whenever the same (seed, part, index) gives another scene or caption: it is part of every cache's name.
@@ -124,7 +125,11 @@ def open_pictures(
     limit = count or (config.images if part == "train" else config.eval_images)
     if limit is not None and limit < 1:
         raise UserError(f"data.images {limit}: a data set needs at least one image")
-    opened = {"shapes": _shapes, "emoji": _emoji, "folder": _folder}[config.name](config, part, seed, multiple, limit)
+    if config.name == "folder":
+        opened = _folder(config, part, seed, multiple, limit)
+    else:
+        split: Split = "train" if part == "train" else "test"
+        opened = {"shapes": _shapes, "emoji": _emoji}[config.name](config, split, seed, multiple, limit)
     if config.prompt is not None:
         opened.captions = [config.prompt] * len(opened)
     return opened
@@ -232,7 +237,7 @@ def world_of(config: DataConfig) -> dict[str, tuple[str, ...]]:
     return {**world, "textures": KINDS["hq" if config.scenes == "all" else config.scenes][1]}
 
 
-def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _shapes(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     if limit is None:
         raise UserError("data.images is missing: say how many scenes to draw, for example --data.images 10000")
     world = world_of(config)
@@ -282,7 +287,7 @@ def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     )
 
 
-def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _emoji(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     from common.data.emoji import GROUPS, STYLE_WORDS, EmojiCap
 
     if config.ratios != [1.0]:

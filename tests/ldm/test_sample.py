@@ -144,7 +144,7 @@ def test_damaged_model_is_refused(text_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(text_run, copy, ignore=shutil.ignore_patterns("diffusion", "first_stage", "latents", "pipeline"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes()[:500])
-    refused(r"model.safetensors is truncated", Run.existing(copy).load)
+    refused(r"model.safetensors is truncated", Run.existing, copy)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("model_channels: 16", "model_channels: 32"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes())

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import UserError
 from common.training import load_checkpoint
+from common.weights import read_weights, save_weights
 from ldm.diffusion import LatentDiffusion
 from ldm.train import main
 from tests.drills import succeed
@@ -149,10 +150,16 @@ def test_first_stage_that_diverges_stops_at_its_own_step(cache: None, tmp_path: 
 
 def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_path: Path) -> None:
     good = first_stage_of(reference)
-    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* has the shape \[.*\], expected"):
-        train(tmp_path / "run", first_stage__weights=good, first_stage__ch=16)
-    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* is missing; .* and \d+ more"):
+    with pytest.raises(UserError, match=r"holds a first stage of kind kl: give --first_stage.kind kl, not vq"):
         train(tmp_path / "run", first_stage__weights=good, first_stage__kind="vq", resume=good)
+    state, notes = read_weights(good)
+    plain, other = tmp_path / "plain.safetensors", tmp_path / "other.safetensors"
+    save_weights(plain, state)  # says nothing of itself: built as the options say
+    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* has the shape \[.*\], expected"):
+        train(tmp_path / "run", first_stage__weights=plain, first_stage__ch=16)
+    save_weights(other, {name: tensor for name, tensor in state.items() if "quant_conv" not in name}, notes)
+    with pytest.raises(UserError, match=r"does not fit what the file says of itself: .* is missing; .* and \d+ more"):
+        train(tmp_path / "run", first_stage__weights=other)
     short = tmp_path / "short.safetensors"
     short.write_bytes(good.read_bytes()[:1000])
     refused("truncated or not a safetensors file", train, tmp_path / "other", first_stage__weights=short)

@@ -57,7 +57,7 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
     known = [entry.key for entry in all_papers()]
     if paper not in known:
         raise UserError(f"unknown paper {paper!r}; expected one of {', '.join(known)}")
-    for needed in ("table.md", "metrics.json", *figures):
+    for needed in ("metrics.json", *(("table.md", *figures) if bf16_possible("cpu") else ())):
         if not (run_dir / needed).is_file():
             raise UserError(f"{run_dir / needed} is missing; expected the folder of a finished run of {paper}/train.py")
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
@@ -67,14 +67,14 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
         kept["bf16_instructions"] = False
     if (precision := _precision(run_dir)) is not None:
         kept["precision"] = precision
-    text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
-    text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
-    target = results / f"run_{paper}.md"
     (results / "runs").mkdir(parents=True, exist_ok=True)
     if not kept.get("bf16_instructions", True):  # the other kind of CPU: its time stands beside the record
         path = results / "runs" / f"{run_dir.name}{WITHOUT_BF16}.json"
         write_json(path, kept)
         return path
+    text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
+    text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
+    target = results / f"run_{paper}.md"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"))
     write_json(results / "runs" / f"{run_dir.name}.json", kept)
     for figure in figures:

@@ -37,6 +37,7 @@ from ldm.first_stage import (
 from ldm.kept import keep_items, kept_items
 from ldm.layouts import first_stage_to_diffusers, unet_to_diffusers
 from ldm.model import ConditionedUNet, UNet
+from ldm.samplers import ddim_timesteps
 from ldm.tasks import BertConditioner, Task, build_task, null_input, prepare, whole_folder
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
@@ -127,6 +128,8 @@ class Run:
                 f"{len(config.unet.channel_mult) - 1} times by the denoiser; "
                 f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
             )
+        if config.sampling.sampler in ("ddim", "plms"):  # rather than when the model is trained
+            ddim_timesteps(config.sampling.steps, config.diffusion.timesteps)
         folder = Path(config.run_dir)
         open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
         tokenizer = saved_tokenizer(folder)

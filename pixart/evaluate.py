@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     stage = Stage(config, folder, None)
     painter = stage.painter()
     if options.images is not None:
-        config.data.name, config.data.path = "folder", str(options.images)
+        config.data.name, config.data.path, config.vae = "folder", str(options.images), stage.vae
         stage = Stage(config, folder / f"on-{options.images.resolve().name}", None, measured="all")
     return write_metrics(stage.folder / "metrics.json", evaluate_stage(stage, painter), {}, 0.0, trained=False)
 

@@ -15,7 +15,7 @@ import torch
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import at_least, check_trainer, free_options
+from common.options import at_least, check_trainer, free_options, within
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
@@ -35,7 +35,7 @@ from pixart.convert import (
 from pixart.data import BucketDataModule, Part, Pictures, open_pictures
 from pixart.features import Codec, FeatureTable, codec_factor, open_features
 from pixart.model import DiT, PixArt
-from pixart.sample import ABOUT, CONTROL, VAE, Painter, open_painter
+from pixart.sample import ABOUT, CONTROL, STEPS, VAE, Painter, open_painter
 from pixart.text import TextEncoder
 from pixart.trainer import Network, StageModule
 
@@ -144,6 +144,7 @@ class Stage:
             grad_clip=config.optimiser.grad_clip,
         )
         at_least("trainer.max_steps", trainer.max_steps, 1)
+        within("sampling.steps", config.sampling.steps, *STEPS[config.sampling.sampler])
         at_least("trainer.max_minutes", trainer.max_minutes, 0)
         if trainer.threads:
             torch.set_num_threads(trainer.threads)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, run_main
 from common.files import read_object
+from common.options import within
 from common.paths import REPOSITORY, cache_dir, existing_path
 from pixart.config import SamplingConfig
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes"
 ABOUT = "pixart.json"  # beside our weights: which codec and text encoder they were trained with
 CONTROL = "controlnet.safetensors"
+STEPS = {"dpm-solver": (1, 1000), "sa-solver": (1, 1000), "iddpm": (2, 1000)}  # fewest and most of a sampler
 VAE = "vae"  # beside them too, so that a run folder draws by itself
 
 
@@ -268,8 +270,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     steps = (
         {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100}[options.sampler] if options.steps is None else options.steps
     )
-    if steps < 1:
-        raise UserError(f"--steps {steps}: expected at least 1")
+    within("steps", steps, *STEPS[options.sampler])
     return _write(options, SamplingConfig(options.sampler, steps, options.guidance))
 
 

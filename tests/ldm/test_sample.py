@@ -118,6 +118,7 @@ def test_mistake_is_one_sentence(
         (["--size", "0x16"], "--size 0x16: expected both sides to be multiples of 4", "multiples of 8"),
         (["--steps", "0"], "--steps 0: expected a number from 1 to 1000", "--steps 0: expected"),
         (["--steps", "1001"], "--steps 1001: expected a number from 1 to 1000", "--steps 1001: expected"),
+        (["--steps", "1000"], "1000 sampling steps overflow", "--steps 1000: DDIMScheduler cannot make 1000 steps"),
     ],
 )
 def test_sizes_and_steps_that_the_model_lacks_are_refused_before_drawing(

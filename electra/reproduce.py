@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import run_main
 from common.files import write_json
 from common.ledger import read_claims
@@ -383,7 +384,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study.figures, study.folder)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--cost", action="store_true", help="time every arm for a few steps, print the bill and stop")
     parser.add_argument("--calibrate", action="store_true", help="compare fine-tuning rates on an unused seed and stop")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.paths import REPOSITORY
@@ -154,7 +155,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study, study.figures)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="a diffusers directory that knows Shapes")
 
 

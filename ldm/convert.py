@@ -17,7 +17,6 @@ number of attention heads is not in the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.weights import check_weights, read_weights, save_weights
@@ -533,14 +533,14 @@ def _write_pipeline_files(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     homes = ("compvis", "ours", "diffusers")
-    parser.add_argument("--from", dest="source", required=True, choices=homes)
-    parser.add_argument("--to", dest="target", required=True, choices=homes)
+    parser.add_argument("--from", dest="source", required=True, choices=homes, help="layout of the input")
+    parser.add_argument("--to", dest="target", required=True, choices=homes, help="layout of the output")
     parser.add_argument("--config", type=Path, help="architecture: ldm/configs/paper/*.yaml or the authors' YAML")
     parser.add_argument("--no-ema", action="store_true", help="take the trained weights instead of their average")
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("input", type=Path, help="file or directory to read")
+    parser.add_argument("output", type=Path, help="file or directory to write")
     options = parser.parse_args(arguments)
     if options.source == "compvis":
         checkpoint = load_compvis(options.input, ema=not options.no_ema)

@@ -8,11 +8,11 @@ Every number names its judge and counts; the distance of two halves of the real 
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import run_main
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def report(metrics: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--images", type=Path, help="your own image folder (default: the run's held-out pictures)")
     options = parser.parse_args(argv)

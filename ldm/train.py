@@ -136,10 +136,6 @@ def train_first_stage(
     else:
         model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
-    if config.train == "decoder" and not (config.init_from and isinstance(model, AutoencoderKL)):
-        raise UserError(
-            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
-        )
     module = FirstStageTrainer(model, config, seed, config.batch_size)
     preview = first_rows(images, 16)
 
@@ -192,8 +188,9 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     """
     import torch
 
+    from common.data.cache import fingerprint_module
     from common.data.sampling import TensorTable
-    from common.training import EveryNSteps, train
+    from common.training import EveryNSteps, record_inputs, train
     from ldm.run import build_latent_diffusion, load_second_stage, not_exportable
     from ldm.sample import task_grid
     from ldm.streaming import data_module
@@ -210,11 +207,12 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     latent = config.first_stage.kind != "pixels"
     cached = latent and config.data.cache_latents and isinstance(run.task.train, TensorTable)
     table = run.latents(first_stage) if cached else run.task.train
-    if latent and config.diffusion.scale_by_std:
+    if latent and config.diffusion.scale_by_std and config.init_from is None:  # whose scale comes with it
         ldm.set_scale_factor(first_batch_scale(config, run.task.train, first_stage))
     holes = mask_bank(config.data.size, MASKS, config.seed) if config.task == "inpaint" else None
     module = DiffusionTrainer(ldm, config, holes)
     folder = run.folder / "diffusion"
+    record_inputs(folder, config.resume, {"first stage": lambda: fingerprint_module(first_stage)})
 
     def draw(step: int) -> None:
         with module.ema.swapped_into(ldm) if module.ema else torch.no_grad():

@@ -20,6 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import read_claims
@@ -146,7 +147,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study.figures)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--sweep", metavar="NAME", help="run an ablation of section 4.4 instead of the claims")
 
 

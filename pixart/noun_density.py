@@ -22,7 +22,6 @@ modern parser will give slightly other figures), so compare sets counted with th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import re
@@ -36,8 +35,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from common.cli import Parser
 from common.data.lines import read_lines, read_rows
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_atomically
 
 WEIGHTS = Path(__file__).with_name("noun_tagger.safetensors")
@@ -215,9 +215,10 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
     for epoch in range(epochs):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.02 * 0.3**epoch
-        for rows in torch.randperm(len(x)).split(2048):
+        for number, rows in enumerate(torch.randperm(len(x)).split(2048)):
             logits = weight(x[rows]).squeeze(1) + bias
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
+            stop_if_not_finite(float(loss.detach()), number, what=f"loss of epoch {epoch}")
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -244,7 +245,7 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("captions", nargs="*", help="files, shapes:dense, shapes:web, shapes:sparse or emoji")
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
     parser.add_argument("--train_on", type=Path, metavar="FOLDER", help="train the tagger on the Brown corpus")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import run_main
 from common.files import write_atomically
 from common.metrics.alignment import AlignmentScorer
@@ -293,7 +294,7 @@ def calibrate(study: Study, given: argparse.Namespace) -> bool:
     return bool(given.calibrate)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="compare learning rates on an unused seed and stop")
 
 

@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe = read_recipe(argv, description)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
     from common.processes import is_main_process
-    from pixart.run import Stage
+    from pixart.run import Stage, check_options
 
+    for config, _ in recipe.stages:  # of the last one too, before the first one takes its time
+        check_options(config)
     metrics: dict[str, Any] = {}
     for config, text in recipe.stages:
         stage = Stage.open(config, text, recipe.names)

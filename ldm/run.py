@@ -262,6 +262,16 @@ class Run:
         save_weights(
             self.folder / "model.safetensors", own_state(ldm), {"config": json.dumps(about_model(ldm, self.config))}
         )
+        self.export(ldm)
+
+    @property
+    def exported(self) -> bool:
+        """Whether the pipeline is there already, or is not to be."""
+        wanted = self.config.export_pipeline and self.task.name == "text"
+        return not wanted or (self.folder / "pipeline" / "model_index.json").is_file()
+
+    def export(self, ldm: LatentDiffusion) -> None:
+        """Write the pipeline for stock diffusers where it can carry the model."""
         if self.config.export_pipeline and not_exportable(ldm, self.task) is None:
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
 

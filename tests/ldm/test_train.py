@@ -114,6 +114,13 @@ def test_finished_run_is_not_trained_again(
     assert "trained already" in capfd.readouterr().err
 
 
+def test_a_run_killed_while_it_exports_exports_when_started_again(reference: Path) -> None:
+    files = sorted(p.relative_to(reference) for p in (reference / "pipeline").rglob("*"))
+    shutil.rmtree(reference / "pipeline")
+    train(reference)
+    assert sorted(p.relative_to(reference) for p in (reference / "pipeline").rglob("*")) == files
+
+
 def test_folder_of_another_run_is_refused_naming_what_differs(reference: Path) -> None:
     refused(r"another configuration \(optimiser.lr was 0.0001, is 0.5\)", train, reference, optimiser__lr=0.5)
     refused("not empty", train, reference, resume="never")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, never half written; records that are read with care; configs that name no code."""
+"""Files that are whole or absent, never half written; records that are read with care."""
 
 from __future__ import annotations
 
@@ -246,16 +246,6 @@ def checked_file(path: Path, make: Callable[[Path], object]) -> Path:
         if not known:
             raise
     return path
-
-
-def refuse_code(part: Path) -> None:
-    """Raise UserError where the configs of a part name Python code to load it with (`auto_map`), which is never run."""
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        if (part / name).is_file() and "auto_map" in read_object(part / name):
-            raise UserError(
-                f"{part / name}: auto_map asks to run Python code that comes with the files, which is never done here; "
-                "expected a model whose code is in diffusers or transformers"
-            )
 
 
 def is_text(name: str) -> bool:

@@ -23,7 +23,7 @@ from common.training import EveryNSteps, check_trainer, holds_work, open_run_fol
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
-from electra.convert import load_pretrained, pretraining_state, save_transformers
+from electra.convert import encoder_folder, generator_folder, load_pretrained, pretraining_state, save_transformers
 from electra.corpora import load_corpus
 from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
 from electra.evaluate import open_tasks
@@ -302,7 +302,7 @@ def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
         return load_tokenizer(folder / "tokenizer")
     if config.init_from is None or not Path(config.init_from).is_dir():
         return given or open_tokenizer(config.data)
-    main = main_folder(Path(config.init_from))
+    main = encoder_folder(Path(config.init_from))
     if not any((main / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         if given is None:
             raise UserError(
@@ -319,20 +319,15 @@ def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
     return given or own
 
 
-def main_folder(path: Path) -> Path:
-    """The transformers directory of an arm's folder that holds its main network, or `path` itself."""
-    return next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
-
-
 def start_from(network: ElectraPretrainer, path: Path) -> None:
     """Fill a network from an arm's folder (discriminator/, generator/) or a transformers directory (with generator/).
 
     Raises:
         UserError: nothing there, or weights of another network.
     """
-    main = main_folder(path)
-    generator = path / "generator"
-    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator.is_dir() else None)
+    main = encoder_folder(path)
+    generator = generator_folder(main)
+    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator else None)
     own = {key: value for key, value in network.state_dict().items() if "." in key}
     check_weights(
         state, own, f"--init_from {path}", "--model and the arm's objective (give those of the run that made it)"

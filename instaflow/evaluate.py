@@ -190,13 +190,12 @@ def clip_score(images: Tensor, captions: Sequence[str], folder: Path, batch: int
     import torch
     from transformers import AutoTokenizer, CLIPModel
 
-    from common.files import refuse_code
     from common.images import resize_clean
+    from common.pretrained import from_folder
 
-    refuse_code(folder)
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = from_folder(CLIPModel, folder, use_safetensors=True).eval()
+        tokenizer = from_folder(AutoTokenizer, folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {folder}: not a CLIPModel directory ({' '.join(str(error).split())[:160]})") from None
     side = model.config.vision_config.image_size

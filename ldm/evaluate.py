@@ -1,6 +1,7 @@
 """Metrics of a trained model against held-out images.
 
     python ldm/evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
+    python ldm/evaluate.py --run_dir runs/ldm-small --images DIR  # against your own pictures: RUN/on-DIR/metrics.json
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 """
@@ -114,14 +115,16 @@ def report(metrics: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--images", type=Path, help="your own image folder (default: the run's held-out pictures)")
     options = parser.parse_args(argv)
     from common.training import write_metrics
     from ldm.run import Run
 
-    run = Run.existing(options.run_dir)
+    run = Run.existing(options.run_dir, images=options.images)
+    folder = run.folder / f"on-{options.images.resolve().name}" if options.images else run.folder
     started = time.perf_counter()
-    metrics = evaluate_run(run.load(), run.task, run.config, run.folder)
-    write_metrics(run.folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
+    metrics = evaluate_run(run.load(), run.task, run.config, folder)
+    write_metrics(folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
 
 
 if __name__ == "__main__":

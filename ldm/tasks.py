@@ -123,6 +123,14 @@ def user_images(
     return UserImages(Images(source, Framing(size), seed).part(rows if split == "train" else held_out))
 
 
+def whole_folder(data: DataConfig) -> UserImages:
+    """All of the user's images, to measure with."""
+    from common.data.folders import Framing, Images, open_source
+
+    source = open_source(str(data.path), image=data.image_column, text=data.text_column, label=data.label_column)
+    return UserImages(Images(source, Framing(data.size)))
+
+
 @dataclass
 class Task:
     """Data and condition of one run.
@@ -313,6 +321,17 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
     Args:
         tokenizer: of an earlier run (resume, sampling); text tasks otherwise learn one from the training captions.
     """
+    train: Any
+    held_out: Any
+    if config.data.name == "shards":
+        train, held_out = open_shards(config.data, config.task, config.seed)
+    else:
+        train, held_out = (open_dataset(config.data, part, config.seed, config.task) for part in ("train", "test"))
+    return build_task(config, train, held_out, tokenizer)
+
+
+def build_task(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any = None) -> Task:
+    """The task's columns of two parts of the data, and its conditioner; see `prepare`."""
     builders: dict[str, Callable[..., Task]] = {
         "unconditional": _unconditional,
         "class": _class,
@@ -322,12 +341,6 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
         "superres": _superres,
         "inpaint": _unconditional,
     }
-    train: Any
-    held_out: Any
-    if config.data.name == "shards":
-        train, held_out = open_shards(config.data, config.task, config.seed)
-    else:
-        train, held_out = (open_dataset(config.data, part, config.seed, config.task) for part in ("train", "test"))
     torch.manual_seed(config.seed)  # the conditioner's first weights
     task = builders[config.task](config, train, held_out, tokenizer)
     task.reference_dataset = held_out

@@ -71,21 +71,20 @@ class Captioner:
             AutoProcessor,
             AutoTokenizer,
         )
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        from common.pretrained import from_folder
+
         try:
-            self.model_type: str = AutoConfig.from_pretrained(self.path, **local).model_type
+            self.model_type: str = from_folder(AutoConfig, self.path).model_type
             if self.model_type == "vision-encoder-decoder":
-                self._images: Any = AutoImageProcessor.from_pretrained(self.path, **local)
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(self.path, **local)
+                self._images: Any = from_folder(AutoImageProcessor, self.path)
+                self._tokenizer: Any = from_folder(AutoTokenizer, self.path)
                 self._processor: Any = None
             else:
-                self._processor = AutoProcessor.from_pretrained(self.path, **local)
+                self._processor = from_folder(AutoProcessor, self.path)
                 self._tokenizer = self._processor.tokenizer
                 self._tokenizer.padding_side = "left"  # answers start where the question ends, in every row
-            model = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, dtype), **local)
+            model = from_folder(AutoModelForImageTextToText, self.path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
             reason = first_line(error)
             raise UserError(f"{path}: no image-text-to-text model that transformers can read ({reason})") from error

@@ -44,7 +44,8 @@ from pixart.buckets import (
 )
 from pixart.config import DataConfig
 
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
+Part = Literal["train", "test", "all"]
 
 # Bump whenever the same (seed, part, index) gives another scene or caption: it is part of every cache's name.
 CONTENT_VERSION = 1
@@ -110,7 +111,7 @@ def open_pictures(
     """The captioned images that a stage's `data` options describe.
 
     Args:
-        part: train, or test for held-out pictures.
+        part: train, test for held-out pictures, or all of a folder.
         multiple: bucket sides are multiples of this (the codec's factor times the patch size).
         count: at most so many pictures (default: `images` for train, `eval_images` for test).
 
@@ -126,7 +127,11 @@ def open_pictures(
     limit = count or (config.images if part == "train" else config.eval_images)
     if limit is not None and limit < 1:
         raise UserError(f"data.images {limit}: a data set needs at least one image")
-    opened = {"shapes": _shapes, "emoji": _emoji, "folder": _folder}[config.name](config, part, seed, multiple, limit)
+    if config.name == "folder":
+        opened = _folder(config, part, seed, multiple, limit)
+    else:
+        split: Split = "train" if part == "train" else "test"
+        opened = {"shapes": _shapes, "emoji": _emoji}[config.name](config, split, seed, multiple, limit)
     if config.prompt is not None:
         opened.captions = [config.prompt] * len(opened)
     return opened
@@ -234,7 +239,7 @@ def world_of(config: DataConfig) -> dict[str, tuple[str, ...]]:
     return {**world, "textures": KINDS["hq" if config.scenes == "all" else config.scenes][1]}
 
 
-def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _shapes(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     if limit is None:
         raise UserError("data.images is missing: say how many scenes to draw, for example --data.images 10000")
     world = world_of(config)
@@ -284,7 +289,7 @@ def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     )
 
 
-def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _emoji(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     from common.data.emoji import GROUPS, STYLE_WORDS, EmojiCap
 
     if config.ratios != [1.0]:
@@ -350,7 +355,8 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     trained_on = part == "test" and not held_out
     if trained_on:
         warnings.warn(f"{root}: too few pictures to hold some out; samples show those of the training", stacklevel=3)
-    kept = [i for i in (held_out if part == "test" and held_out else train) if i in usable][:limit]
+    rows = {"train": train, "test": held_out or train, "all": range(len(source))}[part]
+    kept = [i for i in rows if i in usable][:limit]
     if not kept:
         raise UserError(f"{root}: no usable picture is left for the part {part}")
     buckets = stage_buckets(config, multiple)

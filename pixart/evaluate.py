@@ -2,6 +2,7 @@
 
     python pixart/evaluate.py --run_dir runs/pixart-small                  # measure its last stage again
     python pixart/evaluate.py --run_dir runs/pixart-small --stage stage2
+    python pixart/evaluate.py --run_dir runs/pixart-small --images DIR     # against your own captioned pictures
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 
@@ -220,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--stage", help="default: the one that finished last")
+    parser.add_argument("--images", type=Path, help="your own image folder (default: the stage's held-out pictures)")
     options = parser.parse_args(argv)
     from common.training import write_metrics
     from pixart.config import read_recipe
@@ -233,7 +235,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = ["--config", str(folder / "config.yaml"), "--run_dir", str(options.run_dir)]
     ((config, _),) = read_recipe(arguments, "").stages
     stage = Stage(config, folder, None)
-    return write_metrics(folder / "metrics.json", evaluate_stage(stage, stage.painter()), {}, 0.0, trained=False)
+    painter = stage.painter()
+    if options.images is not None:
+        config.data.name, config.data.path, config.vae = "folder", str(options.images), stage.vae
+        stage = Stage(config, folder / f"on-{options.images.resolve().name}", None, measured="all")
+    return write_metrics(stage.folder / "metrics.json", evaluate_stage(stage, painter), {}, 0.0, trained=False)
 
 
 if __name__ == "__main__":

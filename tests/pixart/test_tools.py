@@ -222,7 +222,7 @@ def test_unusable_model_folders_are_refused(tmp_path: Path, photos: Path) -> Non
         Captioner(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
     (tmp_path / "code.py").write_text("raise SystemExit('the code of a model was run')")
-    with pytest.raises(UserError, match="no image-text-to-text model"):
+    with pytest.raises(UserError, match="auto_map asks to run Python code"):
         Captioner(tmp_path)
 
 

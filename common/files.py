@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,30 @@ def write_json(path: Path, value: Any) -> None:
 
     text = json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give the name of a folder")
+    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        if path.is_dir():
+            # Other files of the folder (model card, sample grids) stay.
+            for item in temporary.iterdir():
+                target = path / item.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(item, target)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_object(path: Path, what: str = "a part is missing") -> dict[str, Any]:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from common.errors import UserError, run_main
-from common.files import write_atomically
+from common.files import replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.layouts import (
@@ -312,30 +310,6 @@ def scheduler_config(
     }
 
 
-def _replace_folder(path: Path, fill: Any) -> None:
-    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give the name of a folder")
-    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        fill(temporary)
-        if path.is_dir():
-            # Other files of the folder (model card, sample grids) stay.
-            for item in temporary.iterdir():
-                target = path / item.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(item, target)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -383,7 +357,7 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
             timesteps, prediction = schedule.get("timesteps", 1000), schedule.get("prediction", "epsilon")
             _write_scheduler(folder / "scheduler", scheduler_config(start, end, timesteps, prediction))
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
 
 
 def write_pipeline(
@@ -454,7 +428,7 @@ def write_pipeline(
         _write_json(tokenizer_config, {**_json(tokenizer_config), "tokenizer_class": "PreTrainedTokenizerFast"})
         _write_json(folder / "model_index.json", index)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
     return path
 
 

@@ -1,8 +1,9 @@
 """Low-rank adaptors (LoRA) on a diffusers U-Net, in files that stock `load_lora_weights` reads at the same strength.
 
 Readers differ where modules have different ranks, or an alpha that is not their rank: some take the first module's for
-all. What is written here has alpha = rank in every module (the strength is multiplied into B), names rank and alpha of
-every module in the file's header, and in kohya's layout carries an `.alpha` tensor for each.
+all. What is written here has alpha = rank in every module (the strength is multiplied into B), and rank and alpha of
+every module stand in the file's header. In kohya's layout, whose readers get mixed ranks wrong, all are padded with
+zeros to the largest rank, and each carries its `.alpha`.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ def write_adaptors(
     """
     file = path if path.suffix == ".safetensors" else path / FILE
     tensors: dict[str, Tensor] = {}
+    largest = max(len(down) for down, _ in adaptors.values())
     for name, (down, up) in adaptors.items():
         if layout == "kohya":
+            down, up = _padded(down, 0, largest), _padded(up, 1, largest)
             key = "lora_unet_" + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
@@ -111,6 +114,13 @@ def write_adaptors(
         header["lora_adapter_metadata"] = json.dumps(described, sort_keys=True)
     save_weights(file, tensors, header)
     return file
+
+
+def _padded(half: Tensor, dim: int, rank: int) -> Tensor:
+    """With zeros up to a rank."""
+    more = list(half.shape)
+    more[dim] = rank - half.shape[dim]
+    return torch.cat([half, half.new_zeros(more)], dim)
 
 
 def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -88,15 +88,16 @@ def draw_figures(ledger: Path, study: Study, folder: Path) -> None:
         axis.set_yscale("log")
         axis.legend()
         save_figure(figure, folder / "few_steps.png", "FD of students and of the teacher's solvers with 2 and 4 steps.")
-    if "S3" in claims:
+    if {"S3", "S3e"} <= claims.keys():
         figure, (along, jumps) = panels(2)
         for name in ("slam", "released"):
             curve(along, claims["S3"], {g: f"error_{name}_{g:g}" for g in GAMMAS}, label=name, marker="o")
         along.set_xlabel("gamma")
         along.set_ylabel("E|f - target|")
         along.legend()
-        bars(jumps, claims["S3"], {"end_error_slam": "SLAM", "end_error_lcm": "LCM"}, "distance to the teacher's end")
+        ends = {"end_error_slam": "SLAM", "end_error_lcm": "LCM"}
+        bars(jumps, claims["S3e"], ends, "distance to the teacher's end")
         caption = (
-            "Before training, the copied teacher's error along the line in both forms; after it, the jumps' errors."
+            "Before training: the copied teacher's error along the line in both forms. After it: the jumps' errors."
         )
         save_figure(figure, folder / "errors.png", caption)

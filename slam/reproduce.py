@@ -70,21 +70,29 @@ def s2(study: Study, seed: int) -> dict[str, float]:
 
 
 def s3(study: Study, seed: int) -> dict[str, float]:
-    """Error along the line before training, in both forms; error of the jumps after it, SLAM against LCM."""
+    """Error along the line before training, in the form of the recipe and in the released one."""
     teacher, w, count = study.teacher, study.sizes.guidance, min(PICTURES, study.sizes.images)
-    x1 = study.data.columns["x1"][:count].float()
-    ids = study.data.columns["prompt"][:count]
-    states, noise = study.states(ids), study.evaluation.noise[:count]
+    rows = study.data.__getitems__([(seed * count + i) % len(study.data) for i in range(count)])
+    states, noise = study.states(rows["prompt"]), study.evaluation.noise[:count]
     result: dict[str, float] = {}
     for name in ("slam", "released"):
         student = study.training(name, seed, 0.0, 1).target
-        found = errors_along(student, teacher, x1, noise, states, w, subpaths_shown(student.paths.steps))
+        indices = subpaths_shown(student.paths.steps)
+        found = errors_along(student, teacher, rows["x1"].float(), noise, states, w, indices)
         result |= {f"error_{name}_{g:g}": float(v) for g, v in zip(GAMMAS, found.along.mean(0))}
         result[f"rising_{name}"] = found.rising
-    own = teacher.encode(study.evaluation.prompts[:count]).float()
+    return {"dist_0_share": result["error_slam_0"] / result["error_slam_1"], **result}
+
+
+def s3e(study: Study, seed: int) -> dict[str, float]:
+    """Distance of one jump's end to the end of the teacher's path, after training."""
+    count = min(PICTURES, study.sizes.images)
+    noise = study.evaluation.noise[:count]
+    states = study.teacher.encode(study.evaluation.prompts[:count]).float()
+    result: dict[str, float] = {}
     for name in ("slam", "lcm"):
         student = study.student(name, seed).network
-        ends = end_to_end(student, teacher, noise, own, w + 1, (999, 599, 259))
+        ends = end_to_end(student, study.teacher, noise, states, study.sizes.guidance + 1, (999, 599, 259))
         result |= {f"end_error_{name}_{t}": value for t, value in ends.items()}
         result[f"end_error_{name}"] = sum(ends.values()) / len(ends)
     return {"end_error_ratio": result["end_error_slam"] / result["end_error_lcm"], **result}
@@ -146,7 +154,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "slam",
         __doc__,
-        (s1, s1e, s2, s3, s4),
+        (s1, s1e, s2, s3, s3e, s4),
         open_study,
         figures=lambda study, ledger: draw_figures(ledger, study, study.figures),
         options=options,

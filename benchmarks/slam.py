@@ -137,7 +137,7 @@ def peer(arm: Arm) -> Step:
     def read(output: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         return schedule.read(output.float(), z, *schedule.levels(tau))
 
-    def step(_: int) -> Tensor:
+    def step(index_of_step: int) -> Tensor:
         alpha, sigma = schedule.levels(t)
         z = alpha * x1 + sigma * noise
         with mixed(arm.device, arm.bf16):

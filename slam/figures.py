@@ -38,8 +38,8 @@ def draw_errors(found: Mapping[str, Errors], ends: Mapping[str, Mapping[int, flo
     along.set_ylabel("E|f(x_gamma, gamma, t) - target|")
     parts.set_xlabel("t")
     parts.set_ylabel("parts of the error")
-    for name, errors in ends.items():
-        jumps.plot(list(errors), list(errors.values()), marker="o", label=name)
+    for name, by_time in ends.items():
+        jumps.plot(list(by_time), list(by_time.values()), marker="o", label=name)
     jumps.set_xlabel("t")
     jumps.set_ylabel("E|f(x_t, 1, t) - teacher's end point|")
     for axis in (along, parts, jumps):

@@ -15,7 +15,7 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup lint format test test-machines smoke report clean new-paper data-emoji-extra data-photos \
+.PHONY: help setup lint format test test-machines smoke report clean new-paper campaign data-emoji-extra data-photos \
 	data-fashion-mnist data-text browser
 
 help: ## list the commands
@@ -49,6 +49,9 @@ setup: $(STAMP) ## make the Python environment (the other commands do this by th
 
 %-bench: $(STAMP) ## speed and memory beside the peers, into results/bench_<paper>.json
 	$(PY) -m benchmarks.$* $(ARGS)
+
+campaign: $(STAMP) ## climb the ladder of budgets at lowest priority (ARGS="--plan", ARGS="--hours 8")
+	$(PY) -m common.campaign $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

@@ -57,3 +57,11 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|Processor", "", names[0])) if names else platform.machine()
+
+
+def cpu_kind() -> str:
+    """What decides how this machine rounds: the processor and the instructions that torch takes there, for example
+    "AMD EPYC, AVX512". Two kinds differ in the last bits of `exp`, `sin` and sums, which training then carries on."""
+    import torch
+
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -72,6 +72,40 @@ def curve(axis: Any, claim: Mapping[str, Any], metrics: Mapping[Any, str], **sty
     axis.errorbar(list(metrics), mean, yerr=spread, **{"marker": "o", "capsize": 3, **style})
 
 
+def ladder(axis: Any, claim: Mapping[str, Any]) -> None:
+    """A claim's headline metric (mean and standard deviation over seeds) at each rung, its target as a line."""
+    target = claim["target"]
+    rungs = [claim, *claim.get("rungs", ())]
+    places = [entry.get("rung", 1) for entry in rungs]
+    mean, spread = np.array([[entry["mean"], entry["std"]] for entry in rungs], dtype=float).T
+    axis.errorbar(places, mean, yerr=spread, marker="o", capsize=3, color=BLUE)
+    axis.axhline(target["value"], color="black", linestyle="--", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [f"{place}x" for place in places])
+    axis.minorticks_off()
+    axis.set_xlim(min(places) / 1.5, max(places) * 1.5)
+    axis.set_xlabel("budget")
+    axis.set_ylabel(target["metric"].replace("_", " "))
+    axis.set_title(f"{claim['id']}, target {target['op']} {target['value']:g}")
+
+
+def draw_ladder(results: Path, folder: Path) -> Path | None:
+    """`ladder.png`: a panel for every claim of a results file that is measured at more than one rung."""
+    claims = [claim for claim in small_claims(results).values() if claim.get("rungs")]
+    if not claims:
+        return None
+    columns = min(4, len(claims))
+    rows = -(-len(claims) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.7 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, claim in zip(axes, claims):
+        ladder(axis, claim)
+    for axis in axes[len(claims) :]:
+        axis.set_axis_off()
+    caption = "Metric against budget: mean and standard deviation over seeds at each multiple of the claim's budget, "
+    return save_figure(figure, folder / "ladder.png", caption + "the target as a dashed line.")
+
+
 def training_curve(axis: Any, logs: Sequence[Mapping[str, Any]], metric: str, step: float = 1.0, **style: Any) -> None:
     """A metric of an arm's kept logs (one a seed) at its checkpoints; `step` is the length of one step on the axis."""
     mean, spread = over_seeds([[point[metric] for point in log["curve"]] for log in logs])

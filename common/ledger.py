@@ -6,6 +6,10 @@
     write_claims(path, [record(claim, per_seed, seconds=812.0, peak_memory_bytes=peak_memory())])
 
 A measured number that is not finite (a run that diverged) is kept as null and the claim does not hold.
+
+The ladder of budgets: `read_claims(paper, tier, rung)` gives the claims with `rung` times their budget and the same
+target. A record is that of rung 1; further rungs stand in its list `rungs`, other kinds of CPU (of claims about time)
+in its list `machines`. `verdict` says what all of them come to.
 """
 
 from __future__ import annotations
@@ -21,16 +25,16 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from common.cpu import cpu_name
+from common.cpu import cpu_kind, cpu_name
 from common.errors import UserError
 from common.files import write_json
 from common.paths import REPOSITORY
@@ -85,12 +89,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Claim:
-    """One falsifiable sentence of a paper, restated for one tier; `id` as in the paper's specification.
+    """One falsifiable sentence of a paper, restated for one tier.
 
     Args:
         seeds: that it is measured with.
         sizes: of networks, data and measurements; budget: what its arms may spend.
-        rungs: multiples of the budget at which it is to be measured.
+        rungs: multiples of the budget at which it is to be measured; rung: the one that `budget` is at.
+        timed: it is about time, so only an idle machine measures it, and every kind of CPU has a record of its own.
+        note: what is to be known of its design, of a higher rung for example.
+        short: the statement in one line, for tables; the statement itself where it is short enough.
     """
 
     id: str
@@ -102,6 +109,10 @@ class Claim:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     rungs: tuple[int, ...] = (1,)
+    rung: int = 1
+    timed: bool = False
+    note: str = ""
+    short: str = ""
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -111,12 +122,20 @@ class Claim:
                 allowed = ", ".join(_OPERATORS)
                 raise UserError(f"claim {self.id}: comparison {condition.op!r} is unknown, expected one of {allowed}")
 
+    def at(self, rung: int) -> Claim:
+        """The same claim with `rung` times the budget it has now at rung 1."""
+        return replace(self, rung=rung, budget=_times(self.budget, rung, f"claim {self.id}, budget"))
 
-def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
+
+def read_claims(paper: str | Path, tier: Tier, rung: int = 1) -> dict[str, Claim]:
     """The claims of a tier by their ids, from `<paper>/claims.yaml` (or the file given as a path).
 
-    What the file's `tiers` say of seeds, sizes and budget holds for every claim of the tier; what a claim's own `tiers`
-    say (statement, target, seeds, sizes, budget) goes before it.
+    What the file's `tiers` say of seeds, sizes, budget and rungs holds for every claim of the tier; what a claim's own
+    `tiers` say (statement, target, seeds, sizes, budget), and its `rungs`, go before it. A claim about time (`timed`)
+    has rung 1 alone.
+
+    Args:
+        rung: every number of the budgets is multiplied by it.
 
     Raises:
         UserError: the file is missing, or something in it is; the sentence names file, claim and key.
@@ -127,7 +146,8 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
     ids: set[str] = set()
     for number, entry in enumerate(content["claims"], start=1):
         where = f"{name}: claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _fields(entry, where, _CLAIM, {"rungs": list})
+        known = {"rungs": list, "timed": bool, "note": str, "short": str, "outcome": str, "words": dict}
+        _fields(entry, where, _CLAIM, known)
         if entry["id"] in ids:
             raise UserError(f"{where} is there twice")
         ids.add(entry["id"])
@@ -137,7 +157,7 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
                 raise UserError(
                     f"{where}: tier {other!r} is not among those of the file, {', '.join(content['tiers'])}"
                 )
-            _fields(changes, f"{where}, tier {other}", {}, {"statement": str, "target": dict, **_SHARED})
+            _fields(changes, f"{where}, tier {other}", {}, {"statement": str, "target": dict, **_OWN})
         _fields(entry["paper"], f"{where}, paper", {"value": _TEXT_OR_NUMBER, "source": str})
         target = _target(entry["target"], f"{where}, target")
         if tier not in tiers:
@@ -145,7 +165,9 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
         own = tiers[tier]
         if "target" in own:
             target = _target(own["target"], f"{where}, tier {tier}, target")
-        claims[entry["id"]] = Claim(
+        timed = entry.get("timed", False)
+        rungs = entry.get("rungs", [1] if timed else shared.get("rungs", [1])) if tier != "smoke" else [1]
+        claim = Claim(
             id=entry["id"],
             statement=own.get("statement", entry["statement"]),
             paper=PaperValue(**entry["paper"]),
@@ -154,22 +176,55 @@ def read_claims(paper: str | Path, tier: Tier) -> dict[str, Claim]:
             seeds=_whole(own.get("seeds", shared.get("seeds")), f"{where}, seeds", least=0),
             sizes=_merged(shared.get("sizes", {}), own.get("sizes", {})),
             budget=_merged(shared.get("budget", {}), own.get("budget", {})),
-            rungs=_whole(entry.get("rungs", [1]), f"{where}, rungs", least=1),
+            rungs=_whole(rungs, f"{where}, rungs", least=1),
+            timed=timed,
+            note=entry.get("note", ""),
+            short=entry.get("short", own.get("statement", entry["statement"])),
         )
-        if tier == "small" and len(claims[entry["id"]].seeds) < MIN_SEEDS_SMALL:
+        if tier == "small" and len(claim.seeds) < MIN_SEEDS_SMALL:
             raise UserError(f"{where}: seeds has fewer than {MIN_SEEDS_SMALL} in tier small")
+        if claim.rungs != (1,) and (timed or not claim.budget):
+            reason = "a claim about time has rung 1 alone" if timed else "it has no budget to multiply"
+            raise UserError(f"{where}: rungs is {list(claim.rungs)}, but {reason}")
+        claims[claim.id] = claim.at(rung)
     return claims
 
 
-def read_sizes(paper: str | Path, tier: Tier) -> dict[str, Any]:
-    """Sizes and budget that all claims of a tier share, as one mapping.
+def read_precision(paper: str | Path) -> str:
+    """In which precision the budgets of a paper's claims were set: `precision` in its claims.yaml, or 32-true.
+
+    Raises:
+        UserError: as `read_claims`; or there is no such precision.
+    """
+    name, content = _claims_file(paper)
+    found = content.get("precision", "32-true")
+    if found not in ("32-true", "bf16-mixed"):
+        raise UserError(f"{name}: precision is {found!r}, expected 32-true or bf16-mixed")
+    return str(found)
+
+
+def read_sizes(paper: str | Path, tier: Tier, rung: int = 1) -> dict[str, Any]:
+    """Sizes and budget that all claims of a tier share, as one mapping; the budget is multiplied by `rung`.
 
     Raises:
         UserError: as `read_claims`.
     """
     name, content = _claims_file(paper)
     shared = _tier(name, content, tier)
-    return _merged(shared.get("sizes", {}), shared.get("budget", {}))
+    budget = _times(shared.get("budget", {}), rung, f"{name}: tier {tier}, budget")
+    return _merged(shared.get("sizes", {}), budget)
+
+
+def read_notes(paper: str | Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """What claims.yaml says for readers: (what came out and was tried, by claim; metrics in words, by claim).
+
+    Raises:
+        UserError: as `read_claims`.
+    """
+    _, content = _claims_file(paper)
+    notes = {entry["id"]: entry["outcome"] for entry in content["claims"] if "outcome" in entry}
+    shared = content.get("words", {})
+    return notes, {entry["id"]: {**shared, **entry.get("words", {})} for entry in content["claims"]}
 
 
 _TEXT_OR_NUMBER: tuple[type, ...] = (str, int, float)
@@ -178,11 +233,13 @@ _KINDS: dict[Any, str] = {
     str: "a text",
     list: "a list",
     dict: "a mapping",
+    bool: "true or false",
     _NUMBER: "a number",
     _TEXT_OR_NUMBER: "a text or a number",
     (list, dict): "a list or a mapping",
 }
-_SHARED: dict[str, Any] = {"seeds": list, "sizes": dict, "budget": dict}
+_OWN: dict[str, Any] = {"seeds": list, "sizes": dict, "budget": dict}
+_SHARED: dict[str, Any] = {**_OWN, "rungs": list}
 _CLAIM: dict[str, Any] = {"id": str, "statement": str, "paper": dict, "target": dict, "tiers": (list, dict)}
 
 
@@ -194,7 +251,7 @@ def _claims_file(paper: str | Path) -> tuple[str, dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    return name, _fields(content, name, {"tiers": dict, "claims": list})
+    return name, _fields(content, name, {"tiers": dict, "claims": list}, {"precision": str, "words": dict})
 
 
 def _tier(name: str, content: Mapping[str, Any], tier: str) -> dict[str, Any]:
@@ -213,7 +270,7 @@ def _fields(
     for key, value in node.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
             raise UserError(f"{where}: {key} is {value!r}, expected {_KINDS[known[key]]}")
     for key in required:
         if key not in node:
@@ -245,6 +302,19 @@ def _whole(values: Any, where: str, least: int) -> tuple[int, ...]:
     return tuple(values)
 
 
+def _times(budget: Mapping[str, Any], rung: int, where: str) -> dict[str, Any]:
+    """A budget whose numbers are all multiplied by `rung`; whole numbers stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in budget.items():
+        if isinstance(value, dict):
+            found[key] = _times(value, rung, f"{where}, {key}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{where}: {key} is {value!r}, expected a number, which a rung multiplies")
+        else:
+            found[key] = value * rung
+    return found
+
+
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both mappings; where both have a mapping, both of those; else the second's value."""
     found = {**first, **second}
@@ -260,6 +330,7 @@ def record(
     seconds: float,
     peak_memory_bytes: int,
     seeds: Sequence[int] | None = None,
+    made: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The ledger entry of one claim, ready for `write_claims`.
 
@@ -267,6 +338,7 @@ def record(
         condition names, and any further numbers worth keeping.
     seconds: wall-clock time of all seeds and arms together. peak_memory_bytes: see `peak_memory`.
     seeds: the seeds used, in the order of `measured`; 0, 1, 2, ... by default.
+    made: where each was measured (`provenance`); now and here by default.
     `mean` and `std` (sample standard deviation, 0 for one seed) are those of the headline metric.
     """
     seeds = range(len(measured)) if seeds is None else seeds
@@ -287,24 +359,60 @@ def record(
 
     conditions = claim.target.all_conditions()
     means = {condition.metric: _mean(claim.id, condition.metric, rows) for condition in conditions}
-    headline = [row[claim.target.metric] for row in rows]
-    finite = [value for value in headline if value is not None]
+    target = _target_json(claim.target)
+    rung = {} if claim.rung == 1 else {"rung": claim.rung}
     return {
         "id": claim.id,
         "statement": claim.statement,
         "paper": asdict(claim.paper),
-        "target": _target_json(claim.target),
+        "target": target,
         "measured": rows,
         "mean": means[claim.target.metric],
-        "std": None if len(finite) < len(rows) else stdev(finite) if len(finite) > 1 else 0.0,
-        "holds": all(_passes(means[c.metric], c.op, c.target) for c in conditions),
+        "std": _deviation(rows, claim.target.metric),
+        "holds": all(passes(means[c.metric], c.op, c.target) for c in conditions),
+        "within_noise": _within_noise(target, rows),
         "tier": claim.tier,
+        **rung,
+        **({"timed": True} if claim.timed else {}),
         "seconds": float(seconds),
         "peak_memory_bytes": int(peak_memory_bytes),
+        **_together([provenance()] if made is None else made),
+    }
+
+
+def provenance(precision: str = "32-true") -> dict[str, Any]:
+    """Where and with what a measurement is made now: precision, kind of CPU, machine, versions and commit."""
+    return {
+        "precision": precision,
+        "cpu": cpu_kind(),
         "hardware": hardware(),
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def _together(made: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One provenance of several; where they differ, all that there are."""
+
+    def joined(values: Iterable[Any]) -> str | None:
+        return "; ".join(dict.fromkeys(str(value) for value in values if value is not None)) or None
+
+    made = list(made)
+    packages = dict.fromkeys(package for entry in made for package in entry["versions"])
+    return {
+        **{key: joined(entry.get(key) for entry in made) for key in ("precision", "cpu", "hardware")},
+        "versions": {package: joined(entry["versions"].get(package) for entry in made) for package in packages},
+        "commit": joined(entry["commit"] for entry in made),
+    }
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The records on file, none where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _read(path, "claims")
 
 
 def check_targets(path: Path, claims: Sequence[Claim]) -> None:
@@ -317,17 +425,119 @@ def check_targets(path: Path, claims: Sequence[Claim]) -> None:
 
 
 def write_claims(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Merge records into `path` = {"claims": [...]}, replacing those with the same id and tier. The write is atomic.
+    """Merge records into `path` = {"claims": [...]}, replacing those with the same id, tier and rung. Atomic.
 
-    Raises UserError when a record's target differs from the one on file (see `check_targets`).
+    The record of a claim is that of rung 1; those of further rungs go into its `rungs`. Of a claim about time the
+    records of other kinds of CPU stay, in its `machines`.
+
+    Raises UserError when a record's target differs from the one on file (see `check_targets`), or rung 1 is missing.
     """
     claims = _read(path, "claims")
     for rec in records:
         _refuse_changed_target(path, rec["id"], rec["tier"], rec["target"], claims)
-    fresh = {(rec["id"], rec["tier"]) for rec in records}
-    merged = [claim for claim in claims if (claim["id"], claim["tier"]) not in fresh] + [dict(rec) for rec in records]
-    merged.sort(key=lambda claim: (_natural(claim["id"]), TIERS.index(claim["tier"])))
+    known = {(claim["id"], claim["tier"]): claim for claim in claims}
+    for rec in records:
+        key = (rec["id"], rec["tier"])
+        known[key] = _joined(known.get(key), rec)
+    merged = sorted(known.values(), key=lambda claim: (_natural(claim["id"]), TIERS.index(claim["tier"])))
     write_json(path, {"claims": merged})
+
+
+_OF_THE_CLAIM = ("id", "statement", "paper", "target", "tier", "timed")  # said once, in the record of rung 1
+
+
+def _joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The record `new` in the place of `old`, whose other rungs and machines stay."""
+    own = {key: value for key, value in new.items() if key not in _OF_THE_CLAIM}
+    rungs = [entry for entry in (old or {}).get("rungs", ()) if entry["rung"] != new.get("rung", 1)]
+    if "rung" in new:
+        if old is None:
+            raise UserError(f"claim {new['id']}: rung {new['rung']} is measured, rung 1 is not on record yet")
+        return {**old, "rungs": sorted([*rungs, own], key=lambda entry: entry["rung"])}
+    found = {**new, **({"rungs": rungs} if rungs else {})}
+    if old is not None and new.get("timed"):
+        earlier = {key: value for key, value in old.items() if key not in (*_OF_THE_CLAIM, "rungs", "machines")}
+        machines = [m for m in (earlier, *old.get("machines", ())) if not same_cpu(cpu_of(m), cpu_of(new))]
+        found |= {"machines": machines} if machines else {}
+    return found
+
+
+def cpu_of(rec: Mapping[str, Any]) -> str:
+    """The kind of CPU of a record; older ones name the processor only, as a part of the machine."""
+    return str(rec.get("cpu") or str(rec["hardware"]).rsplit(", ", 2)[0])
+
+
+def same_cpu(a: str, b: str) -> bool:
+    """Whether two records may be of one kind of CPU (`cpu_of`)."""
+    return a == b or a.startswith(f"{b}, ") or b.startswith(f"{a}, ")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a claim's record comes to.
+
+    Args:
+        holds: at rung 1; within_noise: there the spread over seeds crosses the target.
+        rungs: (rung, whether it holds there) of all that were measured, 1 first.
+        text: in words, for example "holds", "does not hold (within noise)", "from rung 4 on", "not up to rung 16".
+    """
+
+    holds: bool
+    within_noise: bool
+    rungs: tuple[tuple[int, bool], ...]
+    text: str
+
+
+def verdict(rec: Mapping[str, Any]) -> Verdict:
+    """What a record of the ledger says, over all rungs that were measured."""
+    further = sorted(rec.get("rungs", ()), key=lambda entry: entry["rung"])
+    rungs = ((1, bool(rec["holds"])), *((int(entry["rung"]), bool(entry["holds"])) for entry in further))
+    noisy = [within_noise(rec), *(within_noise({**entry, "target": rec["target"]}) for entry in further)]
+    highest, last = rungs[-1]
+    if len(rungs) == 1:
+        text = "holds" if last else "does not hold"
+    else:
+        same = [rung for rung, holds in rungs if holds == last]  # from the last change of the verdict on
+        changes = [rung for rung, holds in rungs if holds != last]
+        first = min(rung for rung in same if not changes or rung > max(changes))
+        if last:
+            text = f"from rung {first} on"
+        else:
+            text = (
+                f"not up to rung {highest}" if not changes else f"up to rung {max(changes)}, not from rung {first} on"
+            )
+    return Verdict(rungs[0][1], noisy[0], rungs, text + (" (within noise)" if noisy[-1] else ""))
+
+
+def within_noise(rec: Mapping[str, Any]) -> bool:
+    """Whether the spread over seeds crosses the target: another set of seeds might have decided otherwise.
+
+    A claim that holds is within noise where any of its conditions has its target within one standard deviation of the
+    mean; one that does not hold, where all the conditions that fail do.
+    """
+    stored = rec.get("within_noise")
+    return _within_noise(rec["target"], rec["measured"]) if stored is None else bool(stored)
+
+
+def _within_noise(target: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    failing, crossing = [], []
+    headline = {"metric": target["metric"], "op": target["op"], "target": target["value"]}
+    for condition in (headline, *target["conditions"]):
+        values = [row[condition["metric"]] for row in rows]
+        if any(value is None for value in values):
+            return False  # one diverged: that is no noise
+        spread = _deviation(rows, condition["metric"]) or 0.0
+        crosses = spread > 0.0 and abs(mean(values) - condition["target"]) <= spread
+        crossing.append(crosses)
+        if not passes(mean(values), condition["op"], condition["target"]):
+            failing.append(crosses)
+    return all(failing) if failing else any(crossing)
+
+
+def _deviation(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """Sample standard deviation, 0 of one seed; None where one is not finite."""
+    values = [row[metric] for row in rows]
+    return None if any(value is None for value in values) else stdev(values) if len(values) > 1 else 0.0
 
 
 def bench_row(
@@ -446,10 +656,11 @@ def _mean(claim_id: str, metric: str, rows: Sequence[Mapping[str, float | int | 
         raise UserError(f"claim {claim_id}: metric {metric!r} was not measured for seed {missing[0]}")
     values = [row[metric] for row in rows]
     finite = [value for value in values if value is not None]
-    return fmean(finite) if len(finite) == len(values) else None
+    return mean(finite) if len(finite) == len(values) else None  # exact: three times 0.2 have the mean 0.2
 
 
-def _passes(mean: float | None, op: str, target: float) -> bool:
+def passes(mean: float | None, op: str, target: float) -> bool:
+    """Whether a mean, None where a seed diverged, meets a bar."""
     return mean is not None and _OPERATORS[op](mean, target)
 
 

@@ -19,10 +19,11 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from common.choices import FILE, Choices
-from common.options import TrainerOptions
+from common.options import Precision, TrainerOptions
 from common.processes import is_main_process
 
-FLOAT32, BF16 = "32-true", "bf16-mixed"
+FLOAT32: Precision = "32-true"
+BF16: Precision = "bf16-mixed"
 MARGIN = 0.1  # bf16 must win by so much, so that equal machines choose alike
 ROUNDS, STEPS = 2, 3  # measured turns of each precision, and steps of a turn, of which the first is not counted
 

@@ -13,8 +13,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,26 +22,32 @@ import pytorch_lightning as pl
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
+from common.cpu import cpu_kind
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import write_json
+from common.files import locked, write_json
 from common.images import save_grid
-from common.ledger import Tier, peak_memory, read_sizes
+from common.ledger import Tier, peak_memory, provenance, read_precision, read_sizes
 from common.metrics.distribution import fid, kid, precision_recall
 from common.metrics.features import extract, load_extractor
-from common.options import TrainerOptions
+from common.options import Precision, TrainerOptions
 from common.paths import cache_dir
-from common.training import SaveEvery, build_trainer, fit, latest_checkpoint
+from common.precision import BF16, FLOAT32, bf16_possible
+from common.training import train
 from common.weights import load_weights, read_weights, save_weights
 
 ENDLESS = 10**6  # steps: a budget of CPU seconds ends training
+CHECKPOINT_EVERY = 200  # steps of an arm between checkpoints
 
 S = TypeVar("S")
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def open_sizes(sizes: type[S], paper: str | Path, tier: Tier) -> S:
+def open_sizes(sizes: type[S], paper: str | Path, tier: Tier, rung: int = 1) -> S:
     """What claims.yaml says of a tier's shared sizes and budget, as the paper's own dataclass.
+
+    Args:
+        rung: the budget is multiplied by it.
 
     Raises:
         UserError: a field is missing, unknown or of the wrong type.
@@ -49,32 +55,54 @@ def open_sizes(sizes: type[S], paper: str | Path, tier: Tier) -> S:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(sizes)
     try:
-        found = parser.instantiate_classes(parser.parse_object(read_sizes(paper, tier)))
+        found = parser.instantiate_classes(parser.parse_object(read_sizes(paper, tier, rung)))
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{paper}: sizes and budget of tier {tier} in claims.yaml: {reason}") from None
     return sizes(**vars(found))
 
 
+@cache
+def claims_precision(paper: str) -> Precision:
+    """Of all arms of a paper's claims: bf16 where the budgets were set in it and this CPU has it, else float32."""
+    return BF16 if read_precision(paper) == BF16 and bf16_possible("cpu") else FLOAT32
+
+
 def kept(path: Path, make: Callable[[], Mapping[str, Any]], settings: Any = None) -> dict[str, Any]:
-    """Values in a JSON file: read if it holds these settings, else made and written. Null is read as NaN."""
+    """Values in a JSON file: read if it holds these settings, else made and written. Null is read as NaN.
+
+    Of several processes that want the same one makes it and the others wait.
+    """
     settings = _plain(settings)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if found is None or found.get("settings") != settings:
-        write_json(path, ({} if settings is None else {"settings": settings}) | dict(make()))
-        found = json.loads(path.read_text(encoding="utf-8"))  # what is made is what will be read
+
+    def read() -> dict[str, Any] | None:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return found if found is not None and found.get("settings") == settings else None
+
+    found = read()
+    if found is None:
+        with locked(path):
+            if (found := read()) is None:
+                write_json(path, ({} if settings is None else {"settings": settings}) | dict(make()))
+                found = json.loads(path.read_text(encoding="utf-8"))  # what is made is what will be read
     return {key: float("nan") if value is None else value for key, value in found.items() if key != "settings"}
 
 
 def kept_tensors(path: Path, make: Callable[[], Mapping[str, Tensor]], settings: Any = None) -> dict[str, Tensor]:
-    """Tensors in a safetensors file: read if it was written with these settings, else made and written."""
+    """Tensors in a safetensors file: read if it was written with these settings, else made and written (by one)."""
     note = {"settings": json.dumps(_plain(settings))}
-    if path.is_file():
-        tensors, found = read_weights(path)
-        if found == note:
-            return tensors
-    save_weights(path, make(), note)
-    return read_weights(path)[0]
+
+    def read() -> dict[str, Tensor] | None:
+        tensors, found = read_weights(path) if path.is_file() else ({}, None)
+        return tensors if found == note else None
+
+    if (tensors := read()) is not None:
+        return tensors
+    with locked(path):
+        if (tensors := read()) is None:
+            save_weights(path, make(), note)
+            tensors = read_weights(path)[0]
+    return tensors
 
 
 def _plain(settings: Any) -> Any:
@@ -115,15 +143,16 @@ class Watch(pl.Callback):
         self.seconds += time.process_time() - self._last
         self.steps = generator_step(trainer)
         if self.steps in self.looks:
-            self._look()
+            self.look()
         if self.budget is not None and self.seconds >= self.budget:
             trainer.should_stop = True
         self._last = time.process_time()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Measure now, unless that was done after this very step."""
         if self.measure is not None and (not self.curve or self.curve[-1]["step"] != self.steps):
             self.curve.append({"step": self.steps, "seconds": self.seconds, **self.measure(self.steps)})
 
@@ -137,10 +166,11 @@ class Watch(pl.Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "curve": self.curve}
+        return {"seconds": self.seconds, "steps": self.steps, "curve": self.curve}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.curve = state_dict["seconds"], list(state_dict["curve"])
+        self.steps = state_dict["steps"]
 
 
 def fit_arm(
@@ -156,14 +186,19 @@ def fit_arm(
     checkpoint_every: int = 0,
 ) -> None:
     """Train an arm without logs; with `checkpoint_every` it goes on from its last checkpoint in `folder`."""
-    folder = folder or cache_dir("experiments")
-    callbacks: list[pl.Callback] = [watch]
-    if checkpoint_every:
-        callbacks.append(SaveEvery(folder / "checkpoints", checkpoint_every, last=steps))
-    trainer = build_trainer(
-        folder, options, steps=steps, batch_size=batch_size, grad_clip=grad_clip, logs=False, callbacks=callbacks
+    train(
+        folder or cache_dir("experiments"),
+        module,
+        data,
+        replace(options, checkpoint_every=checkpoint_every or options.checkpoint_every),
+        steps=steps,
+        batch_size=batch_size,
+        grad_clip=grad_clip,
+        callbacks=[watch],
+        logs=False,
+        checkpoints=checkpoint_every > 0,
     )
-    fit(trainer, module, data, latest_checkpoint(folder) if checkpoint_every else None)
+    watch.look()  # a training that was complete but for this is not begun again by Lightning
 
 
 @dataclass
@@ -198,21 +233,27 @@ class Arm(Generic[Network]):
     def costs(self) -> dict[str, float]:
         """Steps, CPU seconds and whatever else the record counts, each key ending in the arm's name."""
         name = self.name.replace("-", "_")
-        left_out = ("curve", "peak_bytes")
+        left_out = ("curve", "peak_bytes", "made")
         return {f"{key}_{name}": float(value) for key, value in self.record.items() if key not in left_out}
 
 
 class Study(Generic[S]):
     """What the claims of a tier share, in one folder; everything is made when first asked for.
 
+    All of it is made in one precision on one kind of CPU: both are part of the settings of whatever is kept, so that an
+    arm begun on another kind is begun again.
+
     Args:
         sizes: the tier's own (`open_sizes`); folder: where arms, values and tensors are kept.
     """
+
+    paper = ""  # whose claims.yaml says in which precision the budgets were set; float32 without one
 
     def __init__(self, sizes: S, folder: Path) -> None:
         self.sizes, self.folder = sizes, folder
         # Where tables and pictures go; `common.reproduction` has them beside the ledger in tier small.
         self.results = self.figures = folder
+        self.finished_arms: Path | None = None  # where finished arms are noted, if they are
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
 
     @property
@@ -220,13 +261,26 @@ class Study(Generic[S]):
         """What all measurements depend on beside the sizes and budget of their claim."""
         return asdict(self.sizes) if is_dataclass(self.sizes) else {}  # type: ignore[arg-type]
 
-    def values(self, name: str, make: Callable[[], Mapping[str, Any]], settings: Any = None) -> dict[str, Any]:
-        """Numbers made once (`kept`)."""
-        return kept(self.folder / f"{name}.json", make, settings)
+    @property
+    def precision(self) -> Precision:
+        """Of all arms (`claims_precision`)."""
+        return claims_precision(self.paper) if self.paper else FLOAT32
 
-    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]], settings: Any = None) -> dict[str, Tensor]:
+    def here(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Settings with the precision and the kind of CPU in which things are made now."""
+        return {"precision": self.precision, "cpu": cpu_kind(), **(settings or {})}
+
+    def values(
+        self, name: str, make: Callable[[], Mapping[str, Any]], settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Numbers made once (`kept`)."""
+        return kept(self.folder / f"{name}.json", make, self.here(settings))
+
+    def tensors(
+        self, name: str, make: Callable[[], Mapping[str, Tensor]], settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
         """Tensors made once (`kept_tensors`)."""
-        return kept_tensors(self.folder / f"{name}.safetensors", make, settings)
+        return kept_tensors(self.folder / f"{name}.safetensors", make, self.here(settings))
 
     def arm(
         self,
@@ -234,7 +288,7 @@ class Study(Generic[S]):
         seed: int,
         build: Callable[[], Network],
         train: Callable[[Network, Path], tuple[nn.Module, Mapping[str, Any]]],
-        settings: Any = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Arm[Network]:
         """An arm: read from disk if it was trained with these settings, else trained and kept.
 
@@ -253,18 +307,40 @@ class Study(Generic[S]):
             made, record = train(network, self.workplace(f"arms/{place.name}", settings))
             store.unlink(missing_ok=True)  # no record of other settings beside these weights
             save_weights(weights, made.state_dict())
-            return record
+            return {**record, "made": provenance(self.precision)}
 
-        record = kept(store, trained, settings)
+        record = kept(store, trained, self.here(settings))
+        self.note(name, seed, settings, record)
         shutil.rmtree(place, ignore_errors=True)
         load_weights(network, weights, against="the study's network")
         self._arms[name, seed] = Arm(name, network.eval(), record)
         return self._arms[name, seed]
 
-    def workplace(self, name: str, settings: Any = None) -> Path:
+    def note(self, name: str, seed: int, settings: Mapping[str, Any] | None, values: Mapping[str, Any]) -> None:
+        """Write down a finished arm among the results, once: its settings and what was measured of it.
+
+        Args:
+            values: with `made` (`provenance`), where they are older than this moment.
+        """
+        if self.finished_arms is None:
+            return
+        path = self.finished_arms / f"{name}-seed{seed}.json"
+        values = dict(values)
+        made = values.pop("made", None) or provenance(self.precision)
+        entry = {"arm": name, "seed": seed, "settings": settings, "values": values, **made}
+
+        def facts(of: Mapping[str, Any]) -> str:
+            return json.dumps([of.get(key) for key in ("settings", "values", "precision", "cpu")]).replace(
+                "NaN", "null"
+            )
+
+        if not path.is_file() or facts(json.loads(path.read_text(encoding="utf-8"))) != facts(entry):
+            write_json(path, entry)
+
+    def workplace(self, name: str, settings: Mapping[str, Any] | None = None) -> Path:
         """A folder for work that goes on by itself after an interruption; work begun with other settings goes."""
         folder = self.folder / name
-        begun, wanted = folder / "settings.json", _plain(settings)
+        begun, wanted = folder / "settings.json", _plain(self.here(settings))
         if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != wanted):
             shutil.rmtree(folder)
         write_json(begun, wanted)

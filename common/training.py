@@ -301,6 +301,7 @@ def build_trainer(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """A Lightning Trainer with the house's conventions; everything is written below `folder`.
@@ -315,6 +316,7 @@ def build_trainer(
         grad_clip: largest norm of the gradient; 0 does not clip.
         optimisers: how many a module with manual optimisation steps at most per step; such a module counts its steps
             in `step_count` and ends training itself.
+        logs, checkpoints: write them; checkpoints None: as `logs` says.
         unit: what the throughput counts, and how many of them a sample holds: ("tokens", 63.4).
 
     Raises:
@@ -323,13 +325,14 @@ def build_trainer(
     quiet_lightning()
     tune_allocator()
     fix_form(options.attention)
-    use_choices(Choices(folder if logs else None))
-    checkpoints = folder / "checkpoints"
+    checkpoints = logs if checkpoints is None else checkpoints
+    # Equal forms round differently: a run that goes on takes the forms that it began with.
+    use_choices(Choices(folder if checkpoints else None))
+    place = folder / "checkpoints"
     chosen_precision = precision or options.precision
-    own: list[Callback] = [StopOnNonFinite(checkpoints, every=1 if not torch.cuda.is_available() else 50)]
+    own: list[Callback] = [StopOnNonFinite(place, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
         own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
-        own.append(SaveEvery(checkpoints, options.checkpoint_every, last=steps))
     strategy: Any = options.strategy
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
@@ -339,6 +342,7 @@ def build_trainer(
     show = options.progress and not os.environ.get("CI")
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
+    saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
     settings: dict[str, Any] = dict(
         default_root_dir=folder,
         max_steps=steps * optimisers,
@@ -350,7 +354,8 @@ def build_trainer(
         precision=chosen_precision,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
-        callbacks=[*own, *callbacks],
+        # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
+        callbacks=[*own, *saving, *callbacks] if logs else [*own, *callbacks, *saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),
@@ -388,13 +393,15 @@ def train(
     optimisers: int = 1,
     callbacks: Sequence[Callback] = (),
     logs: bool = True,
+    checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
 ) -> pl.Trainer:
     """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
 
     Args:
         resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
-        logs: False keeps nothing below `folder`, and starts anew.
+        logs: False writes none.
+        checkpoints: False keeps nothing below `folder`, and starts anew; None: as `logs` says.
 
     Returns:
         the Trainer, after its work.
@@ -403,7 +410,8 @@ def train(
         UserError: as `build_trainer` and `fit`.
     """
     quiet_lightning()
-    precision = choose_precision(folder if logs else None, options, module, data)
+    checkpoints = logs if checkpoints is None else checkpoints
+    precision = choose_precision(folder if checkpoints else None, options, module, data)
     trainer = build_trainer(
         folder,
         options,
@@ -415,9 +423,10 @@ def train(
         optimisers=optimisers,
         callbacks=callbacks,
         logs=logs,
+        checkpoints=checkpoints,
         unit=unit,
     )
-    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if logs else None)
+    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
     return trainer
 
 

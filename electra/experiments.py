@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.study import Arm, Watch, fit_arm
+from common.study import CHECKPOINT_EVERY, Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from electra.adversarial import AdversarialPretrainer, sample_entropy
 from electra.config import DataConfig, ElectraConfig, ElectraRun, FinetuneConfig, OptimiserConfig, TrainerConfig
@@ -54,7 +54,6 @@ TASKS = ("acceptability", "sentiment")
 RATES = {"pretrained": 1e-3, SCRATCH: 1e-3}
 CANDIDATE_RATES = (3e-4, 1e-3, 3e-3)
 CALIBRATION_SEED = 9
-CHECKPOINT_EVERY = 500
 LOOKS = 8  # measurements of an arm on held-out text while it trains
 JUDGE_SEED = 1  # of the masks and samples on which all discriminators are compared
 EXAMPLE_ROWS = 3
@@ -121,6 +120,8 @@ class ArmSpec:
 
 class Study(CommonStudy[Sizes]):
     """Text, arms and scores of a tier; everything is made when first asked for."""
+
+    paper = "electra"
 
     def __init__(self, sizes: Sizes, folder: Path) -> None:
         super().__init__(sizes, folder)
@@ -241,7 +242,7 @@ class Study(CommonStudy[Sizes]):
             data=self.data,
             optimiser=OptimiserConfig(lr=self.sizes.lr, warmup=self.sizes.warmup),
             trainer=TrainerConfig(
-                batch_size=self.sizes.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+                batch_size=self.sizes.batch, precision=self.precision, accelerator="cpu", threads=1, progress=False
             ),
         )
 

@@ -227,7 +227,7 @@ PUBLISHED_FLOPS: dict[str, tuple[float, float | None]] = {
 }
 BERT_STEPS = {"small": 1.45e6, "base": 1e6}
 LONG_STEPS = 1.75e6  # of ELECTRA-1.75M
-# Discriminator with its head, generator with its head, trained together (specification section 2).
+# Discriminator with its head, generator with its head, trained together.
 PARAMETERS = {
     "small": (13_549_057, 4_620_026, 14_196_219),
     "base": (109_483_009, 33_740_602, 119_386_427),
@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "electra",
         __doc__,
         (e1, e2, e3, e4a, e4b, e5a, e5b, e6a, e6b, e6c, e7a, e7b, e8),
-        lambda given: Study(open_sizes(Sizes, "electra", given.tier), given.folder),
+        lambda given: Study(open_sizes(Sizes, "electra", given.tier, given.rung), given.folder),
         figures=figures,
         options=options,
         instead=cost_or_calibration,

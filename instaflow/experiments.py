@@ -10,6 +10,7 @@ Budgets are optimiser steps and pairs; every arm books its cost in U-Net forward
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from common.metrics.judge import ShapesJudge
 from common.metrics.measures import PromptSet, Yardstick, fixed_noise, shapes_prompts
 from common.metrics.perceptual import perceptual_distance
 from common.solvers import DiffusionSource
+from common.study import CHECKPOINT_EVERY
 from common.study import Study as CommonStudy
 from common.teacher import Teacher
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
@@ -138,10 +140,6 @@ class Study(CommonStudy[Sizes]):
         """A tensor made once."""
         return self.tensors(name, lambda: {"latents": make()}, self.settings)["latents"]
 
-    def note(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Numbers made once."""
-        return self.values(name, make, self.settings)
-
     def flow(self, name: str, seed: int) -> UNetFlow:
         """A trained arm: reflow, instaflow, direct, continued_l2, continued_perceptual, stacked."""
         if (name, seed) not in self._flows:
@@ -152,6 +150,8 @@ class Study(CommonStudy[Sizes]):
                 return unique_state(flow)
 
             flow.load_state_dict(self.tensors(f"{name}-seed{seed}", trained, self.settings), strict=False)
+            self.note(name, seed, self.settings, {"training_forwards": self.cost(name)})
+            self._forget_work(f"{name}-seed{seed}")
             self._flows[name, seed] = flow.eval().requires_grad_(False)
         return self._flows[name, seed]
 
@@ -175,9 +175,22 @@ class Study(CommonStudy[Sizes]):
         loss: Loss = reflow_loss() if name == "reflow" else distillation_loss()
         if name == "continued_perceptual":
             loss = perceptual_loss(self.teacher, perceptual_distance("trained"))
-        self._optimise(flow, loss, data, steps, lr, derive_seed(seed, *name.encode()))
+        self._optimise(f"{name}-seed{seed}", flow, loss, data, steps, lr, derive_seed(seed, *name.encode()))
 
-    def _optimise(self, flow: UNetFlow, loss: Loss, data: PairDataset, steps: int, lr: float, seed: int) -> None:
+    def _forget_work(self, name: str) -> None:
+        """Drop the checkpoints of an arm that is kept by now."""
+        shutil.rmtree(self.folder / "arms" / name, ignore_errors=True)
+
+    def _optimise(
+        self, name: str, flow: UNetFlow, loss: Loss, data: PairDataset, steps: int, lr: float, seed: int
+    ) -> None:
+        options = TrainerConfig(
+            precision=self.precision,
+            accelerator="cpu",
+            progress=False,
+            sample_every=0,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
         optimise(
             flow,
             loss,
@@ -186,9 +199,9 @@ class Study(CommonStudy[Sizes]):
             StageConfig(steps, self.sizes.batch, lr),
             OptimiserConfig(warmup=min(20, steps // 4), schedule="cosine", ema_decay=0.99),
             seed,
-            self.folder,
-            TrainerConfig(precision="32-true", accelerator="cpu", progress=False, sample_every=0),
-            keep=False,
+            self.workplace(f"arms/{name}", self.settings),
+            options,
+            logs=False,
         )
 
     def flow_pairs(self, seed: int) -> PairDataset:
@@ -210,12 +223,15 @@ class Study(CommonStudy[Sizes]):
                 steps = int(TUNING_SHARE * whole.get(stage, self.sizes.reflow + self.sizes.distil))
                 data = self.flow_pairs(TUNING_SEED) if stage == "distil" else self.pairs
                 loss = reflow_loss() if stage == "reflow" else distillation_loss()
-                self._optimise(flow, loss, data, steps, lr, TUNING_SEED)
+                self._optimise(f"try-{stage}-{lr:g}", flow, loss, data, steps, lr, TUNING_SEED)
                 errors[f"{lr:g}"] = self._validation_error(flow, stage)
             best = min(LEARNING_RATES, key=lambda lr: errors[f"{lr:g}"])
             return {"lr": best, "errors": errors}
 
-        return float(self.note(f"tuning-{stage}", tries)["lr"])
+        chosen = float(self.values(f"tuning-{stage}", tries, self.settings)["lr"])
+        for lr in LEARNING_RATES:
+            self._forget_work(f"try-{stage}-{lr:g}")
+        return chosen
 
     @torch.no_grad()
     def _validation_error(self, flow: UNetFlow, stage: str) -> float:
@@ -251,7 +267,7 @@ class Study(CommonStudy[Sizes]):
     def fd(self, name: str, seed: int, steps: int) -> dict[str, float]:
         """All measures of an arm with so many steps."""
         key = f"measures-{name}-seed{seed}-{steps}"
-        return self.note(key, lambda: self.yardstick.measure(self.images(name, seed, steps)))
+        return self.values(key, lambda: self.yardstick.measure(self.images(name, seed, steps)), self.settings)
 
     def teacher_fd(self, steps: int, solver: str = SOLVER) -> dict[str, float]:
         """All measures of the teacher."""
@@ -259,7 +275,7 @@ class Study(CommonStudy[Sizes]):
         def measured() -> dict[str, float]:
             return self.yardstick.measure(self.teacher.decode(self.teacher_latents(steps, solver)))
 
-        return self.note(f"measures-teacher-{solver}-{steps}", measured)
+        return self.values(f"measures-teacher-{solver}-{steps}", measured, self.settings)
 
     def distance_between(self, a: Tensor, b: Tensor) -> float:
         """Frechet distance of two sets of images."""
@@ -284,7 +300,7 @@ class Study(CommonStudy[Sizes]):
             return {"S": total / len(noise)}
 
         key = "straightness-teacher" if name == "teacher" else f"straightness-{name}-seed{seed}"
-        return float(self.note(key, measured)["S"])
+        return float(self.values(key, measured, self.settings)["S"])
 
     @torch.no_grad()
     def one_step_error(self, name: str, seed: int, ends: Tensor) -> float:

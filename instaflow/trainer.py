@@ -89,13 +89,14 @@ def optimise(
     options: TrainerConfig,
     *,
     keep: bool = True,
+    logs: bool = True,
     show: Callable[[int], None] | None = None,
 ) -> None:
     """Train `flow` in place for one stage; afterwards it holds the averaged weights and is in eval mode.
 
     Args:
         data: map-style, one row a pair (`x0`, `x1`, `prompt`).
-        keep: write checkpoints and logs below `folder`, and continue from the last checkpoint there.
+        keep: write checkpoints and (unless `logs` is False) logs below `folder`, and continue from the last checkpoint.
         show: called every `options.sample_every` steps while the flow holds its averaged weights.
     """
     module = StudentTrainer(flow.train(), loss, stage, optimiser, seed, states, options.accumulate)
@@ -117,7 +118,8 @@ def optimise(
         batch_size=stage.batch_size,
         grad_clip=optimiser.grad_clip,
         callbacks=grids,
-        logs=keep,
+        logs=keep and logs,
+        checkpoints=keep,
     )
     module.ema.copy_to(flow)
     flow.eval()

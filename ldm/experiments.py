@@ -10,17 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data.sampling import StepDataModule, TensorTable, step_generator
+from common.data.sampling import StepDataModule, TensorTable
 from common.images import to_uint8, to_unit
 from common.ledger import Tier, read_claims
 from common.metrics.distribution import fid
 from common.metrics.image import psnr, ssim
-from common.paths import cache_dir
-from common.study import ENDLESS, Arm, Judge, Watch, fit_arm
+from common.study import CHECKPOINT_EVERY, ENDLESS, Arm, Judge, Watch, claims_precision, fit_arm
 from common.study import Study as CommonStudy
 from ldm.autoencoder import FirstStage, IdentityFirstStage
 from ldm.config import (
@@ -96,10 +96,16 @@ class Denoiser(Arm[LatentDiffusion]):
 
 
 class Study(CommonStudy[dict[str, Sizes]]):
-    """The arms of a tier; they differ in what a claim compares and in nothing else."""
+    """The arms of a tier; they differ in what a claim compares and in nothing else.
 
-    def __init__(self, tier: Tier, folder: Path) -> None:
-        claims = read_claims("ldm", tier)
+    Args:
+        rung: the budgets are multiplied by it.
+    """
+
+    paper = "ldm"
+
+    def __init__(self, tier: Tier, folder: Path, rung: int = 1) -> None:
+        claims = read_claims("ldm", tier, rung)
         super().__init__({name: Sizes(**claim.sizes, **claim.budget) for name, claim in claims.items()}, folder)
         self.judge = Judge()
 
@@ -111,8 +117,8 @@ class Study(CommonStudy[dict[str, Sizes]]):
             config = base_config("unconditional", SCENES, f, FACTORS[f], seed)
             task = open_task(config)
             stage_seconds = AUTOENCODER_SHARE * size.seconds if f > 1 else 0.0
-            stage, notes = train_autoencoder(config, in_memory(task.train), stage_seconds)
-            arm = train_denoiser(config, task, stage, size.seconds - notes["ae_seconds"])
+            stage, notes = self.autoencoder(f"f{f}-stage", config, in_memory(task.train), stage_seconds)
+            arm = self.denoiser(f"f{f}", config, task, stage, size.seconds - notes["ae_seconds"])
             real = task.reference.columns["image"][: size.images]
             fake, speed = arm.samples(size.images)
             self.show(seed, f"unconditional_f{f}", fake[:32])
@@ -141,7 +147,7 @@ class Study(CommonStudy[dict[str, Sizes]]):
 
         def trained() -> dict[str, Tensor]:
             task = open_task(config)
-            stage, notes = train_autoencoder(config, in_memory(task.train), seconds)
+            stage, notes = self.autoencoder(name, config, in_memory(task.train), seconds)
             real = task.reference.columns["image"][:600]
             self.values(name, lambda: {**notes, **self.reconstruction(stage, real)}, settings)
             return stage.state_dict()
@@ -149,6 +155,54 @@ class Study(CommonStudy[dict[str, Sizes]]):
         stage = build_first_stage(config.first_stage, EMOJI.size)
         stage.load_state_dict(self.tensors(name, trained, settings))
         return freeze(stage), config.first_stage
+
+    def autoencoder(
+        self, name: str, config: LdmConfig, images: TensorTable, seconds: float
+    ) -> tuple[FirstStage, dict[str, float]]:
+        """A first stage trained for so many CPU seconds, and its held-in facts (`ae_steps`, `ae_seconds`)."""
+        if config.first_stage.kind == "pixels":
+            return IdentityFirstStage(), {"ae_steps": 0.0, "ae_seconds": 0.0}
+
+        def train(_: FirstStage, folder: Path) -> tuple[FirstStage, dict[str, Any]]:
+            return train_autoencoder(config, images, seconds, folder)
+
+        arm = self.arm(
+            name,
+            config.seed,
+            lambda: build_first_stage(config.first_stage, config.data.size),
+            train,
+            _settings(config, seconds),
+        )
+        return freeze(arm.network), {"ae_steps": float(arm.steps), "ae_seconds": arm.seconds}
+
+    def denoiser(self, name: str, config: LdmConfig, task: Task, stage: FirstStage | None, seconds: float) -> Denoiser:
+        """A denoiser trained on cached latents (None: on pixels) for so many CPU seconds, caching included."""
+        task = dataclasses.replace(task)
+        first = IdentityFirstStage() if stage is None else stage
+
+        def build() -> LatentDiffusion:
+            torch.manual_seed(config.seed)
+            return build_latent_diffusion(config, task, first)
+
+        def train(network: LatentDiffusion, folder: Path) -> tuple[LatentDiffusion, dict[str, Any]]:
+            return train_denoiser(network, config, task, first, seconds, folder)
+
+        arm = self.arm(name, config.seed, build, train, _settings(config, seconds))
+        return Denoiser(arm.name, arm.network, arm.record, config, task)
+
+    def regression(self, name: str, config: LdmConfig, task: Task, seconds: float) -> Regression:
+        """The squared error minimised for so many CPU seconds, same optimiser and batch as the diffusion arms."""
+
+        def build() -> Regression:
+            torch.manual_seed(config.seed)
+            return Regression(config)
+
+        def train(network: Regression, folder: Path) -> tuple[Regression, dict[str, Any]]:
+            columns = {key: in_memory(task.train).columns[key] for key in ("image", "low")}
+            watch = _fit(RegressionTrainer(network, config), TensorTable(columns), config, seconds, folder)
+            return network, watch.record()
+
+        return self.arm(name, config.seed, build, train, _settings(config, seconds)).network
 
     def reconstruction(self, stage: FirstStage, real: Tensor) -> dict[str, float]:
         """PSNR in dB, SSIM and r-FID of the first stage on held-out images."""
@@ -182,7 +236,12 @@ def base_config(task: str, data: DataConfig, f: int = 4, z: int = 4, seed: int =
         diffusion=DiffusionConfig(),
         optimiser=OptimiserConfig(lr=1e-3, schedule="constant", warmup=50, ema_decay=0.999),
         trainer=TrainerConfig(
-            max_steps=ENDLESS, batch_size=16, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+            max_steps=ENDLESS,
+            batch_size=16,
+            precision=claims_precision("ldm"),
+            accelerator="cpu",
+            threads=1,
+            progress=False,
         ),
         sampling=SamplingConfig(steps=20, guidance=1.0, batch_size=100),
     )
@@ -221,46 +280,15 @@ def open_task(config: LdmConfig) -> Task:
     return dataclasses.replace(task, conditioner=fresh)
 
 
-def train_autoencoder(config: LdmConfig, images: TensorTable, seconds: float) -> tuple[FirstStage, dict[str, float]]:
-    """A first stage trained for so many CPU seconds, and its held-in facts (`ae_steps`, `ae_seconds`)."""
-    if config.first_stage.kind == "pixels":
-        return IdentityFirstStage(), {"ae_steps": 0.0, "ae_seconds": 0.0}
-    options = dataclasses.replace(config.first_stage, steps=ENDLESS)
-
-    class Decay(Watch):
-        """Tells the learning-rate decay how many steps the budget will allow."""
-
-        def on_train_batch_end(self, *arguments: Any) -> None:
-            super().on_train_batch_end(*arguments)
-            options.steps = int(self.steps * seconds / max(self.seconds, 1e-3))
-
-    watch = Decay(budget=seconds)
-    folder = cache_dir("experiments")
-    stage = train_first_stage(
-        options, config.trainer, images, config.data.size, folder, config.seed, callbacks=[watch], save=False
-    )
-    return stage, {"ae_steps": float(watch.steps), "ae_seconds": watch.seconds}
+def _settings(config: LdmConfig, seconds: float) -> dict[str, Any]:
+    """What tells the arms of a tier apart."""
+    parts = {key: dataclasses.asdict(getattr(config, key)) for key in ("data", "first_stage", "diffusion")}
+    return {"task": config.task, "seconds": seconds, **parts}
 
 
-def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage | None, seconds: float) -> Denoiser:
-    """Train a denoiser on cached latents (None: on pixels) for so many CPU seconds, caching included."""
-    started = time.process_time()
-    torch.manual_seed(config.seed)
-    task = dataclasses.replace(task)
-    stage = IdentityFirstStage() if stage is None else stage
-    ldm = build_latent_diffusion(config, task, stage)
-    train = table = in_memory(task.train)
-    if config.first_stage.kind != "pixels" and task.name != "inpaint":
-        with torch.no_grad():
-            parts = [stage.moments(to_unit(part)).float() for part in train.columns["image"].split(128)]
-        columns = {name: column for name, column in train.columns.items() if name != "image"}
-        table = TensorTable({**columns, "moments": torch.cat(parts)})
-    if config.diffusion.scale_by_std and config.first_stage.kind != "pixels":
-        ldm.set_scale_factor(first_batch_scale(config, train, stage))
-    holes = mask_bank(config.data.size, MASKS // 4, config.seed) if task.name == "inpaint" else None
-    module = DiffusionTrainer(ldm, config, holes)
-    watch = Watch(budget=seconds - (time.process_time() - started))
-    batch_size = config.trainer.batch_size
+def _fit(module: pl.LightningModule, table: TensorTable, config: LdmConfig, seconds: float, folder: Path) -> Watch:
+    """Train for so many CPU seconds; an interrupted training goes on."""
+    watch, batch_size = Watch(budget=seconds), config.trainer.batch_size
     fit_arm(
         module,
         StepDataModule(table, batch_size, ENDLESS, config.seed),
@@ -268,10 +296,69 @@ def train_denoiser(config: LdmConfig, task: Task, stage: FirstStage | None, seco
         config.trainer,
         batch_size=batch_size,
         grad_clip=config.optimiser.grad_clip,
+        folder=folder,
+        checkpoint_every=CHECKPOINT_EVERY,
     )
+    return watch
+
+
+def train_autoencoder(
+    config: LdmConfig, images: TensorTable, seconds: float, folder: Path
+) -> tuple[FirstStage, dict[str, Any]]:
+    """A first stage trained for so many CPU seconds, and its record; in `folder` it goes on where it was."""
+    options = dataclasses.replace(config.first_stage, steps=ENDLESS)
+
+    class Decay(Watch):
+        """Tells the learning-rate decay how many steps the budget will allow."""
+
+        def on_train_start(self, *arguments: Any) -> None:
+            super().on_train_start(*arguments)
+            if self.steps:
+                self._tell()
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            super().on_train_batch_end(*arguments)
+            self._tell()
+
+        def _tell(self) -> None:
+            options.steps = int(self.steps * seconds / max(self.seconds, 1e-3))
+
+    watch = Decay(budget=seconds)
+    trainer = dataclasses.replace(config.trainer, checkpoint_every=CHECKPOINT_EVERY)
+    stage = train_first_stage(
+        options,
+        trainer,
+        images,
+        config.data.size,
+        folder,
+        config.seed,
+        callbacks=[watch],
+        save=False,
+        checkpoints=True,
+    )
+    return stage, watch.record()
+
+
+def train_denoiser(
+    network: LatentDiffusion, config: LdmConfig, task: Task, stage: FirstStage, seconds: float, folder: Path
+) -> tuple[LatentDiffusion, dict[str, Any]]:
+    """The network with its averaged weights after so many CPU seconds, caching of latents included, and its record."""
+    started = time.process_time()
+    train = table = in_memory(task.train)
+    latent = config.first_stage.kind != "pixels"
+    if latent and task.name != "inpaint":
+        with torch.no_grad():
+            parts = [stage.moments(to_unit(part)).float() for part in train.columns["image"].split(128)]
+        columns = {name: column for name, column in train.columns.items() if name != "image"}
+        table = TensorTable({**columns, "moments": torch.cat(parts)})
+    if config.diffusion.scale_by_std and latent:
+        network.set_scale_factor(first_batch_scale(config, train, stage))
+    holes = mask_bank(config.data.size, MASKS // 4, config.seed) if task.name == "inpaint" else None
+    module = DiffusionTrainer(network, config, holes)
+    watch = _fit(module, table, config, seconds - (time.process_time() - started), folder)
     assert module.ema is not None
-    module.ema.copy_to(ldm)
-    return Denoiser(task.name, ldm.eval(), watch.record(), config, task)
+    module.ema.copy_to(network)
+    return network.eval(), watch.record()
 
 
 class Regression(nn.Module):
@@ -287,23 +374,18 @@ class Regression(nn.Module):
         return x_BCHW + self.unet(x_BCHW, torch.zeros(len(x_BCHW), dtype=torch.long))
 
 
-def train_regression(config: LdmConfig, task: Task, seconds: float) -> Regression:
-    """Minimise the squared error for so many CPU seconds, same optimiser and batch as the diffusion arms."""
-    torch.manual_seed(config.seed)
-    network = Regression(config)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=config.optimiser.lr)
-    columns = in_memory(task.train).columns
-    images, low = columns["image"], columns["low"]
-    started, step = time.process_time(), 0
-    while time.process_time() - started < seconds:
-        rows = torch.randint(len(images), (config.trainer.batch_size,), generator=step_generator(config.seed, step))
-        loss = F.mse_loss(network(to_unit(low[rows]), config.data.size), to_unit(images[rows]))
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.grad_clip)
-        optimiser.step()
-        step += 1
-    return network.eval()
+class RegressionTrainer(pl.LightningModule):
+    """Squared error of the image in one pass."""
+
+    def __init__(self, network: Regression, config: LdmConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.optimiser.lr)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self.network(to_unit(batch["low"]), self.config.data.size), to_unit(batch["image"]))
 
 
 @torch.no_grad()

@@ -6,18 +6,34 @@ from pathlib import Path
 
 from common.figures import BLUE, bars, curve, keep_captions, panels, save_figure, small_claims
 
-# Pictures that the runs and the claims' programs drew.
+# Pictures that the runs and the claims' programs drew. Arms of claims train for minutes.
 GRIDS = {
-    "default_run.png": "What `make ldm-train` ends with: unseen pairs of emoji and style.",
-    "unconditional_f1.png": "Samples on pixels (f = 1), first seed.",
-    "unconditional_f4.png": "Samples in latent space (f = 4), same budget, first seed.",
-    "class_guidance_3.png": "Class-conditional samples at guidance 3, first seed.",
-    "layout.png": "L5: boxes and what was drawn into them (pairs), first seed.",
-    "semantic_2x_rescaled.png": "L8: maps of twice the training size and their syntheses (pairs), rescaled latents.",
-    "superres_latent.png": "L6: latent super-resolution, first seed.",
-    "superres_regression.png": "L6: regression, the same images.",
-    "superres_truth.png": "L6: the true images.",
-    "inpaint_kl.png": "L7: inpainting in the KL latent space, first seed.",
+    "default_run.png": "What `make ldm-train` ends with after a quarter of an hour: colours and outlines of "
+    "unseen pairs of emoji and style, no detail yet.",
+    "first_stage_mild.png": "L3: held-out emoji through the first stage with KL weight 1e-6, first seed.",
+    "first_stage_strong.png": "L3: the same with KL weight 0.1: hardly blurrier, which is why the target is missed.",
+    "first_stage_gan.png": "L3: the same with perceptual and adversarial loss: too few steps, colours go astray.",
+    "first_stage_vq1024.png": "L3: the same with a codebook of 1024 entries.",
+    "first_stage_vq16.png": "L3: the same with a codebook of 16 entries: reds turn brown.",
+    "unconditional_f1.png": "L1, L2: samples on pixels (f = 1) after 150 CPU seconds: noise, no shapes. First seed.",
+    "unconditional_f2.png": "L2: the same budget at f = 2: backgrounds and blots of one colour.",
+    "unconditional_f4.png": "L1, L2: the same budget at f = 4: plain backgrounds with blots that are not yet shapes.",
+    "unconditional_f8.png": "L2: the same budget at f = 8: dark blots without an edge.",
+    "class_guidance_1.png": "L4: class-conditional samples, guidance 1: blots after 90 CPU seconds, no class seen.",
+    "class_guidance_1p5.png": "L4: the same noises, guidance 1.5.",
+    "class_guidance_3.png": "L4: the same noises, guidance 3: more contrast, still no class; L4 holds by numbers only.",
+    "layout.png": "L5: boxes and, right of each, what was drawn for them: the boxes are ignored, as the claim says.",
+    "semantic_2x_rescaled.png": "L8: maps of twice the training size and, right of each, what was drawn, rescaled "
+    "latents: specks, no shapes yet.",
+    "semantic_2x_raw.png": "L8: the same with raw latents.",
+    "superres_truth.png": "L6, x4 super-resolution: the true pictures.",
+    "superres_regression.png": "L6: by regression: blurred, and ahead in FID, PSNR and SSIM.",
+    "superres_latent.png": "L6: by latent diffusion after 50 CPU seconds: some right colours, else patterns.",
+    "superres_pixel.png": "L6: by pixel diffusion in the same time: noise.",
+    "inpaint_pixel.png": "L7, inpainting: on pixels, the holes are filled with noise.",
+    "inpaint_kl.png": "L7: the same holes in the KL latent space: smears instead of noise.",
+    "inpaint_vq.png": "L7: in the VQ latent space.",
+    "inpaint_vq_noattn.png": "L7: in a VQ latent space without attention in the first stage.",
 }
 
 

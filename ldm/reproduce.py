@@ -37,9 +37,6 @@ from ldm.experiments import (
     open_task,
     regress,
     shapes_first_stage,
-    train_autoencoder,
-    train_denoiser,
-    train_regression,
 )
 from ldm.first_stage import reconstruct
 from ldm.sample import draw, draw_boxes
@@ -91,7 +88,7 @@ def l3(study: Study, seed: int) -> dict[str, float]:
     real = task.reference.columns["image"][: size.images]
     for name, options in arms.items():
         config = dataclasses.replace(base, first_stage=dataclasses.replace(base.first_stage, **options))
-        stage, notes = train_autoencoder(config, in_memory(task.train), size.seconds)
+        stage, notes = study.autoencoder(f"L3-{name}", config, in_memory(task.train), size.seconds)
         result |= labelled(study.reconstruction(stage, real), name) | {f"steps_{name}": notes["ae_steps"]}
         study.show(seed, f"first_stage_{name}", reconstruct(stage, real[:32]))
     return {
@@ -110,7 +107,7 @@ def l4(study: Study, seed: int) -> dict[str, float]:
     data = DataConfig(name="emoji_groups", size=32, eval_images=1000)
     config = base_config("class", data, seed=seed, first_stage=first)
     task = open_task(config)
-    arm = train_denoiser(config, task, stage, size.seconds)
+    arm = study.denoiser("L4-class", config, task, stage, size.seconds)
     train, reference = in_memory(task.train).columns, task.reference.columns
     real, labels = reference["image"][: size.images], reference["label"][: size.images].numpy()
     features = study.judge.features_of_real(train["image"][:2000])
@@ -143,7 +140,7 @@ def l5(study: Study, seed: int) -> dict[str, float]:
     stage, first = shapes_first_stage()
     grids = base_config("layout", dataclasses.replace(SHAPES, tasks=["grid3"]), z=8, seed=seed, first_stage=first)
     layouts = open_task(grids)
-    arm = train_denoiser(grids, layouts, stage, size.seconds)
+    arm = study.denoiser("L5-layout", grids, layouts, stage, size.seconds)
     columns = {name: column[: size.images] for name, column in layouts.reference.columns.items()}
     fake, _ = arm.samples(size.images, guidance=2.0)
     boxes, colours = columns["boxes"].numpy(), columns["colours"].numpy()
@@ -151,7 +148,7 @@ def l5(study: Study, seed: int) -> dict[str, float]:
     study.show(seed, "layout", torch.stack([drawn, fake[:16]], 1).flatten(0, 1))
     captions = base_config("text", SHAPES, z=8, seed=seed, first_stage=first)
     text = open_task(captions)
-    model = train_denoiser(captions, text, stage, size.seconds)
+    model = study.denoiser("L5-text", captions, text, stage, size.seconds)
     right, wrong = model.caption_losses(text.reference.columns)
     return {
         "colour_in_box": float(np.nanmean(colour_in_boxes(fake, boxes, colours))),
@@ -172,9 +169,9 @@ def l6(study: Study, seed: int) -> dict[str, float]:
     real, low = (task.reference.columns[key][: size.images] for key in ("image", "low"))
     pixels = base_config("superres", EMOJI, 1, 3, seed)
     images = {
-        "latent": train_denoiser(config, task, stage, size.seconds).samples(size.images)[0],
-        "pixel": train_denoiser(pixels, open_task(pixels), None, size.seconds).samples(size.images)[0],
-        "regression": regress(train_regression(config, task, size.seconds), low, 32),
+        "latent": study.denoiser("L6-latent", config, task, stage, size.seconds).samples(size.images)[0],
+        "pixel": study.denoiser("L6-pixel", pixels, open_task(pixels), None, size.seconds).samples(size.images)[0],
+        "regression": regress(study.regression("L6-regression", config, task, size.seconds), low, 32),
     }
     result: dict[str, float] = {}
     for name, fake in images.items():
@@ -208,7 +205,7 @@ def l7(study: Study, seed: int) -> dict[str, float]:
             stage, first = study.emoji_first_stage(**options)
             config = base_config("inpaint", EMOJI, seed=seed, first_stage=first)
         task = open_task(config)
-        arm = train_denoiser(config, task, stage, size.seconds)
+        arm = study.denoiser(f"L7-{name}", config, task, stage, size.seconds)
         fake, speed = arm.samples(size.images)
         real = task.reference.columns["image"][: size.images]
         result |= labelled(study.judge.distances(fake, real), name, "fid", "kid_x1000")
@@ -232,7 +229,7 @@ def l8(study: Study, seed: int) -> dict[str, float]:
         config = base_config("semantic", SHAPES, z=8, seed=seed, first_stage=first)
         config.diffusion = dataclasses.replace(config.diffusion, scale_by_std=rescaled)
         task = open_task(config)
-        arm = train_denoiser(config, task, stage, size.seconds)
+        arm = study.denoiser(f"L8-{name}", config, task, stage, size.seconds)
         maps = task.reference.columns["label_map"][: size.images]
         fake, _ = arm.samples(size.images)
         # Four training-size maps side by side make one map of twice the size.
@@ -261,7 +258,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "ldm",
         __doc__,
         (l1, l2, l3, l4, l5, l6, l7, l8),
-        lambda options: Study(options.tier, options.folder),
+        lambda options: Study(options.tier, options.folder, options.rung),
         figures=figures,
         argv=argv,
     )

@@ -98,12 +98,14 @@ def train_first_stage(
     resume: bool = True,
     callbacks: list[pl.Callback] | None = None,
     save: bool = True,
+    checkpoints: bool | None = None,
 ) -> FirstStage:
     """Train (or load) the first stage: reconstruction, a mild regulariser, a patch discriminator (appendix G).
 
     Args:
         images: table or stream with a uint8 column `image` [N, 3, H, W].
         folder: gets `first_stage.safetensors`, logs, checkpoints and reconstruction grids.
+        save: False leaves all of them out; checkpoints: True writes these all the same, and goes on from them.
 
     Returns:
         The first stage, in eval mode with gradients off.
@@ -160,6 +162,7 @@ def train_first_stage(
         batch_size=config.batch_size,
         resume="auto" if resume else "never",
         logs=save,
+        checkpoints=checkpoints,
         callbacks=[
             StopAtCount(config.steps),
             *([EveryNSteps(max(1, config.steps // 4), draw)] if save else []),

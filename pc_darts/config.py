@@ -119,7 +119,7 @@ class SearchConfig(SearchShape):
 
 @dataclass(frozen=True)
 class SearchOptions(SgdOptions, SearchShape):
-    """The search (specification sections 2.1 to 2.5); defaults are the paper's on CIFAR-10.
+    """The search; defaults are the paper's on CIFAR-10.
 
     Args:
         channels, cells, nodes, partial, edge_normalisation, sampling, stem: see `SearchShape`.

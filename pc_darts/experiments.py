@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from common.costs import kept_bytes
 from common.data.augmentation import Augmentation
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
-from common.files import write_json
+from common.files import locked, write_json
 from common.study import Study as CommonStudy
 from pc_darts.baselines import darts_options, random_genotype
 from pc_darts.config import DataConfig, RetrainOptions, SearchConfig, SearchOptions
@@ -98,7 +99,16 @@ class Study(CommonStudy[Sizes]):
     def search(self, name: str, seed: int, initial_seed: int | None = None, **changes: Any) -> SearchResult:
         """The search arm `name`; `changes` replace options of the tier's search."""
         options = dataclasses.replace(self.sizes.search, **changes)
-        return self.searcher(options, name, seed, initial_seed=initial_seed).run()
+        return self._found(name, seed, options, initial_seed=initial_seed)
+
+    def _found(self, name: str, seed: int, options: SearchOptions, **more: Any) -> SearchResult:
+        """What a search comes to; only one process is at it."""
+        with locked(self.folder / "searches" / f"{name}-seed{seed}"):
+            found = self.searcher(options, name, seed, **more).run()
+        values = {key: getattr(found, key) for key in ("steps", "seconds", "cpu_seconds", "memory_bytes", "alphas")}
+        values["genotype"] = json.loads(found.genotype.to_json())
+        self.note(name, seed, {"options": dataclasses.asdict(options), **more}, values)
+        return found
 
     def darts(self, seed: int) -> SearchResult:
         """DARTS of first order in the CPU seconds of the PC-DARTS arm of the same seed, at 1/K of its batch."""
@@ -110,15 +120,19 @@ class Study(CommonStudy[Sizes]):
             return {"budget": budget, "epoch": taken, "epochs": max(1, round(budget / taken))}
 
         epochs = self.values(f"searches/darts-seed{seed}-budget", measured, self.settings)["epochs"]
-        return self.searcher(dataclasses.replace(options, epochs=int(epochs)), "darts", seed).run()
+        return self._found("darts", seed, dataclasses.replace(options, epochs=int(epochs)))
 
     def train(self, name: str, genotype: Genotype, number: int) -> RetrainResult:
         """Training `number` of a cell, with a seed of its own."""
         sizes = self.sizes
         settings = {"genotype": genotype.to_json(), "data": dataclasses.asdict(sizes.data)}
         settings |= {"options": dataclasses.asdict(sizes.retrain)}
-        folder = self.workplace(f"trainings/{name}-{number}", settings)
-        return retrain(genotype, sizes.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
+        with locked(self.folder / "trainings" / f"{name}-{number}"):
+            folder = self.workplace(f"trainings/{name}-{number}", settings)
+            found = retrain(genotype, sizes.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
+        values = {key: getattr(found, key) for key in ("test_error", "parameters", "steps", "seconds", "cpu_seconds")}
+        self.note(f"training-{name}", number, settings, values)
+        return found
 
     def error(self, name: str, genotype: Genotype) -> float:
         """Test error of a cell in percent, mean over the tier's trainings."""

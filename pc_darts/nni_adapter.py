@@ -205,7 +205,7 @@ class PartialDarts(DARTS):
         return found
 
     def genotype(self) -> Genotype:
-        """The derived cell (section 2.4 of the specification)."""
+        """The derived cell."""
         found = self.architecture()
         return derive(found["alphas_normal"], found["alphas_reduce"], found["betas_normal"], found["betas_reduce"])
 

@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "pc_darts",
         __doc__,
         (pc1, pc2, pc3, pc4, pc5, pc6),
-        lambda given: Study(open_sizes(Sizes, "pc_darts", given.tier), given.folder, drawn=given.tier == "small"),
+        lambda given: Study(
+            open_sizes(Sizes, "pc_darts", given.tier, given.rung), given.folder, drawn=given.tier == "small"
+        ),
         figures=figures,
         options=options,
         instead=run_sweep,

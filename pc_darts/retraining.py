@@ -1,4 +1,4 @@
-"""The derived network trained from scratch (specification section 2.6), and what it then gets right.
+"""The derived network trained from scratch, and what it then gets right.
 
 Shape suffixes: B batch, C channels, H W sides.
 """

@@ -1,4 +1,4 @@
-"""Learning rates and drop-path probability as functions of the epoch (specification sections 2.5, 2.6).
+"""Learning rates and drop-path probability as functions of the epoch.
 
 Epochs count from 0, and epoch e uses the value of e: the first epoch of a cosine has the full rate.
 """

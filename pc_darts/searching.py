@@ -1,4 +1,4 @@
-"""The search: alternating steps of architecture and weights (specification section 2.5), from which a cell is derived.
+"""The search: alternating steps of architecture and weights, from which a cell is derived.
 
 Everything random is a function of (seed, step), so that a killed search continues with identical alphas; on N processes
 the batch is shared out, batch statistics are those of the whole batch and gradients are averaged, so that the search is

@@ -25,7 +25,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from common.data.shapes import Spec
 from common.data.shapes_verifier import read
-from common.study import ENDLESS, Arm, Judge, Watch, fit_arm, labelled
+from common.precision import BF16
+from common.study import CHECKPOINT_EVERY, ENDLESS, Arm, Judge, Watch, claims_precision, fit_arm, labelled
 from common.study import Study as CommonStudy
 from common.weights import read_weights, save_weights
 from pixart.config import DataConfig, NetworkConfig, OptimiserConfig, PixArtConfig, StageConfig, TrainerConfig
@@ -172,7 +173,7 @@ class HeldOut:
 
 def mixed_precision() -> Any:
     """What the arms are trained in."""
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=claims_precision("pixart") == BF16)
 
 
 def run_sampler(model: Any, start_BCHW: Tensor, sampler: Sampler, steps: int, noise: Noise) -> Tensor:
@@ -257,6 +258,8 @@ def full_size_parameters(adaln: Literal["single", "block"]) -> int:
 
 class Study(CommonStudy[Sizes]):
     """Data, networks and arms of a tier; everything is made when first asked for."""
+
+    paper = "pixart"
 
     def __init__(self, sizes: Sizes, folder: Path) -> None:
         super().__init__(sizes, folder)
@@ -397,7 +400,17 @@ class Study(CommonStudy[Sizes]):
             batch = self.sizes.batch
             data = BucketDataModule(table(), batch, steps, seed)
             clip = config.optimiser.grad_clip
-            fit_arm(module, data, watch, config.trainer, steps=steps, batch_size=batch, grad_clip=clip)
+            fit_arm(
+                module,
+                data,
+                watch,
+                config.trainer,
+                steps=steps,
+                batch_size=batch,
+                grad_clip=clip,
+                folder=folder,
+                checkpoint_every=CHECKPOINT_EVERY,
+            )
             return module.averaged(), watch.record()  # type: ignore[return-value]
 
         return self.arm(name, seed, start, trained, settings)
@@ -412,7 +425,7 @@ class Study(CommonStudy[Sizes]):
             network=NetworkConfig(width=sizes.width, depth=sizes.depth, heads=sizes.heads, caption_tokens=TOKENS),
             optimiser=OptimiserConfig(lr=lr, warmup=20, ema_decay=0.98),
             trainer=TrainerConfig(
-                batch_size=sizes.batch, precision="bf16-mixed", accelerator="cpu", threads=1, progress=False
+                batch_size=sizes.batch, precision=self.precision, accelerator="cpu", threads=1, progress=False
             ),
         )
 

@@ -18,29 +18,30 @@ from common.figures import (
 )
 
 SAMPLES = "held-out captions, guidance 3, 20 DPM-Solver steps, first seed"
-# Grids that the claims' program drew.
+# Grids that the claims' program drew. Their arms train for minutes and draw blots, not shapes: what differs between two
+# arms is how far colour and place follow the words.
 GRIDS = {
-    "captions_dense.png": f"P3, dense captions: {SAMPLES}.",
-    "captions_web.png": f"P3, LAION-like captions, the same prompts: {SAMPLES}.",
-    "reparam.png": f"P2, from the re-parameterised DiT: {SAMPLES}.",
-    "scratch.png": f"P2, from scratch at equal steps: {SAMPLES}.",
-    "scratch_extra_steps.png": f"P2, from scratch with stage 1's steps on top: {SAMPLES}.",
-    "adaln_single.png": f"P1, adaLN-single: {SAMPLES}.",
+    "captions_dense.png": f"P3, dense captions: blots, but of the colour and about where the words say; {SAMPLES}.",
+    "captions_web.png": f"P3, LAION-like captions, the same prompts: colours do not follow the words; {SAMPLES}.",
+    "reparam.png": f"P2, from the re-parameterised DiT: blots of mixed colours; {SAMPLES}.",
+    "scratch.png": f"P2, from scratch at equal steps: noise, nothing learned yet; {SAMPLES}.",
+    "scratch_extra_steps.png": f"P2, from scratch with stage 1's steps on top: blots as from the DiT; {SAMPLES}.",
+    "adaln_single.png": f"P1, adaLN-single: blots, level with the larger network's; {SAMPLES}.",
     "adaln_block.png": f"P1, an adaLN MLP a block: {SAMPLES}.",
-    "emoji_dense.png": f"P3 on emoji, dense captions: {SAMPLES}.",
-    "emoji_web.png": f"P3 on emoji, LAION-like captions: {SAMPLES}.",
-    "hq_stages.png": f"P4, three stages: {SAMPLES}.",
-    "hq_mixed.png": f"P4, one mixed stage in the same CPU seconds: {SAMPLES}.",
-    "64px_s2.png": f"P5, 64 px after the short fine-tuning with interpolated positions: {SAMPLES}.",
-    "64px_s1.png": f"P5, 64 px after the same fine-tuning without interpolation: {SAMPLES}.",
+    "emoji_dense.png": f"P3 on emoji, dense captions: coloured patches, no emoji; {SAMPLES}.",
+    "emoji_web.png": f"P3 on emoji, LAION-like captions: the same patches, so the words are not used; {SAMPLES}.",
+    "hq_stages.png": f"P4, three stages: blots; {SAMPLES}.",
+    "hq_mixed.png": f"P4, one mixed stage in the same CPU seconds: blots of clearer colours; {SAMPLES}.",
+    "64px_s2.png": f"P5, 64 px after the short fine-tuning with interpolated positions: splinters; {SAMPLES}.",
+    "64px_s1.png": f"P5, 64 px after the same fine-tuning without interpolation: finer splinters; {SAMPLES}.",
     "2to1_buckets.png": f"P5, pictures twice as high as wide after bucketed training: {SAMPLES}.",
     "2to1_square.png": f"P5, the same after square training: {SAMPLES}.",
-    "guidance_1.png": "P6, guidance 1, first seed.",
-    "guidance_3.png": "P6, guidance 3, first seed.",
-    "guidance_4p5.png": "P6, guidance 4.5, first seed.",
-    "guidance_7.png": "P6, guidance 7, first seed.",
-    "sampler_iddpm.png": "P6, 100 steps of iDDPM, guidance 3, first seed.",
-    "sampler_sa.png": "P6, 25 steps of SA-Solver, guidance 3, first seed.",
+    "guidance_1.png": "P6, guidance 1: the colours of several objects run into one another. First seed, as all of P6.",
+    "guidance_3.png": "P6, guidance 3: the colours follow the words better.",
+    "guidance_4p5.png": "P6, guidance 4.5: first pictures go empty.",
+    "guidance_7.png": "P6, guidance 7: too much, colours flood or vanish.",
+    "sampler_iddpm.png": "P6, 100 steps of iDDPM, guidance 3: smoother blots for five times the calls.",
+    "sampler_sa.png": "P6, 25 steps of SA-Solver, guidance 3.",
 }
 # Arms of the training curves and what to call them.
 ARMS = {

@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "pixart",
         __doc__,
         (p1, p2, p3, p4, p5, p6),
-        lambda given: Study(open_sizes(Sizes, "pixart", given.tier), given.folder),
+        lambda given: Study(open_sizes(Sizes, "pixart", given.tier, given.rung), given.folder),
         figures=figures,
         options=options,
         instead=calibrate,

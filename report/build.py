@@ -3,19 +3,19 @@
     python -m report.build                          # results/ -> report/site/index.html
     python -m report.build --results DIR --output FILE
 
-Reads results/<paper>.json (claims), results/bench_<name>.json (side-by-side rows) and the pictures under
-results/figures/<paper>/ with their optional captions.json ({"file name": "caption"}). The page carries its pictures,
-styles and script inside, asks nothing of the network, and opens from the file system.
+Reads results/<paper>.json (claims), results/bench_<name>.json (side-by-side rows), results/<name>.json of a comparison
+of methods, and the pictures under results/figures/ that have a caption in their folder's captions.json ({"file name":
+"caption"}). What a missed claim came to and what its numbers are called stands in the paper's claims.yaml, which
+pictures come first in its paper.yaml. Pictures lie beside the page and are asked for when they come into view; styles
+and script are inside. It asks nothing of the network and opens from the file system.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
-import re
-import statistics
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -25,15 +25,26 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.files import write_atomically
-from common.ledger import TIERS
+from common.ledger import TIERS, read_claims, read_notes
 from common.paths import REPOSITORY, RESULTS
 from report.papers import Paper, all_papers
-from report.plots import number, ratio_plot, seed_plot, spread
+from report.pictures import Album, Picture, read_pictures, strongest_first, with_code
+from report.plots import number, rung_plot, seed_plot
+from report.side_by_side import bench_section, comparison_tables
+from report.words import (
+    SIGNS,
+    Measured,
+    commits,
+    conditions,
+    few_images,
+    in_words,
+    time_taken,
+    verdict,
+    within_noise,
+)
 
 ASSETS = Path(__file__).parent
-IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
-ROWS_SHOWN = 14
-FIGURES_AHEAD = 3  # pictures that come before the claims; the rest follow them
+ARROWS = {">=": "↑", ">": "↑", "<=": "↓", "<": "↓"}
 _CLAIM_KEYS = ("id", "statement", "paper", "target", "measured", "mean", "std", "holds", "tier", "seconds",
                "peak_memory_bytes", "hardware", "versions", "commit")  # fmt: skip
 _ROW_KEYS = ("name", "ours", "peer", "unit", "ratio", "target", "holds", "hardware", "commit")
@@ -45,10 +56,11 @@ class Findings:
 
     claims: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    figures: list[tuple[Path, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    comparison: dict[str, Any] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.claims or self.rows or self.figures)
+        return bool(self.claims or self.rows or self.pictures or self.comparison)
 
     def by_id(self) -> dict[str, list[dict[str, Any]]]:
         """The records of each claim, the most thorough tier first."""
@@ -78,12 +90,13 @@ def load(results: Path) -> dict[str, Findings]:
                 if claim["tier"] not in TIERS:
                     raise UserError(f"{path.name}: claim {claim['id']} has tier {claim['tier']!r}, not one of {TIERS}")
             found.setdefault(path.stem, Findings()).claims = claims
+        elif isinstance(content, dict) and {"summary", "settings"} <= set(content):
+            found.setdefault(path.stem, Findings()).comparison = content
         elif not path.with_name(f"bench_{path.name}").is_file():  # else: the measurements behind those rows
             print(f"left out {path.name}: it holds neither claims nor bench rows")
     for folder in sorted(path for path in results.glob("figures/*") if path.is_dir()):
-        pictures = _figures(folder)
-        if pictures:
-            found.setdefault(folder.name, Findings()).figures = pictures
+        if pictures := read_pictures(folder):
+            found.setdefault(folder.name, Findings()).pictures = pictures
     return found
 
 
@@ -98,55 +111,85 @@ def _entries(path: Path, content: Any, key: str, needed: Sequence[str]) -> list[
     return entries
 
 
-def _figures(folder: Path) -> list[tuple[Path, str]]:
-    captions: dict[str, str] = {}
-    listing = folder / "captions.json"
-    if listing.exists():
-        try:
-            captions = json.loads(listing.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{folder.name}/captions.json cannot be read as JSON: {error}") from None
-        if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-            raise UserError(f'{folder.name}/captions.json: expected {{"file name": "caption"}}')
-        absent = [name for name in captions if not (folder / name).exists()]
-        if absent:
-            raise UserError(f"{folder.name}/captions.json names {absent[0]}, which is not in that folder")
-    pictures = [path for path in folder.iterdir() if path.suffix in IMAGE_TYPES]
-    order = list(captions)  # captions.json also decides the order
-    pictures.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
-    return [(path, captions.get(path.name, re.sub(r"[_-]+", " ", path.stem))) for path in pictures]
+@dataclass
+class Room:
+    """A paper's folder as the page needs it: links to its files, and what its claims.yaml says for readers."""
+
+    key: str
+    folder: Path
+    page: Path
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, key: str, rooms: Path, page: Path) -> Room:
+        """From `rooms`/`key`; a room that is not there has nothing to say."""
+        file = rooms / key / "claims.yaml"
+        if not file.is_file():
+            return cls(key, rooms / key, page)
+        images = {name: claim.sizes.get("images") for name, claim in read_claims(file, "small").items()}
+        return cls(key, rooms / key, page, *read_notes(file), images)
+
+    def link(self, name: str, text: str) -> str:
+        """A link to one of its files, empty if there is none."""
+        path = self.folder / name
+        if not path.exists():
+            return ""
+        return f'<a href="{Path(os.path.relpath(path, self.page.parent)).as_posix()}">{escape(text)}</a>'
+
+    def metric(self, claim: str, name: str) -> str:
+        """What a metric of a claim is called."""
+        return self.words.get(claim, {}).get(name, in_words(name))
 
 
 def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
-    """Write the page to `output` (atomically) and return it. `rooms`: where the papers' folders are."""
+    """Write the page to `output` (atomically), its pictures beside it, and return it.
+
+    Args:
+        rooms: where the papers' folders are.
+    """
     found = load(results)
+    album = Album(output.parent / "figures")
+    measured = [paper for paper in all_papers() if found.get(paper.key)]
     known = {paper.key for paper in all_papers()}
-    measured_first = sorted(all_papers(), key=lambda paper: not found.get(paper.key))
     shared = {key: findings for key, findings in found.items() if key not in known}
-    sections = [_paper_section(paper, found[paper.key]) for paper in all_papers() if found.get(paper.key)]
+    front = read_pictures(results / "figures") if (results / "figures").is_dir() else []
+    opening = album.gallery(front) if front else ""
+    sections = [
+        _paper_section(paper, found[paper.key], album, Room.open(paper.key, rooms, output)) for paper in measured
+    ]
     if shared:
-        sections.append(_shared_section(shared))
+        sections.append(_shared_section(shared, album, rooms, output))
+    links = [(paper.key, paper.key) for paper in measured] + ([("shared", "across papers")] if shared else [])
     page = Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
         style=(ASSETS / "style.css").read_text(encoding="utf-8"),
         script=(ASSETS / "script.js").read_text(encoding="utf-8"),
         summary=_summary(found),
-        rows="\n".join(_front_row(paper, found.get(paper.key, Findings()), rooms) for paper in measured_first),
+        opening=opening,
+        contents="".join(f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in links),
+        rows="\n".join(
+            _front_row(paper, found.get(paper.key, Findings()), rooms)
+            for paper in sorted(all_papers(), key=lambda paper: not found.get(paper.key))
+        ),
         sections="\n".join(sections),
     )
     write_atomically(output, partial(Path.write_text, data=page, encoding="utf-8"))
+    album.tidy()
     return output
 
 
 def _summary(found: Mapping[str, Findings]) -> str:
     measured = sum(1 for paper in all_papers() if found.get(paper.key))
     best = [records[0] for findings in found.values() for records in findings.by_id().values()]
-    holding = sum(1 for claim in best if claim["holds"])
+    holding = [claim for claim in best if claim["holds"]]
+    noisy = [sum(map(within_noise, group)) for group in (holding, [c for c in best if not c["holds"]])]
     barred = [row for findings in found.values() for row in findings.rows if row["holds"] is not None]
     won = sum(1 for row in barred if row["holds"])
     tiles = [
         (f"{measured}<small>/{len(all_papers())}</small>", "papers measured"),
-        (str(holding), "claims hold here"),
-        (str(len(best) - holding), "do not hold"),
+        (str(len(holding)), f"claims hold here ({noisy[0]} within noise)"),
+        (str(len(best) - len(holding)), f"do not hold ({noisy[1]} within noise)"),
         (f"{won}<small>/{len(barred)}</small>", "speed and memory targets met"),
     ]
     return "".join(f'<div><dt>{text}</dt><dd class="figure">{value}</dd></div>' for value, text in tiles)
@@ -162,13 +205,16 @@ def _front_row(paper: Paper, findings: Findings, rooms: Path) -> str:
     else:
         outcome = '<span class="quiet">not built yet</span>'
     state = "" if findings else ' class="waiting"'
-    arxiv = f'<a class="plain" href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>'
     venue = "" if paper.venue.startswith("arXiv") else f"{escape(paper.venue)} · "
     return (
         f'<tr{state}><th scope="row"><span class="title">{title}</span>'
-        f'<span class="meta"><code>{paper.key}</code> · {venue}{arxiv}</span></th>'
+        f'<span class="meta"><code>{paper.key}</code> · {venue}{_arxiv(paper)}</span></th>'
         f'<td class="idea">{escape(paper.idea)}</td><td class="outcome">{outcome}</td></tr>'
     )
+
+
+def _arxiv(paper: Paper) -> str:
+    return f'<a class="plain" href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>'
 
 
 def _outcome(findings: Findings) -> str:
@@ -177,7 +223,7 @@ def _outcome(findings: Findings) -> str:
         return '<span class="quiet">benchmarks only</span>' if findings.rows else '<span class="quiet">figures</span>'
     holding = sum(1 for claim in records if claim["holds"])
     pips = "".join(
-        f'<span class="pip {"yes" if claim["holds"] else "no"}" title="{escape(claim["id"])}: {_verdict(claim)}">'
+        f'<span class="pip {"yes" if claim["holds"] else "no"}" title="{escape(claim["id"])}: {verdict(claim)}">'
         f"{'✓' if claim['holds'] else '✕'}</span>"
         for claim in records
     )
@@ -185,173 +231,172 @@ def _outcome(findings: Findings) -> str:
     return f'<span class="pips" aria-hidden="true">{pips}</span>{holding} of {len(records)} {noun}'
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
-    return "holds" if entry["holds"] else "does not hold"
-
-
-def _badge(passed: bool, verdict: str) -> str:
-    sign, kind = ("✓", "yes") if passed else ("✕", "no")
-    return f'<span class="badge {kind}"><span aria-hidden="true">{sign}</span> {verdict}</span>'
-
-
-def _paper_section(paper: Paper, findings: Findings) -> str:
+def _paper_section(paper: Paper, findings: Findings, album: Album, room: Room) -> str:
+    files = [("README.md", "README"), ("", "code"), ("claims.yaml", "claims"), ("configs", "settings")]
+    links = " · ".join(filter(None, [_arxiv(paper), *(room.link(name, text) for name, text in files)]))
+    verbs = [("train", paper.start)]
+    verbs += [("reproduce", "measures the claims below")] if findings.claims else []
+    verbs += [("bench", "measures speed and memory")] if findings.rows else []
+    commands = "".join(f"<li><code>make {paper.key}-{verb}</code> {escape(text)}</li>" for verb, text in verbs if text)
     return (
         f'<section class="paper" id="{paper.key}" aria-labelledby="{paper.key}-title">'
-        f'<p class="eyebrow"><code>{paper.key}</code> · {escape(paper.venue)}</p>'
+        f'<p class="eyebrow"><code>{paper.key}</code> · {escape(paper.venue)} · {links}</p>'
         f'<h2 id="{paper.key}-title">{escape(paper.title)}</h2><p class="lede">{escape(paper.idea)}</p>'
-        f'{_body(findings)}<p class="up"><a href="#papers">↑ all papers</a></p></section>'
-    )
-
-
-def _shared_section(shared: Mapping[str, Findings]) -> str:
-    parts = "".join(
-        f'<h3 class="shared">{escape(key.replace("_", " ").capitalize())}</h3>{_body(findings)}'
-        for key, findings in shared.items()
-    )
-    return (
-        '<section class="paper" id="shared" aria-labelledby="shared-title"><p class="eyebrow">across papers</p>'
-        f'<h2 id="shared-title">Shared parts and comparisons</h2>{parts}'
+        f'<ul class="commands">{commands}</ul>'
+        f"{_body(findings, album, room, paper.pictures)}"
         '<p class="up"><a href="#papers">↑ all papers</a></p></section>'
     )
 
 
-def _body(findings: Findings) -> str:
-    claims = "".join(_claim_card(records) for records in findings.by_id().values())
-    lead, others = findings.figures[:FIGURES_AHEAD], findings.figures[FIGURES_AHEAD:]
-    parts = [_gallery(lead) if lead else "", f'<div class="claims">{claims}</div>' if claims else ""]
-    if others:
-        parts.append(_gallery(others))
+def _shared_section(shared: Mapping[str, Findings], album: Album, rooms: Path, page: Path) -> str:
+    parts = []
+    for key, findings in shared.items():
+        room = Room(key, rooms / "benchmarks" / key, page)
+        readme = room.link("README.md", "README")
+        link = f'<p class="eyebrow">{readme} · <code>python -m benchmarks.{escape(key)}</code></p>' if readme else ""
+        title = escape(key.replace("_", " ").capitalize())
+        parts.append(f'<h3 class="shared">{title}</h3>{link}{_body(findings, album, room)}')
+    return (
+        '<section class="paper" id="shared" aria-labelledby="shared-title"><p class="eyebrow">across papers</p>'
+        f'<h2 id="shared-title">Shared parts and comparisons</h2>{"".join(parts)}'
+        '<p class="up"><a href="#papers">↑ all papers</a></p></section>'
+    )
+
+
+def _body(findings: Findings, album: Album, room: Room, strongest: Sequence[str] = ()) -> str:
+    lead, others = strongest_first(findings.pictures, strongest)
+    claims = "".join(_claim_card(records, room) for records in findings.by_id().values())
+    parts = [album.gallery(lead) if lead else "", comparison_tables(findings.comparison)]
+    if claims:
+        parts.append(f'<h3 class="part">Claims</h3><div class="claims">{claims}</div>')
     if findings.rows:
-        parts.append(_bench(findings.rows))
+        parts.append(bench_section(findings.rows))
+    if others:
+        told = (
+            f"{len(others)} more picture{'s' * (len(others) > 1)}: plots, and what arms drew after minutes of training"
+        )
+        parts.append(f'<details class="more"><summary>{told}</summary>{album.gallery(others)}</details>')
     return "".join(parts)
 
 
-def _claim_card(records: Sequence[Mapping[str, Any]]) -> str:
+def _badge(passed: bool, text: str) -> str:
+    sign, kind = ("✓", "yes") if passed else ("✕", "no")
+    return f'<span class="badge {kind}"><span aria-hidden="true">{sign}</span> {text}</span>'
+
+
+def _claim_card(records: Sequence[Mapping[str, Any]], room: Room) -> str:
     best, *others = records
     paper = best["paper"]
     value = number(paper["value"]) if isinstance(paper["value"], int | float) else str(paper["value"])
     rest = "".join(
-        f"<details><summary>Also at the {escape(other['tier'])} tier: {_verdict(other)}</summary>"
-        f"{_measurement(other)}</details>"
+        f"<details><summary>Also at the {escape(other['tier'])} tier: {verdict(other)}</summary>"
+        f"{_measurement(other, room)}</details>"
         for other in others
     )
+    outcome = room.outcomes.get(best["id"], "")
+    if outcome:
+        heading = "What came out" if best["holds"] else "Why it missed, and what was tried"
+        outcome = f'<p class="why"><b>{heading}.</b> {with_code(outcome)}</p>'
     return (
-        f'<article class="claim"><header><span class="id">{escape(best["id"])}</span>'
-        f"{_badge(best['holds'], _verdict(best))}</header>"
+        f'<article class="claim" id="{room.key}-{escape(best["id"])}">'
+        f'<header><span class="id">{escape(best["id"])}</span>{_badge(best["holds"], verdict(best))}</header>'
         f"<h3>{escape(best['statement'])}</h3>"
         f'<dl class="pair"><div><dt>The paper</dt><dd>{escape(value)} <cite>{escape(paper["source"])}</cite></dd></div>'
         f"<div><dt>Target here</dt><dd>{escape(str(best['target']['text']))}</dd></div></dl>"
-        f"{_measurement(best)}{rest}</article>"
+        f"{_measurement(best, room, outcome)}{rest}</article>"
     )
 
 
-def measurements(claim: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float | None, str]]:
-    """The headline's condition, then the further ones, each with the mean over seeds and what to say of it."""
-    target, several = claim["target"], len(claim["measured"]) > 1
-    headline = {"metric": target["metric"], "op": target["op"], "target": target["value"]}
-    found: list[tuple[dict[str, Any], float | None, float | None]] = [(headline, claim["mean"], claim["std"])]
-    for condition in target["conditions"]:
-        values = [row.get(condition["metric"]) for row in claim["measured"]]
-        whole = None not in values
-        std = statistics.stdev(values) if whole and several else None
-        found.append((condition, statistics.fmean(values) if whole else None, std))
-    return [(condition, mean, spread(mean, std) if several else number(mean)) for condition, mean, std in found]
+def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str:
+    """The headline's seeds as a plot, further conditions a line each; budgets and machines where there are several.
+
+    Args:
+        outcome: HTML that says what came of it.
+    """
+    headline, *further = conditions(claim)
+    values = [row.get(headline.metric) for row in claim["measured"]]
+    name = room.metric(claim["id"], headline.metric)
+    plot = seed_plot(name, values, headline.op, headline.bar, headline.mean)
+    parts = [
+        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)} '
+        f"{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
+    ]
+    if further:
+        lines = "".join(_condition(one, room.metric(claim["id"], one.metric), len(values)) for one in further)
+        parts.append(f'<ul class="conditions">{lines}</ul>')
+    climbed = [{**claim, **entry} for entry in (claim, *claim.get("rungs", ()))]
+    if len(climbed) > 1:
+        parts.append(_ladder(climbed, headline, name))
+    parts.append(outcome)
+    facts = [f"{escape(claim['tier'])} tier", _seeds(claim), time_taken(claim), escape(claim["hardware"])]
+    if warning := few_images(claim, room.images.get(claim["id"])):
+        facts.append(warning)
+    parts.append(f'<p class="facts">{" · ".join(facts)}</p>')
+    for machine in claim.get("machines", ()):
+        other = {**claim, **machine}
+        text = f"{escape(other['hardware'])}: {conditions(other)[0].text}, {verdict(other)}"
+        parts.append(f'<p class="facts">Also measured on {text}</p>')
+    return "".join(parts) + _numbers(climbed, room)
 
 
-def _measurement(claim: Mapping[str, Any]) -> str:
-    seeds, plots = claim["measured"], []
-    for condition, mean, text in measurements(claim):
-        metric = condition["metric"]
-        plot = seed_plot(metric, [row.get(metric) for row in seeds], condition["op"], condition["target"], mean)
-        plots.append(
-            f'<figure class="plot"><figcaption><span class="metric">{escape(in_words(metric))}</span> '
-            f"<b>{text}</b></figcaption>{plot}</figure>"
-        )
-    count = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
-    facts = " · ".join([f"{escape(claim['tier'])} tier", count, _duration(claim["seconds"]), escape(claim["hardware"])])
-    return f'{"".join(plots)}<p class="facts">{facts}</p>{_numbers(claim)}'
+def _condition(one: Measured, name: str, seeds: int) -> str:
+    sign = _sign(one)
+    if one.yes is not None:
+        return f'<li>{sign}<span class="metric">{escape(name)}</span> <b>in {one.yes} of {seeds} seeds</b></li>'
+    bar = f'<span class="quiet">{escape(SIGNS.get(one.op, one.op))} {number(one.bar)}</span>'
+    shown = f'<span class="value"><b>{one.text}</b> {bar}</span>'
+    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> {shown}</li>'
 
 
-def _numbers(claim: Mapping[str, Any]) -> str:
-    metrics = list(dict.fromkeys(key for row in claim["measured"] for key in row if key != "seed"))
-    head = "".join(f'<th scope="col">{escape(in_words(metric))}</th>' for metric in metrics)
+def _sign(one: Measured) -> str:
+    told, sign, kind = ("met", "✓", "yes") if one.met else ("missed", "✕", "no")
+    return f'<span class="pip {kind}" role="img" aria-label="{told}">{sign}</span>'
+
+
+def _ladder(climbed: Sequence[Mapping[str, Any]], headline: Measured, name: str) -> str:
+    """The metric against the budget, the target as a line."""
+    points = [
+        (entry.get("rung", 1), [row.get(headline.metric) for row in entry["measured"]], conditions(entry)[0].mean)
+        for entry in climbed
+    ]
+    words = ", ".join(f"{entry.get('rung', 1)}x {verdict(entry)}" for entry in climbed)
+    plot = rung_plot(name, points, headline.op, headline.bar)
+    return f'<figure class="plot"><figcaption>At multiples of the budget: {words}</figcaption>{plot}</figure>'
+
+
+def _seeds(claim: Mapping[str, Any]) -> str:
+    count = len(claim["measured"])
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def _numbers(records: Sequence[Mapping[str, Any]], room: Room) -> str:
+    """Everything that was measured, one row a seed, and where it came from."""
+    claim = records[0]
+    rows = [(entry.get("rung", 1), row) for entry in records for row in entry["measured"]]
+    metrics = list(dict.fromkeys(key for _, row in rows for key in row if key != "seed"))
+    head = "".join(f'<th scope="col">{escape(room.metric(claim["id"], metric))}</th>' for metric in metrics)
     body = "".join(
-        f'<tr><th scope="row">{escape(str(row["seed"]))}</th>'
+        f'<tr><th scope="row">{row["seed"]}{f" ({rung}x budget)" if len(records) > 1 else ""}</th>'
         + "".join(f"<td>{number(row[m]) if m in row else ''}</td>" for m in metrics)
         + "</tr>"
-        for row in claim["measured"]
+        for rung, row in rows
     )
     versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in claim["versions"].items())
+    made = f'make {room.key}-reproduce ARGS="--claims {claim["id"]}"'
+    code = room.link("reproduce.py", f"{room.key}/reproduce.py")
+    where = f" · measured by <code>{escape(claim['id'].lower())}</code> in {code}" if code else ""
     return (
         "<details><summary>Numbers and provenance</summary>"
+        f'<p class="facts"><code>{escape(made)}</code>{where}</p>'
         '<div class="scroll" tabindex="0"><table class="numbers">'
         f'<thead><tr><th scope="col">seed</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f'<p class="facts">Peak memory {_bytes(claim["peak_memory_bytes"])} · '
-        f"commit <code>{escape(claim['commit'])}</code> · {versions}</p></details>"
+        f"commit {_joined(commits(records))} · {versions}</p></details>"
     )
 
 
-def _bench(rows: Sequence[Mapping[str, Any]]) -> str:
-    widest = max(max(row["ratio"], 1 / row["ratio"], row["target"] or 1) for row in rows)
-    barred = [row for row in rows if row["holds"] is not None]
-    met = f"{sum(row['holds'] for row in barred)} of {len(barred)} targets met" if barred else "no targets set"
-    median = number(statistics.median(row["ratio"] for row in rows), 3)
-    machines = "; ".join(dict.fromkeys(escape(row["hardware"]) for row in rows))
-    commits = ", ".join(dict.fromkeys(f"<code>{escape(row['commit'])}</code>" for row in rows))
-    body = "".join(_bench_row(row, widest, several="; " in machines) for row in rows)
-    table = (
-        '<div class="scroll" tabindex="0"><table class="bench"><thead><tr><th scope="col">Measured</th>'
-        '<th scope="col" class="num">ours</th><th scope="col" class="num">peer</th>'
-        '<th scope="col">worse ← 1 → better</th><th scope="col" class="num">ratio</th>'
-        '<th scope="col" class="num">target</th><th scope="col"></th>'
-        f"</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-    if len(rows) > ROWS_SHOWN:
-        table = f"<details><summary>Show all {len(rows)} rows</summary>{table}</details>"
-    return (
-        f'<div class="benches"><h3>Side by side</h3><p class="facts">{met} · median ratio {median} · {machines} · '
-        f"commit {commits}</p>{table}</div>"
-    )
-
-
-def _bench_row(row: Mapping[str, Any], widest: float, several: bool) -> str:
-    unit = f' <span class="unit">{escape(row["unit"])}</span>'
-    target = "" if row["target"] is None else f"≥ {number(row['target'], 3)}×"
-    machine = f'<span class="meta">{escape(row["hardware"])}</span>' if several else ""
-    badge = '<span class="quiet">no target</span>'
-    if row["holds"] is not None:
-        badge = _badge(row["holds"], "met" if row["holds"] else "not met")
-    return (
-        f'<tr><th scope="row">{escape(row["name"])}{machine}</th><td class="num">{number(row["ours"])}{unit}</td>'
-        f'<td class="num">{number(row["peer"])}{unit}</td><td>{ratio_plot(row["ratio"], row["target"], widest)}</td>'
-        f'<td class="num"><b>{number(row["ratio"], 3)}×</b></td><td class="num">{target}</td><td>{badge}</td></tr>'
-    )
-
-
-def _gallery(figures: Sequence[tuple[Path, str]]) -> str:
-    items = "".join(
-        f'<figure><button type="button" class="zoom" aria-label="Enlarge: {escape(caption)}">'
-        f'<img src="{_data_uri(path)}" alt="{escape(caption)}"></button>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for path, caption in figures
-    )
-    return f'<div class="gallery">{items}</div>'
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:{IMAGE_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def in_words(metric: str) -> str:
-    return metric.replace("_", " ")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{number(seconds, 2)} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(escape(name) for name in names)
 
 
 def _bytes(count: int) -> str:

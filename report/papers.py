@@ -23,6 +23,7 @@ class Paper:
     Args:
         key: the folder in the repository and the name of its results file. arxiv: its number there.
         idea: the claim in one sentence. start: what `make <key>-train` does; empty for a paper without a room.
+        pictures: those of results/figures/<key> that a visitor sees first, the strongest first.
     """
 
     key: str
@@ -31,13 +32,18 @@ class Paper:
     arxiv: str
     idea: str
     start: str = ""
+    pictures: tuple[str, ...] = ()
 
 
 def _paper(key: str, content: Any, file: Path) -> Paper:
-    names = {field.name for field in fields(Paper)} - {"key"}
-    if not isinstance(content, Mapping) or not names - {"start"} <= set(content) <= names:
+    names = {field.name for field in fields(Paper)} - {"key", "pictures"}
+    if not isinstance(content, Mapping) or not names - {"start"} <= set(content) - {"pictures"} <= names:
         raise UserError(f"{file}: expected the texts {', '.join(sorted(names))} of {key} (start once it has a room)")
-    return Paper(key, **{name: str(text) for name, text in content.items()})
+    texts = {name: str(text) for name, text in content.items() if name != "pictures"}
+    pictures = content.get("pictures", [])
+    if not isinstance(pictures, list) or not all(isinstance(name, str) for name in pictures):
+        raise UserError(f"{file}: pictures is {pictures!r}, expected a list of file names")
+    return Paper(key, **texts, pictures=tuple(pictures))
 
 
 @cache

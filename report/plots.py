@@ -63,6 +63,52 @@ def seed_plot(metric: str, values: Sequence[float | None], op: str, target: floa
     )
 
 
+def rung_plot(
+    metric: str,
+    points: Sequence[tuple[int, Sequence[float | None], float | None]],
+    op: str,
+    target: float,
+) -> str:
+    """A metric against the budget: dots for seeds, a line through the means, the target dashed, its good side tinted.
+
+    Args:
+        points: (multiple of the budget, values of the seeds, their mean), with rising multiples; the axis of budgets is
+            logarithmic.
+    """
+    finite = [value for _, values, _ in points for value in values if value is not None]
+    low, high = min([*finite, target]), max([*finite, target])
+    pad = (high - low) * 0.14 or max(abs(high) * 0.1, 1e-9)
+    low, high = low - pad, high + pad
+    left, right, top, bottom = 14.0, WIDTH - 14.0, 8.0, 112.0
+    first, last = math.log(points[0][0]), math.log(points[-1][0])
+
+    def across(rung: int) -> float:
+        return left + 24 + (right - left - 48) * (math.log(rung) - first) / max(last - first, 1e-9)
+
+    def down(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    line = down(target)
+    y, height = (top, line - top) if op.startswith(">") else (line, bottom - line)
+    told = "; ".join(f"{rung}x: {number(mean)}" for rung, _, mean in points)
+    symbol = {">=": "≥", "<=": "≤"}.get(op, op)
+    described = f"{metric} against the budget: {told}; target {symbol} {number(target)}"
+    means = [(across(rung), down(mean)) for rung, _, mean in points if mean is not None]
+    shapes = [
+        f'<rect class="pass" x="{left}" y="{y:.1f}" width="{right - left}" height="{max(0.0, height):.1f}" rx="3"/>',
+        f'<line class="target" x1="{left}" x2="{right}" y1="{line:.1f}" y2="{line:.1f}"/>',
+        f'<polyline class="mean" fill="none" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in means)}"/>',
+    ]
+    for rung, values, _ in points:
+        x = across(rung)
+        shapes.append(f'<text class="tick" x="{x:.1f}" y="126" text-anchor="middle">{rung}x</text>')
+        shapes += [f'<circle class="seed" cx="{x:.1f}" cy="{down(v):.1f}" r="4"/>' for v in values if v is not None]
+    return (
+        f'<svg class="rungs" viewBox="0 0 {WIDTH:.0f} 130" role="img" aria-label="{escape(described)}">'
+        f"<title>{escape(described)}</title>{''.join(shapes)}</svg>"
+    )
+
+
 def ratio_plot(ratio: float, target: float | None, widest: float) -> str:
     """A bar that starts at 1 (no difference) and grows right when we are better, on a logarithmic scale.
 

@@ -1,21 +1,21 @@
 """Bring a finished default run's table, numbers and pictures into results/, where READMEs show them.
 
     python -m report.record_run pc_darts runs/pc_darts-small
-    python -m report.record_run electra runs/electra-small --figure curves.png
+    python -m report.record_run electra runs/electra-small --figure curves.png "Default run: losses in training."
     python -m report.readme_tables        # then: the READMEs
 
 Writes results/run_<paper>.md (the run's table.md and a line on time and machine), results/runs/<folder's name>.json
-(the run's metrics.json with the machine, versions and commit) and, for every --figure FILE,
-results/figures/<paper>/default_run_<name>. Nothing is computed here. On a CPU without bf16 instructions (or with
-ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json is written.
+(the run's metrics.json with the machine, versions and commit) and, for every --figure FILE CAPTION,
+results/figures/<paper>/default_run_<name> with its caption. Nothing is computed here. On a CPU without bf16
+instructions (or with ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json
+is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
 from common.paths import RESULTS
 from common.precision import bf16_possible, precisions_taken
+from common.publishing import copy_picture
 from report.papers import all_papers
 
 WITHOUT_BF16 = "-without-bf16"  # in the name of a record from a CPU that lacks these instructions
@@ -46,18 +47,18 @@ def _seconds(metrics: dict[str, Any], path: Path) -> float:
     return float(total)
 
 
-def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path = RESULTS) -> Path:
+def record(paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, results: Path = RESULTS) -> Path:
     """Write the run's table and numbers below `results`; returns the file (the Markdown one, if both).
 
     Args:
-        figures: pictures to copy, relative to `run_dir`.
+        figures: captions of the pictures to copy, by their places in `run_dir`.
     Raises:
         UserError: an unknown paper, a file of a finished run is missing, or the wall time is not in metrics.json.
     """
-    known = [entry.key for entry in all_papers()]
+    known, figures = [entry.key for entry in all_papers()], figures or {}
     if paper not in known:
         raise UserError(f"unknown paper {paper!r}; expected one of {', '.join(known)}")
-    for needed in ("table.md", "metrics.json", *figures):
+    for needed in ("metrics.json", *(("table.md", *figures) if bf16_possible("cpu") else ())):
         if not (run_dir / needed).is_file():
             raise UserError(f"{run_dir / needed} is missing; expected the folder of a finished run of {paper}/train.py")
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
@@ -67,20 +68,18 @@ def record(paper: str, run_dir: Path, figures: Sequence[str] = (), results: Path
         kept["bf16_instructions"] = False
     if (precision := _precision(run_dir)) is not None:
         kept["precision"] = precision
-    text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
-    text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
-    target = results / f"run_{paper}.md"
     (results / "runs").mkdir(parents=True, exist_ok=True)
     if not kept.get("bf16_instructions", True):  # the other kind of CPU: its time stands beside the record
         path = results / "runs" / f"{run_dir.name}{WITHOUT_BF16}.json"
         write_json(path, kept)
         return path
+    text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
+    text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
+    target = results / f"run_{paper}.md"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"))
     write_json(results / "runs" / f"{run_dir.name}.json", kept)
-    for figure in figures:
-        folder = results / "figures" / paper
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run_dir / figure, folder / f"default_run_{Path(figure).name}")
+    for figure, caption in figures.items():
+        copy_picture(run_dir / figure, results / "figures" / paper / f"default_run_{Path(figure).name}", caption)
     return target
 
 
@@ -89,9 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--figure", action="append", default=[], help="picture of the run folder; may be repeated")
+    parser.add_argument(
+        "--figure",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FILE", "CAPTION"),
+        help="picture of the run folder and what it shows; may be repeated",
+    )
     options = parser.parse_args(argv)
-    print(record(options.paper, options.run_dir, options.figure))
+    print(record(options.paper, options.run_dir, dict(options.figure)))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@
   let images = [], index = 0;
   const show = (position) => {
     index = (position + images.length) % images.length;
-    picture.src = images[index].src;
-    picture.alt = images[index].alt;
-    caption.textContent = images[index].alt;
-    picture.classList.toggle("tiny", images[index].naturalWidth < 400);
+    const image = images[index];
+    picture.src = image.src;
+    picture.alt = caption.textContent = image.alt;
+    picture.classList.toggle("tiny", Number(image.getAttribute("width")) < 400);
+    picture.classList.toggle("wide", image.closest("figure").classList.contains("strip"));
   };
-  document.querySelectorAll(".zoom").forEach((button) => button.addEventListener("click", () => {
-    images = [...button.closest("section").querySelectorAll(".gallery img")];
+  document.querySelectorAll(".zoom").forEach((link) => link.addEventListener("click", (event) => {
+    event.preventDefault();
+    images = [...link.closest("section").querySelectorAll(".gallery img")];
     box.classList.toggle("single", images.length < 2);
-    show(images.indexOf(button.querySelector("img")));
+    show(images.indexOf(link.querySelector("img")));
     box.showModal();
   }));
   box.querySelector(".previous").addEventListener("click", () => show(index - 1));
@@ -36,11 +38,19 @@
   });
 
   // A picture that cannot be shown says so on the page instead of leaving a hole.
-  addEventListener("load", () => {
-    const all = [...document.querySelectorAll(".gallery img")];
-    const broken = all.filter((image) => image.naturalWidth === 0);
-    broken.forEach((image) => image.closest("figure").classList.add("broken"));
-    root.dataset.images = String(all.length);
-    root.dataset.brokenImages = String(broken.length);
+  document.querySelectorAll(".gallery img").forEach((image) => {
+    const broken = () => image.closest("figure").classList.add("broken");
+    image.addEventListener("error", broken);
+    if (image.complete && image.naturalWidth === 0 && image.currentSrc) broken();
   });
+
+  // The contents show where one is.
+  const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
+  const seen = new IntersectionObserver((entries) => entries.forEach(({ isIntersecting, target }) => {
+    if (!isIntersecting) return;
+    links.forEach((link, id) => link.toggleAttribute("aria-current", id === target.id));
+    const here = links.get(target.id), bar = here.parentElement;
+    bar.scrollTo({ left: here.offsetLeft - bar.clientWidth / 2 });
+  }), { rootMargin: "-20% 0px -75% 0px" });
+  document.querySelectorAll("main > section[id]").forEach((section) => links.has(section.id) && seen.observe(section));
 })();

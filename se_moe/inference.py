@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import common.kernels.moe_dispatch  # noqa: F401  registers less_compute::moe_grouped_linear
 from common.errors import UserError
 from common.files import read_object, write_atomically, write_json
+from common.training import load_checkpoint, save_checkpoint
 from common.weights import check_weights, read_weights, save_weights
 from se_moe.config import ModelConfig
 from se_moe.model import Block, KeyValues, MoELanguageModel, sample_token
@@ -363,15 +364,26 @@ def distil(
     temperature: float = 2.0,
     weight: float = 0.5,
     on_step: Callable[[int, float], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
 ) -> MoELanguageModel:
     """Train `student` on `batches` of (ids, targets) [B, L] with the teacher's soft labels; returns it.
 
-    `weight` 0 is ordinary training: the arm to compare with.
+    `weight` 0 is ordinary training: the arm to compare with. With a `checkpoint` file it goes on from there.
     """
     teacher.eval().requires_grad_(False)
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
+    first = 0
+    if checkpoint is not None and checkpoint.is_file():
+        state = load_checkpoint(checkpoint)
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        first = state["step"]
     for step, (ids_BL, targets_BL) in enumerate(batches):
+        if step < first:
+            continue
         with torch.no_grad():
             teacher_BLV = token_logits(teacher, ids_BL)[0] if weight else torch.zeros(())
         student_BLV, aux = token_logits(student, ids_BL)
@@ -384,6 +396,11 @@ def distil(
         optimizer.zero_grad()
         if on_step is not None:
             on_step(step, float(loss.detach()))
+        if checkpoint is not None and (step + 1) % checkpoint_every == 0:
+            weights = student.state_dict()
+            random = torch.get_rng_state()
+            state = {"student": weights, "optimizer": optimizer.state_dict(), "random": random, "step": step + 1}
+            save_checkpoint(checkpoint, state, weights, step + 1)
     return student
 
 

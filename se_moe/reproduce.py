@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,13 +363,27 @@ def m10(study: Study, seed: int) -> dict[str, float]:
         initialise(model, seed * 10 + number)
         return model
 
-    teacher = fresh(8, 0)
-    distil(teacher, teacher_student := fresh(8, 0), batches(0, study.sizes.teacher_steps), weight=0.0)
-    teacher = teacher_student
+    def arm(
+        name: str,
+        start: Callable[[], MoELanguageModel],
+        teacher: MoELanguageModel,
+        first: int,
+        steps: int,
+        weight: float = 0.5,
+    ) -> MoELanguageModel:
+        def train(network: MoELanguageModel, folder: Path) -> tuple[MoELanguageModel, dict[str, Any]]:
+            torch.manual_seed(seed)
+            distil(teacher, network, batches(first, steps), weight=weight, checkpoint=folder / "last.ckpt")
+            return network, {"steps": steps}
+
+        return study.arm(f"M10-{name}", seed, start, train, study.settings).network
+
+    teacher = arm("teacher", lambda: fresh(8, 0), fresh(8, 0), 0, study.sizes.teacher_steps, weight=0.0)
     usage_ME = expert_usage(teacher, [ids for ids, _ in batches(10**6, 4)])
-    taught = distil(teacher, student_of(teacher, 2, usage_ME), batches(2 * 10**6, study.sizes.student_steps))
-    scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, study.sizes.student_steps), weight=0.0)
-    taught_from_scratch = distil(teacher, fresh(2, 1), batches(2 * 10**6, study.sizes.student_steps))
+    rest = (teacher, 2 * 10**6, study.sizes.student_steps)
+    taught = arm("student", lambda: student_of(teacher, 2, usage_ME), *rest)
+    scratch = arm("scratch", lambda: fresh(2, 1), *rest, weight=0.0)
+    taught_from_scratch = arm("student_random_start", lambda: fresh(2, 1), *rest)
     losses = {
         "teacher": held_out(teacher),
         "student": held_out(taught),
@@ -396,7 +410,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "se_moe",
         __doc__,
         (m1, m2, m3, m4, m5, m6, m7, m8, m9, m10),
-        lambda given: Study(open_sizes(Sizes, "se_moe", given.tier), given.folder),
+        lambda given: Study(open_sizes(Sizes, "se_moe", given.tier, given.rung), given.folder),
         figures=figures,
         without={} if available() else {"M9": INSTALL},
         argv=argv,

@@ -79,7 +79,6 @@ def main(argv: list[str] | None = None) -> None:
         content = write_results(options.results / "acceleration.json", runs, runner)
     shown = runner.yardstick(EVALUATION_SEED, settings.images).prompts.prompts[:SHOWN]
     write_json(runner.folder / "shown.json", shown)
-    report.draw_tables(content, figures)
     report.draw_curves(content, figures)
     report.draw_sheets(runner, list(known), {n: m.title for n, m in known.items()}, figures)
     rows = report.expected_order(content)

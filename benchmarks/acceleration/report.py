@@ -69,7 +69,7 @@ def draw_curves(content: Mapping[str, Any], folder: Path) -> None:
             axis.set_xlabel("steps")
             axis.set_title(title)
         axes[1].legend(fontsize=7)
-        caption = f"Budget {budget}: Frechet distance against steps."
+        caption = f"Budget {budget}: Frechet distance against steps, to held-out data and to the teacher's samples."
         save_figure(figure, folder / f"fd_against_steps_{budget}.png", caption)
     figure, (axis,) = panels(width=6, height=4)
     for method in titles:
@@ -91,19 +91,25 @@ def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str],
     seed = runner.settings.seeds[0]
     prompts = json.loads((runner.folder / "shown.json").read_text())
     for steps in (1, 2, 4, 8, 25):
-        rows, labels = [], []
+        rows, labels, drawn = [], [], []
         for name in names:
             path = runner.images_of(name, seed)
             shown = load_file(path) if path.is_file() else {}
             if f"steps_{steps}" in shown:
                 rows.append(shown[f"steps_{steps}"])
+                drawn.append(titles[name])
                 labels += [f"{titles[name]}: {prompt}" for prompt in prompts]
         if rows:
             file = f"same_noise_{runner.bench.level}_{steps}.png"
             grid = make_grid(torch.cat(rows), len(prompts), labels, 96, caption_lines=3)
             save_png(grid, folder / file)
-            caption = f"Budget {runner.bench.level}, {steps} step{'s' * (steps > 1)}: same noises, same prompts."
-            keep_captions(folder, {file: caption})
+            keep_captions(folder, {file: sheet_caption(runner.bench.level, steps, drawn)})
+
+
+def sheet_caption(budget: str, steps: int, titles: Sequence[str]) -> str:
+    """What a sheet shows; `titles` of its rows from above."""
+    count = f"{steps} step{'s' * (steps > 1)}"
+    return f"Budget {budget}, {count}, a column a prompt, same noises throughout; from above: {'; '.join(titles)}."
 
 
 def table_cells(content: Mapping[str, Any], budget: str, metric: str = "fd_data") -> list[list[str]]:
@@ -130,24 +136,3 @@ def table(content: Mapping[str, Any], budget: str) -> str:
     """`table_cells` of FD to held-out data, as aligned text."""
     cells = table_cells(content, budget)
     return aligned(cells, left=range(len(cells[0])))
-
-
-def draw_tables(content: Mapping[str, Any], folder: Path) -> None:
-    """The table of every budget as a picture, for FD to data and for the accuracy."""
-    for budget, setting in content["settings"].items():
-        for metric, words in (
-            ("fd_data", "Frechet distance to held-out data"),
-            ("accuracy", "accuracy of the prompts"),
-        ):
-            head, *rows = table_cells(content, budget, metric)
-            figure, (axis,) = panels(width=12, height=0.5 + 0.3 * len(rows))
-            axis.axis("off")
-            drawn = axis.table(rows, colLabels=head, loc="center", cellLoc="left", colLoc="left")
-            drawn.auto_set_font_size(False)
-            drawn.set_fontsize(8)
-            drawn.auto_set_column_width(list(range(len(head))))
-            caption = (
-                f"Budget {budget} ({setting['forward_equivalents']:,} forward-equivalents): {words}, methods x steps, "
-                f"{setting['images']} images (mean ± standard deviation over seeds)."
-            )
-            save_figure(figure, folder / f"table_{budget}_{metric}.png", caption, bbox_inches="tight")

@@ -31,7 +31,7 @@ def n1(study: Study[Sizes], seed: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     def study(given: Any) -> Study[Sizes]:
-        return Study(open_sizes(Sizes, "newpaper", given.tier), given.folder)
+        return Study(open_sizes(Sizes, "newpaper", given.tier, given.rung), given.folder)
 
     return reproduction.main("newpaper", __doc__, (n1,), study, argv=argv)
 

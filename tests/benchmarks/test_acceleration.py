@@ -140,10 +140,9 @@ def test_pieces_are_kept_results_merged_and_pictures_drawn(
     report.draw_curves(content, tmp_path / "figures")
     (runner.folder / "shown.json").write_text(json.dumps(["prompt"] * 12))
     titles = {name: name for name in names}
-    report.draw_tables(content, tmp_path / "figures")
     report.draw_sheets(runner, names, titles, tmp_path / "figures")
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
-    wanted = {"fd_against_steps_B1.png", "fd_against_cost.png", "same_noise_B1_1.png", "table_B1_fd_data.png"}
+    wanted = {"fd_against_steps_B1.png", "fd_against_cost.png", "same_noise_B1_1.png"}
     assert wanted <= set(captions)
     assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in captions)
 

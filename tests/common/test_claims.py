@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,8 +82,28 @@ def test_a_claim_has_what_its_tier_shares_and_what_it_says_itself(file: Path) ->
     assert small["T1"].budget == {"steps": 10, "images": 5} and smoke["T1"].budget == {"steps": 1}
     assert small["T1"].target.all_conditions() == (Condition("gain", ">=", 1.0), Condition("loss", "<", 1e-5))
     assert smoke["T1"].target.all_conditions() == (Condition("gain", ">", 0.0),)
-    assert small["T1"].rungs == (1, 4) and small["T2"].rungs == (1,)
+    assert small["T1"].rungs == (1, 4) and small["T2"].rungs == (1,) and smoke["T1"].rungs == (1,)
     assert read_sizes(file, "small") == {"width": 8, "data": {"size": 4, "flip": False}, "steps": 10}
+
+
+def test_a_rung_multiplies_budgets_and_nothing_else(file: Path) -> None:
+    once, four = read_claims(file, "small"), read_claims(file, "small", 4)
+    assert four["T1"].budget == {"steps": 40, "images": 20} and four["T1"].rung == 4
+    assert {**asdict(four["T1"]), "budget": 0, "rung": 0} == {**asdict(once["T1"]), "budget": 0, "rung": 0}
+    assert read_sizes(file, "small", 4) == {"width": 8, "data": {"size": 4, "flip": False}, "steps": 40}
+    shared = FILE.replace("budget: {steps: 10}}", "budget: {steps: {first: 10, rate: 0.5}}, rungs: [1, 16]}")
+    file.write_text(shared.replace("    rungs: [1, 4]\n", "    timed: true\n"), encoding="utf-8")
+    found = read_claims(file, "small", 16)
+    assert found["T1"].timed and found["T1"].rungs == (1,) and found["T2"].rungs == (1, 16)
+    assert found["T2"].budget == {"steps": {"first": 160, "rate": 8.0}}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_paper_whose_claims_have_rungs_opens_its_study_at_the_rung_asked_for(paper: str) -> None:
+    claims = read_claims(paper, "small").values()
+    program = (REPOSITORY / paper / "reproduce.py").read_text(encoding="utf-8")
+    assert all(claim.rungs == (1,) for claim in claims) or re.search(r"\b(given|options)\.rung\b", program)
+    assert not [claim.id for claim in claims if claim.timed and claim.rungs != (1,)]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +118,13 @@ def test_a_claim_has_what_its_tier_shares_and_what_it_says_itself(file: Path) ->
         ("loss < 1e-5", "loss < little", 'claim T1, target: condition .* is not of the form "recall_drop > 0.0"'),
         ("source: table 1", "place: table 1", "claim T1, paper: unknown key 'place', expected one of value, source"),
         ("rungs: [1, 4]", "rungs: [0, 4]", "claim T1, rungs: expected different whole numbers from 1 on"),
+        (
+            "rungs: [1, 4]",
+            "rungs: [1, 4]\n    timed: true",
+            "claim T1: rungs is .1, 4., but a claim about time has rung 1",
+        ),
+        ("rungs: [1, 4]", "timed: 1", "claim T1: timed is 1, expected true or false"),
+        ("budget: {images: 5}", "budget: {images: five}", "budget: images is 'five', expected a number, which a rung"),
         ("seeds: [0, 1, 2, 3]", "seeds: [0, 0, 1]", "claim T1, seeds: expected different whole numbers from 0 on"),
         ("seeds: [0, 1, 2, 3]", "seeds: [0, 1]", "claim T1: seeds has fewer than 3 in tier small"),
         ("tiers: [small]", "tiers: [large]", "claim T2: tier 'large' is not among those of the file, small, smoke"),

@@ -12,8 +12,10 @@ from PIL import Image
 from common.figures import (
     bars,
     curve,
+    draw_ladder,
     keep_captions,
     kept_logs,
+    ladder,
     over_seeds,
     panels,
     save_figure,
@@ -60,6 +62,23 @@ def test_means_and_sample_deviations_are_over_seeds() -> None:
     assert mean.tolist() == [2.0, 5.0] and spread.tolist() == [pytest.approx(2**0.5), 0.0]
     assert over_seeds([[4.0, 5.0]])[1].tolist() == [0.0, 0.0]
     assert np.isnan(over_seeds([[None, 1.0], [2.0, 1.0]])[0]).tolist() == [True, False]
+
+
+def test_a_ladder_has_a_point_a_rung_and_its_target_as_a_line(tmp_path: Path) -> None:
+    target = {"metric": "a", "op": ">=", "value": 2.5}
+    rungs = [{"rung": 4, "mean": 3.0, "std": 0.5}, {"rung": 16, "mean": None, "std": None}]
+    claim = {**CLAIM, "target": target, "mean": 2.0, "std": 1.0, "rungs": rungs}
+    _, (axis,) = panels()
+    ladder(axis, claim)
+    (points,) = (container.lines[0] for container in axis.containers)
+    assert points.get_xdata().tolist() == [1, 4, 16] and points.get_ydata().tolist()[:2] == [2.0, 3.0]
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] == [2.5]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1x", "4x", "16x"]
+    write_json(tmp_path / "r.json", {"claims": [claim, {**CLAIM, "id": "X2"}]})
+    assert draw_ladder(tmp_path / "r.json", tmp_path) == tmp_path / "ladder.png"
+    assert listing(tmp_path)["ladder.png"].startswith("Metric against budget")
+    write_json(tmp_path / "r.json", {"claims": [CLAIM]})
+    assert draw_ladder(tmp_path / "r.json", tmp_path) is None
 
 
 def test_only_claims_of_the_small_tier_are_drawn(tmp_path: Path) -> None:

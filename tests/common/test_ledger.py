@@ -23,6 +23,8 @@ from common.ledger import (
     peak_memory,
     peak_resident,
     record,
+    verdict,
+    within_noise,
     write_claims,
     write_rows,
 )
@@ -42,13 +44,77 @@ GOOD = [{"fd_drop": 0.1, "speedup": 5.0}, {"fd_drop": 0.2, "speedup": 9.0}, {"fd
 def test_record_has_the_keys_of_the_design() -> None:
     rec = record(CLAIM, GOOD, seconds=12, peak_memory_bytes=1000)
     assert list(rec) == [
-        "id", "statement", "paper", "target", "measured", "mean", "std", "holds", "tier", "seconds",
-        "peak_memory_bytes", "hardware", "versions", "commit",
+        "id", "statement", "paper", "target", "measured", "mean", "std", "holds", "within_noise", "tier",
+        "seconds", "peak_memory_bytes", "precision", "cpu", "hardware", "versions", "commit",
     ]  # fmt: skip
     assert rec["paper"] == {"value": "FID 38 lower", "source": "Fig. 6"}
     assert rec["measured"][1] == {"seed": 1, "fd_drop": 0.2, "speedup": 9.0}
     assert rec["versions"]["torch"] == torch.__version__
     assert json.loads(json.dumps(rec)) == rec
+
+
+def test_a_verdict_is_within_noise_where_the_spread_crosses_a_target_that_decides_it() -> None:
+    def found(drops: list[float], speeds: list[float]) -> tuple[bool, bool, str]:
+        rows = [{"fd_drop": drop, "speedup": speed} for drop, speed in zip(drops, speeds)]
+        rec = record(CLAIM, rows, seconds=1, peak_memory_bytes=1)
+        said = verdict(rec)
+        stored = rec.pop("within_noise")
+        assert verdict(rec) == said and within_noise(rec) is stored  # an older record says the same
+        return said.holds, said.within_noise, said.text
+
+    fast, slow, unsteady = [9.0, 9.1, 9.2], [3.0, 3.1, 3.2], [3.0, 3.5, 5.0]
+    assert found([0.30, 0.31, 0.32], fast) == (True, False, "holds")
+    assert found([0.10, 0.20, 0.30], fast) == (True, True, "holds (within noise)")  # 0.2 +- 0.1 about 0.15
+    assert found([0.10, 0.12, 0.16], fast) == (False, True, "does not hold (within noise)")
+    assert found([0.10, 0.12, 0.16], unsteady) == (False, True, "does not hold (within noise)")
+    assert found([0.10, 0.12, 0.16], slow) == (False, False, "does not hold")  # the speed fails by far
+    assert found([0.30, 0.31, 0.32], slow) == (False, False, "does not hold")
+    assert found([0.15, 0.15, 0.15], fast) == (True, False, "holds")  # exact numbers have no noise
+    assert found([0.30, 0.31, float("nan")], fast) == (False, False, "does not hold")
+
+
+@pytest.mark.parametrize(
+    ("holds", "text"),
+    [
+        ("y", "holds"),
+        ("n", "does not hold"),
+        ("yy", "from rung 1 on"),
+        ("ny", "from rung 4 on"),
+        ("nny", "from rung 16 on"),
+        ("yny", "from rung 16 on"),
+        ("nn", "not up to rung 4"),
+        ("nnn", "not up to rung 16"),
+        ("ynn", "up to rung 1, not from rung 4 on"),
+        ("nyn", "up to rung 4, not from rung 16 on"),
+    ],
+)
+def test_the_words_of_a_verdict_say_from_which_rung_on_a_claim_holds(tmp_path: Path, holds: str, text: str) -> None:
+    path = tmp_path / "ldm.json"
+    for rung, letter in zip((1, 4, 16), holds):
+        drop = 0.3 if letter == "y" else 0.0
+        rows = [{"fd_drop": drop, "speedup": 9.0}] * 3
+        write_claims(path, [record(replace(CLAIM, rung=rung), rows, seconds=rung, peak_memory_bytes=1)])
+    (rec,) = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    found = verdict(rec)
+    assert found.text == text and found.holds is (holds[0] == "y") is rec["holds"]
+    assert found.rungs == tuple((rung, letter == "y") for rung, letter in zip((1, 4, 16), holds))
+    assert (
+        rec["seconds"] == 1.0 and [entry["seconds"] for entry in rec.get("rungs", [])] == [4.0, 16.0][: len(holds) - 1]
+    )
+
+
+def test_rungs_stay_when_rung_1_is_measured_again_and_none_comes_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "ldm.json"
+    first, fourth = (record(replace(CLAIM, rung=n), GOOD, seconds=n, peak_memory_bytes=1) for n in (1, 4))
+    refused("claim L1: rung 4 is measured, rung 1 is not on record yet", write_claims, path, [fourth])
+    write_claims(path, [first, fourth])
+    write_claims(path, [{**first, "seconds": 7.0}])
+    write_claims(path, [{**fourth, "seconds": 8.0}])
+    (rec,) = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    assert rec["seconds"] == 7.0 and [(entry["rung"], entry["seconds"]) for entry in rec["rungs"]] == [(4, 8.0)]
+    assert not {"id", "target", "statement"} & rec["rungs"][0].keys()
+    easier = replace(CLAIM, rung=4, target=replace(CLAIM.target, value=0.05))
+    refused("another target", write_claims, path, [record(easier, GOOD, seconds=1, peak_memory_bytes=1)])
 
 
 def test_mean_and_sample_deviation_are_those_of_the_headline_metric() -> None:

@@ -116,6 +116,21 @@ def test_another_budget_or_other_settings_measure_again_and_equal_ones_do_not(to
     assert len(toy.calls) == 6
 
 
+def test_a_rung_has_its_own_arms_budget_and_record(toy: Toy) -> None:
+    toy.file.write_text(FILE.replace("budget: {steps: 10}", "budget: {steps: 10}, rungs: [1, 4]"))
+    refused("--rung 2: claim X1 of tier small has 1, 4", toy, "--rung", "2", "--claims", "X1")
+    refused("--rung 4: claim X1 of tier smoke has 1", toy, "--rung", "4", "--tier", "smoke", "--claims", "X1")
+    toy("--claims", "X1")
+    toy.gain = 0.5
+    (record,) = toy("--rung", "4", "--claims", "X1", "--folder", str(toy.folder) + "-rung4")
+    assert record["rung"] == 4 and not record["holds"]
+    (kept,) = json.loads(toy.ledger.read_text())["claims"]
+    assert kept["mean"] == 2.0 and kept["holds"] and [(r["rung"], r["mean"]) for r in kept["rungs"]] == [(4, 0.5)]
+    note = json.loads((toy.ledger.parent / "arms" / "out" / "X1-rung4-seed2.json").read_text())
+    assert note["budget"] == {"steps": 40} and note["values"] == {"gain": 0.5, "seed_again": 2}
+    assert len(list((toy.ledger.parent / "arms" / "out").glob("X1-rung1-seed*.json"))) == 3
+
+
 def test_with_seeds_the_measurements_are_kept_and_no_record_is_made(toy: Toy) -> None:
     assert toy("--seeds", "1", figures=lambda *_: pytest.fail("drawn from a part")) == []
     assert toy.calls == [("X1", 1), ("X2", 1)] and not toy.ledger.exists()

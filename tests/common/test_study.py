@@ -13,7 +13,20 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from common.study import ENDLESS, Arm, Judge, Study, Watch, fit_arm, kept, kept_tensors, labelled, open_sizes
+from common.cpu import cpu_kind
+from common.study import (
+    ENDLESS,
+    Arm,
+    Judge,
+    Study,
+    Watch,
+    claims_precision,
+    fit_arm,
+    kept,
+    kept_tensors,
+    labelled,
+    open_sizes,
+)
 from tests.common.test_training import Line, data, options_of
 from tests.refusals import refused
 
@@ -102,16 +115,21 @@ def test_an_arm_is_trained_once_and_read_afterwards(tmp_path: Path) -> None:
     study.forget()
     assert line_arm(study, {"steps": 4}) is not first
     record = json.loads((tmp_path / "arms" / "main-arm-seed3.json").read_text())
-    assert record["settings"] == {"steps": 4}
+    assert record["settings"] == {"precision": "32-true", "cpu": cpu_kind(), "steps": 4}
+    assert record["made"]["cpu"] == cpu_kind()
 
 
-def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin_anew(tmp_path: Path) -> None:
+def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_or_another_cpu_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = line_arm(Study(None, tmp_path / "whole"), {"lr": 1})
-    for settings, first in ({"lr": 1}, 3), ({"lr": 2}, 1):
-        folder = tmp_path / f"cut{first}"
+    for settings, cpu, first in ({"lr": 1}, "one", 3), ({"lr": 2}, "one", 1), ({"lr": 1}, "other", 1):
+        folder = tmp_path / f"cut{cpu}{settings['lr']}"
+        monkeypatch.setattr("common.study.cpu_kind", lambda: "one")
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             line_arm(Study(None, folder), {"lr": 1}, stop_at=3)
         assert (folder / "arms" / "main-arm-seed3" / "checkpoints" / "last.ckpt").is_file()
+        monkeypatch.setattr("common.study.cpu_kind", lambda cpu=cpu: cpu)
         seen: list[int] = []
         resumed = Watch.on_train_batch_end
 
@@ -126,6 +144,28 @@ def test_an_interrupted_arm_goes_on_from_its_checkpoint_and_other_settings_begin
         assert arm.network.weight.equal(whole.network.weight)
         assert [point["weight"] for point in arm.curve] == [point["weight"] for point in whole.curve]
         assert not (folder / "arms" / "main-arm-seed3").exists()
+
+
+def test_an_arm_that_was_killed_after_its_last_checkpoint_has_the_record_of_one_that_was_not(tmp_path: Path) -> None:
+    watches = [Watch((2,), lambda step: {"value": float(step)}) for _ in range(2)]
+    for watch in watches:
+        fit_line(Line(), watch, folder=tmp_path, checkpoint_every=1)
+    first, again = ({**watch.record(), "peak_bytes": 0} for watch in watches)
+    assert again == first and again["steps"] == 4
+
+
+def test_arms_are_in_bf16_only_where_the_budgets_were_set_in_it_and_the_cpu_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for paper, declared in (("plain", ""), ("halved", "precision: bf16-mixed\n")):
+        (tmp_path / paper).mkdir()
+        (tmp_path / paper / "claims.yaml").write_text(f"{declared}tiers: {{}}\nclaims: []\n")
+    monkeypatch.setattr("common.ledger.REPOSITORY", tmp_path)
+    for possible, found in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr("common.study.bf16_possible", lambda _, possible=possible: possible)
+        claims_precision.cache_clear()
+        assert claims_precision("halved") == found and claims_precision("plain") == "32-true"
+    claims_precision.cache_clear()
 
 
 def test_judge_tells_equal_pictures_from_others_and_compares_equal_counts() -> None:
@@ -168,6 +208,7 @@ def test_sizes_are_the_papers_own_dataclass_and_mistakes_are_named(tmp_path: Pat
     text = "tiers: {small: {sizes: {width: 8, names: [a, b], data: {size: 4}}, budget: {steps: 9}}}\nclaims: []\n"
     path.write_text(text)
     assert open_sizes(Sizes, path, "small") == Sizes(8, ("a", "b"), Data(4), 9)
+    assert open_sizes(Sizes, path, "small", 4) == Sizes(8, ("a", "b"), Data(4), 36)
     for old, new, word in (
         ("width: 8, ", "", "width"),
         ("width: 8", "width: wide", "width"),

@@ -16,7 +16,7 @@ from pc_darts.operations import BatchNorm, drop_path
 @pytest.mark.parametrize(
     ("name", "stem", "channels", "layers", "parameters", "macs"),
     [
-        # Specification section 2.7 (counted with the authors' code).
+        # Counted with the authors' code.
         ("PC_DARTS_cifar", "cifar", 36, 20, 3_634_678, 556.7),
         ("PC_DARTS_image", "cifar", 36, 20, 3_721_510, 570.5),
         ("PC_DARTS_cifar", "imagenet", 48, 14, 5_270_560, 571.1),

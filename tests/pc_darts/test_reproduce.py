@@ -64,7 +64,7 @@ def test_searches_that_are_compared_with_each_other_have_more_than_two_seeds() -
     assert all(len(claim.seeds) >= 3 for claim in read_claims("pc_darts", "small").values())
 
 
-def test_budgets_of_the_small_tier_are_those_of_the_specification() -> None:
+def test_the_small_tier_searches_for_200_steps_and_retrains_for_300() -> None:
     budget = open_sizes(Sizes, "pc_darts", "small")
     # 1,348 digits for training, half of them for the weights.
     assert budget.search.epochs * (675 // budget.search.batch_size) == 200

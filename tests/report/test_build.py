@@ -6,16 +6,32 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
+from common.ledger import (
+    Claim,
+    Condition,
+    PaperValue,
+    Target,
+    bench_row,
+    read_notes,
+    record,
+    write_claims,
+    write_rows,
+)
+from common.paths import RESULTS, papers
 from report.build import build, load
+from report.front_picture import draw, search
 from report.papers import all_papers
-from report.plots import number, ratio_plot, seed_plot, spread
+from report.pictures import read_pictures
+from report.plots import number, ratio_plot, rung_plot, seed_plot, spread
+from report.words import conditions, few_images, in_words, time_taken, verdict
 from tests.refusals import refused
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> & <b>bold</b>"
@@ -58,7 +74,8 @@ def results(tmp_path: Path) -> Path:
     Image.new("RGB", (30, 30), "red").save(figures / "first.png")
     square = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="10"><rect width="20" height="10"/></svg>'
     (figures / "loss_curve.svg").write_text(square, encoding="utf-8")
-    (figures / "captions.json").write_text(json.dumps({"first.png": f"First {HOSTILE}"}), encoding="utf-8")
+    captions = {"first.png": f"First {HOSTILE}", "loss_curve.svg": "What `train.py` logs."}
+    (figures / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     return folder
 
 
@@ -109,22 +126,41 @@ def test_text_from_results_is_escaped(results: Path) -> None:
     assert not [attrs for tag, attrs in _Tags(page).seen if tag == "img" and attrs.get("src") == "x"]
 
 
-def test_page_refers_to_nothing_outside_itself(results: Path) -> None:
-    for tag, attributes in _Tags(_page(results)).seen:
+def test_page_refers_to_nothing_outside_itself_but_links_and_its_pictures(results: Path) -> None:
+    (results.parent / "ldm").mkdir()
+    (results.parent / "ldm" / "README.md").touch()
+    page = _page(results)
+    links = []
+    for tag, attributes in _Tags(page).seen:
         for name in ("src", "href"):
             value = attributes.get(name)
-            if value is None:
+            if value is None or value.startswith(("#", "data:", "https://arxiv.org/abs/")):
                 continue
-            if tag == "a":  # a link is followed by the reader, not by the page
-                assert value.startswith(("#", "https://arxiv.org/abs/")), value
-            else:
-                assert value.startswith("data:"), value
-    assert "@import" not in _page(results) and not re.search(r"url\((?!data:)", _page(results))
+            assert tag in ("a", "img") and (results.parent / "site" / value).exists(), value
+            links.append(value)
+    assert {"../ldm/README.md", "../ldm", "figures/ldm/first.png"} <= set(links)
+    assert "@import" not in page and not re.search(r"url\((?!data:)", page)
 
 
-def test_figures_follow_the_order_of_captions_and_then_their_names(results: Path) -> None:
-    captions = [caption for _, caption in load(results)["ldm"].figures]
-    assert captions == [f"First {HOSTILE}", "loss curve", "samples"]
+def test_pictures_are_files_beside_the_page_of_their_own_shape_and_loaded_late(results: Path) -> None:
+    page = _page(results)
+    images = [attributes for tag, attributes in _Tags(page).seen if tag == "img" and attributes.get("src")]
+    assert [(i["src"], i["width"], i["height"], i["loading"]) for i in images] == [
+        ("figures/ldm/first.png", "30", "30", "lazy"),
+        ("figures/ldm/loss_curve.svg", "20", "10", "lazy"),
+    ]
+    assert "What <code>train.py</code> logs.</figcaption>" in page
+    assert "base64" not in page
+    (results / "figures" / "ldm" / "captions.json").write_text('{"samples.png": "Samples."}', encoding="utf-8")
+    _page(results)
+    shown = results.parent / "site" / "figures"
+    assert [path.name for path in shown.rglob("*.*")] == ["samples.png"]  # those of earlier pages go
+
+
+def test_a_picture_without_a_caption_is_named_and_left_out(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = [picture.path.name for picture in load(results)["ldm"].pictures]
+    assert pictures == ["first.png", "loss_curve.svg"]  # in the order of captions.json
+    assert "left out ldm/samples.png: it has no caption" in capsys.readouterr().out
 
 
 def test_page_is_the_same_for_the_same_results(results: Path) -> None:
@@ -176,6 +212,108 @@ def test_ratio_bar_grows_right_when_we_are_better() -> None:
     assert 'class="worse" x="6.0"' in ratio_plot(0.5, 1.0, 2.0)
 
 
+def test_budgets_stand_against_the_metric_with_the_target_as_a_line() -> None:
+    plot = rung_plot("FID", [(1, [1.0, 3.0], 2.0), (4, [5.0, None], None), (16, [6.0, 8.0], 7.0)], ">=", 4.0)
+    assert plot.count("<circle") == 5 and plot.count('class="tick"') == 3
+    assert 'aria-label="FID against the budget: 1x: 2; 4x: not finite; 16x: 7; target ≥ 4"' in plot
+    line = re.search(r'class="target" x1="14.0" x2="346.0" y1="([\d.]+)"', plot)
+    tint = re.search(r'class="pass" x="14.0" y="8.0" width="332.0" height="([\d.]+)"', plot)
+    assert line and tint and float(tint[1]) == pytest.approx(float(line[1]) - 8, abs=0.1)
+
+
+def test_rungs_and_machines_of_a_record_are_on_the_page(results: Path) -> None:
+    content = json.loads((results / "ldm.json").read_text())
+    first = next(claim for claim in content["claims"] if claim["tier"] == "small")
+    own = {key: first[key] for key in ("seconds", "hardware", "versions", "commit", "peak_memory_bytes")}
+    rung = {**own, "rung": 4, "measured": [{"seed": 0, "fd_drop": 0.1, "speedup": 9.0}], "mean": 0.1, "std": 0.0}
+    first["rungs"] = [{**rung, "holds": False}]
+    first["machines"] = [{**own, "hardware": "another CPU", "measured": first["measured"], "mean": 0.24, "holds": True}]
+    (results / "ldm.json").write_text(json.dumps(content))
+    page = _page(results)
+    assert "At multiples of the budget: 1x holds, 4x does not hold" in page
+    assert "Also measured on another CPU: 0.240 ± 0.026, holds" in page
+    assert "0 (4x budget)" in page
+
+
+def _record(bar: float, values: list[float | None], op: str = ">=", **kept: object) -> dict[str, object]:
+    rows = [{"seed": seed, "m": value} for seed, value in enumerate(values)]
+    finite = [value for value in values if value is not None]
+    passing = len(finite) == len(values) and (sum(finite) / len(finite) >= bar)
+    return {
+        "target": {"metric": "m", "op": op, "value": bar, "conditions": []},
+        "measured": rows,
+        "holds": passing,
+        **kept,
+    }
+
+
+@pytest.mark.parametrize(
+    ("bar", "values", "said"),
+    [
+        (1.0, [2.0, 2.1, 2.2], "holds"),
+        (1.0, [0.9, 1.0, 1.4], "holds, within noise"),
+        (1.0, [0.6, 0.9, 1.1], "does not hold, within noise"),
+        (1.0, [0.1, 0.2, 0.3], "does not hold"),
+        (1.0, [2.0, None, 2.0], "does not hold"),  # a run that diverged is no noise
+        (1.0, [1.5], "holds"),
+    ],
+)
+def test_a_spread_that_crosses_the_target_is_said_beside_the_verdict(
+    bar: float, values: list[float | None], said: str
+) -> None:
+    assert verdict(_record(bar, values)) == said
+
+
+def test_numbers_have_the_digits_that_the_verdict_needs() -> None:
+    assert conditions(_record(1.03, [1.0302, 1.0302, 1.0303], "<="))[0].text == "1.030233 ± 0.000058"
+    assert conditions(_record(1.03, [1.01, 1.03, 1.0505], "<="))[0].text == "1.0302 ± 0.020"
+    (three,) = conditions(_record(0.2, [0.2, 0.2, 0.2], "<="))
+    assert three.met and three.text == "0.2 ± 0"  # a mean of equal numbers is that number
+    (asked,) = conditions(_record(1.0, [1.0, 0.0, 1.0]))
+    assert (asked.yes, asked.met) == (2, False)
+
+
+def test_times_images_and_commits_are_said_as_they_are() -> None:
+    shared = [{"seed": 0, "m": 1.0, "cpu_seconds_a": 300.0, "cpu_seconds_b": 420.0}]
+    assert time_taken({"seconds": 0.2, "measured": shared}).startswith("12 min of CPU time for its arms, shared")
+    assert time_taken({"seconds": 0.0, "measured": [{"m": 1.0}]}).startswith("time not on record")
+    assert time_taken({"seconds": 754.0, "measured": [{"m": 1.0}]}) == "13 min"
+    assert few_images({"measured": [{"fid_a": 1.0, "images_a": 3}]}, None).startswith("Frechet distances of 3 images")
+    assert few_images({"measured": [{"fid_a": 1.0}]}, 5000) == few_images({"measured": [{"psnr": 1.0}]}, 3) == ""
+    assert in_words("kid_x1000_f4") == "KID × 1000 f = 4"
+
+
+def test_every_picture_of_the_repository_says_in_words_what_it_shows() -> None:
+    folders = [path for path in (RESULTS / "figures").rglob("*") if path.is_dir()] + [RESULTS / "figures"]
+    for folder in folders:
+        captions = {picture.path.name: picture.caption for picture in read_pictures(folder)}
+        assert set(captions) == {path.name for path in folder.iterdir() if path.suffix in (".png", ".svg")}, folder
+        for name, caption in captions.items():
+            assert len(caption.split()) >= 4 and caption.endswith("."), name
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_what_misses_says_why_and_what_targets_name_has_words(paper: str) -> None:
+    file = RESULTS / f"{paper}.json"
+    records = json.loads(file.read_text(encoding="utf-8"))["claims"] if file.is_file() else []
+    outcomes, words = read_notes(paper)
+    assert not [claim["id"] for claim in records if not claim["holds"] and claim["id"] not in outcomes]
+    for claim in records:
+        assert {one.metric for one in conditions(claim)} <= set(words[claim["id"]]), claim["id"]
+
+
+def test_the_front_pictures_are_drawn_from_what_is_on_record(tmp_path: Path) -> None:
+    for part in ("pc_darts.json", "figures/pc_darts/default_run_normal.svg"):
+        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(RESULTS / part, tmp_path / part)
+    (path,) = draw(tmp_path, {"front_architecture_search": search})
+    with Image.open(path) as image:
+        assert image.width == 1199
+    assert "(claim PC1)" in read_pictures(tmp_path / "figures")[0].caption
+    (tmp_path / "figures/pc_darts/default_run_normal.svg").unlink()
+    refused("default_run_normal.svg is missing", search, tmp_path)
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> list[str]:
     program = next(
@@ -190,46 +328,88 @@ def browser(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _open(browser: list[str], page: Path) -> tuple[str, list[str]]:
-    """(the document after its scripts ran, what the console said)"""
-    done = subprocess.run([*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True)
+def _open(browser: list[str], page: Path, width: int = 1200) -> tuple[str, list[str]]:
+    """(the document after its scripts ran, what the console said), the page in a frame of that many pixels."""
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(width=width, page=page.name), encoding="utf-8")
+    done = subprocess.run([*browser, "--dump-dom", frame.as_uri()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+# A window has a least width, a frame has none.
+FRAME = """<!doctype html><iframe src="{page}" style="width:{width}px;height:900px;border:0"></iframe><pre></pre>
+<script>addEventListener("message", (event) => document.querySelector("pre").textContent = event.data)</script>"""
+# Does what a person does, and tells the frame what came of it.
 PROBE = """<script>addEventListener("load", () => {
+  const root = document.documentElement, box = document.getElementById("lightbox"), said = {};
+  const images = [...document.querySelectorAll(".gallery img")];
+  said.wide = root.scrollWidth > root.clientWidth;
+  document.querySelectorAll("details").forEach((part) => part.open = true);
+  said.images = images.length;
+  said.broken = images.filter((image) => image.naturalWidth === 0).map((image) => image.getAttribute("src"));
+  const off = (image) => Math.abs(image.width / image.height - image.naturalWidth / image.naturalHeight) > .03;
+  said.misshapen = images.filter((image) => image.naturalWidth && off(image)).map((image) => image.getAttribute("src"));
+  said.captionless = images.filter((image) => !image.closest("figure").querySelector("figcaption").innerText).length;
+  said.wideOpened = root.scrollWidth > root.clientWidth;
   document.querySelector(".zoom").click();
-  const box = document.getElementById("lightbox");
   const first = box.querySelector("img").src;
   box.querySelector(".next").click();
-  document.documentElement.dataset.box = `${box.open} ${box.querySelector("img").src !== first}`;
+  said.box = [box.open, box.querySelector("img").src !== first];
   box.close();
   document.getElementById("theme").click();
-  const wide = document.documentElement.scrollWidth > innerWidth;
-  document.documentElement.dataset.probe = `${document.documentElement.dataset.theme} ${wide} ${document.title}`;
+  said.theme = root.dataset.theme;
+  said.title = document.title;
+  scrollTo({ top: root.scrollHeight / 2, behavior: "instant" });
+  said.contents = Math.round(document.querySelector(".contents").getBoundingClientRect().top);
+  parent.postMessage(JSON.stringify(said), "*");
 });</script></body>"""
 
 
-@pytest.mark.parametrize("window", ["1280,900", "500,900"])
-def test_a_real_browser_shows_the_page_from_a_file(results: Path, browser: list[str], window: str) -> None:
-    page = build(results, results.parent / "site" / "index.html")
+def _probed(page: Path, browser: list[str], width: int) -> tuple[dict[str, object], str, list[str]]:
     text = page.read_text(encoding="utf-8")
-    page.write_text(text.replace("</body>", PROBE), encoding="utf-8")  # the probe clicks what a person would
-    dom, console = _open([*browser, f"--window-size={window}"], page)
+    copy = page.with_name("probed.html")
+    seen = text.replace('loading="lazy"', 'loading="eager"')  # as if one had scrolled past all of them
+    copy.write_text(seen.replace("</body>", PROBE), encoding="utf-8")
+    dom, console = _open(browser, copy, width)
+    said = re.search(r"<pre>(.+?)</pre>", dom)
+    assert said is not None, (dom, console)
+    return json.loads(unescape(said[1])), text, console
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The page of the repository's own results."""
+    yield build(RESULTS, tmp_path_factory.mktemp("site") / "index.html")
+
+
+def test_the_page_is_small_before_pictures_are_asked_for(site: Path) -> None:
+    assert site.stat().st_size < 1.5e6
+    assert site.read_text(encoding="utf-8").count("<img src=") == sum(1 for _ in (site.parent / "figures").rglob("*.*"))
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_real_browser_shows_the_repositorys_page_to_desktop_and_telephone(
+    site: Path, browser: list[str], width: int
+) -> None:
+    said, text, console = _probed(site, browser, width)
     assert console == []
-    root = re.search(r"<html[^>]*>", dom)
-    assert root is not None
-    assert 'data-images="3"' in root[0] and 'data-broken-images="0"' in root[0]
-    assert 'data-box="true true"' in root[0], "the enlarged view did not open or did not advance"
-    assert 'data-probe="dark false Less compute' in root[0], "theme switch, page wider than the window, or title"
-    assert dom.count('<circle class="seed"') >= 3 * 2
+    assert said["images"] == text.count("<img src=")
+    assert (said["broken"], said["misshapen"], said["captionless"]) == ([], [], 0)
+    assert (said["wide"], said["wideOpened"]) == (False, False)
+    assert said["box"] == [True, True], "the enlarged view did not open or did not advance"
+    assert said["theme"] == "dark" and said["contents"] == 0
 
 
-def test_the_browser_check_notices_errors_and_broken_pictures(results: Path, browser: list[str]) -> None:
-    (results / "figures" / "ldm" / "samples.png").write_bytes(b"not a picture")
+def test_the_browser_check_notices_errors_broken_pictures_and_text_that_is_code(
+    results: Path, browser: list[str]
+) -> None:
+    (results / "figures" / "ldm" / "first.png").write_bytes(b"not a picture")
     page = build(results, results.parent / "site" / "index.html")
     text = page.read_text(encoding="utf-8")
     page.write_text(text.replace("</body>", "<script>nothing.here()</script></body>"), encoding="utf-8")
-    dom, console = _open(browser, page)
+    said, _, console = _probed(page, browser, 390)
     assert any("ReferenceError" in line for line in console)
-    assert 'data-broken-images="1"' in dom
+    assert said["broken"] == ["figures/ldm/first.png"]
+    assert str(said["title"]).startswith("Less compute")  # the hostile claim was not run
+    assert said["wide"] is False

@@ -21,17 +21,19 @@ def finished_run(folder: Path, seconds: object) -> Path:
 def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds, monkeypatch):
     monkeypatch.setattr("report.record_run.bf16_possible", lambda *_: True)
     run = finished_run(tmp_path / "electra-small", seconds)
-    text = record("electra", run, ["curves.png"], tmp_path / "results").read_text()
+    text = record("electra", run, {"curves.png": "Losses."}, tmp_path / "results").read_text()
     assert text == "| arm |\n|---|\n| ours |\n\n1.5 minutes in all on a laptop.\n"
     kept = json.loads((tmp_path / "results/runs/electra-small.json").read_text())
     assert kept["seconds"] == seconds and kept["versions"]["torch"] and kept["commit"]
-    assert (tmp_path / "results/figures/electra/default_run_curves.png").read_bytes() == b"picture"
+    figures = tmp_path / "results/figures/electra"
+    assert (figures / "default_run_curves.png").read_bytes() == b"picture"
+    assert json.loads((figures / "captions.json").read_text()) == {"default_run_curves.png": "Losses."}
 
 
 def test_what_is_missing_is_named(tmp_path):
     run = finished_run(tmp_path / "run", 1.0)
     refused("unknown paper 'bert'", record, "bert", run, results=tmp_path)
-    refused(r"grid\.png is missing", record, "electra", run, ["grid.png"], tmp_path)
+    refused(r"grid\.png is missing", record, "electra", run, {"grid.png": "A grid."}, tmp_path)
     (run / "metrics.json").write_text("{}")
     refused("wall time", record, "electra", run, results=tmp_path)
     (run / "table.md").unlink()

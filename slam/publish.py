@@ -1,8 +1,8 @@
 """Put a finished run into the repository: `python slam/publish.py --run_dir runs/slam-small --name shapes32`.
 
-Copies the student's pipeline in half precision to pretrained/, checks that stock diffusers samples from it, writes its
-model card from the run's own metrics, and brings the pictures (results/figures/slam/) and the numbers (results/runs/,
-results/run_slam.md for the README) along.
+Copies the student's pipeline in half precision to pretrained/, checks that stock diffusers opens it, writes its model
+card from the run's own metrics, and brings its pictures to results/figures/slam/. Its numbers come into results/ with
+`python -m report.record_run slam runs/slam-small`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from common import publishing
 from common.errors import run_main
 from common.paths import RESULTS
-from report.record_run import record
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 CAPTION = "Default run, same prompts and noises: teacher with 25 and 4 steps, LCM with 4, SLAM with 1, 2, 4 and 8."
@@ -67,7 +66,6 @@ pipe("a red star", {call}).images[0].save("star.png")
         (run_dir / "table.md").read_text(),
     )
     (target / "README.md").write_text(text)
-    record("slam", run_dir)
     for picture, caption in (("comparison", CAPTION), ("errors", "Error along the sub-path after the default run.")):
         publishing.copy_picture(
             run_dir / f"{picture}.png", RESULTS / "figures" / "slam" / f"default_run_{picture}.png", caption

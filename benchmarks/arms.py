@@ -23,8 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from common.cli import Parser
 from common.errors import UserError
 from common.ledger import bench_row, peak_memory, write_rows
+from common.options import Count, Threads
 from common.paths import REPOSITORY, RESULTS
 
 A = TypeVar("A")
@@ -338,31 +340,29 @@ def record(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     write_rows(output, rows)
 
 
-def bench_parser(
-    text: str | None, output: str, sizes: Mapping[str, Any], default: Sequence[str], steps: int
-) -> argparse.ArgumentParser:
+def bench_parser(text: str | None, output: str, sizes: Mapping[str, Any], default: Sequence[str], steps: int) -> Parser:
     """The options of a benchmark that compares arms; those of an arm's own process are not shown."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(default))
-    parser.add_argument("--steps", type=int, default=steps, help="steps of a turn")
+    parser = Parser(description=text)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(default), help="networks that are measured")
+    parser.add_argument("--steps", type=Count, default=steps, help="steps of a turn")
     parser.add_argument("--arm", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return machine_options(parser, output, rounds=5)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; torch takes the number of threads that they name."""
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     return options
 
 
-def machine_options(parser: argparse.ArgumentParser, output: str, rounds: int) -> argparse.ArgumentParser:
+def machine_options(parser: Parser, output: str, rounds: int) -> Parser:
     """Where a benchmark runs, how often, and where its rows go."""
     parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each arm")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / output)
+    parser.add_argument("--rounds", type=Count, default=rounds, help="turns of each arm")
+    parser.add_argument("--threads", type=Threads, default=torch.get_num_threads(), help="CPU threads of an arm")
+    parser.add_argument("--output", type=Path, default=RESULTS / output, help="JSON file that the rows go to")
     return parser
 
 

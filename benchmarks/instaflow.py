@@ -11,7 +11,6 @@ take turns; medians count. Speed does not depend on the weights: an untrained st
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.arms import chosen_devices, machine_options, record, where_of
+from common.cli import Parser
 from common.cpu import tune_allocator
 from common.data.pairs import generate_pairs
 from common.errors import run_main
@@ -166,8 +166,8 @@ def pair_row(teacher: Teacher, what: str, rounds: int, device: str, batch: int =
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, default=TEACHER)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="a diffusers text-to-image directory")
     parser.add_argument("--run_dir", type=Path, help="a finished run to time (default: untrained weights)")
     parser.add_argument("--stable-diffusion", action="store_true", help="sizes of Stable Diffusion 1.5, random weights")
     options = machine_options(parser, "bench_instaflow.json", rounds=15).parse_args(argv)

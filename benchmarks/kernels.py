@@ -11,7 +11,6 @@ The rows marked "called from Python" time plain calls, launch overhead included,
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.kernels.attention import MARGIN, attention
 from common.kernels.group_norm_silu import group_norm_silu
@@ -167,9 +167,11 @@ def measure_attention(output: Path, repeats: int = 7) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_kernels.json")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="numbers of the inputs")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "bench_kernels.json", help="JSON file that the rows go to"
+    )
     parser.add_argument("--cpu", action="store_true", help="attention on this CPU, and nothing else")
     arguments = parser.parse_args()
     if arguments.cpu:

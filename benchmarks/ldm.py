@@ -47,6 +47,7 @@ from benchmarks.arms import (
 )
 from common.costs import flop, parameter_count
 from common.errors import run_main
+from common.options import Count
 from common.paths import REPOSITORY, RESULTS
 
 if TYPE_CHECKING:
@@ -473,7 +474,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace, sampling_steps: int)
 
 def main() -> None:
     parser = bench_parser(__doc__, "bench_ldm.json", SIZES, ["emoji64", "wide"], steps=6)
-    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--sampling-steps", type=Count, default=50, help="DDIM steps of the sampling rows")
     options = parse(parser)
     if options.arm:
         work(Arm(**options.arm), options.folder, options.sampling_steps)

@@ -436,7 +436,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace, kinds: Sequence[str]
 
 def main() -> None:
     parser = bench_parser(__doc__, "bench_pixart.json", SIZES, [size for size in SIZES if size != "tiny"], steps=4)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is measured")
     options = parse(parser)
     if options.arm:
         arm = Arm(**options.arm)

@@ -13,21 +13,22 @@ one's tokens, weighs least. About 25 minutes on 2 idle cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import bench_row, write_rows
+from common.options import Count, Range
 from common.paths import RESULTS
 from se_moe.config import DataConfig, ModelOptions, Switches, TrainConfig
 from se_moe.deepspeed_arm import INSTALL, available
@@ -214,18 +215,18 @@ def ring_rows(device: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--steps", type=int, default=50, help="of every run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
+    parser.add_argument("--steps", type=Annotated[int, Range(3)], default=50, help="of every run")
+    parser.add_argument("--rounds", type=Count, default=3, help="turns of each arm")
     parser.add_argument(
-        "--experts", type=int, nargs="+", default=[32, 8], help="beside DeepSpeed, a model each; the first is ablated"
+        "--experts", type=Count, nargs="+", default=[32, 8], help="beside DeepSpeed, a model each; the first is ablated"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_se_moe.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ranks compute")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "bench_se_moe.json", help="JSON file that the rows go to"
+    )
     options = parser.parse_args(argv)
-    if options.steps < 3 or options.rounds < 1:
-        raise UserError("--steps must be at least 3 (memory is looked at in the third) and --rounds at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     where = "one GPU" if options.device == "cuda" else "2 ranks"

@@ -15,23 +15,25 @@ measured; a measurement begun on another kind of CPU is begun again. Claims abou
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import json
 import os
 import signal
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import reproduction
-from common.errors import UserError, run_main
+from common.cli import Parser
+from common.errors import UserError, first_line, run_main
 from common.figures import draw_ladder
 from common.files import write_json
 from common.jobs import ENGINES, Engine, Job, JobError, run_jobs
 from common.ledger import Claim, read_claims, read_ledger, verdict
+from common.options import Positive, Whole
 from common.paths import REPOSITORY, RESULTS
 
 
@@ -125,6 +127,9 @@ def measure(paper: str, claim: str, rung: int, seed: int, results: str) -> dict[
         importlib.import_module(f"{paper}.reproduce").main(options)
     except UserError as error:
         return {"error": str(error)}
+    except Exception as error:  # the other claims are not to wait for it
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
     known = read_claims(paper, "small", rung)[claim]
     path = reproduction.note_of(reproduction.notes_of(ledger), known, seed, None)
     return {"path": str(path.relative_to(results)), "note": json.loads(path.read_text(encoding="utf-8"))}
@@ -229,11 +234,11 @@ def print_plan(steps: Sequence[Step]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--papers", metavar="A,B", help="default: all that have claims")
-    parser.add_argument("--hours", type=float, help="end after so many hours, in the middle of a training if need be")
-    parser.add_argument("--engine", choices=ENGINES, default="here")
-    parser.add_argument("--workers", type=int, default=0, help="of the engine processes; 0: one for each core")
+    parser.add_argument("--hours", type=Positive, help="end after so many hours, in the middle of a training too")
+    parser.add_argument("--engine", choices=ENGINES, default="here", help="here, in processes, or on a Ray cluster")
+    parser.add_argument("--workers", type=Whole, default=0, help="of the engine processes; 0: one for each core")
     parser.add_argument("--plan", action="store_true", help="print the queue, measure and write nothing")
     parser.add_argument("--rebuild", action="store_true", help="bring the ledgers up to results/arms/ and stop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the ledgers and arms/")
@@ -243,10 +248,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in chosen:
         if name not in known:
             raise UserError(f"--papers {name}: expected some of {', '.join(known)}")
-    if given.hours is not None and not given.hours > 0:
-        raise UserError(f"--hours {given.hours}: expected a number above 0")
-    if given.workers < 0:
-        raise UserError(f"--workers {given.workers}: expected 0 or more")
     results = given.results.resolve()
     if given.plan:
         print_plan(queue(chosen, results))

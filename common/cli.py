@@ -1,20 +1,24 @@
-"""Command lines from dataclasses: YAML config plus `--section.option value` overrides, unknown keys refused by name.
+"""Command lines: from dataclasses (YAML files and `--section.option value`) and, for small programs, from argparse.
 
-Only light modules are imported here, so that `--help` answers at once.
+Both refuse what is unknown or out of its range by name, as one sentence and before any work, and both show in `--help`
+what applies. Only light modules are imported here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import re
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
+from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
+from common.paths import REPOSITORY
 
 Config = TypeVar("Config")
 
@@ -24,37 +28,84 @@ def parse_config(
     default_config: Path | None,
     description: str,
     argv: Sequence[str] | None = None,
+    beneath: Sequence[str] = (),
 ) -> tuple[Config, str]:
     """Read `--config FILE` (default: `default_config`) and overrides into a `config_class`.
+
+    The command line wins over the files, wherever `--config` stands in it; a later file wins over an earlier one.
+
+    Args:
+        beneath: options that the files win over.
 
     Returns:
         The config object and its YAML text (every value, defaults included), to be saved beside the results.
 
     Raises:
-        UserError: a missing file, an unknown key or a value of the wrong type, named as the user wrote it.
+        UserError: a missing file, an unknown key, a value of the wrong type or out of its range, named as the user
+            wrote it.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument(
-        "--config", action="config", help=f"YAML file with the options below (default: {default_config})"
-    )
-    parser.add_class_arguments(config_class)
-    given = _config_files(arguments)
+    given, arguments = take("--config", argv)
     for name in given:
         if not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; the ready-made ones are in configs/")
-    if not given and default_config is not None:
-        arguments = ["--config", str(default_config), *arguments]
+    files = given or ([] if default_config is None else [str(default_config)])
+    parser = _parser(config_class, description, default_config)
+    _refuse_unknown(arguments, [*parser._option_string_actions, *(f"--{name}" for name in parser.types)])
+    written = [*beneath, *(word for name in files for word in ("--config", name))]
     try:
-        namespace = parser.parse_args(arguments)
+        if {"-h", "--help"} & {*arguments}:  # whose defaults are then the values that apply
+            applies = parser.parse_args(written).items()
+            parser.set_defaults({name: value for name, value in applies if name not in ("config", "print_config")})
+        namespace = parser.parse_args([*written, *arguments])
     except ArgumentError as error:
         reason = _one_sentence(str(error))
-        if "parsing config" in reason and len(files := given or [str(default_config)]) == 1:
+        if wrong := re.fullmatch(r"option \"([\w.]+)\": Expected a <class .*>\. Got value: (.*)", reason):
+            for kind, allowed in ranges_of(parser.types.get(wrong[1])):
+                allowed.check(wrong[1], wrong[2], kind)
+        if "parsing config" in reason and len(files) == 1:
             raise UserError(f"--config {files[0]} is not valid YAML: {reason}") from None
         raise UserError(f"{reason}; --help lists every option") from None
     plain = Namespace({key: value for key, value in vars(namespace).items() if key != "config"})
+    check_ranges(plain, declared=config_class)
     values = vars(parser.instantiate_classes(plain))
     return config_class(**{k: v for k, v in values.items() if k != "config"}), parser.dump(plain, skip_none=False)
+
+
+def _parser(config_class: type, description: str, default_config: Path | None) -> ArgumentParser:
+    """A parser whose help gives each option's range behind its description."""
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.usage = "%(prog)s [--config FILE] [--option VALUE ...] [--section.option VALUE ...]"
+    default = "none" if default_config is None else default_config.name
+    parser.add_argument(
+        "--config", action="config", help=f"YAML file with the options below; they win over it (default: {default})"
+    )
+    parser.add_class_arguments(config_class)
+    parser.types = dict(_options(config_class))  # with ranges, which jsonargparse drops
+    for action in parser._actions:
+        if limits := _limits(parser.types.get(action.dest)):
+            action.help = f"{(action.help or '').rstrip('.')}; {limits[0]}"
+    return parser
+
+
+def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
+    for word in arguments:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+            raise UserError(f"unknown option {name}; {hint}")
+
+
+def _options(config_class: type, section: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option by its dotted name, with its type."""
+    for name, hint in types_of(config_class).items():
+        yield f"{section}{name}", hint
+        for kind in sections_of(hint):
+            yield from _options(kind, f"{section}{name}.")
+
+
+def _limits(hint: Any) -> list[str]:
+    return [str(allowed) for _, allowed in ranges_of(hint)]
 
 
 def read_run_config(config_class: type[Config], folder: Path, option: str = "") -> Config:
@@ -72,13 +123,80 @@ def read_run_config(config_class: type[Config], folder: Path, option: str = "") 
     return parse_config(config_class, None, "", ["--config", str(file)])[0]
 
 
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    """The files named by `--config FILE` or `--config=FILE`."""
-    files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    return files + [value for option, value in pairwise(arguments) if option == "--config"]
+class Parser(argparse.ArgumentParser):
+    """argparse as every small program here has it.
+
+    A wrong option is a UserError; `type` may be a range of `common.options` (`type=Count`), which `--help` then shows
+    beside the default; texts are laid out as they are written, and options are never abbreviated.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **settings})
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's; `type` may be a range."""
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> Any:
+        """Raise UserError in place of printing the usage and leaving."""
+        if message.startswith("unrecognized arguments: --"):
+            _refuse_unknown(message.split()[2:], [*self._option_string_actions])
+        raise UserError(f"{re.sub(r'^argument ', '', message)}; --help lists every option")
+
+    def _get_value(self, action: argparse.Action, word: str) -> Any:
+        """A word of the command line as its option's type, within its range."""
+        name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+        if (not is_text(word) and action.type is not Path) or (action.type is Path and not word.strip()):
+            raise UserError(f"{name} {word!r}: expected text that is not empty")
+        for kind, allowed in ranges_of(action.type):
+            try:
+                value = kind(word)
+            except ValueError:
+                value = word
+            allowed.check(str(name).removeprefix("--"), value, kind)
+            return value
+        return super()._get_value(action, word)  # type: ignore[misc]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Texts as they are written; a range, and the default where there is one that the text does not name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        text += "".join(f"; {limits}" for limits in _limits(action.type)[:1])
+        switch = action.default is None or action.default is False or action.default == []
+        if switch or action.default is argparse.SUPPRESS or "(default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: {shown(action.default).replace('%', '%%')})"
+
+
+def shown(value: Any) -> str:
+    """A default, as the user would write it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value))
+    return str(value.relative_to(REPOSITORY) if isinstance(value, Path) and value.is_relative_to(REPOSITORY) else value)
+
+
+def take(option: str, arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The values of an option, `--option VALUE` or `--option=VALUE`, wherever it stands, and the other words.
+
+    Args:
+        arguments: None for those of this process.
+    """
+    values, others, words = [], [], iter(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            if (value := next(words, None)) is None:
+                raise UserError(f"{option} needs a value")
+            values.append(value)
+        else:
+            others.append(word)
+    return values, others
 
 
 def _one_sentence(message: str) -> str:
     """jsonargparse explains a failure over several lines; keep the words, drop the layout."""
     text = re.sub(r"\s+", " ", message).strip()
-    return re.sub(r"^(Parser key|Argument) ", "option ", text)
+    return re.sub(r"^(Parser key|[Aa]rgument) ", "option ", text)

@@ -17,7 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.cli import Parser
 from common.errors import UserError
+from common.options import Count, Portion
 
 HEADROOM = 0.9  # of a GPU's memory; the rest is for the allocator, workspaces and the batch itself
 
@@ -191,13 +193,16 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
     return "\n".join(lines)
 
 
-def plan_parser(text: str | None, default: Cluster) -> argparse.ArgumentParser:
+def plan_parser(text: str | None, default: Cluster) -> Parser:
     """The options that every plan has."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=text)
     parser.add_argument("--gpu", default=default.gpu, help=f"one of {', '.join(default.cards)}")
-    parser.add_argument("--gpus", type=int, default=default.gpus)
+    parser.add_argument("--gpus", type=Count, default=default.gpus, help="how many of these GPUs")
     parser.add_argument(
-        "--utilisation", type=float, default=default.utilisation, help="fraction of the peak that is reached"
+        "--utilisation",
+        type=Portion,
+        default=default.utilisation,
+        help="fraction of the peak that is reached",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +16,26 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its kind: libraries' messages run to pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def stop_if_not_finite(
+    loss: float, step: int, last: Path | None = None, *, advice: str = "a lower rate", what: str = "loss"
+) -> None:
+    """End a loop whose loss is NaN or infinite, before its next checkpoint: every loop of the repository calls this.
+
+    Args:
+        last: where the loop's latest checkpoint is or would be; None for a loop that writes none.
+        advice: what the user should try.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    kept = ""
+    if last is not None:
+        kept = f"; the last good checkpoint is {last}" if last.exists() else "; no checkpoint had been written yet"
+    raise UserError(f"the {what} became {loss} at step {step}: stopped{kept}. Try {advice}")
 
 
 def run_main(main: Callable[[], Any]) -> None:

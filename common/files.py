@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,34 @@ def read_object(path: Path, what: str = "a part is missing") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
     return content
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's bytes, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_file(path: Path, make: Callable[[Path], object]) -> Path:
+    """A file of the cache that is whole: made by `make` where it is missing, and anew where its bytes are not those
+    that were written (NAME.sha256 beside it says which they were).
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.sha256")
+    if path.is_file() and beside.is_file():
+        if beside.read_bytes().strip() == file_sha256(path).encode():
+            return path
+        warnings.warn(f"{path}: damaged (its checksum differs from {beside.name}); it is made again", stacklevel=2)
+    known = path.is_file() and not beside.is_file()  # made before there were checksums
+    try:
+        write_atomically(path, make)
+        write_atomically(beside, lambda temporary: temporary.write_text(f"{file_sha256(path)}\n", encoding="ascii"))
+    except UserError:
+        if not known:
+            raise
+    return path
 
 
 def refuse_code(part: Path) -> None:

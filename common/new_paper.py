@@ -6,11 +6,11 @@ Its files are then replaced one by one by the paper's own.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.paths import REPOSITORY
 
@@ -45,7 +45,7 @@ def new_paper(name: str, root: Path = REPOSITORY) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", help="of the package: small letters, digits and _")
     for path in new_paper(parser.parse_args().name):
         print(path.relative_to(REPOSITORY))

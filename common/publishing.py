@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError
 from common.figures import keep_captions
 from common.paths import REPOSITORY
@@ -78,9 +78,9 @@ def facts_table(facts: Mapping[str, str]) -> str:
 
 def main(text: str | None, publish: Callable[[Path, str], Path], arguments: Sequence[str] | None = None) -> None:
     """The program: `--run_dir` and `--name`; says how large the published weights are."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--name", required=True)
+    parser = Parser(description=text)
+    parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run of train.py")
+    parser.add_argument("--name", required=True, help="of the folder below pretrained/")
     options = parser.parse_args(arguments)
     target = publish(options.run_dir, options.name)
     print(f"{target.relative_to(REPOSITORY)}: {weights_megabytes(target):.1f} MB")

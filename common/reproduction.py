@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from common.cli import Parser
 from common.errors import UserError
 from common.files import write_json
 from common.ledger import (
@@ -35,6 +36,7 @@ from common.ledger import (
     record,
     write_claims,
 )
+from common.options import Count, Seed
 from common.paths import REPOSITORY, RESULTS
 from common.study import Study, kept
 
@@ -50,7 +52,7 @@ def main(
     open_study: Callable[[argparse.Namespace], S],
     *,
     figures: Callable[[S, Path], None] | None = None,
-    options: Callable[[argparse.ArgumentParser], None] | None = None,
+    options: Callable[[Parser], None] | None = None,
     instead: Callable[[S, argparse.Namespace], bool] | None = None,
     without: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
@@ -111,18 +113,23 @@ def main(
     return records
 
 
-def options_parser(paper: str, description: str | None) -> argparse.ArgumentParser:
+def options_parser(paper: str, description: str | None) -> Parser:
     """The options of every `reproduce.py`; a paper adds its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", choices=("smoke", "small"), default="small")
+    parser = Parser(description=description)
     parser.add_argument(
-        "--rung", type=int, default=1, metavar="N", help="multiply the budgets by N, one of the claims' rungs"
+        "--tier",
+        choices=("smoke", "small"),
+        default="small",
+        help="smoke takes 2 to 3 minutes, small measures the claims on record",
+    )
+    parser.add_argument(
+        "--rung", type=Count, default=1, metavar="N", help="multiply the budgets by N, one of the claims' rungs"
     )
     parser.add_argument("--claims", nargs="+", metavar="ID", help="default: all of the tier that have this rung")
     parser.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=Seed,
         metavar="N",
         help="only these, without a record: for a second process on another core",
     )
@@ -176,17 +183,18 @@ def measure_claim(
         notes: where each is written down for `rebuild`.
 
     Returns:
-        the record of the ledger.
+        the record of the ledger; its seconds are those of all seeds, each with all that it uses, also what others use.
     """
     settings = study.here({"sizes": claim.sizes, "budget": claim.budget, "study": study.settings})
     found = []
     for seed in seeds or claim.seeds:
 
         def measured(seed: int = seed) -> dict[str, Any]:
+            study.forget()
             started = time.perf_counter()
             values = dict(measure(study, seed))
+            seconds = time.perf_counter() - started + study.reused_seconds
             study.forget()
-            seconds = time.perf_counter() - started
             return {"values": values, "seconds": seconds, "peak": peak_memory(), "made": provenance(study.precision)}
 
         entry = kept(study.folder / f"{claim.id}-seed{seed}.json", measured, settings)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from common.cpu import cpu_kind
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import locked, write_json
+from common.files import locked, write_atomically, write_json
 from common.images import save_grid
 from common.ledger import Tier, peak_memory, provenance, read_precision, read_sizes
 from common.metrics.distribution import fid, kid, precision_recall
@@ -40,6 +41,7 @@ ENDLESS = 10**6  # steps: a budget of CPU seconds ends training
 CHECKPOINT_EVERY = 200  # steps of an arm between checkpoints
 
 S = TypeVar("S")
+T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -255,6 +257,7 @@ class Study(Generic[S]):
         self.results = self.figures = folder
         self.finished_arms: Path | None = None  # where finished arms are noted, if they are
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
+        self._used: dict[Path, float] = {}  # what the pieces that a measurement read had taken to make, in seconds
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -274,13 +277,17 @@ class Study(Generic[S]):
         self, name: str, make: Callable[[], Mapping[str, Any]], settings: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Numbers made once (`kept`)."""
-        return kept(self.folder / f"{name}.json", make, self.here(settings))
+        path = self.folder / f"{name}.json"
+        with self._timed(path, make) as made:
+            return kept(path, made, self.here(settings))
 
     def tensors(
         self, name: str, make: Callable[[], Mapping[str, Tensor]], settings: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Tensors made once (`kept_tensors`)."""
-        return kept_tensors(self.folder / f"{name}.safetensors", make, self.here(settings))
+        path = self.folder / f"{name}.safetensors"
+        with self._timed(path, make) as made:
+            return kept_tensors(path, made, self.here(settings))
 
     def arm(
         self,
@@ -309,7 +316,8 @@ class Study(Generic[S]):
             save_weights(weights, made.state_dict())
             return {**record, "made": provenance(self.precision)}
 
-        record = kept(store, trained, self.here(settings))
+        with self._timed(store, trained) as made:
+            record = kept(store, made, self.here(settings))
         self.note(name, seed, settings, record)
         shutil.rmtree(place, ignore_errors=True)
         load_weights(network, weights, against="the study's network")
@@ -346,9 +354,31 @@ class Study(Generic[S]):
         write_json(begun, wanted)
         return folder
 
+    @contextmanager
+    def _timed(self, path: Path, make: Callable[[], T]) -> Iterator[Callable[[], T]]:
+        """`make`, timed: what it takes is written down for the claims that will read the piece instead."""
+        booked = self.folder / "seconds" / path.relative_to(self.folder).with_suffix(".txt")
+
+        def made() -> T:
+            started = time.perf_counter()
+            found = make()
+            write_atomically(booked, partial(Path.write_text, data=str(time.perf_counter() - started)))
+            self._used[path] = 0.0  # the measurement's own clock counts it
+            return found
+
+        yield made
+        if path not in self._used:
+            self._used[path] = float(booked.read_text()) if booked.is_file() else 0.0
+
+    @property
+    def reused_seconds(self) -> float:
+        """What the pieces took that were read, not made, since the last `forget`: part of what a claim costs."""
+        return sum(self._used.values())
+
     def forget(self) -> None:
-        """Drop the networks from memory (they stay on disk)."""
+        """Drop the networks from memory (they stay on disk), and what was read so far."""
         self._arms.clear()
+        self._used.clear()
 
     def show(
         self,

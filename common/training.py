@@ -6,12 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import os
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,22 @@ from torch import Tensor
 from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
-from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.errors import UserError, first_line, stop_if_not_finite
+from common.files import read_object, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
-from common.options import TrainerOptions
+from common.options import TrainerOptions, check_ranges
 from common.precision import choose_precision
 from common.processes import is_main_process
 
 LAST_CHECKPOINT = "last.ckpt"
+INPUTS = "inputs.json"
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """`torch.load` with `weights_only=True` and a clear sentence for a missing, truncated or pickled file."""
+    """`torch.load` with `weights_only=True` and a clear sentence for a missing, truncated, damaged or pickled file."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
+    refuse_damaged(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -56,6 +60,25 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a dictionary of tensors")
     return content
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise UserError where a part of a checkpoint is not what its checksum says: torch writes one (CRC-32) for every
+    tensor and reads without looking at them. Checkpoints of before zip files (torch 1.5) have none.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        part = damaged.partition("/")[2] or damaged  # behind the name that the file had while it was written
+        raise UserError(
+            f"checkpoint {path} is damaged ({part}: its checksum does not fit): restore it from a copy, or delete it "
+            "and start again, which trains this stage anew"
+        )
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any], weights: Mapping[str, Any], step: int | None) -> None:
@@ -94,23 +117,6 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def stop_if_not_finite(loss: float, step: int, last: Path | None, advice: str, what: str = "loss") -> None:
-    """End a run whose loss is NaN or infinite, before its next checkpoint.
-
-    Args:
-        last: the latest checkpoint, if there is one.
-        advice: what the user should try.
-
-    Raises:
-        UserError: it is not finite.
-    """
-    if math.isfinite(loss):
-        return
-    found = last is not None and last.exists()
-    kept = f"the last good checkpoint is {last}" if found else "no checkpoint had been written yet"
-    raise UserError(f"the {what} became {loss} at step {step}: stopped; {kept}. Try {advice}")
-
-
 class StopOnNonFinite(Callback):
     """A NaN or infinite loss ends the run before it can reach the weights' next checkpoint."""
 
@@ -126,7 +132,7 @@ class StopOnNonFinite(Callback):
         if isinstance(loss, Tensor) and not torch.isfinite(loss.detach()).all():
             last = self.checkpoints / LAST_CHECKPOINT
             advice = "a lower optimiser.lr or precision 32-true"
-            stop_if_not_finite(float(loss.detach()), generator_step(trainer), last, advice)
+            stop_if_not_finite(float(loss.detach()), generator_step(trainer), last, advice=advice)
 
 
 class SaveEvery(Callback):
@@ -236,35 +242,186 @@ class EveryNSteps(Callback):
                 self.action(step)
 
 
-def open_run_folder(run_dir: Path, resume: str, config_yaml: str, free: Sequence[str] = ()) -> None:
-    """Create the run folder and save the config; refuse to mix two different runs in one folder.
+Inputs = Mapping[str, Callable[[], str] | str]  # fingerprints by the names that messages use: data, tokenizer, ...
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder that `open_run_folder` has looked into; nothing is written before `begin`.
+
+    moved: options that say another place than before, by the input that lies there.
+    """
+
+    path: Path
+    resume: str
+    config_yaml: str
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    def begin(self, inputs: Inputs) -> None:
+        """Refuse a run that was begun with other inputs (`record_inputs`), then write the config and the record.
+
+        Args:
+            inputs: fingerprints of what the run learns from.
+        """
+        if not is_main_process():
+            return
+        _refuse_changes(self.path, [sentence for name, sentence in self.moved.items() if name not in inputs])
+        saved, resumed = self.path / "config.yaml", self.path
+        if self.resume not in ("auto", "never"):
+            above = Path(self.resume).absolute().parents
+            resumed = next((folder for folder in above if (folder / "config.yaml").is_file()), self.path)
+        record = _checked_inputs(self.path, resumed, inputs, self.moved)
+        write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
+        if record != _recorded_inputs(self.path):
+            write_json(self.path / INPUTS, record)
+
+
+def open_run_folder(
+    run_dir: Path,
+    resume: str,
+    config_yaml: str,
+    free: Sequence[str] = (),
+    places: Mapping[str, Sequence[str]] | None = None,
+) -> RunFolder:
+    """Refuse to mix two different runs in one folder; what it returns begins the run when its inputs are known.
 
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty folder; a path is left to the caller.
         free: options that may differ between two starts of the same run, dotted (`trainer.devices`) or whole sections.
+        places: options that only say where an input lies, by the input's name; such data may be moved, since its
+            fingerprint tells whether it is still the same.
     """
+    unmoved = RunFolder(run_dir, resume, config_yaml)
     if not is_main_process():  # it was started by, or together with, a process that does all this
-        return
+        return unmoved
     saved = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run_dir {run_dir} is a file; choose a folder")
     if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--resume never: {run_dir} is not empty; choose another --run_dir")
-    if resume == "auto" and saved.is_file():
-        old, new = _flat(saved.read_text()), _flat(config_yaml)
-        # An option that the saved config lacks is newer than that run.
-        changed = [
-            f"{key} was {old[key]}, is {value}"
-            for key, value in new.items()
-            if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
-        ]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
-                "choose another --run_dir, or delete that folder"
-            )
-    write_atomically(saved, lambda temporary: temporary.write_text(config_yaml))
+    if resume != "auto" or not saved.is_file():
+        return unmoved
+    old, new = _flat(saved.read_text(encoding="utf-8")), _flat(config_yaml)
+    recorded = _recorded_inputs(run_dir)
+    input_at = {option: name for name, options in (places or {}).items() for option in options if name in recorded}
+    # An option that the saved config lacks is newer than that run.
+    changed = {
+        key: f"{key} was {old[key]}, is {value}"
+        for key, value in new.items()
+        if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
+    }
+    _refuse_changes(run_dir, [sentence for key, sentence in changed.items() if key not in input_at])
+    return RunFolder(run_dir, resume, config_yaml, {input_at[key]: sentence for key, sentence in changed.items()})
+
+
+def _refuse_changes(run_dir: Path, changed: Sequence[str]) -> None:
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(changed[:3])}{more}): "
+            "choose another --run_dir, or delete that folder"
+        )
+
+
+def record_inputs(folder: Path, resume: str, inputs: Inputs) -> None:
+    """Write down, in `folder`/inputs.json, fingerprints of what a stage learns from; refuse other ones.
+
+    Args:
+        folder: of the stage.
+        resume: as the run has it; a checkpoint elsewhere goes on with the inputs of its own stage.
+
+    Raises:
+        UserError: naming the inputs that have changed.
+    """
+    if is_main_process():
+        checkpoint = checkpoint_to_resume(resume, folder)
+        resumed = folder if checkpoint is None else checkpoint.absolute().parent.parent
+        record = _checked_inputs(folder, resumed, inputs)
+        if record != _recorded_inputs(folder):
+            write_json(folder / INPUTS, record)
+
+
+def _checked_inputs(
+    folder: Path, resumed: Path, inputs: Inputs, moved: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The record of a run or stage that goes on with these inputs, or begins with them where nothing was trained yet.
+
+    Args:
+        resumed: the folder that it goes on from, which is `folder` but for `--resume CHECKPOINT`.
+        moved: see `RunFolder`.
+    """
+    found = {name: value() if callable(value) else value for name, value in inputs.items()}
+    begun = holds_work(resumed)  # else it has failed before, perhaps because of the data that were now put right
+    known = refuse_other_inputs(resumed, found, moved) if begun else {}
+    unknown = [name for name in found if name not in known]
+    if unknown and begun:
+        print(
+            f"{folder}: its {', '.join(unknown)} were not recorded when it was begun, so it cannot be checked whether "
+            "they have changed; they are recorded now",
+            file=sys.stderr,
+        )
+    return known | found
+
+
+def say_other_inputs(origin: Path, inputs: Inputs, names: Sequence[str]) -> None:
+    """Say where weights that a run starts from were trained with other inputs than the run has.
+
+    Args:
+        origin: the folder of the run that made the weights, if it is one.
+        names: of the inputs whose meaning the weights have learned.
+    """
+    known = _recorded_inputs(origin)
+    for name in names:
+        if name in known and name in inputs:
+            value = inputs[name]
+            if known[name] != (value() if callable(value) else value) and is_main_process():
+                print(
+                    f"{origin}: these weights were trained with {_other(name)} than this run has, so what they have "
+                    f"learned of the {name} means something else here",
+                    file=sys.stderr,
+                )
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has come so far that something below its folder was learned: a checkpoint or tensors."""
+    return any(next(folder.rglob(pattern), None) for pattern in ("*.ckpt", "*.safetensors"))
+
+
+def refuse_other_inputs(folder: Path, inputs: Inputs, moved: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What was written down in `folder` of a run's inputs, {} where nothing was.
+
+    Args:
+        inputs: as they are now; those that are no part of the record are left out.
+        moved: see `RunFolder`.
+
+    Raises:
+        UserError: naming those of `inputs` that are others now.
+    """
+    known = _recorded_inputs(folder)
+    found = {name: value() if callable(value) else value for name, value in inputs.items() if name in known}
+    changed = [name for name, value in found.items() if known[name] != value]
+    if not changed:
+        return known
+    names = " and ".join(map(_other, changed))
+    details = [(moved or {}).get(name) or _difference(name, known[name], found[name]) for name in changed]
+    detail = f" ({'; '.join(filter(None, details))})" if any(details) else ""
+    raise UserError(
+        f"{folder} was begun with {names} than there is now{detail}, and going on would mix the two: restore what "
+        "it was begun with, choose another --run_dir, or delete that folder"
+    )
+
+
+def _recorded_inputs(folder: Path) -> dict[str, str]:
+    return read_object(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+
+
+def _other(name: str) -> str:
+    return f"{'other' if name == 'data' or name.endswith('s') else 'another'} {name}"
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    """What changed in an input that people can read."""
+    return f"{name} were {old}, are {new}" if "," in old + new and len(old + new) < 400 else ""
 
 
 def _flat(text: str) -> dict[str, Any]:
@@ -287,6 +444,41 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", module=module)
     # Lightning points these at the caller, so the module filters miss them.
     warnings.filterwarnings("ignore", message=".*(does not have many workers|Experiment logs directory).*")
+
+
+def check_trainer(
+    options: TrainerOptions,
+    batches: Mapping[str, int],
+    *,
+    resume: str = "auto",
+    ema_decay: float = 0.0,
+    grad_clip: float = 0.0,
+) -> None:
+    """Refuse, before anything is written, what would fail after work has begun.
+
+    Args:
+        batches: global batch size of each stage by the option that says it ("trainer.batch_size").
+        ema_decay, grad_clip: of the optimiser, which sharding strategies cannot do.
+
+    Raises:
+        UserError: naming the option and what was expected.
+    """
+    check_ranges(options, "trainer.")
+    for name, batch in batches.items():
+        if batch < 1 or batch % options.accumulate:
+            raise UserError(
+                f"--{name} {batch} cannot be divided into --trainer.accumulate {options.accumulate} micro-batches"
+            )
+    sharded = [name for name in ("fsdp", "deepspeed_stage_3") if name in options.strategy]
+    if sharded and (ema_decay > 0 or grad_clip > 0):
+        raise UserError(
+            f"--trainer.strategy {options.strategy} shards the weights that the moving average follows and cannot clip "
+            "by norm: set --optimiser.ema_decay 0 --optimiser.grad_clip 0"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_file():
+        raise UserError(f"--resume {resume}: no such file; expected auto, never or a checkpoint of a run")
+    quiet_lightning()
+    _lightning(options, "32-true" if options.precision == "auto" else options.precision, enable_progress_bar=False)
 
 
 def build_trainer(
@@ -343,15 +535,13 @@ def build_trainer(
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
     saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
-    settings: dict[str, Any] = dict(
+    return _lightning(
+        options,
+        chosen_precision,
+        strategy=strategy,
         default_root_dir=folder,
         max_steps=steps * optimisers,
         max_epochs=-1,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision=chosen_precision,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
         # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
@@ -364,19 +554,35 @@ def build_trainer(
         else False,
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=options.log_every,
-        enable_checkpointing=False,
         enable_progress_bar=show,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
+
+
+def _lightning(options: TrainerOptions, precision: str, **settings: Any) -> pl.Trainer:
+    """A Lightning Trainer on the machine that the options name.
+
+    Raises:
+        UserError: the machine has no such accelerator, or Lightning knows no such strategy or precision.
+    """
+    machine: dict[str, Any] = {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "num_nodes": options.num_nodes,
+        "strategy": options.strategy,
+        "precision": precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     try:
-        return pl.Trainer(**settings)
-    except (MisconfigurationException, ValueError) as error:
+        return pl.Trainer(**(machine | settings))
+    except (MisconfigurationException, ValueError, ImportError) as error:
         raise UserError(
             f"trainer options accelerator {options.accelerator}, devices {options.devices}, strategy "
-            f"{options.strategy}, precision {chosen_precision} do not fit this machine: {' '.join(str(error).split())}"
+            f"{options.strategy}, precision {precision} do not fit this machine: {' '.join(str(error).split())}"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.data.cache import fingerprint_tensors
 from common.errors import UserError
 from common.files import write_atomically
 
 INDEX = ".safetensors.index.json"
+CHECKSUM = "tensors_sha256"  # the note
 
 
 def save_weights(
     path: Path, state: Mapping[str, Tensor], notes: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write tensors, and notes about them, as one .safetensors file, atomically.
+    """Write tensors, notes about them and their checksum as one .safetensors file, atomically; the same ones give the
+    same bytes.
 
     Args:
         dtype: of the floating-point tensors in the file; None leaves them as they are.
@@ -31,17 +35,37 @@ def save_weights(
         return tensor.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
 
     weights = {name: plain(tensor) for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(weights, str(temporary), dict(notes) if notes else None))
+    # Stock diffusers and transformers want to see the format.
+    about = {"format": "pt", **(notes or {}), CHECKSUM: fingerprint_tensors(weights)}
+
+    def write(temporary: Path) -> None:
+        save_file(weights, str(temporary), about)
+        _sort_notes(temporary)
+
+    write_atomically(path, write)
+
+
+def _sort_notes(path: Path) -> None:
+    """Put a file's notes in order: safetensors writes them in that of a hash map, which changes from run to run."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        notes = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+        text = json.dumps(notes | header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else it keeps its order
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and notes of a .safetensors file, or of all shards of a `*.safetensors.index.json`.
+    """Tensors and notes of a .safetensors file, or of all shards of a `*.safetensors.index.json`. Those that
+    `save_weights` wrote are compared with their checksum.
 
     Args:
         option: that named the path, for messages.
 
     Raises:
-        UserError: there is no such file, or it is truncated or something else.
+        UserError: there is no such file, or it is truncated, damaged or something else.
     """
     label = f"{option} {path}".strip()
     if path.name.endswith(INDEX):
@@ -53,9 +77,15 @@ def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[
         raise UserError(f"{label}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
+    if CHECKSUM in notes and notes[CHECKSUM] != fingerprint_tensors(tensors):
+        raise UserError(
+            f"{label} is damaged (its tensors do not fit its checksum): restore it from a copy, or delete it to have "
+            "it made again"
+        )
+    return tensors, {key: note for key, note in notes.items() if key not in ("format", CHECKSUM)}
 
 
 def _shards(index: Path, label: str) -> list[Path]:

@@ -11,7 +11,6 @@ bytes come out on every machine with the same liblzma.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import io
@@ -22,6 +21,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 
@@ -72,9 +72,9 @@ def read_lines(sdist: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sdist", type=Path, help=f"the source archive of {PACKAGE} {VERSION}")
-    parser.add_argument("--output", type=Path, default=ARCHIVE)
+    parser.add_argument("--output", type=Path, default=ARCHIVE, help="archive to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         lines = read_lines(arguments.sdist or download(Path(name)))

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common.errors import UserError
-from common.options import TrainerOptions
+from common.options import (
+    Count,
+    NotNegative,
+    Portion,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    TrainerOptions,
+    Whole,
+    check_ranges,
+)
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm", "two_stage", "adversarial"]
 Tying = Literal["none", "embeddings", "all"]
@@ -22,7 +33,7 @@ class DataConfig:
         corpus: a name (sotu, brown, wordnet, gcide, wikipedia), a .txt file, a folder of them, or datasets:NAME for a
             Hugging Face data set; commas join several.
         vocabulary: a vocab.txt or a transformers directory; None trains a WordPiece vocabulary on the corpus.
-        vocabulary_size: of the trained vocabulary.
+        vocabulary_size: pieces of the trained vocabulary.
         length: longest row in tokens, [CLS] and [SEP] included.
         keep_overflow: True starts the next example with the tokens that the official builder drops.
         max_tokens: at most so many tokens are built from a stream; None means all there are.
@@ -31,11 +42,11 @@ class DataConfig:
 
     corpus: str = "sotu"
     vocabulary: str | None = None
-    vocabulary_size: int = 1000
-    length: int = 64
+    vocabulary_size: Annotated[int, Range(100, 10**6)] = 1000
+    length: Annotated[int, Range(8, 10**6)] = 64
     keep_overflow: bool = True
-    max_tokens: int | None = None
-    workers: int = 0
+    max_tokens: Annotated[int, Range(1, 10**15)] | None = None
+    workers: Annotated[int, Range(0, 1024)] = 0
 
 
 @dataclass(frozen=True)
@@ -46,36 +57,37 @@ class ModelConfig:
         embedding_size: width of the embedding table, which a linear map brings to hidden_size.
         hidden_size: width of the hidden states.
         layers: of the encoder.
-        heads: of each attention.
+        heads: of each attention, into which hidden_size is divided.
         intermediate_size: width of each feed-forward layer.
         max_position: longest row in tokens.
-        dropout: of hidden states.
-        attention_dropout: of attention weights.
+        dropout: probability of dropping a hidden state's feature.
+        attention_dropout: probability of dropping an attention weight.
         init_std: standard deviation of the official initialisation.
         relative_positions: a learned bias per head and distance in every attention, starting as ALiBi's slopes. For
             tiny budgets only, where absolute positions alone do not start to learn; no published model has it.
         init: official is a normal of std `init_std` cut at two deviations; fan_in a std of 0.7 / sqrt(fan_in).
         generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
-        generator_heads: 0 keeps the width of a head, at least one head.
-        generator_intermediate_size: 0 shrinks the main network's by the same factor.
-        generator: uniform and unigram sample without a network (paper section 3.2).
+        generator_heads: heads of the generator's attentions; 0 keeps the width of a head, at least one head.
+        generator_intermediate_size: width of the generator's feed-forward layers; 0 shrinks the main network's by the
+            same factor.
+        generator: what replaces tokens: a network, or uniform or unigram draws without one (paper section 3.2).
         tying: what generator and main network share: none, embeddings (the embedding block), all encoder weights.
     """
 
-    embedding_size: int = 128
-    hidden_size: int = 256
-    layers: int = 12
-    heads: int = 4
-    intermediate_size: int = 1024
-    max_position: int = 512
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
+    embedding_size: Count = 128
+    hidden_size: Count = 256
+    layers: Count = 12
+    heads: Count = 4
+    intermediate_size: Count = 1024
+    max_position: Count = 512
+    dropout: Share = 0.1
+    attention_dropout: Share = 0.1
+    init_std: Positive = 0.02
     relative_positions: bool = False
     init: Init = "official"
-    generator_factor: float = 0.25
-    generator_heads: int = 0
-    generator_intermediate_size: int = 0
+    generator_factor: Portion = 0.25
+    generator_heads: Whole = 0
+    generator_intermediate_size: Whole = 0
     generator: GeneratorKind = "network"
     tying: Tying = "embeddings"
 
@@ -88,21 +100,16 @@ class ModelConfig:
 class ElectraConfig(ModelConfig):
     """The same with what the data and the published checkpoints decide; what the networks take."""
 
-    vocab_size: int = 30522
-    type_vocab: int = 2
-    layer_norm_eps: float = 1e-12
+    vocab_size: Count = 30522
+    type_vocab: Count = 2
+    layer_norm_eps: Positive = 1e-12
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "embedding_size", "hidden_size", "layers", "heads", "intermediate_size", "max_position")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        check_ranges(self, "model.")
         if self.hidden_size % self.heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.heads {self.heads}; change one"
             )
-        if not 0 < self.generator_factor <= 1:
-            raise UserError(f"model.generator_factor {self.generator_factor} must be above 0 and at most 1")
         if self.tying == "all" and (self.generator != "network" or self.generator_factor != 1):
             raise UserError('model.tying "all" needs model.generator "network" and model.generator_factor 1')
 
@@ -115,7 +122,8 @@ class ElectraConfig(ModelConfig):
             return self
         hidden = round(self.hidden_size * self.generator_factor)
         heads = self.generator_heads or max(1, hidden * self.heads // self.hidden_size)
-        intermediate = self.generator_intermediate_size or round(self.intermediate_size * self.generator_factor)
+        smaller = max(1, round(self.intermediate_size * self.generator_factor))
+        intermediate = self.generator_intermediate_size or smaller
         embedding = hidden if self.tying == "none" else self.embedding_size
         return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
 
@@ -144,31 +152,39 @@ class ObjectiveConfig:
     Args:
         mask_probability: share of the tokens that the generator predicts (0.25 for Large).
         disc_weight: lambda, the weight of the discriminator's loss.
-        temperature: of the generator's samples; disallow_correct: never sample the true token.
+        temperature: of the generator's samples.
+        disallow_correct: never sample the true token.
         first_stage: share of the steps that train the generator alone (two_stage).
         copy_weights: start the second stage's discriminator from the generator (two_stage).
         baseline_decay: of the running mean reward (adversarial).
         mlm_weight: of the likelihood term that keeps the adversarial generator near the data (adversarial).
     """
 
-    mask_probability: float = 0.15
-    disc_weight: float = 50.0
-    temperature: float = 1.0
+    mask_probability: Portion = 0.15
+    disc_weight: NotNegative = 50.0
+    temperature: Positive = 1.0
     disallow_correct: bool = False
-    first_stage: float = 0.5
+    first_stage: Share = 0.5
     copy_weights: bool = True
-    baseline_decay: float = 0.99
-    mlm_weight: float = 0.0
+    baseline_decay: Share = 0.99
+    mlm_weight: NotNegative = 0.0
 
 
 @dataclass
 class OptimiserConfig:
-    """Adam without bias correction; warm-up and linear decay act together (appendix; official optimization.py)."""
+    """Adam without bias correction; warm-up and linear decay act together (appendix; official optimization.py).
 
-    lr: float = 5e-4
-    warmup: int = 10_000
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
+    Args:
+        lr: highest learning rate.
+        warmup: steps over which the rate rises linearly.
+        weight_decay: of all weights but biases and normalisations.
+        grad_clip: largest norm of the gradient; 0 does not clip.
+    """
+
+    lr: NotNegative = 5e-4
+    warmup: Whole = 10_000
+    weight_decay: NotNegative = 0.01
+    grad_clip: NotNegative = 1.0
 
 
 @dataclass
@@ -176,14 +192,14 @@ class TrainerConfig(TrainerOptions):
     """How to run.
 
     Args:
-        max_steps: optimiser steps of the first arm; the others get as many FLOPs.
+        max_steps: optimiser steps of electra; every other objective gets as many FLOPs.
         batch_size: rows of the global batch (all processes and accumulated micro-batches together).
         evaluate_every: steps between losses on held-out text (0: only at the end).
     """
 
-    max_steps: int = 1000
-    batch_size: int = 128
-    evaluate_every: int = 0
+    max_steps: Count = 1000
+    batch_size: Count = 128
+    evaluate_every: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ class FinetuneConfig:
     Args:
         lr: rate of the head; deeper layers get lr * layer_decay^(layers + 2 - depth).
         scratch_lr: rate of an encoder without pre-training, whose layers all learn at one rate; None takes `lr`.
-        layer_decay: see lr; 1 gives all layers the same rate.
+        layer_decay: factor of the rate from each layer to the one below; 1 gives all layers the same rate.
         weight_decay: of AdamW.
         epochs: passes over the training split (the paper: 3; 10 for small tasks, 2 for SQuAD).
         batch_size: items of a step.
@@ -203,29 +219,25 @@ class FinetuneConfig:
         clip: largest norm of the gradient.
         double_unordered: train on every pair in both orders (MRPC and STS in the paper).
         precision: bf16 runs the encoder under autocast.
-        device: auto takes a GPU where there is one.
+        device: cpu, cuda, or auto, which takes a GPU where there is one.
     """
 
-    lr: float = 3e-4
-    scratch_lr: float | None = None
-    layer_decay: float = 0.8
-    weight_decay: float = 0.0
-    epochs: float = 3
-    batch_size: int = 32
-    warmup: float = 0.1
-    max_length: int = 128
-    dropout: float = 0.1
-    clip: float = 1.0
+    lr: Positive = 3e-4
+    scratch_lr: Positive | None = None
+    layer_decay: Portion = 0.8
+    weight_decay: NotNegative = 0.0
+    epochs: Annotated[float, Range(0, 10**4, above=True)] = 3
+    batch_size: Count = 32
+    warmup: Share = 0.1
+    max_length: Annotated[int, Range(8, 10**6)] = 128
+    dropout: Share = 0.1
+    clip: Positive = 1.0
     double_unordered: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "layer_decay", "clip"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"fine-tuning: {name} is {getattr(self, name)}; it must be above 0")
-        if self.max_length < 8:
-            raise UserError(f"fine-tuning: max_length is {self.max_length}; it must be at least 8")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -240,9 +252,9 @@ class DownstreamConfig(FinetuneConfig):
     """
 
     tasks: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    train_examples: int | None = None
-    test_examples: int | None = None
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    train_examples: Count | None = None
+    test_examples: Count | None = None
 
 
 @dataclass
@@ -252,15 +264,17 @@ class ElectraRun:
     Args:
         arms: objectives to pre-train with, each in its own folder below run_dir: electra (replaced-token detection),
             electra15 (its loss on masked tokens only), mlm (BERT), replace_mlm, all_tokens_mlm, two_stage, adversarial.
-            Arms after the first get as many training FLOPs as the first.
+            Each gets as many training FLOPs as trainer.max_steps steps of electra take.
         run_dir: folder of this run's checkpoints, logs, encoders and metrics.
+        seed: of the weights' start, the order of the data and the masks.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder; or the path of a .ckpt file.
-        init_from: a transformers directory or a run's arm to continue the discriminator and generator from.
+        init_from: a transformers directory or a run's arm to continue the discriminator and generator from; its
+            vocabulary comes with it.
     """
 
     arms: list[Objective] = field(default_factory=lambda: ["electra"])
     run_dir: str = "runs/electra"
-    seed: int = 0
+    seed: Seed = 0
     resume: str = "auto"
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,7 +1,7 @@
 """Weights of the official TensorFlow code and of transformers, both ways.
 
-    python electra/convert.py import CHECKPOINT OUT    official -> transformers: OUT/ and OUT/generator/
-    python electra/convert.py export DIR OUT.npz       transformers (DIR/ and, where it is, DIR/generator/) -> official
+    python electra/convert.py import CHECKPOINT OUT  # official -> transformers: OUT/ and OUT/generator/
+    python electra/convert.py export DIR OUT.npz     # transformers (DIR/ and its generator, if any) -> official
 
 CHECKPOINT is a checkpoint of the official code (its folder, or the part of its files' names before ".index"), or an
 .npz or .safetensors file of its variables. `--heads` is needed where heads are not 64 wide: weights do not tell.
@@ -13,7 +13,6 @@ What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import struct
@@ -28,8 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
+from common.options import Whole
 from common.weights import save_weights
 from electra.config import ElectraConfig
 from electra.model import Encoder
@@ -470,18 +471,20 @@ def _block_entries(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="official checkpoint -> transformers directories")
-    importer.add_argument("checkpoint", type=Path)
-    importer.add_argument("out", type=Path)
-    importer.add_argument("--heads", type=int, default=0, help="of the main network (default: hidden size / 64)")
-    importer.add_argument("--generator-heads", type=int, default=0, help="of the generator (default: likewise)")
+    importer.add_argument(
+        "checkpoint", type=Path, help="TensorFlow checkpoint, .npz or .safetensors of official variables"
+    )
+    importer.add_argument("out", type=Path, help="folder (import) or file (export) to write")
+    importer.add_argument("--heads", type=Whole, default=0, help="of the main network (default: hidden size / 64)")
+    importer.add_argument("--generator-heads", type=Whole, default=0, help="of the generator (default: likewise)")
     exporter = commands.add_parser(
         "export", help="transformers directory -> .npz or .safetensors of official variables"
     )
-    exporter.add_argument("directory", type=Path)
-    exporter.add_argument("out", type=Path)
+    exporter.add_argument("directory", type=Path, help="a transformers directory with its generator/")
+    exporter.add_argument("out", type=Path, help="folder (import) or file (export) to write")
     options = parser.parse_args(arguments)
     if options.command == "import":
         variables = read_variables(options.checkpoint)

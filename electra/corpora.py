@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.data.cache import file_checksums, fingerprint_path
 from common.data.lines import read_lines
 from common.errors import UserError
 from electra.fetch_text import find_text, wikipedia_dump
@@ -381,7 +382,8 @@ def _load_stream(spec: str) -> Corpus:
                 paragraphs = [line.strip() for line in str(row[column]).split("\n")]
                 yield Document(f"row {index}", [s for p in paragraphs if p for s in split_sentences(p)])
 
-    return Corpus(spec, read, _digest([spec, str(RULES)]))
+    here = [fingerprint_path(Path(name)), config, column] if Path(name).exists() else [spec]
+    return Corpus(spec, read, _digest([*here, str(RULES)]))
 
 
 def _read_utf8(path: Path) -> str:
@@ -395,10 +397,8 @@ def _file_fingerprint(name: str, files: Sequence[Path]) -> str:
     if not files:
         raise UserError(f"corpus {name}: its files are missing; run `make data-text` again")
     parts = [name, str(RULES)]
-    for path in files:
-        with path.open("rb") as file:
-            parts.append(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
-    return _digest(parts)
+    checksums = file_checksums(files)
+    return _digest(parts + [f"{path.name}:{checksums[path]}" for path in files])
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.data.sampling import StepBatchSampler, generator_step, step_generator
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import checked_file
 from common.paths import cache_dir
 from electra.config import DataConfig
 from electra.corpora import Split, load_corpus
@@ -49,7 +50,8 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     corpus = load_corpus(config.corpus)
     key = f"{VOCABULARY_RULES} {corpus.fingerprint} {config.vocabulary_size} {config.max_tokens}"
     path = cache_dir("electra", "vocabularies") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
-    if not path.is_file():
+
+    def learn(place: Path) -> None:
         texts: list[str] = []
         words = 0
         for document in corpus.documents("train"):
@@ -58,9 +60,9 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
             if config.max_tokens is not None and words >= config.max_tokens:  # a stream has no end
                 break
         trained = train_wordpiece(texts, config.vocabulary_size)
-        text = "\n".join(trained.vocabulary) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return load_tokenizer(path)
+        place.write_text("\n".join(trained.vocabulary) + "\n", encoding="utf-8")
+
+    return load_tokenizer(checked_file(path, learn))
 
 
 def open_examples(config: DataConfig, tokenizer: Tokenizer, split: Split = "train", seed: int = 0) -> ExampleStore:

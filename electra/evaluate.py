@@ -1,26 +1,27 @@
 """Fine-tune a saved encoder on labelled tasks and print its scores beside the same network from scratch.
 
-    python electra/evaluate.py runs/electra/electra                          # the default tasks, three seeds
+    python electra/evaluate.py runs/electra-small/electra                     # the default tasks, three seeds
     python electra/evaluate.py DIR OTHER_DIR --tasks acceptability,pos       # two encoders side by side
     python electra/evaluate.py DIR --tasks file:reviews.tsv --seeds 0 --output scores.json
     python electra/evaluate.py DIR --tasks sentiment --predict sentences.txt # one label a line, tab, the sentence
 
-DIR is a transformers directory with its vocabulary. Scores are per cent on the test split, the median over the seeds
-and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
+DIR is a transformers directory with its vocabulary, or the folder of a run's arm. Scores are per cent on the test
+split, the median over the seeds and, in brackets, the lowest and the highest. Tasks: see electra/tasks.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from common.cli import Parser
 from common.data.lines import read_lines
 from common.errors import UserError, run_main
+from common.options import Count, Portion, Positive, Range, device_or_auto
 
 if TYPE_CHECKING:
     from electra.config import DownstreamConfig, FinetuneConfig
@@ -175,11 +176,11 @@ def split_tasks(text: str) -> list[str]:
     return re.split(rf",(?=\s*(?:(?:{'|'.join(NAMES)})\s*(?:[:,]|$)|file:|datasets:))", text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="folders of saved encoders (transformers directories)"
     )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="saved encoders")
     parser.add_argument("--tasks", default=DEFAULT_TASKS, help=f"with commas between them (default: {DEFAULT_TASKS})")
     parser.add_argument("--seeds", default="0,1,2", help="one fine-tuning each (default: 0,1,2)")
     parser.add_argument("--no_scratch", action="store_true", help="leave the network from scratch out")
@@ -187,17 +188,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_root", type=Path, help="folder with the files of a fetched corpus")
     parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="label the lines of a text file instead")
-    parser.add_argument("--train_examples", type=int, help="at most so many training examples")
-    parser.add_argument("--test_examples", type=int, help="at most so many test examples")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--scratch_lr", type=float, help="rate of the network from scratch (default: --lr)")
-    parser.add_argument("--layer_decay", type=float, default=0.8)
-    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--train_examples", type=Count, help="at most so many training examples")
+    parser.add_argument("--test_examples", type=Count, help="at most so many test examples")
+    parser.add_argument(
+        "--epochs",
+        type=Annotated[float, Range(0, 10**4, above=True)],
+        default=3.0,
+        help="passes over the training split",
+    )
+    parser.add_argument("--batch_size", type=Count, default=32, help="items of a step")
+    parser.add_argument("--lr", type=Positive, default=3e-4, help="learning rate of the head")
+    parser.add_argument("--scratch_lr", type=Positive, help="rate of the network from scratch (default: --lr)")
+    parser.add_argument(
+        "--layer_decay", type=Portion, default=0.8, help="factor of the rate from each layer to the one below"
+    )
+    parser.add_argument("--max_length", type=Annotated[int, Range(8, 10**6)], default=128, help="longest row in tokens")
     parser.add_argument("--double_unordered", action="store_true", help="train on pairs in both orders")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 runs the encoder under autocast"
+    )
+    parser.add_argument(
+        "--device", type=device_or_auto, default="auto", help="cpu, cuda, or auto: a GPU if there is one"
+    )
     return parser
 
 
@@ -211,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds {arguments.seeds}: expected whole numbers with commas between them") from None
+    for seed in seeds:
+        Range(0, 2**32 - 1).check("seeds", seed, int)
     own = {field.name for field in fields(FinetuneConfig)}
     config = FinetuneConfig(**{key: value for key, value in vars(arguments).items() if key in own})
     tasks = [

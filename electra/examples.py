@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import file_sha256, write_json
+from common.processes import is_main_process
 from electra.wordpiece import Tokenizer
 
 FORMAT = 1
@@ -156,10 +158,8 @@ class ExampleStore:
         manifest = _read_manifest(self.folder)
         assert manifest is not None
         for name in _FILES:
-            if _sha256(self.folder / f"{name}.npy") != manifest["files"][name]["sha256"]:
-                raise UserError(
-                    f"{self.folder / name}.npy: its checksum differs; delete {self.folder} to build it anew"
-                )
+            if file_sha256(self.folder / f"{name}.npy") != manifest["files"][name]["sha256"]:
+                raise UserError(f"{self.folder / name}.npy: damaged (its checksum differs from {_MANIFEST})")
 
 
 def build_store(
@@ -172,7 +172,7 @@ def build_store(
     keep_overflow: bool = True,
     max_tokens: int | None = None,
 ) -> ExampleStore:
-    """Open the examples in `folder` if they are of these settings; otherwise build them there, whole or not at all.
+    """Open the examples in `folder` if they are of these settings and whole; otherwise build them there.
 
     Args:
         folder: the store's own folder; parallel processes that ask for the same one wait for the first.
@@ -196,7 +196,13 @@ def build_store(
         fcntl.flock(lock, fcntl.LOCK_EX)
         manifest = _read_manifest(folder)
         if manifest is not None and manifest["fingerprint"] == fingerprint:
-            return ExampleStore(folder)
+            try:
+                store = ExampleStore(folder)
+                if is_main_process():
+                    store.verify()
+                return store
+            except UserError as error:
+                warnings.warn(f"{error}; the examples are built anew", stacklevel=2)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
             work = Path(name) / "store"
             work.mkdir()
@@ -245,7 +251,7 @@ def _write_rows(
     files = {}
     for name in _FILES:
         path = work / f"{name}.npy"
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     statistics = {
         "rows": len(first_lengths),
         "tokens": offsets[-1],
@@ -270,8 +276,3 @@ def _read_manifest(folder: Path) -> dict | None:  # type: ignore[type-arg]
         raise UserError(
             f"{path}: not a manifest of pre-training examples; delete {folder} to build them anew"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

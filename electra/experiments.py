@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.data.sampling import derive_seed
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from common.study import CHECKPOINT_EVERY, Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from electra.adversarial import AdversarialPretrainer, sample_entropy
@@ -425,7 +425,9 @@ class Study(CommonStudy[Sizes]):
             started = time.process_time()
             for step in range(number * steps, (number + 1) * steps):
                 batch = batches[step]
-                network(batch.batch, batch.draws).total.backward()
+                loss = network(batch.batch, batch.draws).total
+                stop_if_not_finite(float(loss.detach()), step)
+                loss.backward()
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
             taken.append((time.process_time() - started) / steps)

@@ -9,12 +9,12 @@ Every archive is pinned by version and SHA-256. Whoever has the files already gi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import packages
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.packages import Package, find_root
 from common.paths import cache_dir
@@ -119,7 +119,7 @@ def fetch(names: Iterable[str], any_version: bool = False) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     command = parser.add_subparsers(dest="command", required=True).add_parser("fetch", help="download and unpack")
     command.add_argument("names", nargs="*", help=f"some of {', '.join(SOURCES)} (default: all)")
     command.add_argument("--any_version", action="store_true", help="accept other versions of the Debian packages")

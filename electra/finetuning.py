@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from electra.config import ElectraConfig, FinetuneConfig
 from electra.convert import Pretrained, load_pretrained
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates, best_span
@@ -286,21 +286,23 @@ def _train(
     device = parameters[0].device
     total = max(1, int(len(rows) * config.epochs / config.batch_size))
     warmup = int(total * config.warmup)
-    recent: list[Tensor] = []
+    recent: list[float] = []
     model.train()
     for step, chosen in enumerate(_batches(rows, config.batch_size, total, seed)):
         set_learning_rate(optimizer, learning_rate(step + 1, base, warmup, total + 1))
         batch = PackedRows.of(chosen, model.kind, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             losses = model.loss(batch)
+        mean = float(losses.detach().mean())
+        stop_if_not_finite(mean, step + 1, advice="a lower rate, and look at the labels", what="fine-tuning loss")
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()  # the official reduction
         clip_global_norm(parameters, config.clip)
         optimizer.step()
         if step >= total * 9 // 10:
-            recent.append(losses.detach().mean())
+            recent.append(mean)
     model.eval()
-    return total, float(torch.stack(recent).mean())
+    return total, sum(recent) / len(recent)
 
 
 def _batches(rows: Sequence[Row], size: int, total: int, seed: int) -> Iterator[list[Row]]:
@@ -316,7 +318,11 @@ def _batches(rows: Sequence[Row], size: int, total: int, seed: int) -> Iterator[
 
 @torch.inference_mode()
 def evaluate(model: FinetuneModel, rows: Sequence[Row], config: FinetuneConfig | None = None) -> dict[str, float]:
-    """Scores in per cent: accuracy and Matthews, Spearman and Pearson, tagging accuracy, or F1 and exact match."""
+    """Scores in per cent: accuracy and Matthews, Spearman and Pearson, tagging accuracy, or F1 and exact match.
+
+    Raises:
+        UserError: the network's answers are not finite, which would all count as one class.
+    """
     from scipy.stats import rankdata
     from sklearn.metrics import matthews_corrcoef
 
@@ -329,10 +335,12 @@ def evaluate(model: FinetuneModel, rows: Sequence[Row], config: FinetuneConfig |
         batch = PackedRows.of(ordered[start : start + size], model.kind, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             hidden = model.hidden(batch)
+            refuse_not_finite(hidden)
             if isinstance(model.head, QuestionAnsweringHead):
                 spans += _answers(model.head, hidden, batch)
                 continue
             outputs.append(model.head(hidden))
+            refuse_not_finite(outputs[-1])
         truths.append(batch.labels)
     if model.kind == "questions":
         return _answer_scores(spans)
@@ -361,10 +369,19 @@ def predict(
         place = {id(row): start + i for i, row in enumerate(rows[start : start + size])}
         batch = PackedRows.of(rows[start : start + size], model.kind, device)
         output = model.head(model.hidden(batch))
+        refuse_not_finite(output)
         output_B = output.argmax(-1) if model.kind == "classification" else output
         for row, value in zip(batch.rows, output_B.tolist()):
             values[place[id(row)]] = value
     return [values[i] for i in range(len(rows))]
+
+
+def refuse_not_finite(output: Tensor) -> None:
+    """Raise UserError where fine-tuning has run away."""
+    if not bool(torch.isfinite(output).all()):
+        raise UserError(
+            "the fine-tuned network's answers are not finite, since its training ran away: try a lower rate (lr)"
+        )
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

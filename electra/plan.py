@@ -1,6 +1,6 @@
 """What the published models cost, computed from their configurations on the meta device (no memory, no GPU needed).
 
-    make electra-plan                                 the table, for one V100 as in the paper's small models
+    make electra-plan  # the table, for one V100 as in the paper's small models
     python electra/plan.py --gpu h200 --gpus 8 large
     python electra/plan.py --json
 

@@ -1,11 +1,11 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/electra.json and its figures.
+"""Measure the paper's claims at small scale; writes results/electra.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, some hours of one core
-    python reproduce.py --claims E1 E2           # some of them
-    python reproduce.py --seeds 1                # one seed only, without a record: for a second process on another core
-    python reproduce.py --tier smoke             # what CI runs, about a minute
-    python reproduce.py --cost                   # what an arm, a fine-tuning and each claim take on this machine
-    python reproduce.py --calibrate              # how the fine-tuning rates were chosen, on an unused seed
+    python electra/reproduce.py                  # tier small: 3 seeds of every claim, some hours of one core
+    python electra/reproduce.py --claims E1 E2   # some of them
+    python electra/reproduce.py --seeds 1        # one seed only, without a record: for a second process on another core
+    python electra/reproduce.py --tier smoke     # what CI runs, about a minute
+    python electra/reproduce.py --cost           # what an arm, a fine-tuning and each claim take on this machine
+    python electra/reproduce.py --calibrate      # how the fine-tuning rates were chosen, on an unused seed
 
 The claims, with targets, sizes and budgets, are in claims.yaml. One thread. Arms of a comparison are equal in training
 FLOPs by the official counter, or in steps where the paper's are. Every trained arm, every score and every finished
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import run_main
 from common.files import write_json
 from common.ledger import read_claims
@@ -383,7 +384,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study.figures, study.folder)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--cost", action="store_true", help="time every arm for a few steps, print the bill and stop")
     parser.add_argument("--calibrate", action="store_true", help="compare fine-tuning rates on an unused seed and stop")
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import write_json
-from common.options import at_least, check_trainer, free_options
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import EveryNSteps, open_run_folder, train
+from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
 from electra.convert import load_pretrained, pretraining_state, save_transformers
+from electra.corpora import load_corpus
 from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
 from electra.evaluate import open_tasks
 from electra.examples import ExampleStore
@@ -31,10 +34,12 @@ from electra.objectives import ElectraPretrainer
 from electra.tasks import Task
 from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import SecondStage, second_stage, two_stage_flops
-from electra.wordpiece import Tokenizer
+from electra.wordpiece import Tokenizer, load_tokenizer
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
+# Options that only say where an input lies, by what messages call it.
+PLACES = {"data": ["data.corpus"], "tokenizer": ["data.vocabulary"], "starting weights": ["init_from"]}
 
 
 @dataclass
@@ -89,12 +94,22 @@ class Run:
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         folder = Path(config.run_dir)
-        open_run_folder(folder, config.resume, text, FREE_OPTIONS)
-        tokenizer = open_tokenizer(config.data)
+        opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, PLACES)
+        tokenizer = run_tokenizer(config, folder)
+        inputs: dict[str, Callable[[], str] | str] = {
+            "data": lambda: load_corpus(config.data.corpus).fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        if config.init_from is not None and Path(config.init_from).exists():
+            inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
+        tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        run = cls(config, folder, tokenizer, train, held_out, tasks)
+        run.check_networks()
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
+        opened.begin(inputs)
         if is_main_process():
             tokenizer.save(folder / "tokenizer")
-        run = cls(config, folder, tokenizer, train, held_out, open_tasks(config.downstream))
         run.seconds["data"] = time.perf_counter() - started
         return run
 
@@ -112,8 +127,10 @@ class Run:
         return float(self.train.lengths.mean())
 
     def arms(self) -> list[Arm]:
-        """The arms with their steps: as many FLOPs for each as `max_steps` steps of the first take."""
-        budget = self.flops(self.config.arms[0], self.config.trainer.max_steps)
+        """The arms with their steps: as many FLOPs for each as `max_steps` steps of electra take, whichever others are
+        asked for.
+        """
+        budget = self.flops("electra", self.config.trainer.max_steps)
         made = []
         for name in self.config.arms:
             one = self.flops(name, 1)
@@ -151,6 +168,17 @@ class Run:
         if config.init_from is not None:
             start_from(network, Path(config.init_from))
         return network
+
+    def check_networks(self) -> None:
+        """Refuse sizes that no network has, and an `init_from` that does not fit; nothing is trained.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        arms = [arm for arm in self.arms() if not arm.finished]
+        for name in {"mlm" if arm.name == "two_stage" else arm.name for arm in arms}:
+            with torch.device("cpu" if self.config.init_from is not None else "meta"):
+                self.network(name)
 
     def pretrain(self, arm: Arm, callbacks: Sequence[pl.Callback] = ()) -> None:
         """Pre-train or resume an arm and write its encoders."""
@@ -237,7 +265,6 @@ def check_options(config: ElectraRun) -> None:
     if not config.arms or len(set(config.arms)) < len(config.arms):
         raise UserError(f"--arms {config.arms}: expected at least one objective, each once")
     check_trainer(trainer, {"trainer.batch_size": trainer.batch_size}, resume=config.resume)
-    at_least("trainer.max_steps", trainer.max_steps, 1)
     if config.data.length > config.model.max_position:
         raise UserError(
             f"--data.length {config.data.length} is more than --model.max_position {config.model.max_position}"
@@ -255,13 +282,47 @@ def replace_folder(new: Path, place: Path) -> None:
     new.rename(place)
 
 
+def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
+    """The vocabulary of a run: the given one, the one it was begun with, that of the weights it starts from (whose
+    embeddings mean its pieces), or a new one.
+
+    Raises:
+        UserError: the weights come without one, or with another than the given one.
+    """
+    given = None if config.data.vocabulary is None else load_tokenizer(config.data.vocabulary)
+    if given is None and holds_work(folder) and (folder / "tokenizer").is_dir():
+        return load_tokenizer(folder / "tokenizer")
+    if config.init_from is None or not Path(config.init_from).is_dir():
+        return given or open_tokenizer(config.data)
+    main = main_folder(Path(config.init_from))
+    if not any((main / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        if given is None:
+            raise UserError(
+                f"--init_from {config.init_from}: no vocab.txt in {main}, and without it nobody knows which pieces its "
+                "embeddings stand for; give it with --data.vocabulary"
+            )
+        return given
+    own = load_tokenizer(main)
+    if given is not None and given.vocabulary != own.vocabulary:
+        raise UserError(
+            f"--data.vocabulary {config.data.vocabulary} is not that of --init_from {config.init_from}: its embeddings "
+            "stand for other pieces; leave --data.vocabulary out"
+        )
+    return given or own
+
+
+def main_folder(path: Path) -> Path:
+    """The transformers directory of an arm's folder that holds its main network, or `path` itself."""
+    return next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
+
+
 def start_from(network: ElectraPretrainer, path: Path) -> None:
     """Fill a network from an arm's folder (discriminator/, generator/) or a transformers directory (with generator/).
 
     Raises:
         UserError: nothing there, or weights of another network.
     """
-    main = next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
+    main = main_folder(path)
     generator = path / "generator"
     _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator.is_dir() else None)
     own = {key: value for key, value in network.state_dict().items() if "." in key}

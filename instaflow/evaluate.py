@@ -1,10 +1,10 @@
 """How good the few-step images are: of a training run, or of any pipeline directory on your own captions and images.
 
-    python evaluate.py --run_dir runs/instaflow-small                     # a finished run: its metrics.json again
-    python evaluate.py --model PIPELINE --images DIR                      # captions from DIR/metadata.jsonl
-    python evaluate.py --model PIPELINE --images val2017 --captions captions_val2017.json --count 5000 \\
+    python instaflow/evaluate.py --run_dir runs/instaflow-small           # a finished run: its metrics.json again
+    python instaflow/evaluate.py --model PIPELINE --images DIR            # captions from DIR/metadata.jsonl
+    python instaflow/evaluate.py --model PIPELINE --images val2017 --captions captions_val2017.json --count 5000 \\
         --extractor inception:pt_inception-2015-12-05.pth --clip CLIP_DIR  # FID-5k and CLIP score as in the paper
-    python evaluate.py --model TEACHER --solver DPMSolverMultistepScheduler --steps 25 --guidance 5 ...   # the teacher
+    python instaflow/evaluate.py --model TEACHER --solver DPMSolverMultistepScheduler --steps 25 --guidance 5 ...
 
 The paper's FID-30k resizes to 256 pixels before anything else: --size 256. Guidance stays off for one-step models: it
 is inside their training pairs. Only Inception features may be called FID; every number names its judge and its counts.
@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.data.lines import read_json_lines, read_lines
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Seed, device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -254,22 +256,22 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, help="folder of a finished run of train.py")
     parser.add_argument("--model", type=Path, help="a pipeline directory")
     parser.add_argument("--images", type=Path, help="folder of real images")
     parser.add_argument("--captions", type=Path, help="COCO captions_*.json, .jsonl or .txt (default: metadata.jsonl)")
-    parser.add_argument("--count", type=int, default=5000, help="images compared (the first so many)")
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--guidance", type=float, default=0.0, help="acts above 1 only")
+    parser.add_argument("--count", type=Count, default=5000, help="images compared (the first so many)")
+    parser.add_argument("--steps", type=Count, default=1, help="Euler steps of a picture (of the solver with --solver)")
+    parser.add_argument("--guidance", type=NotNegative, default=0.0, help="acts above 1 only")
     parser.add_argument("--solver", help="diffusers scheduler, when --model is a diffusion teacher")
-    parser.add_argument("--size", type=int, help="both sides are resized to this side (default: the model's)")
+    parser.add_argument("--size", type=Count, help="both sides are resized to this side (default: the model's)")
     parser.add_argument("--extractor", default="lite0", help="lite0, lite0@SIZE or inception:FILE")
     parser.add_argument("--alignment", action="store_true", help="text-image alignment by the repository's own scorer")
     parser.add_argument("--clip", type=Path, help="a transformers CLIPModel directory, for the CLIP score")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
+    parser.add_argument("--batch_size", type=Count, default=16, help="pictures drawn at once")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(argv)
     if options.run_dir:

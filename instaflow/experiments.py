@@ -177,6 +177,11 @@ class Study(CommonStudy[Sizes]):
             loss = perceptual_loss(self.teacher, perceptual_distance("trained"))
         self._optimise(f"{name}-seed{seed}", flow, loss, data, steps, lr, derive_seed(seed, *name.encode()))
 
+    def forget(self) -> None:
+        """Also the flows."""
+        super().forget()
+        self._flows.clear()
+
     def _forget_work(self, name: str) -> None:
         """Drop the checkpoints of an arm that is kept by now."""
         shutil.rmtree(self.folder / "arms" / name, ignore_errors=True)

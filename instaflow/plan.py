@@ -1,6 +1,6 @@
 """What a run costs, worked out before it starts: U-Net forward-equivalents, FLOP and GPU-days of every stage.
 
-    make instaflow-plan                                   the published schedule, beside the paper's 199.2 A100 days
+    make instaflow-plan  # the published schedule, beside the paper's 199.2 A100 days
     python instaflow/plan.py --gpu h100 --gpus 8 --utilisation 0.5
     python instaflow/plan.py --config instaflow/configs/small.yaml --teacher ldm/pretrained/shapes32-v
 
@@ -145,7 +145,7 @@ def table(stages: Sequence[Stage], cluster: costs.Cluster) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = costs.plan_parser(__doc__, DEFAULT)
-    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml", help="YAML file of a run")
     parser.add_argument("--teacher", help="a diffusers directory (default: the config's; absent: Stable Diffusion 1.5)")
     options = parser.parse_args(argv)
     given = ["--config", str(options.config)] + (["--teacher", options.teacher] if options.teacher else [])

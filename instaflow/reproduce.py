@@ -1,8 +1,8 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/instaflow.json and its figures.
+"""Measure the paper's claims at small scale; writes results/instaflow.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 45 core-minutes in all
-    python reproduce.py --claims I1 I2           # some of them
-    python reproduce.py --tier smoke             # what CI runs, about a minute
+    python instaflow/reproduce.py                # tier small: 3 seeds of every claim, about 45 core-minutes in all
+    python instaflow/reproduce.py --claims I1 I2 # some of them
+    python instaflow/reproduce.py --tier smoke   # what CI runs, about a minute
 
 The claims, with targets, sizes and budgets (pairs and optimiser steps), are in claims.yaml. The teacher is the real one
 of ldm/pretrained (a captioned Shapes scene is not a function of its caption). Every arm's cost in U-Net
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.paths import REPOSITORY
@@ -154,7 +155,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study, study.figures)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="a diffusers directory that knows Shapes")
 
 

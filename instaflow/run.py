@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from common.cli import read_run_config
+from common.data.cache import fingerprint_strings
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically
-from common.options import at_least, check_trainer, free_options
+from common.metrics.features import load_extractor
+from common.metrics.perceptual import perceptual_distance
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
-from common.training import open_run_folder
+from common.training import check_trainer, open_run_folder, refuse_other_inputs
 from common.weights import load_weights, save_weights
 from instaflow.config import InstaFlowConfig, TrainerConfig
 from instaflow.flow import FlowSource, UNetFlow
@@ -37,8 +39,8 @@ from instaflow.student import make_student, stack, unique_state
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("stages", "evaluation", "pairs.folder", "pairs.batch_size", "trainer.cache_text_gb")
+PLACES = {"teacher": ["teacher"], "prompts": ["pairs.prompts"]}  # options that only say where an input lies
 WEIGHTS = "student.safetensors"
-STAMP = "teacher.sha256"
 
 
 @dataclass
@@ -61,12 +63,15 @@ class Run:
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         folder = Path(config.run_dir)
+        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         teacher = load_teacher(config)
-        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
-        refuse_other_teacher(folder, config.teacher, teacher)
-        if is_main_process():
-            write_atomically(folder / STAMP, lambda temporary: temporary.write_text(teacher.checksum()))
-        return cls(config, folder, teacher)
+        prompts = prompt_list(config.pairs.prompts, config.pairs.count)
+        run = cls(config, folder, teacher)
+        run.teacher_source()  # which knows whether there is such a solver
+        if not run.finished:
+            run.new_student(make_student(teacher, config.student.init))
+        opened.begin({"teacher": teacher.checksum, "prompts": fingerprint_strings(prompts)})
+        return run
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
@@ -77,7 +82,7 @@ class Run:
         """
         config = read_run_config(InstaFlowConfig, folder)
         teacher = load_teacher(config)
-        refuse_other_teacher(folder, config.teacher, teacher)
+        refuse_other_inputs(folder, {"teacher": teacher.checksum})
         return cls(config, folder, teacher)
 
     @property
@@ -212,8 +217,16 @@ def check_options(config: InstaFlowConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
-    at_least("distil.k", config.distil.k, 1)
-    at_least("reflow.rounds", config.reflow.rounds, 0)
+    pairs = config.pairs.count
+    last = config.distil.pairs if config.reflow.rounds else pairs
+    samples = {"reflow": pairs, "reflow.then": pairs, "distil": last, "perceptual": last}
+    for name, stage in batches.items():
+        if name.partition(".")[0] in config.stages:
+            refuse_large_batch(f"{name}.batch_size", stage.batch_size, samples[name], "pairs")
+    if "perceptual" in config.stages and config.perceptual.steps:
+        perceptual_distance(config.perceptual.trunk)
+    if config.evaluation.judge not in (None, "shapes64") and "evaluate" in config.stages:
+        load_extractor(str(config.evaluation.judge))
     if config.student.stack != "none" and config.student.init == "wrapped":
         raise UserError("--student.stack needs --student.init raw or negate: a wrapped network cannot be stacked")
     if config.pairs.online and config.reflow.rounds == 0:
@@ -230,13 +243,3 @@ def accelerator_device(options: TrainerConfig) -> torch.device:
     if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def refuse_other_teacher(folder: Path, name: str, teacher: Teacher) -> None:
-    """Raise UserError if the run in `folder` was begun with other weights than the teacher has now."""
-    stamp = folder / STAMP
-    if stamp.is_file() and stamp.read_text().strip() != teacher.checksum():
-        raise UserError(
-            f"{folder} was begun with another teacher than {name} is now (its weights changed): "
-            "choose another --run_dir, or delete that folder"
-        )

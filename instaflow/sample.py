@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Range, Seed, device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,27 +25,26 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory written by train.py, or a published one")
     parser.add_argument("--layout", choices=("diffusers", "official"), help="of a directory that does not say")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
     parser.add_argument("--negative", default="", help="what to keep away from; acts with guidance above 1")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"))
-    parser.add_argument("--count", type=int, default=8, help="images per prompt, or along the interpolation")
-    parser.add_argument("--steps", type=int, default=1, help="Euler steps")
-    parser.add_argument("--guidance", type=float, default=1.0, help="alpha of the guided velocity; acts above 1")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    parser.add_argument("--count", type=Count, default=8, help="images per prompt, or along the interpolation")
+    parser.add_argument("--steps", type=Count, default=1, help="Euler steps of a picture")
+    parser.add_argument("--guidance", type=NotNegative, default=1.0, help="alpha of the guided velocity; acts above 1")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     parser.add_argument("--interpolate", action="store_true", help="between two prompts (or one) and seeds S, S + 1")
     parser.add_argument("--lora", type=Path, help="weight differences of a fine-tuned teacher (.safetensors)")
-    parser.add_argument("--lora_scale", type=float, default=1.0)
+    scale = Annotated[float, Range(-100, 100)]
+    parser.add_argument("--lora_scale", type=scale, default=1.0, help="what multiplies the differences of --lora")
     parser.add_argument("--latents", type=Path, help=".safetensors with `latents` [N, C, H, W] to start from")
     parser.add_argument("--save_latents", type=Path, help="write the final latents there (.safetensors)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
     options = parser.parse_args(argv)
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red star"')
-    if options.count < 1 or options.steps < 1:
-        raise UserError(f"--count {options.count} and --steps {options.steps} must be at least 1")
     pipeline = open_pipeline(options)
     images, captions = draw(pipeline, options)
     from common.images import save_grid

@@ -1,12 +1,13 @@
 """Make a one-step text-to-image pipeline from a diffusion teacher: pairs, reflow, distillation, metrics.
 
-    python train.py                                               # configs/small.yaml: a small teacher, on a laptop
-    python train.py --teacher DIR --pairs.prompts prompts.txt     # any diffusers directory (Stable Diffusion 1.5, ...)
-    python train.py --reflow.rounds 2                             # 3-rectified flow; 0 is direct distillation
-    python train.py --student.stack separate                      # two U-Nets in series (the 1.7B model)
-    python train.py --pairs.online true                           # pairs drawn afresh in every reflow step
-    python train.py --trainer.devices 2 --trainer.strategy ddp                       # one machine, two processes
-    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp
+    python instaflow/train.py                                     # configs/small.yaml: a small teacher, on a laptop
+    python instaflow/train.py --teacher DIR --pairs.prompts prompts.txt # any diffusers directory
+    python instaflow/train.py --reflow.rounds 2                   # 3-rectified flow; 0 is direct distillation
+    python instaflow/train.py --student.stack separate            # two U-Nets in series (the 1.7B model)
+    python instaflow/train.py --pairs.online true                 # pairs drawn afresh in every reflow step
+    python instaflow/train.py --trainer.devices 2 --trainer.strategy ddp             # one machine, two processes
+    torchrun --nnodes 2 --nproc-per-node 8 ... instaflow/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
+        --trainer.strategy ddp
 
 Started again after an interruption, it continues where it stopped, with the same losses as without the interruption.
 A run folder holds config.yaml, reflow_1/, distil/ and perceptual/ (checkpoints, logs, sample grids, averaged weights),

@@ -4,9 +4,11 @@
     python ldm/convert.py --from compvis   --to diffusers model.ckpt folder/           --config the-authors.yaml
     python ldm/convert.py --from diffusers --to ours      folder/    model.safetensors
     python ldm/convert.py --from ours      --to compvis   model.safetensors model.ckpt
+    python ldm/convert.py --from ours      --to diffusers runs/ldm-small folder/       # a finished run, float32
 
 compvis    the authors' `.ckpt`: model.diffusion_model.*, first_stage_model.*, cond_stage_model.*, model_ema.*
-ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header
+ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header;
+           or a run folder, which holds one
 diffusers  a folder with unet/, vae/ or vqvae/, bert/ (the paper's tau as LDMBertModel) and scheduler/
 
 `--config` (a file of ldm/configs/paper or one of the authors' YAMLs) is needed to go from a `.ckpt` to diffusers: the
@@ -15,7 +17,6 @@ number of attention heads is not in the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
@@ -433,14 +435,14 @@ def write_pipeline(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     homes = ("compvis", "ours", "diffusers")
-    parser.add_argument("--from", dest="source", required=True, choices=homes)
-    parser.add_argument("--to", dest="target", required=True, choices=homes)
+    parser.add_argument("--from", dest="source", required=True, choices=homes, help="layout of the input")
+    parser.add_argument("--to", dest="target", required=True, choices=homes, help="layout of the output")
     parser.add_argument("--config", type=Path, help="architecture: ldm/configs/paper/*.yaml or the authors' YAML")
     parser.add_argument("--no-ema", action="store_true", help="take the trained weights instead of their average")
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("input", type=Path, help="file or directory to read")
+    parser.add_argument("output", type=Path, help="file or directory to write")
     options = parser.parse_args(arguments)
     if options.source == "compvis":
         checkpoint = load_compvis(options.input, ema=not options.no_ema)

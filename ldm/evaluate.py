@@ -1,17 +1,17 @@
 """Metrics of a trained model against held-out images.
 
-    python evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
+    python ldm/evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import run_main
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def report(metrics: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
     options = parser.parse_args(argv)
     from common.training import write_metrics

@@ -394,6 +394,8 @@ class UNet(nn.Module):
         def attention(width: int) -> nn.Module:
             given = options.num_head_channels
             heads = options.num_heads if given == -1 else width // given
+            if not heads:
+                raise ValueError(f"num_head_channels {given}: a level has {width} channels only")
             if not use_spatial_transformer:
                 return AttentionBlock(width, heads, use_checkpoint)
             dim_head = width // heads if legacy or given == -1 else given

@@ -1,6 +1,6 @@
 """What the published models cost, computed from their configurations on the meta device (no memory, no GPU needed).
 
-    make ldm-plan                                    the table, for 8 x H100
+    make ldm-plan  # the table, for 8 x H100
     python ldm/plan.py --gpu v100 --gpus 1 cin256-v2 lsun_churches
     python ldm/plan.py --json
 

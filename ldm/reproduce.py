@@ -1,8 +1,8 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/ldm.json and its figures.
+"""Measure the paper's claims at small scale: `python ldm/reproduce.py` writes results/ldm.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about two CPU hours in all
-    python reproduce.py --claims L1 L2           # some of them
-    python reproduce.py --tier smoke             # what CI runs, about 2 minutes
+    python ldm/reproduce.py                          # tier small: 3 seeds of every claim, about two CPU hours in all
+    python ldm/reproduce.py --claims L1 L2           # some of them
+    python ldm/reproduce.py --tier smoke             # what CI runs, about 2 minutes
 
 The claims, with targets and budgets, are in claims.yaml. Budgets are CPU seconds of one thread, so other load on the
 machine does not change what an arm gets. Every finished (claim, seed) is kept in runs/reproduce/, so an interrupted run

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import read_run_config
-from common.data.cache import FeatureCache, fingerprint_module
+from common.data.cache import MODEL, FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings, names_of
 from common.data.sampling import TensorTable
 from common.errors import UserError
+from common.files import read_object
 from common.images import to_unit
-from common.options import check_trainer, free_options
+from common.metrics.perceptual import perceptual_distance
+from common.options import Range, free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import open_run_folder
+from common.training import Inputs, check_trainer, holds_work, open_run_folder, say_other_inputs
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from ldm.autoencoder import FirstStage
 from ldm.config import LdmConfig
 from ldm.diffusion import LatentDiffusion, NoiseSchedule
 from ldm.first_stage import build_first_stage, freeze, load_first_stage
 from ldm.model import ConditionedUNet, UNet
+from ldm.streaming import ShardStream
 from ldm.tasks import BertConditioner, Task, null_input, prepare
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
@@ -38,12 +45,16 @@ FREE_OPTIONS = free_options(
 )
 
 
-def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
-    """Denoiser and conditioner for a task, around a frozen first stage."""
+def build_denoiser(config: LdmConfig, task: Task, first_stage: FirstStage) -> UNet:
+    """The U-Net for a task's conditions in the latent space of a first stage.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
     channels = first_stage.embed_dim
     extra = task.concat_channels if task.name != "inpaint" else channels + 1
     crossattn = task.conditioning_key == "crossattn"
-    unet = UNet(
+    return UNet(
         config.unet,
         channels + extra,
         channels,
@@ -52,6 +63,11 @@ def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStag
         num_classes=task.num_classes if task.conditioning_key == "adm" else None,
         image_size=config.data.size // first_stage.downsampling,
     )
+
+
+def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStage) -> LatentDiffusion:
+    """Denoiser and conditioner for a task, around a frozen first stage."""
+    unet = build_denoiser(config, task, first_stage)
     conditioner: Any = task.conditioner
     if task.name == "inpaint":
         conditioner = "first_stage"
@@ -81,6 +97,37 @@ def build_latent_diffusion(config: LdmConfig, task: Task, first_stage: FirstStag
     )
 
 
+# Options that only say where an input lies, by what messages call it.
+PLACES = {
+    "data": ["data.path", "data.eval_path"],
+    "first stage": ["first_stage.weights"],
+    "first stage's starting weights": ["first_stage.init_from"],
+    "starting weights": ["init_from"],
+    "text encoder": ["conditioner.encoder"],
+}
+
+
+def inputs_of(config: LdmConfig, task: Task) -> Inputs:
+    """Fingerprints of what a run learns from."""
+    given = {
+        "first stage": config.first_stage.weights,
+        "first stage's starting weights": config.first_stage.init_from,
+        "starting weights": config.init_from,
+        "text encoder": config.conditioner.encoder if config.conditioner.kind == "frozen" else None,
+    }
+    inputs: dict[str, Callable[[], str] | str] = {
+        name: partial(fingerprint_path, Path(path), MODEL)
+        for name, path in given.items()
+        if path and Path(path).exists()
+    }
+    inputs["data"] = task.fingerprint
+    if task.classes:
+        inputs["classes"] = names_of(task.classes)
+    if task.tokenizer is not None:
+        inputs["tokenizer"] = fingerprint_strings([task.tokenizer.backend_tokenizer.to_str()])
+    return inputs
+
+
 @dataclass
 class Run:
     """A run folder and what is in it."""
@@ -96,31 +143,30 @@ class Run:
         Raises:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
         """
-        trainer = config.trainer
-        if trainer.threads:
-            torch.set_num_threads(trainer.threads)
-        check_trainer(
-            trainer,
-            {"trainer.batch_size": trainer.batch_size},
-            resume=config.resume,
-            ema_decay=config.optimiser.ema_decay,
-            grad_clip=config.optimiser.grad_clip,
-        )
-        halvings = 0 if config.first_stage.kind == "pixels" else len(config.first_stage.ch_mult) - 1
-        if config.data.size < 1 or config.data.size % 2 ** (halvings + len(config.unet.channel_mult) - 1):
-            raise UserError(
-                f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
-                f"{len(config.unet.channel_mult) - 1} times by the denoiser; "
-                f"use a multiple of {2 ** (halvings + len(config.unet.channel_mult) - 1)}"
-            )
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
         folder = Path(config.run_dir)
-        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
-        tokenizer = saved_tokenizer(folder)
-        task = prepare(config, tokenizer)
+        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
+        tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
+        start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
+        task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
+        run = cls(config, folder, task)
+        if not run.finished:
+            check_networks(config, task)
+            if not isinstance(task.train, ShardStream):
+                refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(task.train))
+                if needs_first_stage(config):
+                    refuse_large_batch("first_stage.batch_size", config.first_stage.batch_size, len(task.train))
+        inputs = inputs_of(config, task)
+        if start is not None:
+            say_other_inputs(start.parent, inputs, ["classes"])
+        opened.begin(inputs)
         if task.tokenizer is not None and tokenizer is None and is_main_process():
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             task.tokenizer.save_pretrained(folder / ".tokenizer")
             (folder / ".tokenizer").rename(folder / "tokenizer")
-        return cls(config, folder, task)
+        return run
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
@@ -181,6 +227,64 @@ class Run:
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
 
 
+def needs_first_stage(config: LdmConfig) -> bool:
+    """Whether this run trains its autoencoder."""
+    return config.first_stage.kind != "pixels" and not config.first_stage.weights and "first_stage" in config.stages
+
+
+def check_options(config: LdmConfig) -> None:
+    """Refuse what would fail after work has begun.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer, stage = config.trainer, config.first_stage
+    check_trainer(
+        trainer,
+        {"trainer.batch_size": trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+    halvings = 0 if stage.kind == "pixels" else len(stage.ch_mult) - 1
+    smallest = 2 ** (halvings + len(config.unet.channel_mult) - 1)
+    if config.data.size % smallest:
+        raise UserError(
+            f"--data.size {config.data.size} cannot be halved {halvings} times by the first stage and "
+            f"{len(config.unet.channel_mult) - 1} times by the denoiser; use a multiple of {smallest}"
+        )
+    if stage.train == "decoder" and not (stage.init_from and stage.kind == "kl"):
+        raise UserError(
+            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
+        )
+    if stage.perceptual and needs_first_stage(config):
+        perceptual_distance(stage.perceptual_trunk)
+    if config.sampling.sampler != "ddpm":
+        Range(1, config.diffusion.timesteps).check("sampling.steps", config.sampling.steps, int)
+    if config.init_from is not None and not Path(config.init_from).exists():
+        raise UserError(f"init_from {config.init_from}: no such file or folder")
+
+
+def check_networks(config: LdmConfig, task: Task) -> None:
+    """Refuse sizes that no network has and weights that do not fit them; nothing is trained.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    options, size = config.first_stage, config.data.size
+    given = [(name, path) for name in ("weights", "init_from") if (path := getattr(options, name))]
+    try:
+        if given and options.kind != "pixels":
+            first_stage = load_first_stage(Path(given[0][1]), options, size, option=f"first_stage.{given[0][0]}")
+        else:
+            with torch.device("meta"):
+                first_stage = build_first_stage(options, size)
+        with torch.device("meta"):
+            build_denoiser(config, task, first_stage)
+    except ValueError as error:
+        raise UserError(f"these options describe no network: {error}") from None
+
+
 def own_state(ldm: LatentDiffusion) -> dict[str, Tensor]:
     """The state dict without a second copy of the first stage, which inpainting also uses as its conditioner."""
     shared = ldm.cond_stage_model is ldm.first_stage_model
@@ -196,16 +300,41 @@ def saved_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
+def tokenizer_beside(start: Path, config: LdmConfig) -> Any:
+    """The tokenizer that the weights of `init_from` were trained with: their embeddings mean its words.
+
+    Raises:
+        UserError: a text run's weights without one.
+    """
+    if config.task != "text" or config.conditioner.kind == "frozen" or not start.exists():
+        return None
+    folder = start if start.is_dir() else start.parent
+    tokenizer = saved_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(
+            f"init_from {start}: {folder / 'tokenizer'} is missing, and without it nobody knows which words its "
+            "embeddings stand for; expected a run's model.safetensors in its folder, or a pipeline folder"
+        )
+    return tokenizer
+
+
 def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
-    """Denoiser and conditioner of another run's model.safetensors, or of an exported pipeline (`init_from`)."""
+    """Denoiser and conditioner of another run's model.safetensors, or of an exported pipeline (`init_from`), and the
+    scale of the latents that they were trained on.
+    """
     if path.is_dir():
-        from ldm.convert import unet_from_diffusers_dir
+        from ldm.convert import autoencoder_from_diffusers_dir, unet_from_diffusers_dir
 
         text = path / "text_encoder" / "model.safetensors"
         if not text.is_file():
             raise UserError(f"init_from {path}: expected a pipeline folder with unet/ and text_encoder/")
         given = {f"model.diffusion_model.{k}": v for k, v in unet_from_diffusers_dir(path).state_dict().items()}
         given |= {f"cond_stage_model.bert.{k}": v.float() for k, v in read_weights(text)[0].items()}
+        first_stage = autoencoder_from_diffusers_dir(path / "vae").state_dict()
+        given |= {f"first_stage_model.{k}": v for k, v in first_stage.items()}
+        vae = read_object(path / "vae" / "config.json", f"init_from {path}")
+        # Stable Diffusion's, which diffusers takes where a config does not say it.
+        given["scale_factor"] = torch.tensor(float(vae.get("scaling_factor") or 0.18215))
     elif path.is_file():
         given, _ = read_weights(path, "init_from")
     else:
@@ -216,6 +345,21 @@ def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
 
     check_weights(second_stage(given), second_stage(ldm.state_dict()), f"init_from {path}", "this configuration")
     ldm.load_state_dict(second_stage(given), strict=False)
+    if "scale_factor" in given:
+        ldm.scale_factor.copy_(given["scale_factor"])
+    own = {k: v for k, v in ldm.state_dict().items() if k.startswith("first_stage_model.")}
+    theirs = {k: v for k, v in given.items() if k.startswith("first_stage_model.")}
+
+    def equal(a: Tensor, b: Tensor) -> bool:  # up to half precision, in which pipelines are kept
+        return a.shape == b.shape and torch.allclose(a.to(b), b, rtol=2e-3, atol=1e-6)
+
+    same = own.keys() == theirs.keys() and all(equal(theirs[k], v) for k, v in own.items())
+    if theirs and not same and is_main_process():
+        print(
+            f"init_from {path}: its latents are those of another first stage than this run's; to go on in the same "
+            "latents give its own with --first_stage.weights",
+            file=sys.stderr,
+        )
 
 
 def table_fingerprint(images: Tensor) -> str:

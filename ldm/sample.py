@@ -1,9 +1,9 @@
-"""Draw images: `python sample.py --prompt "a red star left of a blue ring"` writes a PNG.
+"""Draw images: `python ldm/sample.py --prompt "a red star left of a blue ring"` writes a PNG.
 
-    python sample.py --prompt "two hearts" --model pretrained/shapes32-v   # a diffusers directory (ours or yours)
-    python sample.py --model runs/ldm-small                  # a finished run of train.py: its task's grid
-    python sample.py --model runs/ldm-small --size 64x96     # larger than trained (convolutional sampling)
-    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
+    python ldm/sample.py --prompt "two hearts" --model ldm/pretrained/shapes32-v # a diffusers directory (ours or yours)
+    python ldm/sample.py --model runs/ldm-small              # a finished run of train.py: its task's grid
+    python ldm/sample.py --model runs/ldm-small --size 64x96 # larger than trained (convolutional sampling)
+    python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a run folder of train.py or any diffusers text-to-image directory.
 """
@@ -15,7 +15,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Range, Seed, Share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -186,6 +188,8 @@ def _size(text: str) -> tuple[int, int]:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, for example 64x96") from None
+    for side in (height, width):
+        Range(8, 8192).check("size", side, int)
     return height, width
 
 
@@ -196,32 +200,29 @@ def check_drawing(size: tuple[int, int] | None, multiple: int, steps: int, most:
         multiple: of which both sides must be, in pixels.
         most: training steps of the noise levels.
     """
-    from common.options import within
-
-    within("steps", steps, 1, most)
+    Range(1, most).check("steps", steps, int)
     if size and (min(size) < multiple or any(side % multiple for side in size)):
         raise UserError(f"--size {size[0]}x{size[1]}: expected both sides to be multiples of {multiple} for this model")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
     parser.add_argument("--model", type=Path, default=PRETRAINED / "emoji64", help="run folder or diffusers directory")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"))
-    parser.add_argument("--count", type=int, default=8, help="images per prompt")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    parser.add_argument("--count", type=Count, default=8, help="images per prompt")
+    parser.add_argument("--steps", type=Count, default=50, help="of the sampler")
     parser.add_argument(
-        "--guidance", type=float, help="classifier-free guidance scale (default: 3, and 1 with --classifier)"
+        "--guidance", type=NotNegative, help="classifier-free guidance scale (default: 3, and 1 with --classifier)"
     )
     parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py; runs of task class only")
-    parser.add_argument("--classifier_scale", type=float, default=1.0, help="weight of the classifier's gradient")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm", "plms", "dpm++"), default="ddim", help="run folders only")
-    parser.add_argument("--eta", type=float, default=0.0, help="run folders only")
+    parser.add_argument("--classifier_scale", type=NotNegative, default=1.0, help="weight of the classifier's gradient")
+    kinds = ("ddim", "ddpm", "plms", "dpm++")
+    parser.add_argument("--sampler", choices=kinds, help="of a run folder (default: ddim); a diffusers one has its own")
+    parser.add_argument("--eta", type=Share, default=0.0, help="noise of each DDIM step (run folders only)")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, if another than trained")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     options = parser.parse_args(argv)
-    if options.count < 1:
-        raise UserError(f"--count {options.count}: expected at least 1")
     if options.guidance is None:
         options.guidance = 1.0 if options.classifier else 3.0
     size = _size(options.size) if options.size else None
@@ -249,6 +250,9 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
     pipeline = open_pipeline(options.model, "cuda" if cuda else "cpu", torch.float16 if cuda else torch.float32)
     if options.classifier:
         raise UserError(f"--classifier guides runs of task class; {options.model} is a text-to-image pipeline")
+    if options.sampler or options.eta:
+        kind = type(pipeline.scheduler).__name__
+        raise UserError(f"--sampler and --eta are for run folders; {options.model} draws with a scheduler, its {kind}")
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
     # Stock pipelines want multiples of 8 whatever the autoencoder's factor is.
@@ -269,7 +273,7 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tupl
     halvings = len(config.unet.channel_mult) - 1
     multiple = int(ldm.first_stage_model.downsampling) * 2**halvings  # type: ignore[arg-type]
     check_drawing(size, multiple, options.steps, config.diffusion.timesteps)
-    sampling = SamplingConfig(options.sampler, options.steps, options.eta, options.guidance)
+    sampling = SamplingConfig(options.sampler or "ddim", options.steps, options.eta, options.guidance)
     if config.task != "text":
         if options.prompt:
             raise UserError(f"--prompt: {options.model} was trained for task {config.task}, which takes no text")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.data.cache import fingerprint_strings, fingerprint_tensors
 from common.data.photos import CATEGORIES
 from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, hold_out
 from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
@@ -135,6 +136,22 @@ class Task:
     tokenizer: Any = None
     captions: list[str] = field(default_factory=list)
     reference_dataset: Any = None
+    classes: Sequence[str] = ()
+
+    def fingerprint(self) -> str:
+        """Of what is trained on and measured by: of the user's files, or of the columns of our own sets (captions are
+        a function of their options).
+        """
+        if isinstance(self.train, ShardStream):
+            return self.train.images.contents
+        if isinstance(self.reference_dataset, UserImages):
+            return self.reference_dataset.images.source.fingerprint
+        parts = []
+        for table in (self.train, self.reference):
+            rows = torch.linspace(0, len(table) - 1, min(len(table), 256)).long().tolist()  # of one not in memory
+            columns = table.columns if isinstance(table, TensorTable) else table.__getitems__(rows)
+            parts.append(fingerprint_tensors({name: c for name, c in columns.items() if name != "tokens"}))
+        return fingerprint_strings([str(len(self.train)), *parts])
 
     def caption_columns(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The columns of a text task for any captions."""
@@ -292,6 +309,7 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
     torch.manual_seed(config.seed)  # the conditioner's first weights
     task = builders[config.task](config, train, held_out, tokenizer)
     task.reference_dataset = held_out
+    task.classes = getattr(train, "classes", None) or getattr(train, "class_names", None) or ()
     if config.task == "inpaint":
         task.conditioning_key = "concat"
     return task

@@ -1,12 +1,13 @@
 """Train a latent diffusion model: first stage, denoiser in its latent space, samples and metrics.
 
-    python train.py                                        # configs/small.yaml: captions to emoji on a laptop
-    python train.py --config configs/class.yaml            # another task; every task has a ready-made file
-    python train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
-    python train.py --data.name folder --data.path PHOTOS  # your own images (metadata.jsonl with "file_name", "text")
-    python train.py --data.name shards --data.path "DIR/*.parquet"                   # data that do not fit one disk
-    python train.py --trainer.devices 2 --trainer.strategy ddp                       # one machine, two processes
-    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp
+    python ldm/train.py                                    # configs/small.yaml: captions to emoji on a laptop
+    python ldm/train.py --config ldm/configs/class.yaml        # another task; every task has a ready-made file
+    python ldm/train.py --trainer.max_steps 500 --data.size 64 # any option can be overridden; --help lists them
+    python ldm/train.py --data.name folder --data.path PHOTOS # your own images
+    python ldm/train.py --data.name shards --data.path "DIR/*.parquet"               # data that do not fit one disk
+    python ldm/train.py --trainer.devices 2 --trainer.strategy ddp                   # one machine, two processes
+    torchrun --nnodes 2 --nproc-per-node 8 ... ldm/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
+        --trainer.strategy ddp
 
 Started again after an interruption, it continues where it stopped, with the same losses as without the interruption.
 A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sample grids), metrics.json and pipeline/.
@@ -133,10 +134,6 @@ def train_first_stage(
     else:
         model = build_first_stage(config, size)
     assert isinstance(model, (AutoencoderKL, VQModel))
-    if config.train == "decoder" and not (config.init_from and isinstance(model, AutoencoderKL)):
-        raise UserError(
-            "--first_stage.train decoder keeps the encoder as it is: it needs --first_stage.init_from and kind kl"
-        )
     module = FirstStageTrainer(model, config, seed, config.batch_size)
     preview = first_rows(images, 16)
 
@@ -189,8 +186,9 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     """
     import torch
 
+    from common.data.cache import fingerprint_module
     from common.data.sampling import TensorTable
-    from common.training import EveryNSteps, train
+    from common.training import EveryNSteps, record_inputs, train
     from ldm.run import build_latent_diffusion, load_second_stage
     from ldm.sample import task_grid
     from ldm.streaming import data_module
@@ -205,11 +203,12 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     latent = config.first_stage.kind != "pixels"
     cached = latent and config.data.cache_latents and isinstance(run.task.train, TensorTable)
     table = run.latents(first_stage) if cached else run.task.train
-    if latent and config.diffusion.scale_by_std:
+    if latent and config.diffusion.scale_by_std and config.init_from is None:  # whose scale comes with it
         ldm.set_scale_factor(first_batch_scale(config, run.task.train, first_stage))
     holes = mask_bank(config.data.size, MASKS, config.seed) if config.task == "inpaint" else None
     module = DiffusionTrainer(ldm, config, holes)
     folder = run.folder / "diffusion"
+    record_inputs(folder, config.resume, {"first stage": lambda: fingerprint_module(first_stage)})
 
     def draw(step: int) -> None:
         with module.ema.swapped_into(ldm) if module.ema else torch.no_grad():

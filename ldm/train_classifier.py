@@ -1,8 +1,8 @@
 """Train the classifier of noisy latents that classifier guidance needs (appendix D.4).
 
-    python train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
-    python train_classifier.py --model runs/mine --run_dir runs/mine-classifier
-    python sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
+    python ldm/train_classifier.py                                     # configs/classifier.yaml, for runs/ldm-class
+    python ldm/train_classifier.py --model runs/mine --run_dir runs/mine-classifier
+    python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
 `--model` is a finished run of train.py with task class. Started again after an interruption, it continues where it
 stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held-out accuracy by noise level) and logs.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
     import torch
 
+    from common.data.cache import fingerprint_path
     from common.data.sampling import TensorTable
     from common.files import write_json
-    from common.options import check_trainer
-    from common.training import open_run_folder, train
+    from common.training import check_trainer, open_run_folder, train
     from common.weights import save_weights
     from ldm.classifier import accuracy_by_noise, build_classifier, class_run, latent_space
-    from ldm.run import FREE_OPTIONS
+    from ldm.run import FREE_OPTIONS, inputs_of
     from ldm.streaming import data_module
     from ldm.trainer import ClassifierTrainer
 
@@ -61,12 +62,13 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
         torch.set_num_threads(options.threads)
     check_trainer(options, {"trainer.batch_size": options.batch_size}, resume=config.resume)
     finished = folder / "metrics.json"
+    opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, {"model": ["model"]})
     if config.resume == "auto" and finished.is_file():
-        open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)  # refuses other options
         print(f"{folder}: trained already", file=sys.stderr)
         return json.loads(finished.read_text())
     run, ldm, classes = class_run(Path(config.model))
-    open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS)
+    weights = Path(config.model) / "model.safetensors"
+    opened.begin({**inputs_of(run.config, run.task), "model": partial(fingerprint_path, weights)})
     torch.manual_seed(config.seed)
     classifier = build_classifier(config.network, run.config, ldm, classes)
     in_memory = isinstance(run.task.train, TensorTable)

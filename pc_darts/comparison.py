@@ -15,15 +15,16 @@ import torch
 
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
+from common.errors import UserError
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
-from pc_darts.config import RunConfig, SearchOptions
+from pc_darts.config import RunConfig, SearchOptions, SgdOptions
 from pc_darts.counting import size_cap
 from pc_darts.data import augmentation, open_data, search_halves
 from pc_darts.drawing import cell_dot, draw_cell
 from pc_darts.genotypes import Cap, Genotype
-from pc_darts.retraining import RetrainResult, retrain
+from pc_darts.retraining import Retraining, RetrainResult, retrain
 from pc_darts.searching import Searcher, SearchResult, seconds_per_epoch
 from pc_darts.training import Machine
 
@@ -57,6 +58,24 @@ class Comparison:
         self.halves: tuple[Pictures, Pictures] = search_halves(self.data.train, config.data.halves, 0)
         self.augment = augmentation(config.data)
         self.cap = self._cap()
+
+    def check(self) -> None:
+        """Refuse what would fail after work has begun; writes nothing.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        config, data = self.config, self.data
+        for part in ("validation", "test"):
+            if not len(getattr(data, part)):
+                raise UserError(f"{data.name}: no picture is left for {part}; give more, or a larger data.validation")
+        if config.genotype is None:
+            for options in (config.search, *([darts_options(config.search)] if config.compare.darts else [])):
+                check_schedule("search", options)
+                self.searcher(options, self.folder)
+        check_schedule("retrain", config.retrain)
+        cell = Genotype.load(config.genotype) if config.genotype else random_genotype(0, config.search.nodes)
+        Retraining(cell, config.retrain, data, self.augment, self.folder, config.seed, self.machine, config)
 
     def _cap(self) -> Cap | None:
         config = self.config
@@ -221,6 +240,12 @@ class Comparison:
             text = table(arms, self.data) + "\n"
             write_atomically(self.folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
         return content
+
+
+def check_schedule(section: str, options: SgdOptions) -> None:
+    """Refuse a linear decay that has no epochs to decay in (`schedules.imagenet_final`)."""
+    if options.lr_schedule == "imagenet_final" and options.lr_warmup < options.epochs <= 5:
+        raise UserError(f"--{section}.epochs {options.epochs}: lr_schedule imagenet_final expects more than 5")
 
 
 def _earlier_seconds(path: Path) -> float:

@@ -11,7 +11,6 @@ the file has them. No weights of the paper were ever published; files that users
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.training import load_checkpoint
 from common.weights import check_weights, read_weights, save_weights
@@ -158,9 +158,9 @@ def save(network: SearchNetwork | FinalNetwork, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, help=".safetensors")
+    parser = Parser(description=__doc__)
+    parser.add_argument("source", type=Path, help="checkpoint of the authors' code (.pt, .pth.tar) or .safetensors")
+    parser.add_argument("target", type=Path, help="file to write, .safetensors")
     parser.add_argument("--genotype", help="of a final network: a published name or a file")
     parser.add_argument("--search", action="store_true", help="the source is a search network")
     options = parser.parse_args(argv)

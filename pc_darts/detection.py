@@ -12,7 +12,6 @@ Shape suffixes: B batch, C channels, H W sides, A default boxes, N objects of a 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.cli import Parser
 from common.data.sampling import step_generator
 from common.data.shapes import MAX_OBJECTS, SHAPES, Shapes
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_json
+from common.options import Count, Seed
 from pc_darts.config import FinalConfig
 from pc_darts.counting import multiply_adds
 from pc_darts.genotypes import Genotype
@@ -299,8 +300,7 @@ def train_detector(detector: Detector, scenes: Scenes, steps: int, batch_size: i
         chosen = torch.randint(len(labels_NA), (batch_size,), generator=step_generator(seed, step))
         logits_BAK, offsets_BA4 = detector(scenes.x_NCHW[chosen])
         loss = detection_loss(logits_BAK, offsets_BA4, labels_NA[chosen], offsets_NA4[chosen])
-        if not torch.isfinite(loss):
-            raise UserError(f"the detection loss became {float(loss)} at step {step}: stopped; try a lower rate")
+        stop_if_not_finite(float(loss.detach()), step, what="detection loss")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), CLIP)
@@ -320,18 +320,23 @@ def evaluate_detector(detector: Detector, scenes: Scenes, batch_size: int = 64) 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--genotype", default="PC_DARTS_image", help="a published name or a JSON file")
     parser.add_argument("--init", type=Path, help="folder of a trained network (.../retrain/model) to start from")
-    parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--test_images", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/pc_darts-detection/metrics.json"))
+    parser.add_argument("--channels", type=Count, default=8, help="width of the first cell")
+    parser.add_argument("--layers", type=Count, default=6, help="number of cells")
+    parser.add_argument("--size", type=Count, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--images", type=Count, default=3000, help="training pictures")
+    parser.add_argument("--test_images", type=Count, default=300, help="pictures that it is judged on")
+    parser.add_argument("--steps", type=Count, default=600, help="of the optimiser")
+    parser.add_argument("--batch_size", type=Count, default=32, help="pictures of a step")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the weights' start and the pictures")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/pc_darts-detection/metrics.json"),
+        help="JSON file that the metrics go to",
+    )
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     if options.init is not None:

@@ -6,7 +6,6 @@ python pc_darts/drawing.py genotype.json cells/ --dot     # prints dot for graph
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -14,6 +13,7 @@ from xml.sax.saxutils import escape
 import torch
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import run_main
 from common.files import write_atomically
 from pc_darts.genotypes import SHORT_NAMES, Genotype, edge_softmax, node_count
@@ -211,7 +211,7 @@ def draw_weights(network: SearchNetwork, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("genotype", help="a published name, or a file with JSON or a logged genotype")
     parser.add_argument("folder", type=Path, help="where normal.svg and reduce.svg are written")
     parser.add_argument("--dot", action="store_true", help="print graphviz's language instead of text")

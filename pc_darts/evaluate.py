@@ -12,12 +12,12 @@ written to `<run_dir>/evaluation.json` (or `--output`).
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from pc_darts.config import SMALL, DataConfig, read_config
 
@@ -73,15 +73,13 @@ def count_genotype(name: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of a trained network")
     parser.add_argument("--genotype", help="a published name or a JSON file")
     parser.add_argument("--data", help="with --model: a data set, as --data.name of train.py")
     parser.add_argument("--path", help="with --model: folder of the data")
     parser.add_argument("--count", action="store_true", help="with --genotype: only count parameters and MACs")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     options, rest = parser.parse_known_args(argv)
     if (options.model is None) == (options.genotype is None):
         raise UserError("give either --model FOLDER or --genotype NAME_OR_FILE")

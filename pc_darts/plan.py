@@ -1,7 +1,7 @@
 """What the paper's searches and trainings cost on a named GPU; needs no GPU.
 
-    make pc_darts-plan                                     the table, for one GTX 1080 Ti (the paper's CIFAR-10 search)
-    python pc_darts/plan.py --gpu v100 --gpus 8            the paper's ImageNet search
+    make pc_darts-plan                              # the table, for one GTX 1080 Ti (the paper's CIFAR-10 search)
+    python pc_darts/plan.py --gpu v100 --gpus 8  # the paper's ImageNet search
     python pc_darts/plan.py --json imagenet-search
 
 Every row is one half of a config in pc_darts/configs (cifar.yaml, imagenet.yaml). Columns:

@@ -1,9 +1,9 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/pc_darts.json and its figures.
+"""Measure the paper's claims at small scale; writes results/pc_darts.json and its figures.
 
-    python reproduce.py                          # tier small: at least 3 seeds of every claim
-    python reproduce.py --claims PC1 PC3         # some of them
-    python reproduce.py --tier smoke             # what CI runs
-    python reproduce.py --sweep pc-en            # an ablation of section 4.4: partial, pc-en, sampling, order, warm-up,
+    python pc_darts/reproduce.py                 # tier small: at least 3 seeds of every claim
+    python pc_darts/reproduce.py --claims PC1 PC3 # some of them
+    python pc_darts/reproduce.py --tier smoke    # what CI runs
+    python pc_darts/reproduce.py --sweep pc-en   # an ablation of section 4.4: partial, pc-en, sampling, order, warm-up,
                                                  # epochs or nodes; written to runs/reproduce/pc_darts-small/sweeps
 
 The claims, with targets, sizes and budgets, are in claims.yaml. One thread; budgets are steps, or CPU seconds where the
@@ -20,6 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import read_claims
@@ -146,7 +147,7 @@ def figures(study: Study, ledger: Path) -> None:
     draw_figures(ledger, study.figures)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--sweep", metavar="NAME", help="run an ablation of section 4.4 instead of the claims")
 
 

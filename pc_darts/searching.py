@@ -150,6 +150,7 @@ class Searcher(Loop[SearchNetwork]):
                     x_BCHW, y_B, x_val_BCHW, y_val_B, lr=self._lr, unrolled=self.options.unrolled
                 )
                 self.machine.average([loss])
+                self.stop_if_not_finite(float(loss), "architecture loss")
                 self.sums["validation"] += float(loss)
             self.optimiser.zero_grad(set_to_none=True)
             with self._fixed_architecture():

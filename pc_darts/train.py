@@ -30,14 +30,17 @@ def run(config: RunConfig, text: str) -> dict[str, Any]:
         UserError: bad options, data or checkpoints.
     """
     # Torch is imported here, so that --help and a misspelt option answer at once.
+    from common.data.cache import names_of
     from common.training import open_run_folder
     from pc_darts.comparison import Comparison
     from pc_darts.training import open_machine
 
     folder = Path(config.run_dir)
     with open_machine(config.device, config.threads) as machine:
-        open_run_folder(folder, config.resume, text, FREE_OPTIONS)
+        opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.path"]})
         comparison = Comparison(config, machine)
+        comparison.check()
+        opened.begin({"data": comparison.data.contents, "classes": names_of(comparison.data.classes)})
         if config.genotype is not None:
             arms = [comparison.given(config.genotype)]
         else:

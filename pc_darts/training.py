@@ -26,7 +26,7 @@ from common.cpu import tune_allocator
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from common.files import write_atomically, write_json
 from common.options import RunOptions
 from common.training import (
@@ -34,7 +34,6 @@ from common.training import (
     load_checkpoint,
     of_another_network,
     save_checkpoint,
-    stop_if_not_finite,
 )
 from pc_darts.config import SgdOptions
 from pc_darts.genotypes import Genotype
@@ -302,12 +301,16 @@ class Loop(ABC, Generic[N]):
         self.machine.average([measured])
         value, right = measured.tolist()
         step = self.step + 1
-        stop_if_not_finite(value, step, self.folder / LAST_CHECKPOINT, "a lower lr", f"{self.kind} loss")
+        self.stop_if_not_finite(value, f"{self.kind} loss")
         self.sums["loss"] += value
         self.sums["right"] += right
         if step % self.run_options.log_every == 0:
             row = {"step": step, "epoch": self.epoch, "lr": self._lr, "loss": value, "accuracy": right}
             self.rows.append({**row, "seconds": self.clock.seconds})
+
+    def stop_if_not_finite(self, loss: float, what: str) -> None:
+        """End the run before its next checkpoint."""
+        stop_if_not_finite(loss, self.step + 1, self.folder / LAST_CHECKPOINT, advice="a lower lr", what=what)
 
     @property
     def _lr(self) -> float:

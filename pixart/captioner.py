@@ -1,7 +1,7 @@
 """Auto-labelling (appendix A.4): dense captions for an image folder from any vision-language model directory.
 
-    python captioner.py my/photos --model /models/llava-1.5-7b-hf                 # writes my/photos/metadata.jsonl
-    python captioner.py my/photos --model /models/blip --output blip.jsonl --device cuda --dtype bfloat16
+    python pixart/captioner.py my/photos --model /models/llava-1.5-7b-hf          # writes my/photos/metadata.jsonl
+    python pixart/captioner.py my/photos --model /models/blip --output blip.jsonl --device cuda --dtype bfloat16
 
 `--model` is a Hugging Face directory of an image-text-to-text model (LLaVA, Qwen-VL, BLIP, GIT, ...) or of a
 vision-encoder-decoder; code that comes with a model is never run. Models with a chat template are asked the paper's
@@ -14,7 +14,6 @@ to go on in the same file. Images that cannot be read are named, counted and lef
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import warnings
@@ -22,9 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.data.lines import read_json_lines
 from common.errors import UserError, first_line, run_main
 from common.files import write_json
+from common.options import Count, device
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -201,20 +202,20 @@ def _append(output: Path, records: list[dict[str, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of images (subfolders included)")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--output", type=Path, help="default: metadata.jsonl in the folder")
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--prompt", default=PROMPT, help="question that the model answers for each picture")
+    parser.add_argument("--batch_size", type=Count, default=8, help="pictures captioned at once")
+    parser.add_argument("--max_new_tokens", type=Count, default=256, help="longest caption in tokens")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="numbers of the weights"
+    )
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: there is no such folder of images")
-    if options.batch_size < 1 or options.max_new_tokens < 1:
-        raise UserError("--batch_size and --max_new_tokens must be positive")
     captioner = Captioner(options.model, options.prompt, options.device, options.dtype, options.max_new_tokens)
     written = caption_folder(captioner, options.folder, options.output, options.batch_size)
     print(f"{written} captions written to {options.output or options.folder / 'metadata.jsonl'}")

@@ -6,20 +6,20 @@ A stage is one YAML file with the options of `StageConfig`. A recipe is a YAML f
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from common.cli import parse_config
+from common.cli import parse_config, take
 from common.errors import UserError
-from common.options import TrainerOptions
+from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
+Steps = Annotated[int, Range(1, 1000)]  # of a sampler
+Timestep = Annotated[float, Range(0, 999)]
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
 
 
@@ -41,7 +41,8 @@ class DataConfig:
             (a third of each: the mixed baseline of claim P4).
         captions: dense (every attribute of every object), sparse (as a person would ask), mixed (half and half) or
             web (each attribute kept with probability 0.35, one caption in five of another image: claim P3).
-        shapes, colours: restrict the world of the scenes; None means all.
+        shapes: restrict the scenes to these shapes; None means all.
+        colours: restrict the scenes to these colours; None means all.
         styles: drawing styles of the emoji; None means all five.
         prompt: one caption for every image (DreamBooth's "a photo of sks dog").
         ratios: aspect ratios (height / width) to bucket by; [1.0] is square only, [] means the paper's whole table.
@@ -54,16 +55,16 @@ class DataConfig:
     image_column: str | None = None
     text_column: str | None = None
     label_column: str | None = None
-    size: int = 32
-    images: int | None = None
-    eval_images: int = 500
+    size: Annotated[int, Range(8, 8192)] = 32
+    images: Count | None = None
+    eval_images: Count = 500
     scenes: Literal["one", "few", "hq", "all"] = "few"
     captions: Literal["dense", "sparse", "mixed", "web"] = "dense"
     shapes: list[str] | None = None
     colours: list[str] | None = None
     styles: list[str] | None = None
     prompt: str | None = None
-    ratios: list[float] = field(default_factory=lambda: [1.0])
+    ratios: list[Annotated[float, Range(0.1, 10)]] = field(default_factory=lambda: [1.0])
     cache: bool = True
     cache_dir: str | None = None
 
@@ -74,9 +75,9 @@ class NetworkConfig:
 
     Args:
         patch_size: latents per token and side.
-        width: of the tokens.
-        depth: blocks.
-        heads: of each attention.
+        width: channels of the tokens.
+        depth: number of blocks.
+        heads: of each attention, into which the width is divided.
         mlp_ratio: width of each MLP's hidden layer over `width`.
         caption_tokens: longest caption (longer ones are cut).
         interpolation_scale: divides the positions ("lewei_scale") when a stage has another resolution than the one
@@ -86,13 +87,13 @@ class NetworkConfig:
         embedder_init: official, or unit for narrow networks and short runs (`model.py: UNIT_GAINS`).
     """
 
-    patch_size: int = 2
-    width: int = 192
-    depth: int = 6
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    caption_tokens: int = 56
-    interpolation_scale: float = 1.0
+    patch_size: Count = 2
+    width: Count = 192
+    depth: Count = 6
+    heads: Count = 6
+    mlp_ratio: Positive = 4.0
+    caption_tokens: Annotated[int, Range(3, 10**5)] = 56
+    interpolation_scale: Positive = 1.0
     multi_scale: bool = False
     adaln: Literal["single", "block"] = "single"
     embedder_init: Literal["official", "unit"] = "official"
@@ -152,21 +153,27 @@ class OptimiserConfig:
     """AdamW with decay on all parameters, constant rate after a linear warm-up (table 4; the official configs).
 
     Args:
-        cooldown: last fraction of the steps over which the rate falls linearly to zero (0: constant, as in the paper).
+        lr: learning rate after the warm-up.
         auto_lr: none takes lr as it is (the paper's text); sqrt multiplies it by sqrt(batch / 256) (the official code).
+        weight_decay: of all parameters.
+        eps: Adam's epsilon.
+        warmup: steps over which the rate rises linearly.
+        cooldown: last fraction of the steps over which the rate falls linearly to zero (0: constant, as in the paper).
+        grad_clip: largest norm of the gradient; 0 does not clip.
+        ema_decay: of the moving average of the weights that samples are drawn with; 0 takes the last weights.
         drop: probability of training without caption or class, for classifier-free guidance.
         snr_loss: compare x_0 instead of the noise at t <= 249 (official option, off).
     """
 
-    lr: float = 2e-5
+    lr: NotNegative = 2e-5
     auto_lr: Literal["none", "sqrt"] = "none"
-    weight_decay: float = 0.03
-    eps: float = 1e-10
-    warmup: int = 1000
-    cooldown: float = 0.0
-    grad_clip: float = 0.01
-    ema_decay: float = 0.9999
-    drop: float = 0.1
+    weight_decay: NotNegative = 0.03
+    eps: Positive = 1e-10
+    warmup: Whole = 1000
+    cooldown: Share = 0.0
+    grad_clip: NotNegative = 0.01
+    ema_decay: Share = 0.9999
+    drop: Share = 0.1
     snr_loss: bool = False
 
 
@@ -176,21 +183,21 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         max_steps: optimiser steps of the stage.
-        max_minutes: of the stage's training: a machine that would take longer does as many eighths of max_steps as fit
-            (measured at the start, kept in the stage's folder); 0 sets no limit.
+        max_minutes: limit of the stage's training: a machine that would take longer does as many eighths of max_steps
+            as fit (measured at the start, kept in the stage's folder); 0 sets no limit.
         batch_size: global batch (all processes and accumulated micro-batches together).
         gradient_checkpointing: compute each block again in the backward pass, for less memory.
         sample_every: steps between sample grids; 0 draws none on the way.
         workers: loader processes for features that are not in memory.
     """
 
-    max_steps: int = 1000
-    max_minutes: float = 0.0
-    batch_size: int = 64
+    max_steps: Count = 1000
+    max_minutes: NotNegative = 0.0
+    batch_size: Count = 64
     gradient_checkpointing: bool = False
-    checkpoint_every: int = 250
-    sample_every: int = 0
-    workers: int = 0
+    checkpoint_every: Count = 250
+    sample_every: Whole = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
 
 
 @dataclass
@@ -198,19 +205,26 @@ class SamplingConfig:
     """How sample grids and metrics are drawn (appendix A.5: 20 DPM-Solver steps, guidance 4.5).
 
     Args:
-        grid: pictures of the grid; metric_images: drawn for FID and KID; per_task: prompts a task of the Shapes score.
+        sampler: dpm-solver (the paper's), iddpm (all timesteps, respaced) or sa-solver.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; 1 draws without it.
+        grid: pictures of a sample grid.
+        metric_images: pictures drawn for FID and KID.
+        per_task: prompts of each task of the Shapes score.
         curve: guidance scales of the FID-against-guidance curve (A.6), empty to leave it out.
+        curve_images: pictures drawn for each point of that curve.
+        batch_size: pictures drawn at once.
     """
 
     sampler: Literal["dpm-solver", "iddpm", "sa-solver"] = "dpm-solver"
-    steps: int = 20
-    guidance: float = 4.5
-    grid: int = 24
-    metric_images: int = 500
-    per_task: int = 50
-    curve: list[float] = field(default_factory=list)
-    curve_images: int = 200
-    batch_size: int = 100
+    steps: Steps = 20
+    guidance: NotNegative = 4.5
+    grid: Count = 24
+    metric_images: Count = 500
+    per_task: Count = 50
+    curve: list[NotNegative] = field(default_factory=list)
+    curve_images: Count = 200
+    batch_size: Count = 100
 
 
 @dataclass
@@ -221,11 +235,13 @@ class StageConfig:
         name: of the stage; its folder below run_dir.
         kind: class (stage 1: DiT on class labels), text (PixArt on captions) or controlnet (PixArt frozen, edges in).
         run_dir: folder of the whole recipe's stages.
+        seed: of the weights' start, the order of the data, the noise and the samples.
         resume: auto continues an unfinished stage; never refuses a used folder; or the path of a .ckpt file.
         init_from: what to start from: the name of an earlier stage, a folder of ours, a .pth of the authors, or a
             diffusers directory. A class-conditional start is re-parameterised (section 2.3).
-        reparam_t: the time at which the re-parameterised network equals its start.
-        vae: a diffusers AutoencoderKL directory; text_encoder: a transformers directory (None: packaged MiniLM).
+        reparam_t: the timestep (0 to 999) at which the re-parameterised network equals its start.
+        vae: a diffusers AutoencoderKL directory.
+        text_encoder: a transformers directory; None takes the packaged MiniLM.
         controlnet_form: official (13 of 28 blocks, from PixArt-delta) or full (all blocks, appendix A.9).
         evaluate: measure FID, KID and alignment when the stage ends.
     """
@@ -233,10 +249,10 @@ class StageConfig:
     name: str = "stage"
     kind: Literal["class", "text", "controlnet"] = "text"
     run_dir: str = "runs/pixart"
-    seed: int = 0
+    seed: Seed = 0
     resume: str = "auto"
     init_from: str | None = None
-    reparam_t: float = 500.0
+    reparam_t: Timestep = 500.0
     vae: str = "ldm/pretrained/shapes32-v/vae"
     text_encoder: str | None = None
     controlnet_form: Literal["official", "full"] = "official"
@@ -270,17 +286,9 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     Raises:
         UserError: a missing or unreadable file, an unknown stage or option, a value of the wrong type.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path, default=SMALL)
-    parser.add_argument("--stage")
-    try:
-        own, arguments = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name} needs a value") from None
-    file, wanted = own.config, own.stage
-    if "--help" in arguments or "-h" in arguments:
-        parse_config(StageConfig, None, description, ["--help"])
-    _refuse_unknown(arguments)
+    named, arguments = take("--config", argv)
+    picked, arguments = take("--stage", arguments)
+    file, wanted = Path(named[-1]) if named else SMALL, picked[-1] if picked else None
     content = _read_yaml(file)
     if "stages" not in content:
         files, shared = [file], []
@@ -290,12 +298,20 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
             raise UserError(f'{file}: "stages" must be a list of stage files, for example [small/stage1.yaml]')
         files = [file.parent / entry for entry in listed]
         shared = _as_options(content)
+    asked = {"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in arguments}
     stages = []
     for stage_file in files:
-        name = _read_yaml(stage_file).get("name", stage_file.stem)
-        # Later words win: what all stages share, then the stage's file, then the command line.
-        options = [*shared, "--config", str(stage_file), "--name", str(name), *arguments]
-        stages.append(parse_config(StageConfig, None, description, options))
+        name = str(_read_yaml(stage_file).get("name", stage_file.stem))
+        if asked and wanted not in (None, name):
+            continue
+        # What all stages share, beneath the stage's file, beneath the command line.
+        beneath = [*shared, "--name", name]
+        try:
+            stages.append(parse_config(StageConfig, stage_file, description, arguments, beneath))
+        except SystemExit:
+            if "--print_config" not in asked or stage_file == files[-1] or wanted is not None:
+                raise
+            print("---")  # and the next stage's
     names = [config.name for config, _ in stages]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: two stages have the same name: {', '.join(names)}")
@@ -304,26 +320,6 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
             raise UserError(f"--stage {wanted}: {file} has no such stage; it has {', '.join(names)}")
         stages = [stage for stage in stages if stage[0].name == wanted]
     return Recipe(stages, names)
-
-
-def _refuse_unknown(arguments: Sequence[str]) -> None:
-    """Options must be written in full: the parser would take any unambiguous beginning for the whole."""
-    known = _option_names(StageConfig)
-    for word in arguments:
-        name = word.split("=", 1)[0].rstrip("+")
-        if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists every option"
-            raise UserError(f"unknown option {name}; {hint}")
-
-
-def _option_names(config_class: Any, prefix: str = "--") -> list[str]:
-    names = []
-    for option in fields(config_class):
-        names.append(f"{prefix}{option.name}")
-        if option.default_factory is not MISSING and is_dataclass(option.default_factory):
-            names += _option_names(option.default_factory, f"{prefix}{option.name}.")
-    return names
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Checkpoints of PixArt-alpha between three homes, both ways, exactly; and the initialiser of stage 2.
 
-    python pixart/convert.py --to ours      PixArt-XL-2-512x512.pth  folder/       (--weights trained: not the EMA)
+    python pixart/convert.py --to ours      PixArt-XL-2-512x512.pth  folder/       # --weights trained: not the EMA
     python pixart/convert.py --to diffusers PixArt-XL-2-512x512.pth  transformer/
     python pixart/convert.py --to official  transformer/             model.pth
     python pixart/convert.py --reparameterise DiT-XL-2-256x256.pt --to ours  initial/  folder/
@@ -16,7 +16,6 @@ given as input (section 2.3: "re-parameterization").
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
+from common.options import Count
 from common.teacher import quiet_libraries
 from common.weights import INDEX, check_weights, read_weights, save_weights
-from pixart.config import PixArtConfig
+from pixart.config import PixArtConfig, Timestep
 from pixart.model import DiT, PixArt, position_embedding
 from pixart.samplers import diffusers_scheduler
 
@@ -464,15 +465,17 @@ def export_pipeline(model: PixArt, folder: Path | str, *, dtype: torch.dtype | N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", dest="target", required=True, choices=("official", "ours", "diffusers"))
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--to", dest="target", required=True, choices=("official", "ours", "diffusers"), help="layout to write"
+    )
     parser.add_argument("--weights", choices=("ema", "trained"), default="ema", help="which of an official file's two")
-    parser.add_argument("--heads", type=int, help="attention heads, where a .pth has another width than the authors'")
-    parser.add_argument("--input-size", type=int, help="latent side to convert to (default: the file's own)")
+    parser.add_argument("--heads", type=Count, help="attention heads, where a .pth has another width than the authors'")
+    parser.add_argument("--input-size", type=Count, help="latent side to convert to (default: the file's own)")
     parser.add_argument("--reparameterise", type=Path, metavar="DIT", help="a DiT to put into the input network")
-    parser.add_argument("--time", type=float, default=500.0, help="time at which both networks shall agree")
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("--time", type=Timestep, default=500.0, help="time at which both networks shall agree")
+    parser.add_argument("input", type=Path, help="an official .pth, a folder of ours or a diffusers directory")
+    parser.add_argument("output", type=Path, help="file (official) or folder to write")
     options = parser.parse_args(arguments)
     model = load_transformer(options.input, weights=options.weights, heads=options.heads)
     if options.input_size:

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from common.data import shapes as scenes
-from common.data.cache import fingerprint_strings
+from common.data.cache import fingerprint_path, fingerprint_strings
 from common.data.folders import broken_rows, need_words, open_source
-from common.data.rows import LEFT_OUT, hold_out
+from common.data.rows import LEFT_OUT, Source, hold_out
 from common.data.sampling import StepDataModule
 from common.data.shapes import Scene, Spec
 from common.errors import UserError
@@ -309,14 +309,29 @@ def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int 
     )
 
 
-def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def folder_source(config: DataConfig) -> Source:
+    """The user's pictures, undecoded."""
     if config.path is None:
         raise UserError("data.path is missing: give a folder with metadata.jsonl, or with one subfolder per class")
     root = Path(config.path)
     if not root.exists():
         raise UserError(f"data.path {root}: no such folder")
     text = config.text_column if config.prompt is None else LEFT_OUT  # one caption for all needs no other
-    source = open_source(root, config.image_column, text, config.label_column)
+    return open_source(root, config.image_column, text, config.label_column)
+
+
+def content_version(config: DataConfig) -> str:
+    """What the pictures of our own sets depend on beside their options."""
+    if config.name == "emoji":
+        from common.data.emoji import ARCHIVE
+
+        return fingerprint_path(ARCHIVE)
+    return f"{config.name} {CONTENT_VERSION} {scenes.CONTENT_VERSION}"
+
+
+def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+    source = folder_source(config)
+    root = source.name
     broken = broken_rows(source)
     readable = [i for i in range(len(source)) if i not in broken]
     if config.prompt is None:
@@ -348,7 +363,7 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     labels = [source.label(i)[1] for i in kept]
     sizes = json.dumps([vars(bucket) for bucket in buckets])
     return Pictures(
-        name=str(root),
+        name=root,
         captions=[source.label(i)[0] for i in kept],
         labels_N=torch.tensor(labels),
         classes=len(source.classes) or max(source.label(i)[1] for i in readable) + 1,

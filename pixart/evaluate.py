@@ -17,12 +17,12 @@ Every number names its judge and counts; the distance of two halves of the real 
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def report(metrics: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--stage", help="default: the one that finished last")
     options = parser.parse_args(argv)

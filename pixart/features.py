@@ -66,8 +66,7 @@ class Codec:
     @property
     def fingerprint(self) -> str:
         """Checksum of configuration and weights."""
-        files = [p for p in self.folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")]
-        return fingerprint_files(files, self.folder)
+        return codec_fingerprint(self.folder)
 
     @torch.no_grad()
     def moments(self, images_n3HW: Tensor) -> Tensor:
@@ -97,6 +96,12 @@ def codec_folder(path: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise UserError(f"vae {path}: expected a diffusers AutoencoderKL directory (config.json and weights)")
+
+
+def codec_fingerprint(path: str | Path) -> str:
+    """Checksum of the codec's configuration and weights, without loading them."""
+    folder = codec_folder(path)
+    return fingerprint_files([p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")], folder)
 
 
 def codec_factor(path: str | Path) -> int:

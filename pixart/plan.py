@@ -1,6 +1,6 @@
 """What the paper's training costs, stage by stage, on a named cluster; needs no GPU and no memory.
 
-    make pixart-plan                                      the table, for 64 x A100
+    make pixart-plan  # the table, for 64 x A100
     python pixart/plan.py --gpu h100 --gpus 16 --strategy deepspeed
     python pixart/plan.py --json stage2 stage3c
 
@@ -33,6 +33,7 @@ import yaml
 
 from common import costs
 from common.errors import UserError, run_main
+from common.options import NotNegative
 from pixart.config import PixArtConfig
 from pixart.model import DiT, PixArt
 
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = costs.plan_parser(__doc__, DEFAULT)
     parser.add_argument("stages", nargs="*", help="names in pixart/configs/paper (default: all five)")
     parser.add_argument("--strategy", default="ddp", help=f"one of {', '.join(STRATEGIES)}, files in configs/cluster")
-    parser.add_argument("--price", type=float, default=PRICE, help="dollars a GPU-hour (default: the paper's for A100)")
+    parser.add_argument("--price", type=NotNegative, default=PRICE, help="dollars a GPU-hour; the paper's is for A100")
     options = parser.parse_args(arguments)
     cluster = costs.cluster_of(options)
     plans = [plan(name, cluster, options.strategy) for name in options.stages or stage_names()]

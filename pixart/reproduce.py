@@ -1,9 +1,9 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/pixart.json and its figures.
+"""Measure the paper's claims at small scale; writes results/pixart.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim, about 45 minutes of one core
-    python reproduce.py --claims P2 P3           # some of them
-    python reproduce.py --tier smoke             # what CI runs, under a minute
-    python reproduce.py --calibrate              # how the learning rates were chosen: candidates on an unused seed
+    python pixart/reproduce.py                   # tier small: 3 seeds of every claim, about 45 minutes of one core
+    python pixart/reproduce.py --claims P2 P3    # some of them
+    python pixart/reproduce.py --tier smoke      # what CI runs, under a minute
+    python pixart/reproduce.py --calibrate       # how the learning rates were chosen: candidates on an unused seed
 
 The claims, with targets and budgets, are in claims.yaml. One thread. Arms are equal in optimiser steps where the claim
 says so, else in CPU seconds. Every trained arm and every finished (claim, seed) is kept in runs/reproduce/, so an
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from common import reproduction
+from common.cli import Parser
 from common.errors import run_main
 from common.files import write_atomically
 from common.metrics.alignment import AlignmentScorer
@@ -293,7 +294,7 @@ def calibrate(study: Study, given: argparse.Namespace) -> bool:
     return bool(given.calibrate)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def options(parser: Parser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="compare learning rates on an unused seed and stop")
 
 

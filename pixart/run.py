@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
+from common.data.cache import MODEL, fingerprint_path, names_of
+from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import at_least, check_trainer, free_options
+from common.options import free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
-from common.training import EveryNSteps, open_run_folder, train
+from common.training import EveryNSteps, Inputs, RunFolder, check_trainer, open_run_folder, say_other_inputs, train
 from common.weights import save_weights
 from pixart.config import PixArtConfig, StageConfig
 from pixart.controlnet import COPIED_BLOCKS, ControlPixArt
@@ -32,8 +35,8 @@ from pixart.convert import (
     reparameterise,
     save_transformer,
 )
-from pixart.data import BucketDataModule, Pictures, open_pictures
-from pixart.features import Codec, FeatureTable, codec_factor, open_features
+from pixart.data import BucketDataModule, Pictures, content_version, folder_source, open_pictures
+from pixart.features import Codec, FeatureTable, codec_factor, codec_fingerprint, open_features
 from pixart.model import DiT, PixArt
 from pixart.sample import ABOUT, CONTROL, Painter, open_painter
 from pixart.text import TextEncoder
@@ -50,6 +53,31 @@ FREE_OPTIONS = free_options(
     "trainer.gradient_checkpointing",
     "trainer.workers",
 )
+# Options that only say where an input lies, by what messages call it.
+PLACES = {
+    "data": ["data.path"],
+    "autoencoder": ["vae"],
+    "text encoder": ["text_encoder"],
+    "starting weights": ["init_from"],
+}
+
+
+def inputs_of(config: StageConfig, start: Path | None) -> Inputs:
+    """Fingerprints of what a stage learns from."""
+    source = folder_source(config.data) if config.data.name == "folder" else None
+    inputs: dict[str, Callable[[], str] | str] = {
+        "data": content_version(config.data) if source is None else source.fingerprint,
+        "autoencoder": partial(codec_fingerprint, config.vae),
+    }
+    if source is not None and source.classes:
+        inputs["classes"] = names_of(source.classes)
+    if config.kind != "class":
+        encoder = None if config.text_encoder is None else existing_path(config.text_encoder)
+        inputs["text encoder"] = lambda: FrozenEncoder(encoder).fingerprint
+    if start is not None:
+        weights = start / WEIGHTS
+        inputs["starting weights"] = partial(fingerprint_path, weights if weights.is_file() else start, MODEL)
+    return inputs
 
 
 def network_config(config: StageConfig, codec: Codec, encoder: TextEncoder | None, classes: int) -> PixArtConfig:
@@ -111,6 +139,22 @@ def is_class_conditional(path: Path) -> bool:
     return "y_embedder.embedding_table.weight" in read_state_dict(path)
 
 
+def check_options(config: StageConfig) -> None:
+    """Refuse what would fail after work has begun, as far as the options alone tell.
+
+    Raises:
+        UserError: naming the option.
+    """
+    trainer = config.trainer
+    check_trainer(
+        trainer,
+        {"trainer.batch_size": trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+
+
 @dataclass
 class Stage:
     """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json."""
@@ -118,6 +162,7 @@ class Stage:
     config: StageConfig
     folder: Path
     start: Path | None
+    opened: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -131,23 +176,24 @@ class Stage:
         Raises:
             UserError: the folder holds another run, an option is wrong, or the stage before is not finished.
         """
-        trainer = config.trainer
-        check_trainer(
-            trainer,
-            {"trainer.batch_size": trainer.batch_size},
-            resume=config.resume,
-            ema_decay=config.optimiser.ema_decay,
-            grad_clip=config.optimiser.grad_clip,
-        )
-        at_least("trainer.max_steps", trainer.max_steps, 1)
-        at_least("trainer.max_minutes", trainer.max_minutes, 0)
-        if trainer.threads:
-            torch.set_num_threads(trainer.threads)
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
         start = starting_weights(config, names)
-        open_run_folder(config.folder, config.resume, text, FREE_OPTIONS)
-        stage = cls(config, config.folder, start)
-        stage._remember_start()
+        opened = open_run_folder(config.folder, config.resume, text, FREE_OPTIONS, PLACES)
+        stage = cls(config, config.folder, start, opened)
+        if stage.finished:
+            stage.begin()
         return stage
+
+    def begin(self) -> None:
+        """Refuse other inputs than those that the stage was begun with; write its config."""
+        assert self.opened is not None
+        if is_main_process():
+            inputs = inputs_of(self.config, self.start)
+            if self.start is not None:
+                say_other_inputs(self.start.parent, inputs, ["autoencoder", "text encoder", "classes"])
+            self.opened.begin(inputs)
 
     @property
     def weights(self) -> Path:
@@ -158,25 +204,6 @@ class Stage:
     def finished(self) -> bool:
         """Whether the weights are there already."""
         return self.config.resume == "auto" and (self.weights / ABOUT).is_file()
-
-    def _remember_start(self) -> None:
-        """Refuse to go on from other starting weights than those the stage was begun with."""
-        if self.start is None or not is_main_process():
-            return
-        file = self.start / WEIGHTS if self.start.is_dir() else self.start
-        if not file.is_file():
-            return  # a diffusers directory: its weights have other names, and nobody retrains it
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        record = self.folder / "start.json"
-        if record.is_file() and self.config.resume == "auto":
-            known = read_object(record).get("sha256")
-            if known != digest:
-                raise UserError(
-                    f"{self.folder} was started from other weights than {file} now holds: delete that folder to train "
-                    "the stage again, or choose another --run_dir"
-                )
-        write_json(record, {"path": str(self.start), "sha256": digest})
 
     def codec(self, device: str | torch.device = "cpu") -> Codec:
         """The frozen autoencoder."""
@@ -201,12 +228,14 @@ class Stage:
         multiple = codec.factor * config.network.patch_size
         pictures = open_pictures(config.data, "train", config.seed, multiple)
         self._check(pictures)
+        refuse_large_batch("trainer.batch_size", trainer_config.batch_size, len(pictures), "training pictures")
         measured = min(config.sampling.metric_images, config.data.eval_images)
         if config.evaluate and len(self.held_out(measured)) < MIN_HELD_OUT:
             raise UserError(
                 f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
             )
         network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
+        self.begin()
         table = self._features(pictures, codec, encoder)
         self.seconds["features"] = time.perf_counter() - started
         module = StageModule(network, codec, config)

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object
+from common.options import Count, NotNegative, Seed
 from common.paths import REPOSITORY, cache_dir, existing_path
-from pixart.config import SamplingConfig
+from pixart.config import SamplingConfig, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,31 +247,34 @@ def default_weights() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
     parser.add_argument("--weights", type=Path, help="our folder, an official .pth, or a diffusers directory")
     parser.add_argument("--vae", help="diffusers AutoencoderKL directory, if the weights do not name theirs")
     parser.add_argument("--text_encoder", help="transformers encoder directory, if the weights do not name theirs")
-    parser.add_argument("--heads", type=int, help="attention heads of a .pth of another width than 1152")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"))
-    parser.add_argument("--count", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--heads", type=Count, help="attention heads of a .pth of another width than 1152")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    parser.add_argument("--count", type=Count, default=1, help="pictures per prompt")
     parser.add_argument("--ar", help="HEIGHT:WIDTH, the shape of the pictures")
     parser.add_argument("--hw", help="HEIGHT:WIDTH in pixels")
-    parser.add_argument("--steps", type=int, help="default 20 (dpm-solver), 25 (sa-solver), 100 (iddpm)")
-    parser.add_argument("--guidance", type=float, default=4.5)
-    parser.add_argument("--sampler", choices=("dpm-solver", "iddpm", "sa-solver"), default="dpm-solver")
+    parser.add_argument("--steps", type=Steps, help="default 20 (dpm-solver), 25 (sa-solver), 100 (iddpm)")
+    parser.add_argument(
+        "--guidance", type=NotNegative, default=4.5, help="scale of classifier-free guidance; 1 draws without it"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=("dpm-solver", "iddpm", "sa-solver"),
+        default="dpm-solver",
+        help="iddpm needs a learned variance, the others any network",
+    )
     parser.add_argument("--control", type=Path, help="picture whose edges to follow (ControlNet weights)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     options = parser.parse_args(argv)
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red circle left of a blue square"')
-    if options.count < 1:
-        raise UserError(f"--count {options.count}: expected at least 1")
     steps = (
         {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100}[options.sampler] if options.steps is None else options.steps
     )
-    if steps < 1:
-        raise UserError(f"--steps {steps}: expected at least 1")
     return _write(options, SamplingConfig(options.sampler, steps, options.guidance))
 
 

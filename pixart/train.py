@@ -5,7 +5,8 @@
     python pixart/train.py --config my.yaml                 # your recipe, or your single stage
     python pixart/train.py --trainer.threads 4              # any option can be overridden; --help lists them
     python pixart/train.py --config pixart/configs/emoji/recipe.yaml                # real captioned images, 64 px
-    python pixart/train.py --stage stage2 --data.name folder --data.path PHOTOS     # your own captioned images
+    python pixart/train.py --stage stage3b --init_from pixart/pretrained/shapes --run_dir runs/own \
+        --data.name folder --data.path PHOTOS                                       # your own captioned images
     python pixart/train.py --config pixart/configs/paper/dreambooth.yaml --data.path DOG --init_from WEIGHTS
     torchrun --nnodes 8 --nproc-per-node 8 ... pixart/train.py --config pixart/configs/paper/stage2.yaml
 
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe = read_recipe(argv, description)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
     from common.processes import is_main_process
-    from pixart.run import Stage
+    from pixart.run import Stage, check_options
 
+    for config, _ in recipe.stages:  # of the last one too, before the first one takes its time
+        check_options(config)
     metrics: dict[str, Any] = {}
     for config, text in recipe.stages:
         stage = Stage.open(config, text, recipe.names)

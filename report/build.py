@@ -12,7 +12,6 @@ and script are inside. It asks nothing of the network and opens from the file sy
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +22,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
-from common.ledger import TIERS, read_claims, read_notes
+from common.ledger import TIERS, read_claims, read_notes, verdict, within_noise
 from common.paths import REPOSITORY, RESULTS
 from report.papers import Paper, all_papers
 from report.pictures import Album, Picture, read_pictures, strongest_first, with_code
@@ -39,8 +39,6 @@ from report.words import (
     few_images,
     in_words,
     time_taken,
-    verdict,
-    within_noise,
 )
 
 ASSETS = Path(__file__).parent
@@ -121,6 +119,7 @@ class Room:
     outcomes: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, key: str, rooms: Path, page: Path) -> Room:
@@ -128,8 +127,10 @@ class Room:
         file = rooms / key / "claims.yaml"
         if not file.is_file():
             return cls(key, rooms / key, page)
-        images = {name: claim.sizes.get("images") for name, claim in read_claims(file, "small").items()}
-        return cls(key, rooms / key, page, *read_notes(file), images)
+        claims = read_claims(file, "small")
+        images = {name: claim.sizes.get("images") for name, claim in claims.items()}
+        notes = {name: claim.note for name, claim in claims.items()}
+        return cls(key, rooms / key, page, *read_notes(file), images, notes)
 
     def link(self, name: str, text: str) -> str:
         """A link to one of its files, empty if there is none."""
@@ -223,7 +224,7 @@ def _outcome(findings: Findings) -> str:
         return '<span class="quiet">benchmarks only</span>' if findings.rows else '<span class="quiet">figures</span>'
     holding = sum(1 for claim in records if claim["holds"])
     pips = "".join(
-        f'<span class="pip {"yes" if claim["holds"] else "no"}" title="{escape(claim["id"])}: {verdict(claim)}">'
+        f'<span class="pip {"yes" if claim["holds"] else "no"}" title="{escape(claim["id"])}: {verdict(claim).text}">'
         f"{'✓' if claim['holds'] else '✕'}</span>"
         for claim in records
     )
@@ -289,17 +290,19 @@ def _claim_card(records: Sequence[Mapping[str, Any]], room: Room) -> str:
     paper = best["paper"]
     value = number(paper["value"]) if isinstance(paper["value"], int | float) else str(paper["value"])
     rest = "".join(
-        f"<details><summary>Also at the {escape(other['tier'])} tier: {verdict(other)}</summary>"
+        f"<details><summary>Also at the {escape(other['tier'])} tier: {verdict(other).text}</summary>"
         f"{_measurement(other, room)}</details>"
         for other in others
     )
-    outcome = room.outcomes.get(best["id"], "")
-    if outcome:
-        heading = "What came out" if best["holds"] else "Why it missed, and what was tried"
-        outcome = f'<p class="why"><b>{heading}.</b> {with_code(outcome)}</p>'
+    said, texts = verdict(best), []
+    if outcome := room.outcomes.get(best["id"], ""):
+        texts.append(("What came out" if best["holds"] else "Why it missed, and what was tried", outcome))
+    if note := room.notes.get(best["id"], ""):
+        texts.append(("Its budget", note))
+    outcome = "".join(f'<p class="why"><b>{heading}.</b> {with_code(text)}</p>' for heading, text in texts)
     return (
         f'<article class="claim" id="{room.key}-{escape(best["id"])}">'
-        f'<header><span class="id">{escape(best["id"])}</span>{_badge(best["holds"], verdict(best))}</header>'
+        f'<header><span class="id">{escape(best["id"])}</span>{_badge(said.rungs[-1][1], said.text)}</header>'
         f"<h3>{escape(best['statement'])}</h3>"
         f'<dl class="pair"><div><dt>The paper</dt><dd>{escape(value)} <cite>{escape(paper["source"])}</cite></dd></div>'
         f"<div><dt>Target here</dt><dd>{escape(str(best['target']['text']))}</dd></div></dl>"
@@ -318,13 +321,15 @@ def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str
     name = room.metric(claim["id"], headline.metric)
     plot = seed_plot(name, values, headline.op, headline.bar, headline.mean)
     parts = [
-        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)} '
-        f"{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
+        f'<figure class="plot"><figcaption>{_sign(headline)}<span class="metric">{escape(name)}'
+        f"\u00a0{ARROWS[headline.op]}</span> <b>{headline.text}</b></figcaption>{plot}</figure>"
     ]
     if further:
         lines = "".join(_condition(one, room.metric(claim["id"], one.metric), len(values)) for one in further)
         parts.append(f'<ul class="conditions">{lines}</ul>')
-    climbed = [{**claim, **entry} for entry in (claim, *claim.get("rungs", ()))]
+    shared = {key: claim[key] for key in ("id", "statement", "paper", "target", "tier")}
+    own = {key: value for key, value in claim.items() if key not in ("rungs", "machines")}
+    climbed = [own, *({**shared, **entry} for entry in claim.get("rungs", ()))]
     if len(climbed) > 1:
         parts.append(_ladder(climbed, headline, name))
     parts.append(outcome)
@@ -333,8 +338,8 @@ def _measurement(claim: Mapping[str, Any], room: Room, outcome: str = "") -> str
         facts.append(warning)
     parts.append(f'<p class="facts">{" · ".join(facts)}</p>')
     for machine in claim.get("machines", ()):
-        other = {**claim, **machine}
-        text = f"{escape(other['hardware'])}: {conditions(other)[0].text}, {verdict(other)}"
+        other = {**shared, **machine}
+        text = f"{escape(other['hardware'])}: {conditions(other)[0].text}, {verdict(other).text}"
         parts.append(f'<p class="facts">Also measured on {text}</p>')
     return "".join(parts) + _numbers(climbed, room)
 
@@ -345,7 +350,7 @@ def _condition(one: Measured, name: str, seeds: int) -> str:
         return f'<li>{sign}<span class="metric">{escape(name)}</span> <b>in {one.yes} of {seeds} seeds</b></li>'
     bar = f'<span class="quiet">{escape(SIGNS.get(one.op, one.op))} {number(one.bar)}</span>'
     shown = f'<span class="value"><b>{one.text}</b> {bar}</span>'
-    return f'<li>{sign}<span class="metric">{escape(name)} {ARROWS[one.op]}</span> {shown}</li>'
+    return f'<li>{sign}<span class="metric">{escape(name)}\u00a0{ARROWS[one.op]}</span> {shown}</li>'
 
 
 def _sign(one: Measured) -> str:
@@ -359,9 +364,15 @@ def _ladder(climbed: Sequence[Mapping[str, Any]], headline: Measured, name: str)
         (entry.get("rung", 1), [row.get(headline.metric) for row in entry["measured"]], conditions(entry)[0].mean)
         for entry in climbed
     ]
-    words = ", ".join(f"{entry.get('rung', 1)}x {verdict(entry)}" for entry in climbed)
+    words = ", ".join(f"{entry.get('rung', 1)}x {_alone(entry)}" for entry in climbed)
     plot = rung_plot(name, points, headline.op, headline.bar)
     return f'<figure class="plot"><figcaption>At multiples of the budget: {words}</figcaption>{plot}</figure>'
+
+
+def _alone(entry: Mapping[str, Any]) -> str:
+    """The verdict of one rung."""
+    word = "holds" if entry["holds"] else "does not hold"
+    return f"{word} (within noise)" if within_noise(entry) else word
 
 
 def _seeds(claim: Mapping[str, Any]) -> str:
@@ -404,9 +415,11 @@ def _bytes(count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files and figures/")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html")
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html", help="page to write"
+    )
     arguments = parser.parse_args()
     page = build(arguments.results, arguments.output)
     print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")

@@ -6,7 +6,6 @@ their captions: the same results give the same pictures. What a family lacks is 
 
 from __future__ import annotations
 
-import argparse
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from PIL import Image
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.figures import BLUE, save_figure, series, small_claims
 from common.paths import RESULTS
@@ -190,7 +190,7 @@ def draw(results: Path, families: Mapping[str, Callable[[Path], tuple[Figure, st
 
 def main(argv: Sequence[str] | None = None) -> None:
     """See --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files and figures/")
     for path in draw(parser.parse_args(argv).results):
         print(path)

@@ -20,7 +20,6 @@ Without a results file the table says "not measured yet". Equal results give equ
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import read_claims, read_notes, verdict
@@ -141,7 +141,7 @@ def figures(findings: Findings, names: Sequence[str], folder: Path, where: str) 
 
 
 def claims_table(findings: Findings, file: Path) -> list[str]:
-    """One row a claim, from its most thorough tier: and the number that decides it.
+    """One row a claim, from its most thorough tier, and the number that decides it.
 
     Args:
         file: the paper's claims.yaml, which has each claim in one line, and what was tried where one was missed.
@@ -187,7 +187,7 @@ def _against_targets(claim: Mapping[str, Any], words: Mapping[str, str]) -> str:
 
 
 def bench_table(findings: Findings, only: str = "") -> list[str]:
-    """One row a workload on the machine that measured the most rows, hardware above; missed ones are never left out."""
+    """One row a workload on the machine that measured most, missed ones first in line; above, what is left out."""
     if not findings.rows:
         return [NOT_MEASURED]
     machines = Counter(row["hardware"] for row in findings.rows)
@@ -198,11 +198,12 @@ def bench_table(findings: Findings, only: str = "") -> list[str]:
         found = [w for w in found if w in kept[:MOST_ROWS]]
     with_memory = any(w.memory for w in found)
     head = ["workload", "ours", "peer as users run it", "peer at its best"]
-    shown = sum(len(w.rows) + len(w.memory.rows if w.memory else []) for w in found)
-    others = len(findings.rows) - shown
+    shown = {row["name"] for workload in found for row in workload.shown()}
+    others = [row for row in findings.rows if row["hardware"] != hardware or row["name"] not in shown]
     note = f"Measured on {hardware}. 2x: ours is twice as good. ≥ 1.3: so much was asked for; bold where it was missed."
     if others:
-        note += f" {others} further rows are on the report page."
+        missed = sum(row["holds"] is False for row in others)
+        note += f" {len(others)} further rows{f', {missed} of them missed,' * bool(missed)} are on the report page."
     table = _markdown(head + ["peak memory, ours to peer"] * with_memory, [cells(w, with_memory) for w in found])
     return [note, "", *table]
 
@@ -278,7 +279,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a table is stale")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="folder with README.md and the papers' folders")

@@ -13,7 +13,6 @@ is written.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, versions
@@ -85,9 +85,9 @@ def record(paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """See --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper")
-    parser.add_argument("run_dir", type=Path)
+    parser = Parser(description=__doc__)
+    parser.add_argument("paper", help="name of the paper")
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run of its train.py")
     parser.add_argument(
         "--figure",
         nargs=2,

@@ -1,4 +1,4 @@
-"""What a record of the ledger says, in words: names of metrics, verdicts, times."""
+"""What a record of the ledger says, in words: names of metrics, numbers, times."""
 
 from __future__ import annotations
 
@@ -77,30 +77,6 @@ def _decided(mean: float | None, text: str, op: str, bar: float) -> str:
         decimals += 1
         head = f"{mean:.{decimals}f}".replace("-", "−")
     return f"{head}{sign}{std}"
-
-
-def verdict(record: Mapping[str, Any]) -> str:
-    """Whether a claim holds, and whether its spread over seeds crosses the target (see `within_noise`)."""
-    return ("holds" if record["holds"] else "does not hold") + (", within noise" if within_noise(record) else "")
-
-
-def within_noise(record: Mapping[str, Any]) -> bool:
-    """Whether other seeds might have decided otherwise.
-
-    A claim that holds is within noise where any condition has its bar within one standard deviation of the mean; one
-    that does not, where all the conditions that fail do.
-    """
-    failing, crossing = [], []
-    for one in conditions(record):
-        values = [row.get(one.metric) for row in record["measured"]]
-        if one.mean is None:
-            return False  # a run that diverged is no noise
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        crosses = std > 0 and abs(one.mean - one.bar) <= std
-        crossing.append(crosses)
-        if not one.met:
-            failing.append(crosses)
-    return all(failing) if failing else any(crossing)
 
 
 def duration(seconds: float) -> str:

@@ -55,6 +55,11 @@ class Workload:
         sign = 1 if higher_is_better else -1
         return max(range(len(self.rows)), key=lambda place: (sign * self.rows[place]["peer"], place))
 
+    def shown(self) -> list[Row]:
+        """The rows that a table has: as users run it, at its best, and the worst of memory."""
+        memory = [min(self.memory.rows, key=lambda row: row["ratio"])] if self.memory else []
+        return [self.rows[place] for place in dict.fromkeys((0, self.best()))] + memory
+
     def missed(self) -> bool:
         rows = self.rows + (self.memory.rows if self.memory else [])
         return any(row["holds"] is False for row in rows)

@@ -1,7 +1,7 @@
 """Checkpoints: a file per expert, one for everything dense, and a step that is complete or absent.
 
     checkpoints/step-000100/
-        meta.json                                options that decide the numbers, layout, step
+        meta.json                                options that decide the numbers, layout, step, checksums
         dense.safetensors                        dense parameters and moments as whole tensors, whoever sliced them
         experts/layer000.expert0003.safetensors  parameters, both moments and step count of one expert
 
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import file_sha256, write_atomically, write_json
 from common.weights import load_weights, read_weights, save_weights
-from se_moe.communication import ParallelGroups, barrier
+from se_moe.communication import ParallelGroups, barrier, gather
 from se_moe.config import FIXED_OPTIONS, ModelConfig, TrainConfig
 from se_moe.data import TextData
 from se_moe.homes import ResidentHome, link_or_copy
@@ -37,6 +38,7 @@ from se_moe.storage import MOMENTS, ExpertKey, HostSlot, RecordLayout, parameter
 from se_moe.trainer import Trainer
 
 VERSION = 1
+DENSE = "dense.safetensors"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -50,6 +52,47 @@ def newest(folder: Path) -> Path | None:
         return None
     steps = sorted((int(m[1]), path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name)))
     return steps[-1][1] if steps else None
+
+
+def newest_sound(folder: Path, groups: ParallelGroups) -> Path | None:
+    """The last complete step whose files are what their checksums say; a collective call. Damaged ones are named.
+
+    Raises:
+        UserError: there are steps, and all of them are damaged.
+    """
+    fault = None
+    steps = sorted((int(m[1]), path) for path in folder.glob("step-*") if (m := _STEP.fullmatch(path.name)))
+    for _, step in reversed(steps):
+        fault = next(filter(None, gather(_fault(step, groups.rank, groups.world_size))), None)
+        if fault is None:
+            return step
+        if groups.rank == 0:
+            print(f"{fault}; the step before it is taken, if there is one", file=sys.stderr, flush=True)
+    if fault is not None:
+        raise UserError(
+            f"{fault}, and no earlier step is whole: restore it from a copy, or delete {folder} to train this arm anew"
+        )
+    return None
+
+
+def _fault(step: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        meta = read_meta(step)
+    except UserError as error:
+        return str(error)
+    if int(meta["step"]) != int(step.name.rpartition("-")[2]):
+        return f"{step / 'meta.json'} is damaged (it is of step {meta['step']})"
+    if "sha256" not in meta:
+        if rank == 0:
+            print(f"{step}: written before checkpoints had checksums, so it cannot be checked", file=sys.stderr)
+        return None
+    for name, checksum in sorted(meta["sha256"].items())[rank::ranks]:
+        if not (step / name).is_file():
+            return f"{step / name} is missing"
+        if file_sha256(step / name) != checksum:
+            return f"{step / name} is damaged (its checksum is not that of meta.json)"
+    return None
 
 
 def write_record(path: Path, layout: RecordLayout, fields: Mapping[str, Tensor]) -> None:
@@ -70,13 +113,16 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         (part / "experts").mkdir(parents=True)
     barrier()
-    _save_experts(trainer, part)
+    written = _save_experts(trainer, part)
     dense = dense_state(trainer)
     if main:
-        save_weights(part / "dense.safetensors", dense)
-        write_json(part / "meta.json", _meta(trainer))
-    barrier()
+        save_weights(part / DENSE, dense)
+        written.append(part / DENSE)
+    known = trainer.checksums
+    checksums = {path.relative_to(part).as_posix(): _checksum(path, known) for path in written}
+    checksums = {name: value for of_rank in gather(checksums) for name, value in of_rank.items()}
     if main:
+        write_json(part / "meta.json", _meta(trainer) | {"sha256": checksums})
         for inside in (part, part / "experts"):
             _sync(inside)
         if target.exists():
@@ -101,20 +147,31 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _save_experts(trainer: Trainer, folder: Path) -> None:
+def _save_experts(trainer: Trainer, folder: Path) -> list[Path]:
+    """Returns the files of this rank."""
     groups, home = trainer.groups, trainer.home
     first_copy = groups.rank < groups.expert_size  # other ranks hold copies of the same experts
     if isinstance(home, ResidentHome):
-        if first_copy:
-            for key in sorted(home.parameters):
-                write_record(expert_file(folder, key), home.layout, home.record(key))
-        return
+        keys = sorted(home.parameters) if first_copy else []
+        for key in keys:
+            write_record(expert_file(folder, key), home.layout, home.record(key))
+        return [expert_file(folder, key) for key in keys]
     tag = f"step-{trainer.done:06d}"
     home.store.commit(tag)
-    if first_copy:
-        for key in sorted(home.files.versions):
-            link_or_copy(home.files.path(key), expert_file(folder, key))
+    keys = sorted(home.files.versions) if first_copy else []
+    for key in keys:
+        link_or_copy(home.files.path(key), expert_file(folder, key))
     home.files.prune([tag])
+    return [expert_file(folder, key) for key in keys]
+
+
+def _checksum(path: Path, known: dict[tuple[int, int, int], str]) -> str:
+    """Of a file that was just written or linked; `known` are those of versions of experts that were linked before."""
+    stat = path.stat()
+    version = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+    if version not in known:
+        known[version] = file_sha256(path)
+    return known[version]
 
 
 @torch.no_grad()
@@ -160,6 +217,7 @@ def _meta(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.done,
         "fixed": fixed_options(trainer.config),
         "model": trainer.model.config.plain(),
+        "data": trainer.data.fingerprint,
         "ranks": trainer.groups.world_size,
         "experts": [list(key) for key in _all_keys(trainer)],
     }
@@ -170,8 +228,10 @@ def _all_keys(trainer: Trainer) -> list[ExpertKey]:
 
 
 def fixed_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide a run's numbers, as plain JSON."""
-    return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
+    """The options that decide a run's numbers, as plain JSON; of the data not where they lie."""
+    found = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in FIXED_OPTIONS}))
+    del found["data"]["tasks"]
+    return found
 
 
 def read_meta(step: Path) -> dict[str, Any]:
@@ -210,7 +270,11 @@ def open_trainer(
     if step is None:
         return Trainer(config, data, device, tier_folder, groups, **options)
     meta = read_meta(step)
-    changed = [key for key, value in fixed_options(config).items() if meta["fixed"].get(key) != value]
+    known = meta["fixed"]
+    known["data"].pop("tasks", None)  # checkpoints of before the data's fingerprint have it
+    changed = [key for key, value in fixed_options(config).items() if known.get(key) != value]
+    if meta.get("data", data.fingerprint) != data.fingerprint:
+        changed.append("the text of data.tasks")
     if changed:
         raise UserError(
             f"{step} was written with other options ({', '.join(changed)}); choose another --run_dir, or give the "
@@ -241,7 +305,7 @@ def _own_records(
 
 @torch.no_grad()
 def _load_dense(trainer: Trainer, step: Path) -> None:
-    state = read_weights(step / "dense.safetensors")[0]
+    state = read_weights(step / DENSE)[0]
     optimiser, model = trainer.optimiser, trainer.model
     optimiser.step_count = int(state["step"])
     targets: list[tuple[str, list[Tensor]]] = [(f"{m}.", getattr(optimiser, m)) for m in MOMENTS]
@@ -275,8 +339,10 @@ def export_model(checkpoints: Path, folder: Path, tokenizer: str | None = None) 
     step = newest(checkpoints)
     if step is None:
         raise UserError(f"{checkpoints} holds no checkpoint; train a model first (make se_moe-train)")
+    if fault := _fault(step):
+        raise UserError(f"{fault}: restore it from a copy, or delete {step.name} and start again")
     meta = read_meta(step)
-    weights = parameters_of(read_weights(step / "dense.safetensors")[0])
+    weights = parameters_of(read_weights(step / DENSE)[0])
     config = ModelConfig.parse(meta["model"])
     layers = [i for i in range(config.layers) if config.has_experts(i)]
     for layer, expert in meta["experts"]:

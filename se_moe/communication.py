@@ -35,6 +35,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gather(value: Any) -> list[Any]:
+    """A plain value of every rank, on all of them; a collective call."""
+    if not initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def group_size(group: Group) -> int:
     """Ranks of `group`; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common.cli import parse_config
 from common.errors import UserError
-from common.options import RunOptions, at_least, check_run, free_options
+from common.options import (
+    Count,
+    Decay,
+    NotNegative,
+    Portion,
+    Positive,
+    Range,
+    RunOptions,
+    Seed,
+    Threads,
+    Whole,
+    check_ranges,
+    free_options,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = CONFIGS / "small.yaml"
@@ -33,9 +46,9 @@ class DataConfig:
     """
 
     tasks: list[str] = field(default_factory=lambda: ["sotu"])
-    shares: list[int] = field(default_factory=list)
-    vocabulary: int = 2000
-    sequence: int = 64
+    shares: list[Count] = field(default_factory=list)
+    vocabulary: Annotated[int, Range(300, 10**6)] = 2000
+    sequence: Annotated[int, Range(2, 10**6)] = 64
 
 
 @dataclass(frozen=True)
@@ -73,28 +86,37 @@ class ModelOptions:
     """The language model.
 
     Args:
-        hidden, layers, heads: of the transformer; dense_hidden: width of its dense feed-forward layers.
-        experts: of every MoE layer, over all ranks; expert_hidden: their width.
+        hidden: width of the transformer.
+        layers: of the transformer.
+        heads: of each attention, into which the width is divided.
+        dense_hidden: width of the dense feed-forward layers.
+        experts: of every MoE layer, over all ranks.
+        expert_hidden: width of an expert.
         moe_every: every so many layers one is a mixture of experts; 0: none.
-        top_k, capacity_factor, drop_tokens, noise: see `GateConfig`; evaluation has the capacity of training.
+        top_k: experts of a token: 1 Switch, 2 GShard, more: top-k.
+        capacity_factor: capacity of an expert beside the mean load, in training and in evaluation.
+        drop_tokens: false (dropless): every token is served, no capacity applies.
+        noise: jitter multiplies the gate's input by U(0.99, 1.01); rsample adds Gumbel noise to the choice of the first
+            expert (top-1); both in training only.
         residual: a dense expert beside every mixture.
-        aux_weight, z_weight: of the load-balancing loss and of the gate's z loss.
+        aux_weight: weight of the load-balancing loss.
+        z_weight: weight of the gate's z loss.
     """
 
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    dense_hidden: int = 512
-    experts: int = 32
-    expert_hidden: int = 256
-    moe_every: int = 2
-    top_k: int = 2
-    capacity_factor: float = 1.25
+    hidden: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    dense_hidden: Count = 512
+    experts: Count = 32
+    expert_hidden: Count = 256
+    moe_every: Whole = 2
+    top_k: Count = 2
+    capacity_factor: Positive = 1.25
     drop_tokens: bool = False
     noise: Noise = "none"
     residual: bool = False
-    aux_weight: float = 0.01
-    z_weight: float = 0.0
+    aux_weight: NotNegative = 0.01
+    z_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -171,24 +193,28 @@ class StorageConfig:
     """Budgets of the tiers, for every rank.
 
     Args:
-        device_mb: device memory for dense parameters with their states and for the experts in use; 0 takes what the
-            dense parameters need and half of what all experts with their states would.
+        device_mb: device memory in MB for dense parameters with their states and for the experts in use; 0 takes what
+            the dense parameters need and half of what all experts with their states would.
         cached_share: part of the rank's experts that host memory holds.
-        rule: which expert leaves the cache (`cache.RULES`). beta, period, threshold: of Algorithm 2.
-        folder: where the file tier lies; default: below run_dir. Put it on the fastest local drive.
-        read_mb_s, latency_ms: pretend that the drive is slower (0: as it is).
+        rule: which expert leaves the cache (`cache.RULES`).
+        beta: factor on all hits at the end of a period (Algorithm 2); 1: no decay.
+        period: requests of a period (Algorithm 2); 0: no periods.
+        threshold: hits that an expert needs before it may leave (Algorithm 2, step 3).
+        folder: where the file tier lies; None: below run_dir. Put it on the fastest local drive.
+        read_mb_s: pretend that the drive reads so many MB a second; 0: as it is.
+        latency_ms: pretend that the drive takes so many milliseconds to answer; 0: as it is.
         predict: which experts are prefetched: previous (those of the last step) or all.
     """
 
-    device_mb: float = 0.0
-    cached_share: float = 0.5
+    device_mb: NotNegative = 0.0
+    cached_share: Portion = 0.5
     rule: Literal["repaired", "text", "pseudocode", "lfu", "lru"] = "repaired"
-    beta: float = 0.5
-    period: int = 256
-    threshold: float = 0.0
+    beta: Portion = 0.5
+    period: Whole = 256
+    threshold: NotNegative = 0.0
     folder: str | None = None
-    read_mb_s: float = 0.0
-    latency_ms: float = 0.0
+    read_mb_s: NotNegative = 0.0
+    latency_ms: NotNegative = 0.0
     predict: Literal["previous", "all"] = "previous"
 
 
@@ -197,17 +223,22 @@ class OptimiserConfig:
     """AdamW with warm-up and cosine decay.
 
     Args:
-        lr, final_lr: highest and last learning rate; warmup: steps to reach the highest.
-        clip: global gradient norm; 0 switches clipping off.
+        lr: highest learning rate.
+        final_lr: learning rate of the last step.
+        warmup: steps over which the rate rises linearly.
+        betas: decays of AdamW's two averages.
+        eps: AdamW's epsilon.
+        weight_decay: of AdamW.
+        clip: largest global norm of the gradient; 0 does not clip.
     """
 
-    lr: float = 1e-3
-    final_lr: float = 1e-4
-    warmup: int = 20
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    lr: NotNegative = 1e-3
+    final_lr: NotNegative = 1e-4
+    warmup: Whole = 20
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    clip: NotNegative = 1.0
 
 
 @dataclass
@@ -219,15 +250,15 @@ class ParallelConfig:
         expert_ranks: ranks that share one set of experts; 0: all of them.
         per_node: ranks of a node for the hierarchical AlltoAll; 0: the launcher's ranks per node, but a node per rank
             where there is one node only, so that both phases run.
-        bucket_mb: size of a gradient bucket.
+        bucket_mb: size of a gradient bucket in MB.
         device: auto, cpu or cuda.
-        zero_stage: of the DeepSpeed arm.
+        zero_stage: ZeRO stage of the DeepSpeed arm.
     """
 
-    ranks: int = 2
-    expert_ranks: int = 0
-    per_node: int = 0
-    bucket_mb: float = 4.0
+    ranks: Annotated[int, Range(1, 4096)] = 2
+    expert_ranks: Whole = 0
+    per_node: Whole = 0
+    bucket_mb: Positive = 4.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: Literal[0, 2] = 2
 
@@ -237,24 +268,27 @@ class TrainConfig(RunOptions):
     """One run.
 
     Args:
-        checkpoint_every, log_every, threads, progress: see `RunOptions`; threads are those of a rank.
+        threads: CPU threads of a rank; 0 leaves torch's default.
         run_dir: everything is written there.
+        seed: of the weights' start and the order of the data.
         arms: what stands in the table: ours, resident (ours with all experts on the device), deepspeed (needs the
             optional package), naive (every switch off).
-        steps: optimizer steps; batch: sequences of a step over all ranks.
+        steps: of the optimizer.
+        batch: sequences of a step over all ranks.
         keep: checkpoints that stay.
+        eval_sequences: held-out sequences that an arm is judged on.
         resume: auto continues an unfinished run, never starts anew.
     """
 
-    checkpoint_every: int = 100
-    threads: int = 1
+    checkpoint_every: Count = 100
+    threads: Threads = 1
     run_dir: str = "runs/se_moe"
-    seed: int = 0
+    seed: Seed = 0
     arms: list[str] = field(default_factory=lambda: list(ARMS))
-    steps: int = 600
-    batch: int = 32
-    keep: int = 2
-    eval_sequences: int = 128
+    steps: Count = 600
+    batch: Count = 32
+    keep: Count = 2
+    eval_sequences: Count = 128
     resume: Literal["auto", "never"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -264,10 +298,7 @@ class TrainConfig(RunOptions):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        check_run(self)
-        for name in ("steps", "batch", "keep"):
-            at_least(name, getattr(self, name), 1)
-        at_least("parallel.ranks", self.parallel.ranks, 1)
+        check_ranges(self)
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise UserError(f"--arms: {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
@@ -276,8 +307,31 @@ class TrainConfig(RunOptions):
                 f"--data.shares has {len(self.data.shares)} numbers and --data.tasks {len(self.data.tasks)} names; "
                 "give one number for every task"
             )
-        if not 0 < self.storage.cached_share <= 1:
-            raise UserError(f"--storage.cached_share is {self.storage.cached_share}; it must lie in (0, 1]")
+
+    def check_ranks(self, world: int) -> None:
+        """Refuse what the processes would refuse one after the other.
+
+        Args:
+            world: number of processes.
+
+        Raises:
+            UserError: naming the option.
+        """
+        shared, model = self.parallel.expert_ranks or world, self.model
+        if not self.arms:
+            raise UserError(f"--arms is empty; choose from {', '.join(ARMS)}")
+        if self.batch % world:
+            raise UserError(f"--batch {self.batch}: it must be a multiple of the {world} ranks")
+        if world % shared:
+            raise UserError(f"--parallel.expert_ranks {shared}: it must divide the number of processes, {world}")
+        nodes = self.parallel.per_node
+        if self.switches.hierarchical and 0 < nodes < shared and shared % nodes:
+            raise UserError(f"--parallel.per_node {nodes}: it must divide the {shared} ranks that share the experts")
+        if any(model.has_experts(layer) for layer in range(model.layers)):
+            if model.experts % shared:
+                raise UserError(f"--model.experts {model.experts}: it must be a multiple of the {shared} ranks")
+            if model.top_k > model.experts:
+                raise UserError(f"--model.top_k {model.top_k}: there are {model.experts} experts to choose from")
 
     def network(self, vocabulary: int) -> ModelConfig:
         """The network of this run's text."""

@@ -25,8 +25,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from common.data.cache import fingerprint_strings
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import checked_file
 from common.paths import cache_dir
 
 RULES = 1  # raise when reading or cutting changes: what was cached before is then made anew
@@ -171,6 +172,8 @@ class TextData:
         names: corpora, one a task. shares: sequences of each in a step, in any unit; empty: equal shares.
         vocabulary: of the byte-pair vocabulary; sequence: tokens L of a sequence.
 
+    Attributes: `fingerprint` of the corpora's text, wherever it lies.
+
     Raises:
         UserError: a corpus is missing or too short for one sequence.
     """
@@ -183,13 +186,15 @@ class TextData:
         if min(self.shares) < 1:
             raise UserError(f"--data.shares must be positive numbers, got {self.shares}")
         corpora = [load_corpus(name) for name in names]
-        key = hashlib.sha256(json.dumps([vocabulary, [c.fingerprint for c in corpora]]).encode()).hexdigest()[:24]
+        contents = [corpus.fingerprint for corpus in corpora]
+        self.fingerprint = fingerprint_strings(contents)
+        key = hashlib.sha256(json.dumps([vocabulary, contents]).encode()).hexdigest()[:24]
         self.folder = cache_dir("se_moe", "text", key)
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            text = train_tokenizer(corpora, vocabulary).to_str()
-            write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
-        self.tokenizer = load_tokenizer(self.folder)
+
+        def learn(path: Path) -> None:
+            path.write_text(train_tokenizer(corpora, vocabulary).to_str(), encoding="utf-8")
+
+        self.tokenizer = load_tokenizer(checked_file(self.folder / "tokenizer.json", learn).parent)
         self.vocabulary = self.tokenizer.get_vocab_size()
         self.end_id = self.tokenizer.token_to_id(END)
         self.tasks = [self._task(index, corpus) for index, corpus in enumerate(corpora)]
@@ -204,16 +209,13 @@ class TextData:
     def _task(self, index: int, corpus: Corpus) -> TokenizedTask:
         parts = []
         for split, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
-            file = self.folder / f"task{index}.{split}.npy"
-            if not file.is_file():
+
+            def save(path: Path, texts: list[str] = texts) -> None:
                 rows = [[*e.ids, self.end_id] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-                ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+                with path.open("wb") as handle:  # np.save would add .npy to the temporary name
+                    np.save(handle, np.concatenate([np.asarray(row, np.int32) for row in rows]), allow_pickle=False)
 
-                def save(path: Path, ids: np.ndarray = ids) -> None:
-                    with path.open("wb") as handle:  # np.save would add .npy to the temporary name
-                        np.save(handle, ids, allow_pickle=False)
-
-                write_atomically(file, save)
+            file = checked_file(self.folder / f"task{index}.{split}.npy", save)
             parts.append(np.load(file, mmap_mode="r", allow_pickle=False))
         return TokenizedTask(corpus.name, *parts)
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common.kernels.moe_dispatch  # noqa: F401  registers less_compute::moe_grouped_linear
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from common.files import read_object, write_atomically, write_json
 from common.training import load_checkpoint, save_checkpoint
 from common.weights import check_weights, read_weights, save_weights
@@ -391,6 +391,7 @@ def distil(
             loss = distillation_loss(student_BLV, teacher_BLV, targets_BL, temperature, weight)
         else:
             loss = F.cross_entropy(student_BLV.flatten(0, 1), targets_BL.flatten(), ignore_index=-1)
+        stop_if_not_finite(float(loss.detach()), step, advice="a lower lr", what="distillation loss")
         (loss + student.config.aux_weight * aux).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """What training and serving the paper's models costs in each storage tier: equation (1) and its inverse.
 
-    make se_moe-plan                                    the paper's five models, and the largest model of 1 x H200
+    make se_moe-plan  # the paper's five models, and the largest model of 1 x H200
     python se_moe/plan.py --gpu a100 --gpus 8 --alpha 0.1
     python se_moe/plan.py --gpus 1 --host_gb 200 --file_gb 2000 --json
 
@@ -23,10 +23,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from common import costs
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Range, Share
 from se_moe.planner import (
     FLOAT32,
     MIXED_PRECISION,
@@ -104,15 +106,22 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=int, default=1, help="of the machine whose largest model is asked for")
-    parser.add_argument("--host_gb", type=float, default=128, help="host memory per GPU")
-    parser.add_argument("--file_gb", type=float, default=2000, help="drive space per GPU")
-    parser.add_argument("--alpha", type=float, default=0.1, help="fraction of the experts that a step touches")
-    parser.add_argument("--dense", type=float, default=1.0e9, help="dense parameters of the largest model")
-    parser.add_argument("--layers", type=int, default=12, help="MoE layers of the largest model")
-    parser.add_argument("--precision", choices=("mixed", "float32"), default="mixed")
+    parser.add_argument("--gpus", type=Count, default=1, help="of the machine whose largest model is asked for")
+    parser.add_argument("--host_gb", type=NotNegative, default=128, help="host memory per GPU")
+    parser.add_argument("--file_gb", type=NotNegative, default=2000, help="drive space per GPU")
+    parser.add_argument("--alpha", type=Share, default=0.1, help="fraction of the experts that a step touches")
+    parser.add_argument(
+        "--dense", type=Annotated[float, Range(1, 10**15)], default=1.0e9, help="dense parameters of the largest model"
+    )
+    parser.add_argument("--layers", type=Count, default=12, help="MoE layers of the largest model")
+    parser.add_argument(
+        "--precision",
+        choices=("mixed", "float32"),
+        default="mixed",
+        help="numbers of the states: mixed keeps a float32 master of half-precision weights",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args(arguments)
     content = plan(options)

@@ -1,8 +1,8 @@
-"""Measure the paper's claims at small scale: `python reproduce.py` writes results/se_moe.json and its figures.
+"""Measure the paper's claims at small scale: `python se_moe/reproduce.py` writes results/se_moe.json and its figures.
 
-    python reproduce.py                          # tier small: 3 seeds of every claim
-    python reproduce.py --claims M1 M8           # some of them
-    python reproduce.py --tier smoke             # what CI runs
+    python se_moe/reproduce.py                          # tier small: 3 seeds of every claim
+    python se_moe/reproduce.py --claims M1 M8           # some of them
+    python se_moe/reproduce.py --tier smoke             # what CI runs
 
 The claims, with targets, sizes and budgets, are in claims.yaml. One thread a process. Every finished (claim, seed) is
 kept in runs/reproduce/, so an interrupted run continues where it stopped. M9 needs DeepSpeed; without it the small tier

@@ -12,14 +12,15 @@ All expert weights wait in host memory; the device holds the dense part and K la
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Seed, device
 from common.paths import REPOSITORY
 
 if TYPE_CHECKING:
@@ -125,30 +126,28 @@ def start(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", required=True)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--prompt", required=True, help="text to go on with")
     parser.add_argument("--model", type=Path, help="folder of a trained model (default: the newest)")
-    parser.add_argument("--tokens", type=int, default=60, help="tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device_mb", type=float, default=0, help="memory budget of each device in MB; 0: no limit")
-    parser.add_argument("--sections", type=int, help="ring sections K (default: as many as fit)")
-    parser.add_argument("--mode", default="eager", help="eager, export or compile")
-    parser.add_argument("--devices", type=int, default=1, help="sub-graphs; each gets its own budget")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--tokens", type=Count, default=60, help="tokens to generate")
+    parser.add_argument("--temperature", type=NotNegative, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the draws")
+    parser.add_argument(
+        "--device_mb", type=NotNegative, default=0, help="memory budget of each device in MB; 0: no limit"
+    )
+    parser.add_argument("--sections", type=Count, help="ring sections K (default: as many as fit)")
+    parser.add_argument("--mode", choices=("eager", "export", "compile"), default="eager", help="how layers run")
+    parser.add_argument("--devices", type=Count, default=1, help="sub-graphs of the model, each with its memory")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--prune_text", type=Path, help="drop experts that this text never visits")
     parser.add_argument("--save", type=Path, help="write the model as it is served to this folder")
     parser.add_argument("--json", action="store_true", help="print the text and the numbers as JSON")
     options = parser.parse_args(arguments)
-    if options.tokens < 1 or options.temperature < 0 or options.devices < 1 or options.device_mb < 0:
-        raise UserError("--tokens and --devices must be at least 1, --temperature and --device_mb not negative")
 
     import torch
 
     from se_moe.inference import save_served
 
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: this machine has no usable GPU; use --device cpu")
     folder = options.model or default_model()
     served, tokenizer = load(folder)
     if options.prune_text is not None:

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import read_object, write_atomically, write_json
 from se_moe.config import FREE_OPTIONS, TrainConfig, read_config
 
@@ -37,7 +37,6 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     import torch
 
     from common.paths import existing_path
-    from common.training import stop_if_not_finite
     from se_moe import checkpoint
     from se_moe.communication import barrier
     from se_moe.deepspeed_arm import DeepSpeedTrainer
@@ -55,7 +54,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     run, main = Path(config.run_dir), groups.rank == 0
     folder = run / arm
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
-    last = checkpoint.newest(checkpoints)
+    last = checkpoint.newest_sound(checkpoints, groups)
     if arm == "deepspeed":
         trainer: ArmTrainer = DeepSpeedTrainer(config, data, device, groups)  # always from the start
     else:
@@ -80,7 +79,8 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
                 log = trainer.step()
             write(asdict(log) | profiled)
             for what, value in (("loss", log.loss), ("gradient norm", log.grad_norm)):
-                stop_if_not_finite(value, trainer.done, last, "a lower optimiser.lr", what)
+                kept = last or checkpoints / "step-000000"
+                stop_if_not_finite(value, trainer.done, kept, advice="a lower optimiser.lr", what=what)
             if main and config.progress and (log.step % config.log_every == 0 or trainer.done == config.steps):
                 print(
                     f"[{arm}] step {log.step:5d}  loss {log.loss:.4f}  lm {log.lm_loss:.4f}  "
@@ -107,18 +107,22 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> str:
     """Train the configured arms one after the other; returns their table as Markdown."""
     config, text = read_config(argv, __doc__.splitlines()[0])
+    from common.data.cache import fingerprint_strings
     from common.training import open_run_folder
     from se_moe import deepspeed_arm
-    from se_moe.launch import start_ranks
-    from se_moe.run import measured, table
+    from se_moe.launch import choose_device, start_ranks
+    from se_moe.run import measured, table, text_data
 
     folder = Path(config.run_dir)
+    if "SE_MOE_RENDEZVOUS" not in os.environ:  # else `start_ranks` has started this process
+        config.check_ranks(int(os.environ.get("WORLD_SIZE", config.parallel.ranks)))
+        choose_device(config.parallel.device)
+        opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.tasks"]})
+        data = text_data(config)  # which also puts it into the cache for all processes
+        opened.begin({"data": data.fingerprint, "tokenizer": fingerprint_strings([data.tokenizer.to_str()])})
     if "RANK" in os.environ:  # one of several processes: torchrun's, or those of `start_ranks`
-        if "SE_MOE_RENDEZVOUS" not in os.environ:
-            open_run_folder(folder, config.resume, text, FREE_OPTIONS)
         train_arm(config, config.arms[0])
         return ""
-    open_run_folder(folder, config.resume, text, FREE_OPTIONS)
     record, started = folder / "metrics.json", time.perf_counter()
     earlier = read_object(record)["seconds"] if record.is_file() else 0.0
     for arm in config.arms:

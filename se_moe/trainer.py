@@ -182,6 +182,7 @@ class Trainer(ArmTrainer):
         self.split_count = sum(p.numel() for p in split)
         self.sparse_count = sum(p.numel() for p in sparse)
         self.arena = DeviceArena(self.device_budget(), device)
+        self.checksums: dict[tuple[int, int, int], str] = {}  # of versions of experts that a checkpoint holds
         self.sharding: DenseSharding | None = None
         self.buckets: GradientBuckets | None = None
         if switches.shard_dense and groups.world_size > 1:

@@ -13,10 +13,11 @@ other prompts than those reported; a try of a learning rate gets a quarter of th
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Portion, Seed, Threads, device
 from common.paths import REPOSITORY, RESULTS
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
@@ -25,23 +26,24 @@ GUIDANCE = 1.5
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.acceleration",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="python -m benchmarks.acceleration", description=__doc__)
+    parser.add_argument(
+        "--budget",
+        choices=tuple(IMAGES),
+        default="B1",
+        help="U-Net forward passes of a method: B1 20 thousand, B2 200 thousand, B3 2 million",
     )
-    parser.add_argument("--budget", choices=tuple(IMAGES), default="B1")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="which are compared; default: all")
+    parser.add_argument("--seeds", nargs="+", type=Seed, default=[0, 1, 2], help="of the methods, a column each")
     parser.add_argument(
         "--teacher", type=Path, default=TEACHER, help="a diffusers directory that knows Shapes captions"
     )
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher in the shared pairs")
-    parser.add_argument("--images", type=int, help=f"samples of every column (default: {IMAGES})")
-    parser.add_argument("--tuning-share", type=float, default=0.25, help="part of the budget that each try gets")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--guidance", type=NotNegative, default=GUIDANCE, help="of the teacher in the shared pairs")
+    parser.add_argument("--images", type=Count, help=f"samples of every column (default: {IMAGES})")
+    parser.add_argument("--tuning-share", type=Portion, default=0.25, help="part of the budget that each try gets")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=Threads, default=1, help="CPU threads; 0 leaves torch's default")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files and pictures")
     parser.add_argument("--list", action="store_true", help="print the methods and stop")
     options = parser.parse_args(argv)
 

@@ -14,7 +14,6 @@ every emoji takes one icon per style, and an icon that fits no emoji is left out
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -25,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.data.emoji import (
     ARCHIVE,
     EXTRA_ARCHIVE_NAME,
@@ -258,7 +258,7 @@ def build(styles: tuple[str, ...], output: Path, committed: Path | None = None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the captioned-emoji archive from its npm packages.")
+    parser = Parser(description="Build the captioned-emoji archive from its npm packages.")
     parser.add_argument(
         "--extra", action="store_true", help="fetch the share-alike styles into the cache folder instead"
     )

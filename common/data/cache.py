@@ -13,20 +13,29 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import struct
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import file_sha256, locked, write_atomically, write_json
+from common.paths import cache_dir
+from common.processes import is_main_process, process_place
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+REMEMBERED = 2**28  # bytes: checksums of the files of larger sets are kept, so that they are read once
+WHOLE = 2**36  # bytes: of the files of larger sets both ends stand for what lies between
+END = 2**16  # bytes of each end
+MODEL = (".json", ".safetensors", ".bin", ".txt", ".model")  # files of a model's folder beside pictures and logs
 
 
 def fingerprint_module(module: nn.Module) -> str:
@@ -35,8 +44,13 @@ def fingerprint_module(module: nn.Module) -> str:
     Two modules agree exactly when their state dicts do, on whatever device they are. What is not in the state dict
     (a latent scale factor, the token count) belongs into the fingerprint too: see `fingerprint_strings`.
     """
+    return fingerprint_tensors(module.state_dict())
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name: dtypes, shapes and values, on whatever device (32 hexadecimal digits)."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         values = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(f"{name}|{values.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(values.view(torch.uint8).numpy().data)
@@ -53,12 +67,88 @@ def fingerprint_strings(strings: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+def names_of(classes: Sequence[str]) -> str:
+    """Names of classes in their order, for people to read; of many the fingerprint."""
+    text = ", ".join(classes)
+    return text if len(text) < 400 else f"{len(classes)} ({fingerprint_strings(classes)})"
+
+
 def fingerprint_files(paths: Sequence[Path], root: Path) -> str:
     """SHA-256 of the files' names relative to `root` and of their bytes (32 hexadecimal digits)."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root).as_posix()}|{_file_sha256(path)}|".encode())
+    for path, checksum in sorted(file_checksums(paths).items()):
+        name = path.relative_to(root).as_posix().encode("utf-8", "surrogatepass")
+        digest.update(name + f"|{checksum}|".encode())
     return digest.hexdigest()[:32]
+
+
+def fingerprint_path(path: Path, suffixes: Collection[str] = ()) -> str:
+    """`fingerprint_files` of one file, whatever its name, or of the files below a folder but hidden ones.
+
+    Args:
+        suffixes: of the files that count in a folder; () for all. MODEL for what makes up a model.
+    """
+    if path.is_file():
+        return file_checksums([path])[path][:32]
+    files = [file for file in path.rglob("*") if file.is_file() and (not suffixes or file.suffix in suffixes)]
+    return fingerprint_files([f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)], path)
+
+
+def file_checksums(paths: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of the bytes of every file.
+
+    Those of large sets (more than REMEMBERED) are kept in the cache (`remembered`). Of very large sets (more than
+    WHOLE) size and both ends of a file stand for the whole: those of a parquet file hold the sizes and extremes of all
+    its columns, and a picture that changed has another length.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    try:
+        sizes = {path: path.stat().st_size for path in paths}
+        total = sum(sizes.values())
+        read = file_sha256 if total <= WHOLE else _sha256_of_ends
+        if total <= REMEMBERED:
+            return {path: read(path) for path in sizes}
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            return dict(zip(sizes, pool.map(lambda p: remembered([p], read.__name__, lambda: read(p), 0), sizes)))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def remembered(files: Sequence[Path], key: str, compute: Callable[[], str], least: int = REMEMBERED) -> str:
+    """A checksum that follows from some files, read from the cache while what the operating system says of them
+    (number, size, times of change, which `touch` and `cp -p` cannot set back) is the same.
+
+    Args:
+        key: what else it depends on.
+        least: bytes that the files must hold in all for the answer to be kept.
+    """
+    stats = [path.stat() for path in files]
+    if not files or sum(stat.st_size for stat in stats) <= least:
+        return compute()
+    told = [f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats]
+    name = fingerprint_strings([key, *told])
+    kept = cache_dir("checksums", name[:2]) / name
+    try:
+        return kept.read_text(encoding="ascii")
+    except OSError:
+        found = compute()
+    # A file that has just changed may change again within what its times can tell.
+    if max(max(stat.st_mtime, stat.st_ctime) for stat in stats) < time.time() - 2:
+        with contextlib.suppress(UserError):  # a cache that cannot be written only costs time
+            write_atomically(kept, lambda temporary: temporary.write_text(found, encoding="ascii"))
+    return found
+
+
+def _sha256_of_ends(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size}|".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(END))
+        file.seek(max(0, size - END))
+        digest.update(file.read(END))
+    return digest.hexdigest()
 
 
 class FeatureCache:
@@ -90,7 +180,9 @@ class FeatureCache:
         reading: Literal["mapped", "loaded"] = "mapped",
         rebuild: bool = False,
     ) -> FeatureCache:
-        """Open the cache in `folder`; compute whatever shard is missing or broken first.
+        """Open the cache in `folder`; compute whatever shard is missing or damaged (by its checksum) first.
+
+        Several processes, those of torchrun for example, share the shards out; all return when all are there.
 
         Args:
             folder: the cache's own folder.
@@ -101,7 +193,7 @@ class FeatureCache:
                 trailing shapes every time. Called once per missing shard.
             shard_size: items per file.
             progress: show a progress bar.
-            reading: "mapped" leaves the values on disk, "loaded" reads all into memory and verifies checksums.
+            reading: "mapped" leaves the values on disk, "loaded" reads all into memory.
             rebuild: throw away a cache that is there.
 
         Raises:
@@ -127,7 +219,9 @@ class FeatureCache:
                 manifest = {**wanted, "tensors": {}, "shards": {}}
                 write_json(folder / _MANIFEST, manifest)
             _refuse_stale(folder, manifest, wanted)
-            _build_missing(folder, manifest, compute, progress)
+            missing = _missing(folder, manifest)
+        if missing:
+            manifest = _build(folder, manifest, missing, compute, progress)
         return cls(folder, manifest, reading)
 
     @classmethod
@@ -217,47 +311,63 @@ class FeatureCache:
         return {**self.__dict__, "_shards": self._shards if self.reading == "loaded" else {}}
 
 
-def _build_missing(
+def _missing(folder: Path, manifest: dict[str, Any]) -> list[int]:
+    """Numbers of the shards that must be computed; damaged ones are struck from the manifest."""
+    # Every shard is read once at each start of a program: by the process that makes the damaged ones anew.
+    fault_of = _shard_damage if is_main_process() else _shard_fault
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        faults = list(pool.map(lambda number: fault_of(folder, manifest, number), range(_shard_count(manifest))))
+    missing = [number for number, fault in enumerate(faults) if fault is not None]
+    damaged = [number for number in missing if manifest["shards"].pop(str(number), None) is not None]
+    for number in damaged:
+        warnings.warn(f"{faults[number]}; it is computed again", stacklevel=3)
+    if damaged:
+        write_json(folder / _MANIFEST, manifest)
+    return missing
+
+
+def _build(
     folder: Path,
     manifest: dict[str, Any],
+    missing: Sequence[int],
     compute: Callable[[list[int]], dict[str, torch.Tensor]],
     progress: bool,
-) -> None:
+) -> dict[str, Any]:
+    """Compute what is missing, every process its share and then what others have not begun; returns the manifest."""
     from safetensors.torch import save_file
-
-    missing = []
-    for number in range(_shard_count(manifest)):
-        fault = _shard_fault(folder, manifest, number)
-        if fault is not None:
-            if str(number) in manifest["shards"]:
-                warnings.warn(f"{fault}; it is computed again", stacklevel=3)
-            missing.append(number)
-    if not missing:
-        return
     from tqdm import tqdm
 
-    done = _shard_count(manifest) - len(missing)
+    rank, world = process_place()
+    own = missing[rank::world]
+    theirs = [number for number in reversed(missing) if number not in own]
+    shards = _shard_count(manifest)
     for number in tqdm(
-        missing,
+        [*own, *theirs],
         desc=f"caching {folder.name}",
         unit="shard",
-        initial=done,
-        total=done + len(missing),
+        initial=shards - len(missing),
+        total=shards,
         disable=not progress,
     ):
-        start = number * manifest["shard_size"]
-        indices = list(range(start, min(start + manifest["shard_size"], manifest["count"])))
-        tensors = {name: values.detach().to("cpu").contiguous() for name, values in compute(indices).items()}
-        forms = _forms(tensors, len(indices))
-        if not manifest["tensors"]:
-            manifest["tensors"] = forms
-        if forms != manifest["tensors"]:
-            raise ValueError(f"compute() returned {forms} for shard {number}, but {manifest['tensors']} before")
         path = _shard_path(folder, number)
-        write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
-        # The shard is in place before the manifest knows it: a kill between the two only costs this shard again.
-        manifest["shards"][str(number)] = {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
-        write_json(folder / _MANIFEST, manifest)
+        with locked(path):
+            manifest = _read_manifest(folder) or manifest
+            if str(number) in manifest["shards"]:  # another process was faster
+                continue
+            start = number * manifest["shard_size"]
+            indices = list(range(start, min(start + manifest["shard_size"], manifest["count"])))
+            tensors = {name: values.detach().to("cpu").contiguous() for name, values in compute(indices).items()}
+            forms = _forms(tensors, len(indices))
+            write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
+            # The shard is in place before the manifest knows it: a kill between the two only costs this shard again.
+            with _locked(folder):
+                manifest = _read_manifest(folder) or manifest
+                if forms != (manifest["tensors"] or forms):
+                    raise ValueError(f"compute() returned {forms} for shard {number}, but {manifest['tensors']} before")
+                manifest["tensors"] = forms
+                manifest["shards"][str(number)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                write_json(folder / _MANIFEST, manifest)
+    return _read_manifest(folder) or manifest
 
 
 def _forms(tensors: dict[str, torch.Tensor], count: int) -> dict[str, Any]:
@@ -323,12 +433,18 @@ def _shard_fault(folder: Path, manifest: dict[str, Any], number: int) -> str | N
     return None
 
 
+def _shard_damage(folder: Path, manifest: dict[str, Any], number: int) -> str | None:
+    """`_shard_fault`, or that the values are not those that were written."""
+    fault, path = _shard_fault(folder, manifest, number), _shard_path(folder, number)
+    if fault is None and file_sha256(path) != manifest["shards"][str(number)]["sha256"]:
+        return f"{path}: this shard is damaged (its checksum differs from {_MANIFEST})"
+    return fault
+
+
 def _check_sha256(folder: Path, manifest: dict[str, Any], number: int) -> None:
-    path = _shard_path(folder, number)
-    if _file_sha256(path) != manifest["shards"][str(number)]["sha256"]:
-        raise UserError(
-            f"{path}: the checksum differs from {_MANIFEST}; delete this file and run again to compute it anew"
-        )
+    fault = _shard_damage(folder, manifest, number)
+    if fault is not None:
+        raise UserError(f"{fault}; run the program that built this cache again to compute it anew")
 
 
 def _map_file(path: Path) -> dict[str, torch.Tensor]:
@@ -369,7 +485,7 @@ def _clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time: the other ranks wait, then find the cache complete."""
+    """One process at a time reads and writes the manifest."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -378,8 +494,3 @@ def _locked(folder: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

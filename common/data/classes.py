@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from common.data.cache import fingerprint_strings, fingerprint_tensors
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
 from common.paths import existing_path
@@ -90,6 +91,7 @@ class ImageSet:
 
     mean_C, std_C: of the training pictures, in [0, 1]. size: side at which networks see the pictures.
     background: value 0..1 around the pictures, for padded crops.
+    contents: fingerprint of what was read.
     """
 
     name: str
@@ -101,6 +103,7 @@ class ImageSet:
     std_C: Tensor
     size: int
     background: float
+    contents: str
 
     @property
     def channels(self) -> int:
@@ -189,10 +192,21 @@ def open_classes(
             raise UserError(f"data.images {images}: expected at least one picture")
         # A share of every class, so that small subsets keep all classes.
         train = train.part(per_class_sample(train.labels_N, [images / len(train)], derive_seed(seed, 2))[0])
+    if not len(train):
+        raise UserError(f"data.images {images}: not one picture of any of the {len(read.classes)} classes is left")
     fitting, held_out = per_class_sample(train.labels_N, [1 - validation, validation], seed)
     mean_C, std_C = _statistics(train)
     return ImageSet(
-        read.name, read.classes, train.part(fitting), train.part(held_out), test, mean_C, std_C, size, read.background
+        read.name,
+        read.classes,
+        train.part(fitting),
+        train.part(held_out),
+        test,
+        mean_C,
+        std_C,
+        size,
+        read.background,
+        read.contents or fingerprint_strings([_fingerprint(read.train), _fingerprint(read.test)]),
     )
 
 
@@ -205,6 +219,12 @@ class _Read:
     train: Pictures
     test: Pictures
     background: float
+    contents: str = ""  # fingerprint of the files, where they are not read into memory as they are
+
+
+def _fingerprint(pictures: Pictures) -> str:
+    assert isinstance(pictures.source, InMemory)
+    return fingerprint_tensors({"images": pictures.source.images_NCHW, "labels": pictures.labels_N})
 
 
 def _statistics(train: Pictures) -> tuple[Tensor, Tensor]:
@@ -389,4 +409,4 @@ def _folder(request: _Request) -> _Read:
     else:
         everything = pictures(range(len(opened)))
         parts = [everything.part(some) for some in per_class_sample(everything.labels_N, [5 / 6, 1 / 6], seed=0)]
-    return _Read(root.name, classes, parts[0], parts[1], 0.0)
+    return _Read(root.name, classes, parts[0], parts[1], 0.0, opened.source.fingerprint)

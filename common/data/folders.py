@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import file_checksums, fingerprint_strings
 from common.data.lines import read_lines, read_rows
 from common.data.rows import (
     LEFT_OUT,
@@ -132,11 +132,11 @@ class Folder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, sizes, times of change, captions and labels; not of the pixels, which would take minutes."""
-        parts = []
-        for record in self.records:
-            stat = record.path.stat()
-            parts += [str(record.path), f"{stat.st_size}:{stat.st_mtime_ns}", record.caption, str(record.label)]
+        """Of the pictures' names below the folder and their bytes, captions, labels and classes, wherever it lies."""
+        checksums = file_checksums([record.path for record in self.records])
+        parts = list(self.classes)
+        for index, record in enumerate(self.records):
+            parts += [self.key(index), checksums[record.path], record.caption, str(record.label)]
         return fingerprint_strings(parts)
 
     def __len__(self) -> int:
@@ -455,7 +455,7 @@ class Images(Dataset[dict[str, Any]]):
 def broken_rows(source: Source, progress: bool = False) -> dict[int, str]:
     """What is wrong with the rows of a source that cannot be read; each is named in a warning.
 
-    Every picture is decoded once; the result is remembered under the cache, keyed by names, sizes and times of change.
+    Every picture is decoded once; the result is remembered under the cache, by the source's fingerprint.
 
     Raises:
         UserError: more than 1 % are broken.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,9 @@ from torch.utils.data import Dataset
 from common.data.lines import read_json_lines, read_lines
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import file_sha256, write_atomically, write_json
 from common.paths import cache_dir
+from common.processes import process_place
 from common.teacher import Teacher
 
 MANIFEST = "manifest.json"
@@ -200,7 +200,7 @@ def generate_pairs(
         shard = _make_shard(source, prompts, states, range(first, last), seed, batch_size)
         name = f"pairs-{number:05d}.safetensors"
         write_atomically(folder / name, lambda temporary, s=shard: save_file(s, temporary))  # type: ignore[misc]
-        record = {"file": name, "first": first, "pairs": last - first, "sha256": _file_sha256(folder / name)}
+        record = {"file": name, "first": first, "pairs": last - first, "sha256": file_sha256(folder / name)}
         with _locked(folder):
             manifest = _read_manifest(folder) or manifest
             manifest["shards"][str(number)] = record
@@ -211,13 +211,6 @@ def generate_pairs(
     if _available((_read_manifest(folder) or manifest)["shards"]) < count:
         return None
     return PairDataset(folder, source, count)
-
-
-def process_place() -> tuple[int, int]:
-    """(rank, processes) of this process: of the process group if there is one, else what the launcher says."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_pairs(
@@ -387,14 +380,9 @@ def _available(shards: dict[str, Any]) -> int:
     return available
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sound(folder: Path, record: dict[str, Any]) -> bool:
     path = folder / record["file"]
-    return path.is_file() and _file_sha256(path) == record["sha256"]
+    return path.is_file() and file_sha256(path) == record["sha256"]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ Shape suffixes: K = 4 object slots, H = W = size.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -27,9 +26,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from common.cli import Parser
 from common.data.cache import fingerprint_strings
 from common.errors import UserError, run_main
 from common.files import write_atomically
+from common.options import Count
 from common.packages import Package, fetch, find_root
 from common.paths import cache_dir
 
@@ -522,13 +523,13 @@ def contact_sheet(data: Dataset[dict[str, Any]], rows: int, columns: int) -> Ima
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("fetch", help="download and unpack the three Debian packages")
     sheet = commands.add_parser("sheet", help="write a contact sheet")
-    sheet.add_argument("path", type=Path)
-    sheet.add_argument("--split", choices=SPLITS, default="train")
-    sheet.add_argument("--size", type=int, default=128)
+    sheet.add_argument("path", type=Path, help="PNG file to write")
+    sheet.add_argument("--split", choices=SPLITS, default="train", help="which of the collages")
+    sheet.add_argument("--size", type=Count, default=128, help="side of a collage in pixels")
     arguments = parser.parse_args()
     if arguments.command == "fetch":
         fetch(PACKAGES, cache_dir("photos"), drop=["*.ogg", "*.wav"])

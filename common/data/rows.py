@@ -8,17 +8,19 @@ passed over, and refused when there are many.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import file_checksums, fingerprint_strings, remembered
 from common.errors import UserError, first_line
 from common.images import CorruptImage, list_files
 
@@ -339,7 +341,38 @@ class Table:
         self._number_of = {name: number for number, name in enumerate(self.classes)}
         counts = ", ".join(f"{split} {len(table)}" for split, table in tables.items()) if self.splits else len(self)
         self.about = f"{name}: a table of {counts} rows, {self.columns.about}"
-        self.fingerprint = fingerprint_strings([*(str(t._fingerprint) for t in tables.values()), repr(self.columns)])
+        self._tables = tables
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the cells that are read, by split, and of the names of the classes, wherever the table lies."""
+        parts = [repr(self.columns), *self.classes]
+        for (split, table), pictures, words in zip(self._tables.items(), self._pictures, self._words):
+            # Cells that are paths say nothing of the pictures, so that what is remembered of the table would not do.
+            inside = not isinstance(self._cell(pictures[0]), Path)
+            files = [Path(file["filename"]) for file in table.cache_files if inside]
+
+            def read(pictures: Any = pictures, words: Any = words) -> str:
+                return fingerprint_strings([*self._picture_checksums(pictures), *_cell_checksums(words)])
+
+            parts += [split, str(len(table)), remembered(files, repr(self.columns) + split, read)]
+        return fingerprint_strings(parts)
+
+    def _cell(self, row: dict[str, Any]) -> Path | bytes:
+        try:
+            return picture_of(row[self.columns.image], self.folder)
+        except CorruptImage as error:
+            return str(error).encode()
+
+    def _picture_checksums(self, pictures: Any) -> Iterator[str]:
+        files: list[Path] = []
+        for picture in map(self._cell, pictures):
+            if isinstance(picture, bytes):
+                yield hashlib.sha256(picture).hexdigest()
+            else:
+                files += [picture] if picture.is_file() else []
+                yield picture.name
+        yield from file_checksums(files).values()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -367,6 +400,11 @@ class Table:
 
     def key(self, index: int) -> str:
         return str(index)
+
+
+def _cell_checksums(words: Any) -> Iterator[str]:
+    if words is not None:
+        yield from (json.dumps(row, sort_keys=True, default=str) for row in words)
 
 
 def load_tables(name: str) -> dict[str, Any]:

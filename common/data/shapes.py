@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -798,7 +799,7 @@ class Shapes(Dataset[dict[str, Any]]):
             try:
                 with np.load(path, allow_pickle=False) as stored:
                     return {name: stored[name] for name in stored.files}
-            except (OSError, ValueError, zipfile.BadZipFile):
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
                 pass  # damaged from outside: it is derived data, so make it again
         arrays = self._render_all()
 

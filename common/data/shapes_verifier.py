@@ -46,7 +46,7 @@ from common.data.shapes import (
     Spec,
     Split,
 )
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 
 WEIGHTS = Path(__file__).with_name("shapes_verifier.safetensors")
 
@@ -502,6 +502,7 @@ def train(n: int = 20_000, epochs: int = 40) -> float:
     for step in range(steps):
         batch = used[torch.randint(len(used), (256,), generator=torch.Generator().manual_seed(step))]
         loss = nn.functional.cross_entropy(net(features[batch]), labels[batch], label_smoothing=0.02)
+        stop_if_not_finite(float(loss.detach()), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import file_checksums, fingerprint_strings
 from common.data.folders import Framing, Policy, read_folder, stop_if_many
 from common.data.rows import LEFT_OUT, Source, caption_of, class_names, find_columns, label_of, picture_of, splits_of
 from common.errors import UserError, first_line
@@ -189,11 +190,19 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         for shard in named:
             shard.number_of = {name: number for number, name in enumerate(self.classes)}
         self.population = self.rows()  # what 1 % of broken images is a share of
+        self._root = _root_of(names)
+        self._contents = _Contents(self.shards, self._root)
 
     @property
     def fingerprint(self) -> str:
-        """Of the shards' names and lengths and of the framing."""
-        return fingerprint_strings([repr(self.framing)] + [f"{shard.name}:{len(shard)}" for shard in self.shards])
+        """Of the shards' names, wherever they lie, and lengths and of the framing."""
+        names = [f"{_below(self._root, shard.name)}:{len(shard)}" for shard in self.shards]
+        return fingerprint_strings([repr(self.framing), *names])
+
+    @property
+    def contents(self) -> str:
+        """Fingerprint of all shards, held-out ones too: of their bytes, or of what their server says of remote ones."""
+        return fingerprint_strings([*self.classes, self._contents.fingerprint])
 
     def rows(self) -> int:
         """Images of one epoch, over all ranks."""
@@ -233,8 +242,8 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
             held_out = [shard for shard in self.shards if _place(shard.name) in wanted]
             train = [shard for shard in self.shards if _place(shard.name) not in wanted]
         else:
-            common = os.path.commonpath([os.path.dirname(shard.name) for shard in self.shards])
-            splits = splits_of([PurePath(os.path.relpath(shard.name, common)) for shard in self.shards], strict=False)
+            names = [PurePath(_below(self._root, shard.name)) for shard in self.shards]
+            splits = splits_of(names, strict=False)
             by_split = {name: [s for s, split in zip(self.shards, splits) if split == name] for name in splits}
             held_out = by_split.get("test") or by_split.get("validation") or self.shards[-1:]
             train = by_split.get("train") or self.shards
@@ -255,13 +264,13 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
     def state_dict(self, step: int) -> dict[str, Any]:
         """What has to be equal for a resume to be exact, and the number of batches this rank has used."""
         layout = {"batch_size": self.batch_size, "workers": self.workers, "world": self.world}
-        return {"step": step, "seed": self.seed, "buffer": self.buffer, "shards": self.fingerprint, **layout}
+        return {"step": step, "seed": self.seed, "buffer": self.buffer, "order": self.fingerprint, **layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume; UserError names what differs from the run that was stopped."""
         now = self.state_dict(state["step"])
         for key, value in now.items():
-            if state.get(key) != value:
+            if state.get(key, value) != value:  # the order is not in states of before it had that name
                 raise UserError(
                     f"the stream was saved with {key}={state.get(key)} but now has {key}={value}: use the same"
                 )
@@ -368,6 +377,34 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         return None
 
 
+class _Contents:
+    """What shards hold, computed once for a set and its parts."""
+
+    def __init__(self, shards: Sequence[_ParquetShard | _FolderShard], root: str) -> None:
+        self.shards, self.root = shards, root
+
+    @cached_property
+    def fingerprint(self) -> str:
+        import fsspec
+
+        here = [Path(shard.name) for shard in self.shards if Path(shard.name).is_file()]
+        checksums = file_checksums(here)
+        parts = []
+        for shard in self.shards:
+            if isinstance(shard, _FolderShard):
+                told = shard.source.fingerprint
+            elif Path(shard.name) in checksums:
+                told = checksums[Path(shard.name)]
+            else:
+                filesystem, path = fsspec.core.url_to_fs(shard.name)
+                about = filesystem.info(path)
+                told = json.dumps(
+                    [about.get(key) for key in ("size", "ETag", "etag", "sha256", "blob_id")], default=str
+                )
+            parts.append(f"{_below(self.root, shard.name)}:{told}")
+        return fingerprint_strings(parts)
+
+
 class _StreamHealth:
     """Counts the broken images of one reader; the verdict waits for 1,000 images, or all of a smaller set."""
 
@@ -400,6 +437,18 @@ def _expand(patterns: Sequence[str | Path]) -> list[str]:
     if not names:
         raise UserError("no shard was given")
     return [*{_place(name): name for name in names}.values()]
+
+
+def _root_of(names: Sequence[str]) -> str:
+    """The folder that all names lie in, "" where there is none."""
+    try:
+        return os.path.commonpath([os.path.dirname(name) for name in names])
+    except ValueError:  # some are relative, others not
+        return ""
+
+
+def _below(root: str, name: str) -> str:
+    return os.path.relpath(name, root) if root else name
 
 
 def _place(name: str) -> str:

@@ -14,7 +14,6 @@ Shape suffixes: N pairs, D features, E shared embedding.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -29,10 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common.cli import Parser
 from common.data.text import TextEncoder
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, stop_if_not_finite
 from common.metrics.features import Lite0Extractor, extract
 from common.metrics.lite0 import FEATURES
+from common.options import Count, Seed
 from common.weights import save_weights
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def fit_towers(
         optimizer = torch.optim.AdamW(towers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         batch = min(BATCH, len(styled_ND))
-        for _ in tqdm(range(steps), desc="alignment scorer", mininterval=1):
+        for step in tqdm(range(steps), desc="alignment scorer", mininterval=1):
             rows = torch.multinomial(weights_N, batch, generator=generator)
             sizes = torch.randint(len(features_SND), (batch,), generator=generator)
             plain = torch.rand(batch, generator=generator) < STYLE_DROP
@@ -211,6 +212,7 @@ def fit_towers(
             same_style = styles_N[rows][:, None] == styles_N[rows]
             cosines = towers.embed_texts(texts) @ towers.embed_images(features_SND[sizes, rows]).T
             loss = contrastive_loss(cosines, same_concept & (same_style | plain[:, None]), towers.log_scale)
+            stop_if_not_finite(float(loss.detach()), step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -293,12 +295,12 @@ def train(output: str | Path = WEIGHTS, steps: int = STEPS, seed: int = 0) -> di
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.metrics.alignment", description=__doc__)
+    parser = Parser(prog="python -m common.metrics.alignment", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train the scorer on EmojiCap and store its weights")
-    command.add_argument("--output", type=Path, default=WEIGHTS, help="weight file to write (default: beside the code)")
-    command.add_argument("--steps", type=int, default=STEPS)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", type=Path, default=WEIGHTS, help="weight file to write")
+    command.add_argument("--steps", type=Count, default=STEPS, help="of the optimiser")
+    command.add_argument("--seed", type=Seed, default=0, help="of the weights' start and the scenes")
     options = parser.parse_args(arguments)
     ceiling = train(options.output, options.steps, options.seed)
     print(json.dumps(ceiling, indent=2))

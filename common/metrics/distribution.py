@@ -7,12 +7,16 @@ Shape suffixes: N samples, D feature dimension.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+
+FEW = 200  # images below which a Frechet distance is said to say little
 
 
 def _pair(real: Tensor, fake: Tensor, minimum: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -102,13 +106,24 @@ def _frechet(mean_a: Tensor, mean_b: Tensor, traces: Tensor, cross: Tensor) -> f
     return max(0.0, float((mean_a - mean_b).square().sum() + traces - 2 * cross))
 
 
+@cache  # once in a process
+def _say_few(count: int) -> None:
+    print(
+        f"a Frechet distance of {count} images says little: it compares at equal counts only, thousands make it stable",
+        file=sys.stderr,
+    )
+
+
 def fid(real_ND: Tensor, fake_ND: Tensor) -> float:
     """Frechet distance of two feature sets [N,D].
 
     With few samples the cross term is the nuclear norm of A B^T (A, B: centred features over sqrt(N - 1)), which is
-    exact and needs an N x N decomposition instead of three of D x D. FID is biased by N: compare at equal N only.
+    exact and needs an N x N decomposition instead of three of D x D. FID is biased by N: compare at equal N only; below
+    FEW images that is said on stderr.
     """
     real, fake = _pair(real_ND, fake_ND, 2, "FID")
+    if (count := min(len(real), len(fake))) < FEW:
+        _say_few(count)
     if len(real) * len(fake) > real.shape[1] ** 2:
         return frechet_distance(FeatureStats.of(real), FeatureStats.of(fake))
     mean_a, mean_b = real.mean(0), fake.mean(0)

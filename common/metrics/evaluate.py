@@ -1,6 +1,6 @@
 """Generated images against real ones, every number with its judge, its sample counts and the real-vs-real floor.
 
-    python -m common.metrics.evaluate REAL_DIR FAKE_DIR [--extractor lite0|inception:PATH] [--json OUT]
+    python -m common.metrics.evaluate REAL_DIR FAKE_DIR --extractor inception:PATH --json OUT
 
 How to read the report
     kid_*        headline: unbiased squared MMD on features; 0 when both sets come from one source, whatever the count.
@@ -16,7 +16,6 @@ Numbers with the suffix _lite0 are not comparable with published (Inception) one
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -27,12 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import Parser
 from common.data.folders import read_folder
 from common.errors import UserError, run_main
 from common.images import image_files
 from common.metrics.alignment import AlignmentScorer
 from common.metrics.distribution import fid, inception_score, kid, precision_recall
 from common.metrics.features import Extractor, class_probabilities, extract, folder_features, load_extractor
+from common.options import device
 
 MINIMUM = 10  # images a side; fewer give no usable estimate of anything
 NEIGHBOURS = 3
@@ -213,16 +214,12 @@ def folder_captions(folder: Path, files: Sequence[Path]) -> list[str] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.metrics.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m common.metrics.evaluate", description=__doc__)
     parser.add_argument("real", type=Path, metavar="REAL_DIR", help="folder of real images")
     parser.add_argument("fake", type=Path, metavar="FAKE_DIR", help="folder of generated images")
     parser.add_argument("--extractor", default="lite0", help="lite0 (default), lite0@SIZE or inception:PATH")
     parser.add_argument("--real-extra", type=Path, help="second folder of real images: adds the floor at full size")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     judge = load_extractor(options.extractor, options.device)

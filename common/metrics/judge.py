@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.data.sampling import step_generator
 from common.data.shapes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, TEXTURES, Shapes
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from common.images import as_uint8, resize_clean
 from common.weights import save_weights
 
@@ -135,6 +135,7 @@ def train(images: int = 16_000, steps: int = 1_500, batch: int = 64, seed: int =
         # Samples of a generator are noisier than renders: the features must not be blind to half of them.
         x_BCHW = x_BCHW + 0.08 * torch.rand((), generator=generator) * torch.randn(x_BCHW.shape, generator=generator)
         loss = _loss(net.heads(net(x_BCHW)), {name: column[rows] for name, column in target.items()})
+        stop_if_not_finite(float(loss.detach()), step)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, stop_if_not_finite
 from common.metrics.lpips import (
     INPUT_SCALE,
     INPUT_SHIFT,
@@ -151,6 +151,7 @@ def train_trunk(steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[VGG16
         shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
         x = torch.roll(x, shift, dims=(2, 3))
         loss = F.cross_entropy(logits(x), labels[rows], label_smoothing=0.05)
+        stop_if_not_finite(float(loss.detach()), step)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

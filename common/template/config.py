@@ -3,31 +3,55 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.options import TrainerOptions
+from common.options import Count, NotNegative, Positive, Seed, Share, TrainerOptions
 
 
 @dataclass
 class NetworkConfig:
-    width: int = 32  # channels of the hidden layers
-    depth: int = 4  # how many there are
+    """The network.
+
+    Args:
+        width: channels of the hidden layers.
+        depth: number of layers.
+    """
+
+    width: Count = 32
+    depth: Count = 4
 
 
 @dataclass
 class NewpaperTrainer(TrainerOptions):
-    max_steps: int = 1500
-    batch_size: int = 64
+    """How to run.
+
+    Args:
+        max_steps: optimiser steps.
+        batch_size: global batch, in pictures.
+    """
+
+    max_steps: Count = 1500
+    batch_size: Count = 64
 
 
 @dataclass
 class NewpaperRun:
-    """One training. targets: noisy (the paper's) or clean. sigma: of the noise; pictures lie in [0, 1]."""
+    """One training.
+
+    Args:
+        run_dir: folder of this run's checkpoints, logs, weights and metrics.
+        seed: of the weights' start, the order of the pictures and the noise.
+        resume: auto goes on where it stopped; never refuses a used folder; or the path of a .ckpt file.
+        targets: noisy (the paper's) or clean.
+        sigma: standard deviation of the noise; pictures lie in [0, 1].
+        lr: learning rate.
+        ema_decay: of the moving average of the weights that is kept; 0 takes the last weights.
+    """
 
     run_dir: str = "runs/newpaper"
-    seed: int = 0
+    seed: Seed = 0
     resume: str = "auto"
     targets: Literal["noisy", "clean"] = "noisy"
-    sigma: float = 0.3
-    lr: float = 1e-3
-    ema_decay: float = 0.99
+    sigma: Positive = 0.3
+    lr: NotNegative = 1e-3
+    ema_decay: Share = 0.99
     network: NetworkConfig = field(default_factory=NetworkConfig)
     trainer: NewpaperTrainer = field(default_factory=NewpaperTrainer)

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.cli import parse_config
 from common.errors import run_main
-from common.options import check_trainer, free_options
+from common.options import free_options
 from newpaper.config import NewpaperRun
 
 SMALL = Path(__file__).parent / "configs" / "small.yaml"
@@ -24,17 +24,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config, text = parse_config(NewpaperRun, SMALL, __doc__.splitlines()[0], argv)
     options, folder, started = config.trainer, Path(config.run_dir), perf_counter()
     steps, batch = options.max_steps, options.batch_size
-    check_trainer(options, {"trainer.batch_size": batch}, resume=config.resume, ema_decay=config.ema_decay)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
+    from common.data.cache import fingerprint_tensors
     from common.data.sampling import StepDataModule
-    from common.training import open_run_folder, train, write_metrics
+    from common.training import check_trainer, open_run_folder, train, write_metrics
     from common.weights import save_weights
     from newpaper.evaluate import digits, measure
     from newpaper.trainer import DenoiserTraining
 
-    open_run_folder(folder, config.resume, text, free_options())
+    check_trainer(options, {"trainer.batch_size": batch}, resume=config.resume, ema_decay=config.ema_decay)
+    table = digits("train")
+    open_run_folder(folder, config.resume, text, free_options()).begin({"data": fingerprint_tensors(table.columns)})
     module = DenoiserTraining(config)
-    data = StepDataModule(digits("train"), batch, steps, config.seed, accumulate=options.accumulate)
+    data = StepDataModule(table, batch, steps, config.seed, accumulate=options.accumulate)
     train(folder / "training", module, data, options, steps=steps, batch_size=batch, resume=config.resume)
     module.ema.copy_to(module.network)
     save_weights(folder / "model.safetensors", module.network.state_dict())

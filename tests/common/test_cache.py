@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.cache import FeatureCache, fingerprint_module, fingerprint_strings
+from common.data import cache as cache_module
+from common.data.cache import FeatureCache, fingerprint_module, fingerprint_path, fingerprint_strings
 from common.errors import UserError
 
 N, SHARD = 23, 5
@@ -82,6 +87,37 @@ def test_build_killed_in_the_middle_resumes_to_the_same_files(tmp_path: Path) ->
     assert computed == list(range(2 * SHARD, N))
     build(tmp_path / "b")
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def build_a_share(folder: str, rank: int, meeting: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    calls: list[int] = []
+
+    def compute(indices: list[int]) -> dict[str, torch.Tensor]:
+        if not calls:
+            meeting.wait()  # both are at work
+        calls.append(indices[0] // SHARD)
+        return features(indices)
+
+    cache = build(Path(folder), compute)
+    assert torch.equal(cache[:]["token"], torch.arange(N) * 3)
+    (Path(folder) / f"rank{rank}.txt").write_text(str(sorted(calls)))
+
+
+def test_processes_of_one_run_share_the_shards_out_and_each_finds_all_of_them(tmp_path: Path) -> None:
+    build(tmp_path / "one")
+    context = multiprocessing.get_context("fork")
+    meeting = context.Barrier(2)
+    workers = [context.Process(target=build_a_share, args=(str(tmp_path / "two"), r, meeting)) for r in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    computed = [json.loads((tmp_path / "two" / f"rank{rank}.txt").read_text()) for rank in (0, 1)]
+    assert sorted(computed[0] + computed[1]) == [0, 1, 2, 3, 4]  # each once
+    assert 0 in computed[0] and 1 in computed[1]
+    assert shard_bytes(tmp_path / "two") == shard_bytes(tmp_path / "one")
 
 
 def test_finished_cache_computes_nothing_again(tmp_path: Path) -> None:
@@ -178,3 +214,38 @@ def test_module_fingerprint_sees_every_value_name_and_dtype_but_not_the_layout()
 
 def test_string_fingerprint_sees_order_and_borders() -> None:
     assert len({fingerprint_strings(s) for s in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}) == 4
+
+
+def test_damaged_shard_is_named_and_computed_again(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = shard_bytes(tmp_path)
+    path = tmp_path / "shard-00001.safetensors"
+    content = bytearray(whole[1])
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"shard-00001.*damaged.*computed again"):
+        build(tmp_path)
+    assert shard_bytes(tmp_path) == whole
+
+
+def test_checksums_of_large_sets_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache_module, "REMEMBERED", 3)
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # so that no file has just changed
+    reads: list[Path] = []
+
+    def read(path: Path) -> str:
+        reads.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(cache_module, "file_sha256", read)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text(f"text {name}")
+    first = fingerprint_path(folder)
+    assert len(reads) == 2 and fingerprint_path(folder) == first and len(reads) == 2
+    times = (folder / "a").stat()
+    (folder / "a").write_text("text A")  # as long as before
+    os.utime(folder / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint_path(folder) != first and reads[2:] == [folder / "a"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
+from common.files import checked_file, write_atomically, write_json
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -71,3 +71,18 @@ def test_program_ends_with_a_sentence_and_a_status(
     with pytest.raises(SystemExit) as stopped:
         run_main(main)
     assert stopped.value.code == status and capsys.readouterr().err == printed
+
+
+def test_file_of_the_cache_is_made_anew_when_damaged_or_of_before_checksums(tmp_path: Path) -> None:
+    path, made = tmp_path / "a.txt", []
+
+    def make(place: Path) -> None:
+        made.append(place)
+        place.write_text("right")
+
+    path.write_text("of before")
+    for _ in range(2):
+        assert checked_file(path, make).read_text() == "right" and len(made) == 1
+    path.write_text("wrong")
+    with pytest.warns(UserWarning, match=r"a.txt: damaged .* made again"):
+        assert checked_file(path, make).read_text() == "right"

@@ -12,7 +12,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from common.errors import UserError
-from common.metrics.distribution import FeatureStats, fid, frechet_distance, inception_score, kid, precision_recall
+from common.metrics.distribution import (
+    FEW,
+    FeatureStats,
+    _say_few,
+    fid,
+    frechet_distance,
+    inception_score,
+    kid,
+    precision_recall,
+)
 
 
 def normal(count: int, dim: int, seed: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
@@ -93,6 +102,16 @@ def test_streamed_and_merged_statistics_equal_those_of_the_whole_set():
     assert left.n == 101
     np.testing.assert_allclose(left.mean_D, x.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(left.covariance_DD, np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
+
+
+def test_a_frechet_distance_of_few_images_is_said_to_say_little(capsys: pytest.CaptureFixture[str]) -> None:
+    _say_few.cache_clear()
+    draw = torch.Generator().manual_seed(0)
+    for count in (FEW, 3, 3):
+        fid(torch.randn(count, 2, generator=draw), torch.randn(count + 1, 2, generator=draw))
+    said = capsys.readouterr()
+    assert said.err.count("a Frechet distance of 3 images says little") == 1 and str(FEW) not in said.err
+    assert said.out == ""
 
 
 def test_fid_agrees_with_torchmetrics(two_image_sets):

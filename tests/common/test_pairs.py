@@ -14,6 +14,7 @@ from torch import Tensor
 from common.data import pairs as module
 from common.data.pairs import PairDataset, StateTable, default_folder, generate_pairs, noise, prompt_list, read_prompts
 from common.errors import UserError
+from common.files import file_sha256
 from common.solvers import DiffusionSource, stock_pipeline
 from tests.common.tiny_teacher import tiny_teacher
 from tests.refusals import refused
@@ -146,7 +147,7 @@ def test_the_coupling_check_notices_shuffled_pairs(tmp_path: Path) -> None:
     tensors = load_file(shard)
     save_file({**tensors, "x0": tensors["x0"].flip(0).contiguous()}, shard)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["shards"]["0"]["sha256"] = module._file_sha256(shard)
+    manifest["shards"]["0"]["sha256"] = file_sha256(shard)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     refused("shuffled", PairDataset(tmp_path).check_coupling)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common import reproduction
-from common.reproduction import chosen_claims, ledger_path, options_parser
+from common.ledger import read_claims
+from common.reproduction import chosen_claims, ledger_path, measure_claim, options_parser
 from common.study import Study
 from tests.refusals import refused
 
@@ -199,3 +200,29 @@ def test_options_name_the_tiers_claims_and_the_place_of_the_ledger(tmp_path: Pat
     assert ledger_path(parser.parse_args([]), "paper").parts[-2:] == ("results", "paper.json")
     assert ledger_path(parser.parse_args(["--output", str(tmp_path / "x.json")]), "paper") == tmp_path / "x.json"
     refused("--claims D: tier small has A, C", chosen_claims, parser.parse_args(["--claims", "D"]), ["A", "C"])
+
+
+def test_a_claims_seconds_count_the_pieces_that_it_shares_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "claims.yaml").write_text(FILE, encoding="utf-8")
+    monkeypatch.setattr("common.ledger.commit", lambda: "none")
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def piece() -> dict[str, float]:
+        clock[0] += 100.0
+        return {"loss": 1.0}
+
+    def measure(study: Study[Any], seed: int) -> Mapping[str, float]:
+        study.values("shared", piece)
+        study.values("shared", piece)  # asked for twice, counted once
+        clock[0] += 1.0
+        return {"gain": study.values(f"own-{seed}", piece)["loss"]}
+
+    claims = read_claims(tmp_path / "claims.yaml", "small")
+    study: Study[None] = Study(None, tmp_path / "study")
+    first = measure_claim(claims["X1"], study, measure)
+    second = measure_claim(claims["X2"], study, measure)
+    assert first is not None and second is not None
+    assert first["seconds"] == second["seconds"] == 3 * 201.0

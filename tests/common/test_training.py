@@ -25,6 +25,7 @@ from common.training import (
     latest_checkpoint,
     load_checkpoint,
     open_run_folder,
+    save_checkpoint,
 )
 from tests.refusals import refused
 
@@ -155,14 +156,92 @@ CONFIG = "lr: 0.1\ntrainer: {devices: 1, steps: 5}\nrun_dir: a\n"
 
 def test_run_folder_takes_the_same_run_again_and_no_other(tmp_path: Path) -> None:
     free = ("run_dir", "trainer.devices")
-    open_run_folder(tmp_path / "run", "auto", CONFIG, free)
-    open_run_folder(tmp_path / "run", "auto", CONFIG.replace("devices: 1", "devices: 2").replace("a\n", "b\n"), free)
-    open_run_folder(tmp_path / "run", "auto", CONFIG + "newer_option: 3\n", free)
+    for text in (
+        CONFIG,
+        CONFIG.replace("devices: 1", "devices: 2").replace("a\n", "b\n"),
+        CONFIG + "newer_option: 3\n",
+    ):
+        open_run_folder(tmp_path / "run", "auto", text, free).begin({})
+        assert (tmp_path / "run" / "config.yaml").read_text() == text
     with pytest.raises(UserError, match=r"another configuration \(trainer.steps was 5, is 6\)"):
         open_run_folder(tmp_path / "run", "auto", CONFIG.replace("steps: 5", "steps: 6"), free)
     assert "steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
     refused(r"--resume never: .* is not empty", open_run_folder, tmp_path / "run", "never", CONFIG, free)
     refused("is a file", open_run_folder, tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
+
+
+def begin(folder: Path, text: str = CONFIG, resume: str = "auto", **inputs: str) -> None:
+    open_run_folder(folder, resume, text, ("trainer.devices",), {"data": ["run_dir"]}).begin(inputs)
+
+
+def test_run_goes_on_with_what_it_was_begun_with_and_names_what_is_another(tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", CONFIG.replace("devices: 1", "devices: 2")
+    begin(folder, data="9")  # and fails, since the data were bad; now they are better
+    begin(folder, data="1", tokenizer="2", classes="cat, dog")
+    (folder / "last.ckpt").touch()
+    begin(folder, data="1", tokenizer="2", classes="cat, dog")
+    for changed, sentence in (
+        ({"data": "3"}, "was begun with other data than there is now, and"),
+        ({"tokenizer": "3"}, "was begun with another tokenizer than"),
+        ({"classes": "ape, dog"}, r"other classes .*\(classes were cat, dog, are ape, dog\)"),
+        ({"data": "3", "tokenizer": "3"}, "other data and another tokenizer"),
+    ):
+        refused(sentence, begin, folder, other, **{"data": "1", "tokenizer": "2", "classes": "cat, dog", **changed})
+        assert (folder / "config.yaml").read_text() == CONFIG  # nothing is written before a refusal
+    begin(folder, other, data="1", tokenizer="2", classes="cat, dog")
+    assert (folder / "config.yaml").read_text() == other
+
+
+def test_data_may_be_moved_where_their_fingerprint_is_known(tmp_path: Path) -> None:
+    moved = CONFIG.replace("run_dir: a", "run_dir: b")
+    begin(tmp_path / "old")
+    (tmp_path / "old" / "last.ckpt").touch()
+    refused(r"another configuration \(run_dir was a, is b\)", begin, tmp_path / "old", moved, data="1")
+    begin(tmp_path / "run", data="1")
+    (tmp_path / "run" / "last.ckpt").touch()
+    refused(r"other data .*\(run_dir was a, is b\)", begin, tmp_path / "run", moved, data="2")
+    refused(r"another configuration \(run_dir was a, is b\)", begin, tmp_path / "run", moved)  # there is none now
+    begin(tmp_path / "run", moved, data="1")
+
+
+def test_run_of_before_there_were_records_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "last.ckpt").touch()
+    capsys.readouterr()
+    begin(tmp_path / "run", data="1")
+    assert "its data were not recorded when it was begun" in capsys.readouterr().err
+    begin(tmp_path / "run", data="1")
+    assert capsys.readouterr().err == ""
+    refused("other data", begin, tmp_path / "run", data="2")
+
+
+def test_checkpoint_of_another_folder_goes_on_with_that_folders_inputs(tmp_path: Path) -> None:
+    begin(tmp_path / "run", data="1")
+    checkpoint = tmp_path / "run" / "stage" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    refused(f"{tmp_path / 'run'} was begun with other data", begin, tmp_path / "b", resume=str(checkpoint), data="2")
+    assert not (tmp_path / "b").exists()
+    begin(tmp_path / "b", resume=str(checkpoint), data="1")
+
+
+def test_flipped_bits_of_a_checkpoint_never_change_what_is_read(tmp_path: Path) -> None:
+    path, weight = tmp_path / "last.ckpt", torch.randn(500)
+    save_checkpoint(path, {"weight": weight, "step": 7}, {}, 7)
+    whole, refusals = path.read_bytes(), 0
+    for number in torch.randint(8 * len(whole), (100,)).tolist():
+        content = bytearray(whole)
+        content[number // 8] ^= 1 << number % 8
+        path.write_bytes(content)
+        try:
+            found = load_checkpoint(path)
+            assert torch.equal(found["weight"], weight) and found["step"] == 7  # a bit that says nothing
+        except UserError as error:
+            assert str(path) in str(error)
+            refusals += 1
+    assert refusals > 50
 
 
 def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +250,7 @@ def test_only_the_main_process_touches_the_run_folder(tmp_path: Path, monkeypatc
     assert is_main_process()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not is_main_process()
-    open_run_folder(tmp_path / "run", "never", CONFIG)
+    open_run_folder(tmp_path / "run", "never", CONFIG).begin({"data": "1"})
     assert not (tmp_path / "run").exists()
 
 

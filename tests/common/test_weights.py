@@ -12,6 +12,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.weights import load_weights, read_weights, save_weights
+from tests.refusals import refused
 
 
 def test_weights_and_notes_come_back_equal_and_in_plain_strides(tmp_path: Path) -> None:
@@ -64,3 +65,15 @@ def test_every_mismatch_is_named(tmp_path: Path) -> None:
         read_weights(path)
     with pytest.raises(UserError, match="no such file"):
         read_weights(tmp_path / "b.safetensors")
+
+
+def test_flipped_bit_is_refused_by_name_and_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    state = {"weight": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    for name in ("a", "b"):
+        save_weights(tmp_path / f"{name}.safetensors", state, {"steps": "7", "about": "x"})
+    content = bytearray((tmp_path / "a.safetensors").read_bytes())
+    assert content == (tmp_path / "b.safetensors").read_bytes()
+    assert read_weights(tmp_path / "a.safetensors")[1] == {"steps": "7", "about": "x"}
+    content[-3] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(content)
+    refused(r"a.safetensors is damaged \(its tensors do not fit", read_weights, tmp_path / "a.safetensors")

@@ -118,6 +118,8 @@ def test_changed_bytes_are_found_by_the_checksum(tmp_path: Path, tokenizer: Toke
     path.write_bytes(data)
     with pytest.raises(UserError, match="checksum differs"):
         store.verify()
+    with pytest.warns(UserWarning, match=r"ids.npy: damaged .* built anew"):
+        build_store(tmp_path / "rows", DOCUMENTS, "docs", tokenizer, 32).verify()
 
 
 def test_no_text_is_refused_and_leaves_no_store(tmp_path: Path, tokenizer: Tokenizer) -> None:

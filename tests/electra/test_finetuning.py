@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,20 @@ def test_the_table_shows_the_median_and_the_spread() -> None:
         "majority": 50,
     }
     assert "2.0 [1.0, 4.0]" in format_table([record])
+
+
+@pytest.mark.parametrize("kind", ["rate", "labels"])
+def test_fine_tuning_that_runs_away_ends_in_a_sentence_and_not_in_a_score(kind: str) -> None:
+    items = [Item(f"w{i % 9} w{i % 5}", label=float("nan") if kind == "labels" else i % 2) for i in range(64)]
+    task = Task("toy", "regression", (), items[:48], [], items[48:], "spearman", "numbers")
+    config = replace(FAST, lr=1e30 if kind == "rate" else FAST.lr)
+    with pytest.raises(UserError, match=r"the fine-tuning loss became (nan|inf) at step [0-9]+: stopped\. Try a lower"):
+        finetune(TINY, TOKENIZER, task, config)
+
+
+def test_answers_that_are_not_finite_get_no_score() -> None:
+    task = _classification(32)
+    model, _ = finetune_model(TINY, TOKENIZER, task, FinetuneConfig(epochs=1, batch_size=16, device="cpu"))
+    torch.nn.init.constant_(model.get_parameter("head.dense.weight"), float("inf"))
+    with pytest.raises(UserError, match="answers are not finite"):
+        evaluate(model, encode_items(task.test, task, TOKENIZER, 24))

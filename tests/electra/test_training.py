@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from common.cli import parse_config
 from common.errors import UserError
 from common.training import load_checkpoint, read_logs
 from electra.config import DataConfig, ElectraConfig, ElectraRun, ModelConfig, TrainerConfig
 from electra.masking import SpecialIds
 from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer
-from electra.run import check_options
+from electra.run import Run, check_options
 from electra.trainer import global_weights
 from tests.drills import kill, same_weights, succeed
-from tests.electra.tiny_run import arguments, train
+from tests.electra.tiny_run import arguments, corpus, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 3e-5}
@@ -180,3 +181,37 @@ def test_bfloat16_attention_on_cpus_is_that_of_float32(bias: bool, lengths: tupl
     exact = attend(qkv.float(), batch, None if bias_ALL is None else bias_ALL.float(), 0.0)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+
+
+def test_run_with_other_text_is_refused_and_keeps_its_vocabulary(cache: None, tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", trainer__max_steps=2)
+    before = (folder / "config.yaml").stat().st_ino
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text() + "Some words that nobody had written here before.\n" * 40)
+    with pytest.raises(UserError, match="was begun with other data than there is now"):
+        train(folder, trainer__max_steps=2)
+    assert (folder / "config.yaml").stat().st_ino == before
+    (folder / "inputs.json").unlink()  # as a run of before there were records: on in its own vocabulary
+    vocabulary = (folder / "tokenizer" / "vocab.txt").read_text()
+    train(folder, trainer__max_steps=2)
+    assert (folder / "tokenizer" / "vocab.txt").read_text() == vocabulary
+
+
+def test_weights_bring_their_vocabulary(reference: Path, tmp_path: Path) -> None:
+    start = reference / "electra"
+    corpus(tmp_path).write_text("The law of this land is old, and peace is made by free people in it.\n" * 60)
+    folder = train(tmp_path / "run", init_from=start, trainer__max_steps=1)
+    wanted = (start / "discriminator" / "vocab.txt").read_text()
+    assert (folder / "tokenizer" / "vocab.txt").read_text() == wanted
+    other = tmp_path / "vocab.txt"
+    other.write_text("\n".join(reversed(wanted.splitlines())) + "\n")
+    with pytest.raises(UserError, match=r"--data.vocabulary .* is not that of --init_from"):
+        train(tmp_path / "other", init_from=start, data__vocabulary=other)
+
+
+@pytest.mark.parametrize("arms", [["mlm"], ["mlm", "electra"], ["electra", "mlm"]])
+def test_steps_of_an_arm_do_not_depend_on_the_others(reference: Path, arms: list[Any], tmp_path: Path) -> None:
+    words = arguments(reference, arms=f"[{','.join(arms)}]", run_dir=tmp_path / "run")
+    run = Run.open(*parse_config(ElectraRun, None, "", words))
+    steps = {arm.name: arm.steps for arm in run.arms()}
+    assert steps["mlm"] == 10 and steps.get("electra", 6) == 6

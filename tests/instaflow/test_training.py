@@ -176,10 +176,11 @@ def test_wrong_options_are_refused_by_name(reference: Path, teacher: Path, tmp_p
 
 def test_run_refuses_a_teacher_whose_weights_were_replaced(cache: None, tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher", seed=1)
-    folder = train(tmp_path / "run", teacher, stages="[pairs]")
+    options = {"stages": "[pairs,reflow]", "reflow__steps": 1}
+    folder = train(tmp_path / "run", teacher, **options)
     save_teacher(teacher, seed=2)
     with pytest.raises(UserError, match="begun with another teacher"):
-        train(folder, teacher, stages="[pairs]")
+        train(folder, teacher, **options)
 
 
 def test_damaged_stage_weights_are_refused_by_name(teacher: Path, cache: None, tmp_path: Path) -> None:

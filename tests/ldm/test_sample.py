@@ -97,7 +97,7 @@ def test_program_draws_from_a_run_and_from_a_pipeline(text_run: Path, tmp_path: 
     ("options", "sentence"),
     [
         (["--model", "absent", "--prompt", "x"], "absent: neither a run folder .* nor a diffusers directory"),
-        (["--count", "0"], "--count 0: expected at least 1"),
+        (["--count", "0"], "--count 0: expected a whole number of at least 1"),
         (["--size", "big"], "--size big: expected HEIGHTxWIDTH"),
     ],
 )

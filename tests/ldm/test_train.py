@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.training import load_checkpoint
+from common.weights import read_weights, save_weights
 from ldm.diffusion import LatentDiffusion
 from ldm.train import main
 from tests.drills import succeed
@@ -164,3 +166,35 @@ def test_evaluation_of_a_finished_run_writes_metrics_and_pictures(reference: Pat
     metrics = main([*arguments(reference), "--stages", "[evaluate]"])
     assert metrics["summary"]["fid_lite0"] > 0 and metrics["judge"]
     assert {"metrics.json", "samples.png", "real.png", "reconstruction.png"} <= {p.name for p in reference.iterdir()}
+
+
+def test_weights_bring_their_tokenizer_and_the_scale_of_their_latents(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"first_stage__weights": first_stage_of(reference), "trainer__max_steps": 1, "optimiser__lr": 0.0}
+    own = {"data__tasks": "[count]", **options}  # other captions, other pictures
+    plain, started = (
+        train(tmp_path / name, **own, **more)
+        for name, more in (("plain", {}), ("run", {"init_from": reference / "model.safetensors"}))
+    )
+    folders = (reference, started, plain)
+    words, _, others = ((folder / "tokenizer" / "tokenizer.json").read_text() for folder in folders)
+    assert (started / "tokenizer" / "tokenizer.json").read_text() == words != others
+    scale, ours, another = (float(read_weights(f / "model.safetensors")[0]["scale_factor"]) for f in folders)
+    assert ours == scale != another
+    assert "another first stage" not in capsys.readouterr().err
+    train(tmp_path / "other", init_from=reference / "model.safetensors", data__tasks="[count]", trainer__max_steps=1)
+    assert "its latents are those of another first stage" in capsys.readouterr().err
+    lonely = tmp_path / "lonely.safetensors"
+    lonely.write_bytes((reference / "model.safetensors").read_bytes())
+    refused("tokenizer is missing, and without it nobody knows", train, tmp_path / "lone", init_from=lonely)
+
+
+def test_denoiser_goes_on_with_its_first_stage_and_no_other(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    (folder / "model.safetensors").unlink()
+    state, notes = read_weights(first_stage_of(folder))
+    save_weights(first_stage_of(folder), {name: tensor + 0.5 for name, tensor in state.items()}, notes)
+    shutil.rmtree(folder / "latents")
+    refused("diffusion was begun with another first stage than there is now", train, folder)

@@ -142,7 +142,7 @@ def test_saved_activations_fall_with_k() -> None:
         ({"channels": 4, "partial": 8}, "multiple of partial"),
         ({"sampling": "sorted"}, "shuffle, shift or random"),
         ({"stem": "mnist"}, "cifar or imagenet"),
-        ({"cells": 0}, "cells must be at least 1"),
+        ({"cells": 0}, "--search.cells 0: expected a whole number of at least 1"),
     ],
 )
 def test_impossible_search_networks_are_refused(options: dict, message: str) -> None:

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from common.ema import Ema
 from common.errors import UserError
 from common.training import load_checkpoint
+from common.weights import read_weights, save_weights
 from pixart.config import SamplingConfig, read_recipe
 from pixart.convert import load_dit, load_transformer, reparameterise
 from pixart.diffusion import Diffusion
 from pixart.model import PixArt
 from pixart.trainer import rate_factor
 from tests.drills import kill, same_weights, succeed
-from tests.pixart.tiny_run import arguments, losses, train
+from tests.pixart.tiny_run import arguments, losses, tiny_vae, train
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 2e-5}
@@ -178,8 +179,18 @@ def test_stage_begun_from_other_weights_is_refused(reference: Path, tmp_path: Pa
     with torch.no_grad():
         model.final_layer.linear.bias.add_(1.0)
     save_transformer(model, start)
-    with pytest.raises(UserError, match="was started from other weights"):
+    with pytest.raises(UserError, match="begun with other starting weights"):
         train(tmp_path / "run", "stage2", init_from=start, trainer__max_steps=1)
+
+
+def test_start_from_weights_of_another_autoencoder_is_said(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = tiny_vae(tmp_path / "other")
+    state, _ = read_weights(vae / "diffusion_pytorch_model.safetensors")
+    save_weights(vae / "diffusion_pytorch_model.safetensors", {name: 1.01 * tensor for name, tensor in state.items()})
+    train(tmp_path / "run", "stage2", init_from=reference / "stage1", vae=vae, trainer__max_steps=1)
+    assert "stage1: these weights were trained with another autoencoder than this run has" in capsys.readouterr().err
 
 
 def test_official_file_and_diffusers_folder_are_starting_points(reference: Path, tmp_path: Path) -> None:

@@ -154,6 +154,52 @@ def write_config(file: Path, run: TrainConfig) -> Path:
     return file
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()  # an expert's file is a link to that of its tier
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["dense.safetensors", "experts/layer001.expert0003.safetensors", "meta.json"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = tiny_run.config(tmp_path, {"tiers": False}), tmp_path / "checkpoints"
+    groups = make_run_groups(run)
+    training = _open(run, None)
+    for _ in range(2):
+        training.step()
+        checkpoint.save(training, folder)
+    training.close()
+    first, second = folder / "step-000001", folder / "step-000002"
+    assert checkpoint.newest_sound(folder, groups) == second
+    if name == "meta.json":
+        (second / name).write_text((second / name).read_text().replace('"step": 2', '"step": 3'))
+    else:
+        _flip(second / name)
+    assert checkpoint.newest_sound(folder, groups) == first
+    assert f"{second / name} is damaged" in capsys.readouterr().err
+    _flip(first / "dense.safetensors")
+    with pytest.raises(UserError, match="no earlier step is whole: restore it from a copy, or delete"):
+        checkpoint.newest_sound(folder, groups)
+
+
+def test_checkpoint_of_other_text_is_refused_and_of_moved_text_is_not(tmp_path: Path) -> None:
+    run, folder = tiny_run.config(tmp_path), tmp_path / "checkpoints"
+    training = _open(run, None)
+    training.step()
+    step = checkpoint.save(training, folder)
+    training.close()
+    moved = tmp_path / "moved.txt"
+    Path(run.data.tasks[0]).rename(moved)
+    run = replace(run, data=replace(run.data, tasks=[str(moved)]))
+    _open(run, step).close()
+    moved.write_text(moved.read_text() + "\nand more of it\n")
+    with pytest.raises(UserError, match=r"written with other options \(the text of data.tasks\)"):
+        _open(run, step)
+
+
 def _log(folder: Path) -> list[dict[str, Any]]:
     file = folder / "log.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []

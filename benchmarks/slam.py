@@ -12,7 +12,6 @@ image at batch 1, stock DDIM with 25 guided steps against 4 steps of the student
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import statistics
@@ -227,7 +226,7 @@ def serve(arm: Arm) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser: argparse.ArgumentParser = bench_parser(__doc__, "bench_slam.json", SIZES, ["shapes32"], steps=3)
+    parser = bench_parser(__doc__, "bench_slam.json", SIZES, ["shapes32"], steps=3)
     options = parse(parser, argv)
     if options.arm:
         serve(Arm(**options.arm))

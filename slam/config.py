@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.options import TrainerOptions
+from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
 
 @dataclass
@@ -25,9 +25,9 @@ class DataConfig:
     path: str | None = None
     image_column: str | None = None
     text_column: str | None = None
-    images: int = 4000
-    eval_images: int = 512
-    cache_text_gb: float = 2.0
+    images: Whole = 4000
+    eval_images: Annotated[int, Range(2)] = 512
+    cache_text_gb: NotNegative = 2.0
 
 
 @dataclass
@@ -44,12 +44,12 @@ class SubPathConfig:
         embedding_scale: factor before the sinusoids of 10 - 10 gamma; 1000 in the released code, 0.1 is smooth.
     """
 
-    solver_steps: int = 50
+    solver_steps: Annotated[int, Range(1, 1000)] = 50
     gamma: Literal["uniform", "ends", "one"] = "uniform"
     drift: bool = True
     sigma: Literal["quadrature", "linear"] = "quadrature"
     time: Literal["released", "effective"] = "released"
-    embedding_scale: float = 1000.0
+    embedding_scale: NotNegative = 1000.0
 
 
 @dataclass
@@ -66,15 +66,15 @@ class StudentConfig:
     """
 
     kind: Literal["full", "lora"] = "full"
-    rank: int = 16
-    alpha: float | None = None
+    rank: Annotated[int, Range(1, 4096)] = 16
+    alpha: Positive | None = None
     targets: list[str] = field(
         default_factory=lambda: [
             *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
             *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
         ]
     )
-    embedding_width: int = 256
+    embedding_width: Annotated[int, Range(4, 4096)] = 256
     zero_init: bool = True
 
 
@@ -91,9 +91,9 @@ class LossConfig:
     """
 
     kind: Literal["huber", "l2"] = "huber"
-    huber_c: float = 1e-3
-    guidance: float = 8.0
-    w_range: list[float] = field(default_factory=list)
+    huber_c: Positive = 1e-3
+    guidance: Annotated[float, Range(0, 100)] = 8.0
+    w_range: list[Annotated[float, Range(0, 100)]] = field(default_factory=list)
 
 
 @dataclass
@@ -109,12 +109,12 @@ class OptimiserConfig:
         ema_decay: of the target network, which is also what is exported; 0 regresses onto the student itself.
     """
 
-    lr: float = 8e-6
-    weight_decay: float = 0.0
-    warmup: int = 500
+    lr: NotNegative = 8e-6
+    weight_decay: NotNegative = 0.0
+    warmup: Whole = 500
     schedule: Literal["constant", "cosine"] = "constant"
-    grad_clip: float = 1.0
-    ema_decay: float = 0.95
+    grad_clip: NotNegative = 1.0
+    ema_decay: Share = 0.95
 
 
 @dataclass
@@ -127,10 +127,10 @@ class TrainerConfig(TrainerOptions):
         sample_every: steps between sample grids; 0 draws none on the way.
     """
 
-    max_steps: int = 1000
-    batch_size: int = 12
-    checkpoint_every: int = 100
-    sample_every: int = 200
+    max_steps: Count = 1000
+    batch_size: Count = 12
+    checkpoint_every: Count = 100
+    sample_every: Whole = 200
 
 
 @dataclass
@@ -147,10 +147,10 @@ class EvaluationConfig:
     """
 
     judge: str | None = None
-    teacher_steps: int = 25
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    batch_size: int = 64
-    grid: int = 8
+    teacher_steps: Annotated[int, Range(1, 1000)] = 25
+    steps: list[Annotated[int, Range(1, 1000)]] = field(default_factory=lambda: [1, 2, 4, 8])
+    batch_size: Count = 64
+    grid: Count = 8
 
 
 @dataclass
@@ -168,7 +168,7 @@ class SlamConfig:
 
     teacher: str = "ldm/pretrained/shapes32-v"
     run_dir: str = "runs/slam"
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
     baseline: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -10,14 +10,14 @@ keys and one more, time_embedding.cond_proj.weight.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--unet", type=Path, help="folder of a student's U-Net (config.json and weights)")
     source.add_argument("--lora", type=Path, help="adaptors: a folder or a .safetensors file")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> Path:
         "--layout",
         choices=("diffusers", "kohya", "fused"),
         default="diffusers",
-        help="of adaptors (default: diffusers)",
+        help="of adaptors",
     )
     options = parser.parse_args(argv)
     if options.out.exists():

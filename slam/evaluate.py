@@ -10,12 +10,13 @@ judge and its counts.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,15 +128,17 @@ def report(metrics: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, help="a finished run of slam/train.py")
     parser.add_argument("--model", type=Path, help="a student's folder instead: a pipeline, or a published U-Net")
     parser.add_argument("--teacher", type=Path, help="what stands around a U-Net folder: the pipeline it came from")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="of the student (default: 1 2 4 8)")
-    parser.add_argument("--data.name", dest="name", default="shapes", help="shapes, emoji or folder (default: shapes)")
+    parser.add_argument("--steps", type=Count, nargs="+", default=[1, 2, 4, 8], help="of the student")
+    parser.add_argument(
+        "--data.name", dest="name", choices=("shapes", "emoji", "folder"), default="shapes", help="held-out set"
+    )
     parser.add_argument("--data.path", dest="path", help="for folder: pictures with captions")
-    parser.add_argument("--images", type=int, default=512, help="held-out captions (default: 512)")
-    parser.add_argument("--judge", help="shapes64, lite0 or inception:FILE (default: by the data)")
+    parser.add_argument("--images", type=Annotated[int, Range(2)], default=512, help="held-out captions")
+    parser.add_argument("--judge", help="shapes64, lite0 or inception:FILE")
     options = parser.parse_args(argv)
     if (options.run_dir is None) == (options.model is None):
         raise UserError("expected either --run_dir, a finished run, or --model, a student's folder")
@@ -150,8 +153,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from slam.data import held_out
     from slam.export import load_student
 
-    if options.images < 2:
-        raise UserError(f"--images {options.images}: expected at least 2")
     student, around = load_student(options.model, Teacher.load(options.teacher) if options.teacher else None)
     prompts = held_out(DataConfig(name=options.name, path=options.path, eval_images=options.images), around)
     images = {

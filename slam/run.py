@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from common.cli import read_run_config
+from common.data.cache import fingerprint_strings
 from common.data.pairs import StateTable
 from common.errors import UserError
-from common.files import write_atomically
-from common.options import at_least, check_trainer, free_options, within
+from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.teacher import Teacher
-from common.training import open_run_folder
+from common.training import check_trainer, open_run_folder, refuse_other_inputs
 from common.weights import load_weights, save_weights
 from slam.config import SlamConfig, SubPathConfig
 from slam.data import Captioned, open_pictures
 from slam.model import Student, make_student
 
 FREE_OPTIONS = free_options("evaluation", "baseline", "data.cache_text_gb")
-WEIGHTS, STAMP = "student.safetensors", "teacher.sha256"
+PLACES = {"teacher": ["teacher"], "data": ["data.path"]}  # options that only say where an input lies
+WEIGHTS = "student.safetensors"
 
 
 @dataclass
@@ -49,13 +50,13 @@ class Run:
         check_options(config)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
-        run = cls(config, Path(config.run_dir), load_teacher(config))
+        folder = Path(config.run_dir)
+        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, folder, load_teacher(config))
         run.new_student("slam")  # refuses what does not fit the teacher
-        _ = run.pictures
-        run.refuse_other_teacher()
-        open_run_folder(run.folder, config.resume, config_yaml, FREE_OPTIONS)
-        if is_main_process():
-            write_atomically(run.folder / STAMP, lambda temporary: temporary.write_text(run.teacher.checksum()))
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(run.pictures.captions))
+        data = fingerprint_strings([run.pictures.fingerprint, *run.pictures.captions])
+        opened.begin({"teacher": run.teacher.checksum, "data": data})
         return run
 
     @classmethod
@@ -66,18 +67,9 @@ class Run:
             UserError: no run there, or its teacher was replaced.
         """
         config = read_run_config(SlamConfig, folder, "--run_dir")
-        run = cls(config, folder, load_teacher(config))
-        run.refuse_other_teacher()
-        return run
-
-    def refuse_other_teacher(self) -> None:
-        """Raise UserError if the run in this folder was begun with other weights than the teacher has now."""
-        stamp = self.folder / STAMP
-        if stamp.is_file() and stamp.read_text().strip() != self.teacher.checksum():
-            raise UserError(
-                f"{self.folder} was begun with another teacher than {self.config.teacher} is now (its weights "
-                "changed): choose another --run_dir, or delete that folder"
-            )
+        teacher = load_teacher(config)
+        refuse_other_inputs(folder, {"teacher": teacher.checksum})
+        return cls(config, folder, teacher)
 
     @cached_property
     def pictures(self) -> Captioned:
@@ -151,31 +143,16 @@ def check_options(config: SlamConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
-    at_least("trainer.max_steps", config.trainer.max_steps, 1)
-    at_least("data.images", config.data.images, 1 if config.data.name == "shapes" else 0)
-    at_least("data.eval_images", config.data.eval_images, 2)
-    at_least("data.cache_text_gb", config.data.cache_text_gb, 0)
-    at_least("subpath.solver_steps", config.subpath.solver_steps, 1)
-    within("subpath.embedding_scale", config.subpath.embedding_scale, 0, 1e6)
-    within("student.rank", config.student.rank, 1, 4096)
-    within("student.embedding_width", config.student.embedding_width, 4, 4096)
-    within("loss.guidance", config.loss.guidance, 0, 100)
-    within("loss.huber_c", config.loss.huber_c, 1e-8, 1e3)
-    within("optimiser.lr", config.optimiser.lr, 0, 1)
-    within("optimiser.weight_decay", config.optimiser.weight_decay, 0, 10)
-    at_least("optimiser.warmup", config.optimiser.warmup, 0)
-    at_least("evaluation.teacher_steps", config.evaluation.teacher_steps, 1)
-    at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
-    at_least("evaluation.grid", config.evaluation.grid, 1)
+    if config.data.name == "shapes" and config.data.images == 0:
+        raise UserError("--data.images 0: expected a number of at least 1 for --data.name shapes, which draws them")
     for steps in config.evaluation.steps:
-        within("evaluation.steps", steps, 1, config.subpath.solver_steps)
-    if config.student.alpha is not None:
-        within("student.alpha", config.student.alpha, 1e-3, 1e4)
-    if config.loss.w_range:
-        if len(config.loss.w_range) != 2 or not 0 <= config.loss.w_range[0] <= config.loss.w_range[1] <= 100:
+        if steps > config.subpath.solver_steps:
             raise UserError(
-                f"--loss.w_range {config.loss.w_range}: expected two numbers from 0 to 100, the least first"
+                f"--evaluation.steps {steps}: expected at most --subpath.solver_steps {config.subpath.solver_steps}"
             )
+    if config.loss.w_range:
+        if len(config.loss.w_range) != 2 or config.loss.w_range[0] > config.loss.w_range[1]:
+            raise UserError(f"--loss.w_range {config.loss.w_range}: expected two numbers, the least first")
         if config.subpath.gamma != "one" or config.student.kind != "full":
             raise UserError(
                 "--loss.w_range is LCM's recipe, which embeds w where SLAM embeds gamma: expected --subpath.gamma one "

@@ -15,7 +15,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import Parser
 from common.errors import UserError, run_main
+from common.options import Count, NotNegative, Seed
 
 if TYPE_CHECKING:
     from common.teacher import Teacher
@@ -23,29 +25,23 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a student's folder; with --lora: the teacher's")
     parser.add_argument("--lora", type=Path, help="adaptors: a folder or a .safetensors file")
     parser.add_argument("--teacher", type=Path, help="pipeline folder around a --model that is a U-Net alone")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
     parser.add_argument("--negative", default="", help="refused: guidance is inside the student")
-    parser.add_argument("--guidance", type=float, help="only for students trained with a range of guidances")
+    parser.add_argument("--guidance", type=NotNegative, help="only for students trained with a range of guidances")
     parser.add_argument("--image", type=Path, help="picture to begin from")
-    parser.add_argument(
-        "--strength", type=float, default=0.5, help="share of the noise added to --image (default: 0.5)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write (default: samples.png)")
-    parser.add_argument("--count", type=int, default=8, help="pictures a prompt (default: 8)")
-    parser.add_argument("--steps", type=int, default=4, help="evaluations of the network, 1 to 8 (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noises (default: 0)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--strength", type=float, default=0.5, help="share of the noise added to --image")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
+    parser.add_argument("--count", type=Count, default=8, help="pictures a prompt")
+    parser.add_argument("--steps", type=Count, default=4, help="evaluations of the network, 1 to 8")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
+    parser.add_argument("--device", help="cpu or cuda")
     options = parser.parse_args(argv)
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red star"')
-    if options.count < 1:
-        raise UserError(f"--count {options.count}: expected at least 1")
-    if not 0 < options.strength <= 1:
-        raise UserError(f"--strength {options.strength}: expected a number above 0, at most 1")
     if options.negative:
         raise UserError(
             "--negative does nothing here: the guidance against the empty prompt is inside the student's weights; "

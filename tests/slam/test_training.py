@@ -170,17 +170,14 @@ def test_what_a_student_cannot_do_is_said(reference: Path, teacher: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"subpath__solver_steps": 0}, "--subpath.solver_steps 0: expected"),
-        ({"subpath__solver_steps": 2000}, "--subpath.solver_steps 2000: expected a number from 1 to 1000"),
-        ({"loss__guidance": -1}, "--loss.guidance -1.0"),
-        ({"loss__huber_c": 0}, "--loss.huber_c 0.0"),
-        ({"loss__w_range": "[3,1]"}, "--loss.w_range"),
+        ({"subpath__solver_steps": 2000}, "--subpath.solver_steps 2000: expected a whole number"),
+        ({"loss__huber_c": 0}, "--loss.huber_c 0.0: expected a number"),
+        ({"loss__w_range": "[3,1]"}, "--loss.w_range .3.0, 1.0.: expected two numbers"),
         ({"loss__w_range": "[1,3]"}, "expected --subpath.gamma one"),
-        ({"optimiser__lr": 1e30}, "--optimiser.lr 1e.30"),
-        ({"student__rank": 0}, "--student.rank 0"),
         ({"data__name": "folder"}, "--data.name folder needs --data.path"),
-        ({"evaluation__steps": "[1,11]"}, "--evaluation.steps 11"),
-        ({"trainer__max_steps": 0}, "--trainer.max_steps 0"),
+        ({"data__images": 0}, "--data.images 0: expected a number of at least 1"),
+        ({"evaluation__steps": "[1,11]"}, "--evaluation.steps 11: expected at most --subpath.solver_steps 10"),
+        ({"trainer__batch_size": 10**6}, "--trainer.batch_size 1000000: expected at most"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_written(
@@ -206,8 +203,7 @@ def test_lcms_own_recipe_embeds_its_guidance(cache: None, teacher: Path, tmp_pat
 def test_another_teacher_or_a_loss_that_is_not_finite_stops_the_run(cache: None, teacher: Path, tmp_path: Path) -> None:
     folder = train(tmp_path / "run", teacher, baseline="false", trainer__max_steps=2)
     other = save_teacher(tmp_path / "other", "v_prediction", seed=12)
-    (tmp_path / "moved").mkdir()
-    refused("another configuration|another teacher", train, folder, other, baseline="false", trainer__max_steps=2)
+    refused("another teacher than there is now", train, folder, other, baseline="false", trainer__max_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slam.trainer.subpath_loss", lambda student, *_: student.unet.conv_in.bias.sum() * float("nan"))
         refused("the loss became nan at step 1", train, tmp_path / "nan", teacher, baseline="false")

@@ -15,7 +15,8 @@ class DataConfig:
     Args:
         name: shapes (drawn scenes), emoji (captioned artwork), or folder (the user's pictures, at `path`).
         path: an image folder with captions, a parquet file or a data set's name; for name folder.
-        image_column, text_column: columns of a table; found by themselves where there is one candidate.
+        image_column: of a table, with the pictures; found by itself where there is one candidate.
+        text_column: of a table, with the captions; found by itself where there is one candidate.
         images: how many training pictures are drawn (shapes), or at most taken (the others); 0 takes all.
         eval_images: held-out captions, with their pictures, that the metrics are taken on.
         cache_text_gb: text states up to this many GB are computed once and kept; more are encoded step by step.
@@ -84,7 +85,7 @@ class LossConfig:
 
     Args:
         kind: huber, sqrt(d^2 + c^2) - c, or l2.
-        huber_c: c.
+        huber_c: the c of huber, below which the distance is quadratic.
         guidance: w, added to the teacher's conditional output as w (c - u): the usual guidance scale less 1.
         w_range: two numbers: LCM's own recipe, w drawn from this range and embedded instead of gamma (with `gamma:
             one`); empty keeps w fixed.

@@ -1,6 +1,6 @@
 """What a run costs, worked out before it starts: U-Net forward-equivalents, FLOP, memory and GPU-days.
 
-    make slam-plan                                        the published recipe, beside the paper's 6 A100 days
+    make slam-plan                                        # the published recipe, beside the paper's 6 A100 days
     python slam/plan.py --gpu h100 --gpus 8 --utilisation 0.5
     python slam/plan.py --config slam/configs/small.yaml --teacher ldm/pretrained/shapes32-v
 

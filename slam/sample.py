@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.options import Count, NotNegative, Seed
+from common.options import Count, NotNegative, Portion, Seed
 
 if TYPE_CHECKING:
     from common.teacher import Teacher
@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--negative", default="", help="refused: guidance is inside the student")
     parser.add_argument("--guidance", type=NotNegative, help="only for students trained with a range of guidances")
     parser.add_argument("--image", type=Path, help="picture to begin from")
-    parser.add_argument("--strength", type=float, default=0.5, help="share of the noise added to --image")
+    parser.add_argument(
+        "--strength",
+        type=Portion,
+        default=0.5,
+        help="share of the noise added to --image",
+    )
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     parser.add_argument("--count", type=Count, default=8, help="pictures a prompt")
     parser.add_argument("--steps", type=Count, default=4, help="evaluations of the network, 1 to 8")

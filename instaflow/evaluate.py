@@ -13,7 +13,6 @@ is inside their training pairs. Only Inception features may be called FID; every
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.data.lines import read_json_lines, read_lines
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.options import Count, NotNegative, Seed, device
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
             for _, row in read_json_lines(path, "file_name", "text"):
                 texts.setdefault(Path(row["file_name"]).name, row["text"])
         else:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            content = read_object(path, "no such file")
             names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
         ) from None

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import replace_folder, write_atomically
+from common.files import read_object, read_yaml, replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.layouts import (
@@ -153,17 +152,12 @@ def load_compvis(path: Path, ema: bool = True) -> Checkpoint:
 
 def read_config(path: Path) -> dict[str, Any]:
     """{unet, first_stage, conditioner, schedule, scale_factor} from configs/paper/*.yaml or the authors' YAML."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"config {path}: expected a mapping")
+    content = read_yaml(path, f"config {path}")
     if "model" not in content:
         if "unet" not in content:
             raise UserError(f'config {path}: expected "unet" (ldm/configs/paper) or "model" (the authors\' files)')
         if isinstance(content.get("first_stage"), str):
-            zoo = yaml.safe_load((path.parent / "first_stages.yaml").read_text())
+            zoo = read_yaml(path.parent / "first_stages.yaml")
             content["first_stage"] = zoo[content["first_stage"]]
         return content
     params = content["model"].get("params", {})
@@ -184,10 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    return read_object(path)
 
 
 def read_component(folder: Path) -> tuple[StateDict, dict[str, Any]]:

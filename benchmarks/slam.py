@@ -52,8 +52,7 @@ from common.teacher import Teacher
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.evaluate import few_step_source
 from slam.losses import solve_subpath, subpath_loss
-from slam.model import make_student, scalar_embedding
-from slam.trainer import averaged_copy, follow
+from slam.model import averaged_copy, follow, make_student, scalar_embedding
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 PATHS = SubPathConfig(solver_steps=25, sigma="linear", time="effective", embedding_scale=0.1)

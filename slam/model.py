@@ -5,6 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, L text tokens, D text wi
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -142,3 +143,20 @@ def copy_unet(teacher: Teacher, embedding_width: int | None) -> Any:
     if wrong := [*set(missing) - {PROJECTION}, *surplus]:
         raise UserError(f"the teacher's U-Net cannot be rebuilt from its config: {wrong[0]} does not fit")
     return unet.float()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, student: nn.Module, decay: float) -> None:
+    """target <- decay target + (1 - decay) student, over what is trained (step 8)."""
+    both = zip(target.parameters(), student.parameters(), strict=True)
+    pairs = [(t, s) for t, s in both if t.requires_grad or s.requires_grad]
+    torch._foreach_lerp_([t.data for t, _ in pairs], [s.data for _, s in pairs], 1 - decay)
+
+
+def averaged_copy(student: Student) -> Student:
+    """A frozen copy that starts as the student; what the student does not train is shared with it, not copied."""
+    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+    target = copy.deepcopy(student, dict(shared))
+    for parameter in target.parameters():
+        parameter.requires_grad_(False)
+    return target.eval()

@@ -5,37 +5,19 @@ Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text w
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.steps import BatchMeans, StepDraws
 from common.teacher import Teacher
 from slam.config import LossConfig, OptimiserConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
-from slam.model import Student
-
-
-@torch.no_grad()
-def follow(target: nn.Module, student: nn.Module, decay: float) -> None:
-    """target <- decay target + (1 - decay) student, over what is trained (step 8)."""
-    both = zip(target.parameters(), student.parameters(), strict=True)
-    pairs = [(t, s) for t, s in both if t.requires_grad or s.requires_grad]
-    torch._foreach_lerp_([t.data for t, _ in pairs], [s.data for _, s in pairs], 1 - decay)
-
-
-def averaged_copy(student: Student) -> Student:
-    """A frozen copy that starts as the student; what the student does not train is shared with it, not copied."""
-    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-    target = copy.deepcopy(student, dict(shared))
-    for parameter in target.parameters():
-        parameter.requires_grad_(False)
-    return target.eval()
+from slam.model import Student, averaged_copy, follow
 
 
 class SlamTraining(pl.LightningModule):

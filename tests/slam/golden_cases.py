@@ -12,10 +12,9 @@ from common.solvers import ddim_step
 from common.teacher import NoiseSchedule, read_schedule
 from slam.config import LossConfig
 from slam.losses import SubPath, distance, solve_subpath, subpath_loss
-from slam.model import Student, scalar_embedding
+from slam.model import Student, follow, scalar_embedding
 from slam.sampler import sample, timesteps
 from slam.subpath import SubPaths, boundary_scalings
-from slam.trainer import follow
 from tests.golden_case import Case, Check, assert_close, assert_sinusoids_close, assert_timed_close, kind
 
 TRAINER = "MCG-NJU/SPLAM"

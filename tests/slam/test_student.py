@@ -12,9 +12,8 @@ from torch import Tensor
 from common.solvers import ddim_step, guided_network
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
-from slam.model import PROJECTION, Student, make_student, scalar_embedding
+from slam.model import PROJECTION, Student, averaged_copy, follow, make_student, scalar_embedding
 from slam.sampler import sample, timesteps
-from slam.trainer import averaged_copy, follow
 from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
 from tests.refusals import refused
 

@@ -15,9 +15,8 @@ from common.ema import Ema
 from common.steps import StepDraws
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
-from slam.model import Student, make_student
+from slam.model import Student, averaged_copy, make_student
 from slam.sampler import sample
-from slam.trainer import averaged_copy
 
 SAMPLING_SEED = 4310  # of the noise that multi-step sampling adds
 RANK = 16  # of every row that trains adaptors

@@ -123,6 +123,26 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give the name of a folder")
+    try:
+        with unfinished(path, folder=True) as temporary:
+            fill(temporary)
+            if path.is_dir():
+                # Other files of the folder (model card, sample grids) stay.
+                for item in temporary.iterdir():
+                    target = path / item.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    os.replace(item, target)
+            else:
+                os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
 @contextlib.contextmanager
 def reading(path: Path, advice: str = AGAIN) -> Iterator[None]:
     """What the block finds wrong with the content of a file is said of the file.

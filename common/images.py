@@ -8,7 +8,7 @@ import math
 import os
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +310,12 @@ def save_grid(
 ) -> Path:
     """`make_grid` written to a PNG file, atomically."""
     return save_png(make_grid(images, columns, captions, tile), path)
+
+
+def comparison_grid(arms: Mapping[str, Tensor], prompts: Sequence[str], count: int, path: Path, tile: int = 96) -> Path:
+    """One row an arm, one column a prompt, the same noises throughout; the caption names both."""
+    # Different prompts show more than repeats of one.
+    first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:count]
+    rows = torch.cat([images[first] for images in arms.values()])
+    captions = [f"{arm}: {prompts[i]}" for arm in arms for i in first]
+    return save_png(make_grid(rows, len(first), captions, tile, caption_lines=3), path)

@@ -86,6 +86,7 @@ class Teacher:
         text_encoder, tokenizer: transformers modules as stock diffusers uses them.
         scheduler_config: content of `scheduler_config.json`.
         folder: the directory it was read from, if any.
+        distilled: take a consistency model, for what stands around its U-Net; else such a one is refused.
     """
 
     def __init__(
@@ -96,15 +97,17 @@ class Teacher:
         tokenizer: Any,
         scheduler_config: dict[str, Any],
         folder: Path | None = None,
+        distilled: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler_config, self.folder = dict(scheduler_config), folder
         name = str(folder) if folder else "this teacher"
         check_networks(unet, vae, text_encoder, tokenizer, name)
-        if unet.config.get("time_cond_proj_dim") is not None or scheduler_config.get("_class_name") == "LCMScheduler":
+        embedded, kind = unet.config.get("time_cond_proj_dim"), scheduler_config.get("_class_name")
+        if (embedded is not None or kind == "LCMScheduler") and not distilled:
             raise UserError(
                 f"{name}/unet/config.json, scheduler: a latent consistency model (time_cond_proj_dim "
-                f"{unet.config.get('time_cond_proj_dim')}), which jumps instead of following an ODE; expected the "
+                f"{embedded}), which jumps instead of following an ODE; expected the "
                 "diffusion model it was distilled from"
             )
         for module in (unet, vae, text_encoder):

@@ -64,11 +64,11 @@ def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | Non
         {"arms": {name: measures}, "unet_forwards_per_image": {name: number}, ...}; pictures go to `comparison.png`.
     """
     from common.data.pairs import PairSource
+    from common.images import comparison_grid
     from common.metrics.judge import ShapesJudge
     from common.metrics.measures import Yardstick
     from common.metrics.perceptual import perceptual_distance
     from common.solvers import DiffusionSource
-    from instaflow.figures import comparison_grid
     from instaflow.flow import FlowSource
 
     config, teacher = run.config, run.teacher

@@ -18,7 +18,6 @@ number of attention heads is not in the weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import read_object, read_yaml, unfinished, write_atomically
+from common.files import read_object, read_yaml, replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.diffusion import make_betas
@@ -352,26 +351,6 @@ def scheduler_config(
     }
 
 
-def _replace_folder(path: Path, fill: Any) -> None:
-    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give the name of a folder")
-    try:
-        with unfinished(path, folder=True) as temporary:
-            fill(temporary)
-            if path.is_dir():
-                # Other files of the folder (model card, sample grids) stay.
-                for item in temporary.iterdir():
-                    target = path / item.name
-                    if target.is_dir():
-                        shutil.rmtree(target)
-                    os.replace(item, target)
-            else:
-                os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -431,7 +410,7 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
             shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
             _write_pipeline_files(folder)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
 
 
 def write_pipeline(
@@ -482,7 +461,7 @@ def write_pipeline(
         tokenizer.save_pretrained(str(folder / "tokenizer"))
         _write_pipeline_files(folder)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
     return path
 
 

@@ -197,7 +197,7 @@ def read_yaml(path: Path, what: str = "", advice: str = AGAIN) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{name} cannot be read: no such file")
     try:
-        content = yaml.safe_load(text_of(path, advice))  # not the loader in C: deep content overflows its stack
+        content = yaml.safe_load(text_of(path, advice))
         refuse_deep(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())[:300]}; {advice}") from None

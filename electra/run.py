@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch
 
 from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
-from common.files import write_json
+from common.files import unfinished, write_json
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
 from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
@@ -55,7 +55,7 @@ class Arm:
     @property
     def finished(self) -> bool:
         """Whether its encoders are there already."""
-        return (self.folder / "arm.json").is_file()
+        return (self.folder / "arm.json").is_file() and (self.encoder / "config.json").is_file()
 
     @property
     def encoder(self) -> Path:
@@ -246,8 +246,8 @@ class Run:
 
     def _finish(self, arm: Arm, network: ElectraPretrainer) -> None:
         """Write the transformers directories and the arm's record, which marks the end."""
-        with tempfile.TemporaryDirectory(prefix=".saving.", dir=arm.folder) as name:
-            saved = Path(name) / "network"
+        with unfinished(arm.encoder, folder=True) as place:
+            saved = place / "network"
             save_transformers(network, saved, self.tokenizer)
             if (saved / "generator").is_dir():
                 replace_folder(saved / "generator", arm.generator)
@@ -287,7 +287,7 @@ def replace_folder(new: Path, place: Path) -> None:
     """Move a finished folder to its place; one that an interrupted start left there goes."""
     if place.exists():
         shutil.rmtree(place)
-    new.rename(place)
+    os.replace(new, place)
 
 
 def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:

@@ -18,7 +18,6 @@ Nothing is allocated: the networks are built on the meta device. Text encoding a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +29,7 @@ import torch
 from common import costs
 from common.cli import parse_config
 from common.errors import run_main
+from common.files import read_object
 from instaflow.config import InstaFlowConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -72,7 +72,9 @@ def forward_flop(teacher: str) -> tuple[int, int]:
         if (folder / "unet" / "config.json").is_file():
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-            tokens = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+            tokens = read_object(folder / "tokenizer" / "tokenizer_config.json", kinds={"model_max_length": int})[
+                "model_max_length"
+            ]
         else:
             unet, vae = stable_diffusion_unet(), stable_diffusion_vae()
         side = unet.config.sample_size

@@ -226,6 +226,16 @@ class Run:
     def save(self, ldm: LatentDiffusion) -> None:
         """Write the finished model, and for stock diffusers a pipeline where it can carry the model."""
         save_weights(self.folder / "model.safetensors", own_state(ldm))
+        self.export(ldm)
+
+    @property
+    def exported(self) -> bool:
+        """Whether the pipeline is there already, or is not to be."""
+        wanted = self.config.export_pipeline and exportable(self.task, self.config)
+        return not wanted or (self.folder / "pipeline" / "model_index.json").is_file()
+
+    def export(self, ldm: LatentDiffusion) -> None:
+        """Write the pipeline for stock diffusers where it can carry the model."""
         if self.config.export_pipeline and exportable(self.task, self.config):
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
 

@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run, ldm, seconds = Run.open(config, text), None, {}
     if run.finished:
         print(f"{run.folder}: trained already", file=sys.stderr)
+        if is_main_process() and not run.exported:
+            ldm = run.load()
+            run.export(ldm)
     elif config.stages != ["evaluate"]:
         began = time.perf_counter()
         first_stage = first_stage_of(run)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.data.lines import read_json_lines
 from common.errors import UserError, first_line, run_main
-from common.files import is_text, list_files, write_json
+from common.files import is_text, list_files, read_object, write_json
 from common.options import Count, device
 from common.processes import say_once
 
@@ -179,12 +179,9 @@ def _begun(captioner: Captioner, output: Path) -> set[str]:
     record["max_new_tokens"] = str(captioner.max_new_tokens)
     sidecar = output.with_name(output.name + ".captioner.json")
     if output.exists():
-        try:
-            known = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else None
-        except (ValueError, RecursionError):
-            known = None
+        known = read_object(sidecar) if sidecar.exists() else None
         if known != record:
-            begun = f"with {known.get('model')}" if isinstance(known, dict) else "by something else"
+            begun = f"with {known.get('model')}" if known is not None else "by something else"
             raise UserError(
                 f"{output} was begun {begun}, not with this model, prompt and length: give another --output or move "
                 "it away"

@@ -534,7 +534,7 @@ def broken_rows(source: Source, progress: bool = False) -> dict[int, str]:
     path = cache_dir("scans") / f"{source.fingerprint}-2.json"  # 2: the rules of `decoded`
     try:
         bad = {int(row): reason for row, reason in json.loads(path.read_text(encoding="utf-8"))["corrupt"].items()}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         bad = _decode_all(source, progress)
         with contextlib.suppress(UserError):  # a full or read-only cache: decoded again next time
             write_json(path, {"source": source.name, "images": len(source), "corrupt": bad})

@@ -32,7 +32,7 @@ from common.data.lines import read_lines
 from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, TABLE_SUFFIXES, read_captioned
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import file_sha256, write_atomically, write_json
+from common.files import file_sha256, read_object, sweep, write_atomically, write_json
 from common.paths import cache_dir
 from common.processes import process_place
 from common.teacher import Teacher
@@ -376,13 +376,11 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["identity"]["format"] == FORMAT and isinstance(manifest["shards"], dict):
-            return dict(manifest)
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        pass
-    raise UserError(f"{path} is damaged or of another version; delete {folder} and generate again")
+    advice = f"delete {folder} and generate again"
+    manifest = read_object(path, kinds={"identity": dict, "shards": dict}, advice=advice)
+    if manifest["identity"].get("format") != FORMAT:
+        raise UserError(f"{path} is of another version: {advice}")
+    return manifest
 
 
 def _available(shards: dict[str, Any]) -> int:
@@ -417,4 +415,5 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep(folder)
         yield

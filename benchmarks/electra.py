@@ -49,6 +49,7 @@ from benchmarks.arms import (
 from common.errors import run_main
 from common.ledger import bench_row
 from common.paths import RESULTS
+from common.pretrained import from_folder
 
 if TYPE_CHECKING:
     from electra.config import ElectraConfig
@@ -190,8 +191,8 @@ class Assembled(nn.Module):
         super().__init__()
         from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
-        self.discriminator = ElectraForPreTraining.from_pretrained(folder, local_files_only=True)
-        self.generator = ElectraForMaskedLM.from_pretrained(folder / "generator", local_files_only=True)
+        self.discriminator = from_folder(ElectraForPreTraining, folder)
+        self.generator = from_folder(ElectraForMaskedLM, folder / "generator")
         self.generator.electra.embeddings = self.discriminator.electra.embeddings
         table = self.discriminator.electra.embeddings.word_embeddings.weight
         self.generator.generator_lm_head.weight = table

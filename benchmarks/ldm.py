@@ -49,6 +49,7 @@ from common.costs import flop, parameter_count
 from common.errors import run_main
 from common.options import Count
 from common.paths import REPOSITORY, RESULTS
+from common.pretrained import from_folder
 
 if TYPE_CHECKING:
     from ldm.config import LdmConfig
@@ -192,7 +193,7 @@ def peer_core(config: LdmConfig, device: str, bf16: bool, pipeline: Path, compil
     """diffusers' U-Net alone, in the same step with the optimiser as its example makes it."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    unet = from_folder(UNet2DConditionModel, pipeline / "unet")
     if compiled:
         unet.compile()
     return core_step(unet, lambda *inputs: unet(*inputs).sample, config, device, bf16, fused=False)
@@ -203,11 +204,11 @@ def peer_whole(config: LdmConfig, device: str, bf16: bool, pipeline: Path) -> St
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import BertModel
 
-    scheduler = DDPMScheduler.from_pretrained(pipeline / "scheduler")
+    scheduler = from_folder(DDPMScheduler, pipeline / "scheduler")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    vae = AutoencoderKL.from_pretrained(pipeline / "vae").requires_grad_(False).to(device, dtype)
-    text_encoder = BertModel.from_pretrained(pipeline / "text_encoder").requires_grad_(False).to(device, dtype)
-    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet").to(device).train()
+    vae = from_folder(AutoencoderKL, pipeline / "vae").requires_grad_(False).to(device, dtype)
+    text_encoder = from_folder(BertModel, pipeline / "text_encoder").requires_grad_(False).to(device, dtype)
+    unet = from_folder(UNet2DConditionModel, pipeline / "unet").to(device).train()
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
     columns = training_columns(config)
@@ -256,7 +257,7 @@ def our_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps
 
     tune_allocator()
     # The ids of "" are the null condition: ours must come from the tokenizer that the pipeline has.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
+    tokenizer = from_folder(PreTrainedTokenizerFast, folder / "pipeline" / "tokenizer")
     ldm, _ = build(config, tokenizer)
     ldm.to(device).eval()
     prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
@@ -276,7 +277,7 @@ def peer_sampling(config: LdmConfig, device: str, folder: Path, batch: int, step
     """The same by StableDiffusionPipeline."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", local_files_only=True).to(device)
+    pipeline = from_folder(StableDiffusionPipeline, folder / "pipeline").to(device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     start = start_noise(config, batch).to(device)

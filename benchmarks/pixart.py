@@ -50,6 +50,7 @@ from benchmarks.arms import (
 from common.errors import run_main
 from common.ledger import bench_row
 from common.paths import RESULTS
+from common.pretrained import from_folder
 
 if TYPE_CHECKING:
     from pixart.config import PixArtConfig
@@ -154,7 +155,7 @@ def our_network(size: str, device: str, compiled: bool) -> tuple[PixArt, Predict
 def peer_network(folder: Path, device: str, compiled: bool) -> tuple[torch.nn.Module, Predict]:
     from diffusers import PixArtTransformer2DModel
 
-    net = PixArtTransformer2DModel.from_pretrained(folder / "pipeline" / "transformer").to(device)
+    net = from_folder(PixArtTransformer2DModel, folder / "pipeline" / "transformer").to(device)
     if compiled:
         net.compile()
 
@@ -225,9 +226,9 @@ def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, 
     """The same by PixArtAlphaPipeline with given prompt embeddings."""
     from diffusers import PixArtAlphaPipeline
 
-    pipeline = PixArtAlphaPipeline.from_pretrained(
-        folder / "pipeline", text_encoder=None, tokenizer=None, vae=None, local_files_only=True
-    ).to(device)
+    pipeline = from_folder(PixArtAlphaPipeline, folder / "pipeline", text_encoder=None, tokenizer=None, vae=None).to(
+        device
+    )
     pipeline.set_progress_bar_config(disable=True)
     given = make_batch(size, 0, device, 2 * batch)
     side = 8 * SIZES[size].side

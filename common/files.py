@@ -1,4 +1,4 @@
-"""Files that are whole or absent, never half written; records that are read with care; configs that name no code."""
+"""Files that are whole or absent, never half written; records that are read with care."""
 
 from __future__ import annotations
 
@@ -121,6 +121,26 @@ def write_json(path: Path, value: Any) -> None:
 
     text = json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give the name of a folder")
+    try:
+        with unfinished(path, folder=True) as temporary:
+            fill(temporary)
+            if path.is_dir():
+                # Other files of the folder (model card, sample grids) stay.
+                for item in temporary.iterdir():
+                    target = path / item.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    os.replace(item, target)
+            else:
+                os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -248,11 +268,35 @@ def checked_file(path: Path, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def refuse_code(part: Path) -> None:
-    """Raise UserError where the configs of a part name Python code to load it with (`auto_map`), which is never run."""
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        if (part / name).is_file() and "auto_map" in read_object(part / name):
-            raise UserError(
-                f"{part / name}: auto_map asks to run Python code that comes with the files, which is never done here; "
-                "expected a model whose code is in diffusers or transformers"
-            )
+def is_text(name: str) -> bool:
+    """Whether a string is Unicode text: names of files may hold bytes that are not, as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted by path. Hidden files and folders (`.name`, the `._*` of other systems) and
+    folders like `__MACOSX` do not count; links are followed, each folder is read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(path: str) -> None:
+        real = os.path.realpath(path)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                walk(entry.path)
+            elif entry.is_file() and not entry.name.startswith("."):
+                found.append(Path(entry.path))
+
+    walk(str(folder))
+    return sorted(found)

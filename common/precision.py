@@ -165,7 +165,7 @@ def _timed_steps(
     watch = _Stopwatch()
     settings: dict[str, Any] = dict(
         max_steps=-1,
-        max_epochs=-1,
+        max_epochs=1,  # which ends where a run has fewer steps than are timed; more epochs of none would never end
         accelerator=options.accelerator,
         devices=1,
         plugins=[LightningEnvironment()],  # one process, whatever launcher started this one

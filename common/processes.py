@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ def is_main_process() -> bool:
     return all(
         os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     )
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line on stderr, once and by one process."""
+    if is_main_process():
+        print(line, file=sys.stderr)
 
 
 def process_place() -> tuple[int, int]:

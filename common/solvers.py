@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.teacher import NoiseSchedule, Teacher, quiet_libraries
+from common.pretrained import quiet_libraries
+from common.teacher import NoiseSchedule, Teacher, check_steps
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (z_BCHW, tau_B) -> output of the schedule's prediction type
 
@@ -43,10 +44,7 @@ class DiffusionSource:
         self.scheduler = make_scheduler(solver, teacher.scheduler_config, self.options)
         if steps < 1:
             raise UserError(f"{steps} solver steps: expected at least 1")
-        try:
-            self.scheduler.set_timesteps(steps)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise UserError(f"solver {solver} cannot make {steps} steps ({error}); try another number") from None
+        check_steps(self.scheduler, steps, f"solver {solver}, steps")
         self._calls = len(self.scheduler.timesteps)
         refuse_stochastic(self.scheduler, steps)
         self._null: Tensor | None = None
@@ -76,8 +74,14 @@ class DiffusionSource:
         return x1_BCHW
 
 
+# What stock pipelines set in any scheduler, whatever its config says or leaves out.
+STOCK_OPTIONS = {"clip_sample": False, "steps_offset": 1}
+
+
+@quiet_libraries()
 def make_scheduler(name: str, config: dict[str, Any], options: dict[str, Any] | None = None) -> Any:
-    """The diffusers scheduler `name` with the noise schedule and prediction type of `config`."""
+    """The diffusers scheduler `name` with the noise schedule and prediction type of `config`, as stock pipelines have
+    it."""
     import diffusers
 
     known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler"))
@@ -88,8 +92,11 @@ def make_scheduler(name: str, config: dict[str, Any], options: dict[str, Any] | 
             f"{', '.join(close[:3] or ['DPMSolverMultistepScheduler', 'DDIMScheduler'])}"
         )
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    given = options or {}
     try:
-        scheduler = getattr(diffusers, name).from_config(plain, **(options or {}))
+        scheduler = getattr(diffusers, name).from_config(plain, **given)
+        if other := {k: v for k, v in STOCK_OPTIONS.items() if k not in given and scheduler.config.get(k, v) != v}:
+            scheduler = getattr(diffusers, name).from_config(plain | other, **given)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise UserError(f"solver {name} does not take this teacher's schedule: {error}") from None
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -118,6 +125,7 @@ def stock_pipeline(teacher: Teacher, solver: str) -> Any:
     return pipeline
 
 
+@quiet_libraries()
 def refuse_stochastic(scheduler: Any, steps: int) -> None:
     """A coupling needs an ODE: one noise, one image.
 

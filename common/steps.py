@@ -14,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from common.data.sampling import derive_seed, generator_step, step_generator
@@ -69,6 +70,15 @@ class StepDraws:
     def seed_dropout(self) -> None:
         """Dropout draws from the global generator, which no checkpoint holds."""
         torch.manual_seed(self.seed)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """What every process has, averaged (no gradients); where there is one process, its own."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 class BatchMeans:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
-from common.files import read_object, refuse_code
+from common.files import read_object
+from common.pretrained import from_folder, one_line, quiet_libraries, read_network, refuse_code, refuse_not_finite
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")  # besides text
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' loading bars and remarks (image processors that are not used, text encoders besides CLIP);
-    what matters of them, missing weights, is refused here."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level, bar in zip(libraries, levels, bars):
-            library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()
 
 
 @dataclass
@@ -108,6 +86,7 @@ class Teacher:
         text_encoder, tokenizer: transformers modules as stock diffusers uses them.
         scheduler_config: content of `scheduler_config.json`.
         folder: the directory it was read from, if any.
+        distilled: take a consistency model, for what stands around its U-Net; else such a one is refused.
     """
 
     def __init__(
@@ -118,15 +97,17 @@ class Teacher:
         tokenizer: Any,
         scheduler_config: dict[str, Any],
         folder: Path | None = None,
+        distilled: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler_config, self.folder = dict(scheduler_config), folder
         name = str(folder) if folder else "this teacher"
         check_networks(unet, vae, text_encoder, tokenizer, name)
-        if unet.config.get("time_cond_proj_dim") is not None or scheduler_config.get("_class_name") == "LCMScheduler":
+        embedded, kind = unet.config.get("time_cond_proj_dim"), scheduler_config.get("_class_name")
+        if (embedded is not None or kind == "LCMScheduler") and not distilled:
             raise UserError(
                 f"{name}/unet/config.json, scheduler: a latent consistency model (time_cond_proj_dim "
-                f"{unet.config.get('time_cond_proj_dim')}), which jumps instead of following an ODE; expected the "
+                f"{embedded}), which jumps instead of following an ODE; expected the "
                 "diffusion model it was distilled from"
             )
         for module in (unet, vae, text_encoder):
@@ -290,7 +271,6 @@ def load_parts(folder: Path, dtype: torch.dtype, unet: bool = True) -> tuple[dic
     for part in PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"{folder}: the folder {part}/ is missing; expected {', '.join(PARTS)}")
-        refuse_code(folder / part)
     library, encoder_name = index.get("text_encoder") or [None, None]
     config = read_object(folder / "scheduler" / "scheduler_config.json", f"{folder} has no scheduler")
     # Half-precision autoencoders of Stable Diffusion overflow in float16; bfloat16 has the range.
@@ -302,15 +282,13 @@ def load_parts(folder: Path, dtype: torch.dtype, unet: bool = True) -> tuple[dic
             raise UserError(
                 f"{folder}/model_index.json: text_encoder is {library}.{encoder_name}; expected a transformers class"
             )
-        network = _read_part(diffusers.UNet2DConditionModel, folder / part, torch_dtype=dtype) if unet else None
+        network = read_network(diffusers.UNet2DConditionModel, folder / part, torch_dtype=dtype) if unet else None
         part = "vae"
-        vae = _read_part(diffusers.AutoencoderKL, folder / part, torch_dtype=vae_dtype)
+        vae = read_network(diffusers.AutoencoderKL, folder / part, torch_dtype=vae_dtype)
         part = "text_encoder"
-        text_encoder = _read_part(encoder_class, folder / part, dtype=dtype)
+        text_encoder = read_network(encoder_class, folder / part, dtype=dtype)
         part = "tokenizer"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder / part, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = from_folder(transformers.AutoTokenizer, folder / part)
     except UserError:
         raise
     except Exception as error:  # damaged files raise anything from OSError to pydantic and Rust errors
@@ -341,7 +319,9 @@ def open_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.
         _, (unet, vae, text_encoder, tokenizer) = load_parts(folder, dtype)
         parts = {"unet": unet, "vae": vae.to(dtype), "text_encoder": text_encoder, "tokenizer": tokenizer}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        pipeline = from_folder(diffusers.DiffusionPipeline, folder, dtype=dtype, **parts)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder}: cannot be read ({one_line(error)}); expected a {kind} directory") from None
     for name, module in pipeline.components.items():
@@ -351,16 +331,23 @@ def open_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.
     return pipeline.to(device)
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of a library's message, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
+    """Refuse numbers of steps that a diffusers scheduler cannot make of its noise levels; sets them.
 
-
-def refuse_not_finite(module: nn.Module, part: Path) -> None:
-    """Raise UserError if a weight is NaN or infinite: every picture would be."""
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{part}: {name} holds numbers that are not finite; download or export it again")
+    Raises:
+        UserError: naming the option.
+    """
+    levels = int(scheduler.config.num_train_timesteps)
+    try:
+        scheduler.set_timesteps(steps)
+        fits = len(scheduler.timesteps) > 0 and float(scheduler.timesteps.max()) < levels
+    except (ValueError, IndexError, ZeroDivisionError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{option} {steps}: {type(scheduler).__name__} cannot make {steps} steps of its {levels} noise "
+            f"levels; try another number, for example {max(1, min(50, levels // 2))}"
+        )
 
 
 def check_networks(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, name: str) -> None:
@@ -408,35 +395,14 @@ def check_networks(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, name:
         )
 
 
-def _read_part(module_class: Any, folder: Path, **dtype: torch.dtype) -> Any:
-    """One network of the directory; .safetensors where they exist, else tensors of a .bin (no pickled code).
-
-    Raises:
-        UserError: the file lacks some of the network's weights, which the libraries would leave random, or holds some
-            that are not finite.
-    """
-    # Directories of which only the half-precision files were downloaded.
-    plain = [path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"} and ".fp16." not in path.name]
-    variant = None if plain else "fp16"
-    # As text: diffusers notes the name in the config, which a saved student could not hold as a Path.
-    module, info = module_class.from_pretrained(
-        str(folder), local_files_only=True, variant=variant, output_loading_info=True, **dtype
-    )
-    # A pooler is not used here, and older files carry no position numbers.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
-    if missing:
-        raise UserError(f"{folder}: its weights lack {missing[0]} ({len(missing)} tensors in all); download it again")
-    refuse_not_finite(module, folder)
-    return module
-
-
 def encode_text(
     text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device, batch_size: int = 256
 ) -> Tensor:
     """Text states [B, L, D] as `StableDiffusionPipeline.encode_prompt` computes them."""
     parts: list[Tensor] = []
     masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
-    cut: list[str] = []
+    cut: list[int] = []
+    unknown: list[int] = []
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
         tokens = tokenizer(
@@ -446,18 +412,16 @@ def encode_text(
             truncation=True,
             return_tensors="pt",
         )
-        cut += [prompt for prompt, encoding in zip(chunk, tokens.encodings or ()) if encoding.overflowing]
+        cut += [first + i for i, encoding in enumerate(tokens.encodings or ()) if encoding.overflowing]
+        unknown += [first + i for i in unknown_texts(tokenizer, tokens.input_ids.tolist())]
         mask = tokens.attention_mask.to(device) if masked else None
         parts.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
     if not parts:
         raise UserError("no prompts given; expected at least one")
-    if cut and not getattr(tokenizer, "said_that_it_cuts", False):
-        tokenizer.said_that_it_cuts = True
-        warnings.warn(
-            f"{len(cut)} of {len(prompts)} prompts are cut to {tokenizer.model_max_length} tokens, the first is "
-            f"{cut[0]!r} (said once)",
-            stacklevel=3,
-        )
+    if (cut or unknown) and not getattr(tokenizer, "said_what_is_lost", False):
+        tokenizer.said_what_is_lost = True
+        say_lost("prompts", prompts, cut, f"cut to {tokenizer.model_max_length} tokens")
+        say_lost("prompts", prompts, unknown, "unknown to the tokenizer")
     return torch.cat(parts)
 
 

@@ -88,6 +88,16 @@ def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[
     return tensors, {key: note for key, note in notes.items() if key not in ("format", CHECKSUM)}
 
 
+def read_notes(path: Path, option: str = "") -> dict[str, str]:
+    """The notes of a .safetensors file alone; see `read_weights`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        label = f"{option} {path}".strip()
+        raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
+
+
 def _shards(index: Path, label: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -197,6 +197,30 @@ def load_pretrained(directory: Path) -> Pretrained:
     return Pretrained(config, (values.get("architectures") or ["ElectraModel"])[0], renamed)
 
 
+def encoder_folder(path: Path) -> Path:
+    """The transformers directory in an arm's folder (discriminator/, or encoder/ of an arm that has none); another
+    folder is what it is.
+
+    Raises:
+        UserError: the folder of a whole run of several arms.
+    """
+    if (path / "config.json").is_file():
+        return path
+    for name in ("discriminator", "encoder"):
+        if (path / name / "config.json").is_file():
+            return path / name
+    arms = sorted(record.parent for record in path.glob("*/arm.json"))
+    if len(arms) > 1:
+        raise UserError(f"{path} holds the arms {', '.join(arm.name for arm in arms)}: name one, {arms[0]} for example")
+    return encoder_folder(arms[0]) if arms else path
+
+
+def generator_folder(path: Path) -> Path | None:
+    """The generator beside or in a transformers directory; None where there is none."""
+    places = (path / "generator", path.parent / "generator" if path.name in ("discriminator", "encoder") else path)
+    return next((place for place in places if place != path and (place / "config.json").is_file()), None)
+
+
 def write_directory(
     directory: Path, config: ElectraConfig, architecture: Architecture, state: Mapping[str, Tensor], pad_id: int = 0
 ) -> None:
@@ -325,9 +349,10 @@ def import_official(
 
 
 def export_official(directory: Path) -> StateDict:
-    """Official variables of DIR and, where it exists, DIR/generator."""
-    main = load_pretrained(directory)
-    generator = load_pretrained(directory / "generator") if (directory / "generator").is_dir() else None
+    """Official variables of a transformers directory (or an arm's folder) and of its generator, where there is one."""
+    directory = encoder_folder(directory)
+    main, place = load_pretrained(directory), generator_folder(directory)
+    generator = load_pretrained(place) if place else None
     if main.config.relative_positions:
         raise UserError(f"{directory}: the official code has no relative positions")
     return to_official(pretraining_state(main, generator)[1])

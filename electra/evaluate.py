@@ -51,11 +51,14 @@ def evaluate_encoders(
     """
     import statistics
 
-    from electra.convert import load_pretrained
+    from electra.convert import encoder_folder, load_pretrained
     from electra.finetuning import finetune
     from electra.wordpiece import load_tokenizer
 
-    loaded = [(str(folder), load_pretrained(folder), load_tokenizer(vocabulary or folder)) for folder in directories]
+    places = {folder: encoder_folder(folder) for folder in directories}
+    loaded = [
+        (str(folder), load_pretrained(place), load_tokenizer(vocabulary or place)) for folder, place in places.items()
+    ]
     sources: list[tuple[str, Any, Any]] = [*loaded]
     if scratch:
         sources.insert(0, (SCRATCH, loaded[0][1].config, loaded[0][2]))
@@ -152,6 +155,7 @@ def predict_lines(
     Raises:
         UserError: the task is not one of classes or scores, or the file has no line.
     """
+    from electra.convert import encoder_folder
     from electra.finetuning import finetune_model, predict
     from electra.tasks import Item
     from electra.wordpiece import load_tokenizer
@@ -161,6 +165,7 @@ def predict_lines(
     lines = [line for _, line in read_lines(sentences, blank=True)]
     if not any(line.strip() for line in lines):
         raise UserError(f"--predict {sentences}: the file is empty; expected one sentence a line")
+    directory = encoder_folder(directory)
     tokenizer = load_tokenizer(vocabulary or directory)
     model, _ = finetune_model(directory, tokenizer, task, config)
     items = [Item(line.partition("\t")[0], line.partition("\t")[2]) for line in lines if line.strip()]

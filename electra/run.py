@@ -18,12 +18,12 @@ from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
 from common.files import unfinished, write_json
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
+from common.processes import is_main_process, say_once
 from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
-from electra.convert import load_pretrained, pretraining_state, save_transformers
+from electra.convert import encoder_folder, generator_folder, load_pretrained, pretraining_state, save_transformers
 from electra.corpora import load_corpus
 from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
 from electra.evaluate import open_tasks
@@ -36,6 +36,7 @@ from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import SecondStage, second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer, load_tokenizer
 
+MOST_UNKNOWN, SAY_UNKNOWN = 0.5, 0.01  # shares of unknown tokens in the text: refused, said
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
 # Options that only say where an input lies, by what messages call it.
@@ -104,6 +105,13 @@ class Run:
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
+            raise UserError(
+                f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
+                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+            )
+        if share > SAY_UNKNOWN:
+            say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
         run = cls(config, folder, tokenizer, train, held_out, tasks)
         run.check_networks()
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
@@ -294,7 +302,7 @@ def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
         return load_tokenizer(folder / "tokenizer")
     if config.init_from is None or not Path(config.init_from).is_dir():
         return given or open_tokenizer(config.data)
-    main = main_folder(Path(config.init_from))
+    main = encoder_folder(Path(config.init_from))
     if not any((main / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         if given is None:
             raise UserError(
@@ -311,20 +319,15 @@ def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:
     return given or own
 
 
-def main_folder(path: Path) -> Path:
-    """The transformers directory of an arm's folder that holds its main network, or `path` itself."""
-    return next((path / name for name in ("discriminator", "encoder") if (path / name).is_dir()), path)
-
-
 def start_from(network: ElectraPretrainer, path: Path) -> None:
     """Fill a network from an arm's folder (discriminator/, generator/) or a transformers directory (with generator/).
 
     Raises:
         UserError: nothing there, or weights of another network.
     """
-    main = main_folder(path)
-    generator = path / "generator"
-    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator.is_dir() else None)
+    main = encoder_folder(path)
+    generator = generator_folder(main)
+    _, state = pretraining_state(load_pretrained(main), load_pretrained(generator) if generator else None)
     own = {key: value for key, value in network.state_dict().items() if "." in key}
     check_weights(
         state, own, f"--init_from {path}", "--model and the arm's objective (give those of the run that made it)"

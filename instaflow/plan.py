@@ -65,7 +65,7 @@ def forward_flop(teacher: str) -> tuple[int, int]:
     """(FLOP of one U-Net forward, FLOP of decoding one latent): of a teacher directory, or of Stable Diffusion 1.5."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from instaflow.student import stable_diffusion_unet, stable_diffusion_vae
+    from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
 
     folder, tokens = Path(teacher), 77
     with torch.device("meta"), torch.no_grad():

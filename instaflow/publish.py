@@ -74,13 +74,14 @@ def publish(run_dir: Path, name: str) -> Path:
     from diffusers import StableDiffusionPipeline
 
     from common.costs import parameter_count
+    from common.pretrained import from_folder
 
     pairs, steps = config["pairs"], {stage: config[stage]["steps"] for stage in ("reflow", "distil", "perceptual")}
     table, target = arms_table(metrics), PRETRAINED / name
     publishing.copy_pipeline(run_dir / "pipeline", target)
     for path in target.rglob("*.safetensors"):
         publishing.copy_half(path, path)
-    opened = StableDiffusionPipeline.from_pretrained(target, dtype=torch.float32)
+    opened = from_folder(StableDiffusionPipeline, target, dtype=torch.float32)
     shutil.copyfile(run_dir / "comparison.png", target / "comparison.png")
     facts = {
         "teacher": "`ldm/pretrained/shapes32-v`, sha256 " + str(metrics["teacher_sha256"])[:16],

@@ -18,7 +18,6 @@ number of attention heads is not in the weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,9 +30,10 @@ from torch import Tensor
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import read_object, read_yaml, unfinished, write_atomically
+from common.files import read_object, read_yaml, replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
+from ldm.diffusion import make_betas
 from ldm.layouts import (
     StateDict,
     first_stage_from_diffusers,
@@ -57,10 +57,14 @@ _DIFFUSERS_VERSION = "0.42.1"
 
 @dataclass
 class Checkpoint:
-    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known of the architecture."""
+    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known of the architecture.
+
+    tokenizer: the folder of the one that a run of ours has learned.
+    """
 
     parts: dict[str, StateDict] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 class _Inert:
@@ -255,13 +259,45 @@ def load_diffusers(path: Path) -> Checkpoint:
 
 
 def load_ours(path: Path) -> Checkpoint:
-    """A .safetensors with the authors' names and the architecture in its header (or a `.ckpt` of a training run)."""
+    """A .safetensors with the authors' names and the architecture in its header, or the folder of a run with one."""
+    tokenizer = path / "tokenizer" if path.is_dir() else None
+    path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors":
         return load_compvis(path)
     state, notes = read_weights(path, "checkpoint")
     found = split_compvis(state, what=f"checkpoint {path}")
-    found.config |= json.loads(notes.get("config", "{}"))
+    found.config |= described(notes, path)
+    found.tokenizer = tokenizer if tokenizer and tokenizer.is_dir() else None
     return found
+
+
+def described(notes: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The architecture in the header of one of our files; empty where it says nothing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        about = json.loads(notes.get("config", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: the note `config` in its header is no JSON ({error})") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: the note `config` in its header is no JSON object")
+    return about
+
+
+def first_stage_in(path: Path, option: str) -> tuple[StateDict, dict[str, Any] | None]:
+    """A first stage's tensors from a file of one or of a whole model, and what our files say of it (else None)."""
+    notes: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        state, notes = read_weights(path, option)
+    else:
+        state = read_state_dict(path)
+    prefix = PREFIXES["first_stage"]
+    if whole := {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}:
+        state = whole
+    weights = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    return weights, described(notes, path).get("first_stage")
 
 
 def to_compvis_names(checkpoint: Checkpoint) -> StateDict:
@@ -287,42 +323,32 @@ def save_ours(checkpoint: Checkpoint, path: Path) -> None:
     save_weights(path, to_compvis_names(checkpoint), {"config": json.dumps(checkpoint.config)})
 
 
+# The noise schedules of `make_betas` by diffusers' names; others are written as their betas.
+BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
 def scheduler_config(
-    beta_start: float, beta_end: float, timesteps: int = 1000, prediction: str = "epsilon"
+    beta_start: float, beta_end: float, timesteps: int = 1000, prediction: str = "epsilon", schedule: str = "linear"
 ) -> dict[str, Any]:
-    """Settings with which diffusers' DDIMScheduler equals the authors' DDIM sampler (golden diffusers_ddim_equal)."""
+    """Settings with which diffusers' DDIMScheduler equals the authors' DDIM sampler (golden diffusers_ddim_equal).
+
+    Args:
+        schedule: see `make_betas`; stock diffusers draws with the same noise levels.
+    """
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"prediction {prediction!r}: expected epsilon, v_prediction or sample")
+    betas = None if schedule in BETA_SCHEDULES else make_betas(schedule, timesteps, beta_start, beta_end).tolist()
     return {
         "num_train_timesteps": timesteps,
         "beta_start": beta_start,
         "beta_end": beta_end,
-        "beta_schedule": "scaled_linear",
+        "beta_schedule": BETA_SCHEDULES.get(schedule, "linear"),
+        **({} if betas is None else {"trained_betas": betas}),
         "prediction_type": prediction,
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,
     }
-
-
-def _replace_folder(path: Path, fill: Any) -> None:
-    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give the name of a folder")
-    try:
-        with unfinished(path, folder=True) as temporary:
-            fill(temporary)
-            if path.is_dir():
-                # Other files of the folder (model card, sample grids) stay.
-                for item in temporary.iterdir():
-                    target = path / item.name
-                    if target.is_dir():
-                        shutil.rmtree(target)
-                    os.replace(item, target)
-            else:
-                os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -355,24 +381,36 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
     if "first_stage" in checkpoint.parts:
         ddconfig = (config.get("first_stage") or {}).get("ddconfig") or {}
         converted = first_stage_to_diffusers(
-            checkpoint.parts["first_stage"], config.get("scale_factor") or 1.0, ddconfig.get("resolution", 256)
+            checkpoint.parts["first_stage"],
+            config.get("scale_factor") or 1.0,
+            ddconfig.get("resolution", 256),
+            (config.get("first_stage") or {}).get("norm_groups", 32),
         )
         components["vae" if converted[1]["_class_name"] == "AutoencoderKL" else "vqvae"] = converted
     tau = checkpoint.parts.get("conditioner", {})
-    if "transformer.token_emb.weight" in tau:
+    whole = "bert.embeddings.word_embeddings.weight" in tau and "conditioner" in config and checkpoint.tokenizer
+    if whole:
+        components["vae"][1]["force_upcast"] = False
+        bert = {name.removeprefix("bert."): tensor for name, tensor in tau.items()}
+        components["text_encoder"] = text_component(bert, config["conditioner"])
+    elif "transformer.token_emb.weight" in tau:
         components["bert"] = text_encoder_to_diffusers(tau)
     elif tau:
         print("the conditioner has no counterpart in diffusers and is left out (class embeddings, map rescalers)")
 
     def fill(folder: Path) -> None:
-        for name, (state, values) in components.items():
-            _write_component(folder / name, state, values)
+        for name, (state, component) in components.items():
+            _write_component(folder / name, state, component)
         if schedule := config.get("schedule"):
             start, end = schedule["linear_start"], schedule["linear_end"]
             timesteps, prediction = schedule.get("timesteps", 1000), schedule.get("prediction", "epsilon")
-            _write_scheduler(folder / "scheduler", scheduler_config(start, end, timesteps, prediction))
+            values = scheduler_config(start, end, timesteps, prediction, schedule.get("kind", "linear"))
+            _write_scheduler(folder / "scheduler", values)
+        if whole and checkpoint.tokenizer is not None:
+            shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
+            _write_pipeline_files(folder)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
 
 
 def write_pipeline(
@@ -388,6 +426,7 @@ def write_pipeline(
     scaling_factor: float = 1.0,
     prediction: str = "epsilon",
     timesteps: int = 1000,
+    schedule: str = "linear",
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """A folder that plain `DiffusionPipeline.from_pretrained` opens as a stock StableDiffusionPipeline.
@@ -396,34 +435,58 @@ def write_pipeline(
         unet: cross-attention U-Net whose context is the text encoder's last hidden state.
         text_encoder: transformers BertModel; the pipeline calls it without attention mask (all tokens are seen).
         tokenizer: fast transformers tokenizer whose `model_max_length` is the text encoder's context length.
-        beta_start, beta_end: of the "linear" (in sqrt(beta)) schedule.
+        beta_start, beta_end, timesteps, schedule: see `make_betas`.
         sample_size: side of the latents that the U-Net was trained on.
         scaling_factor: what the latents are multiplied by after encoding.
         prediction: epsilon, v_prediction or sample.
         dtype: of the stored weights.
     """
-    scheduler = scheduler_config(beta_start, beta_end, timesteps, prediction)
+    scheduler = scheduler_config(beta_start, beta_end, timesteps, prediction, schedule)
     unet_weights, unet_config = unet_to_diffusers(unet.state_dict(), {**unet.config, "image_size": sample_size})
     vae_weights, vae_config = first_stage_to_diffusers(
         vae.state_dict(), scaling_factor, sample_size * vae.downsampling, vae.norm_groups
     )
     vae_config["force_upcast"] = False
-    text_weights = text_encoder.state_dict()
-    if "pooler.dense.weight" not in text_weights:
-        # BertModel always has a pooler; nothing reads it here, but a missing one is drawn at random on loading.
-        width = text_encoder.config.hidden_size
-        text_weights |= {"pooler.dense.weight": torch.zeros(width, width), "pooler.dense.bias": torch.zeros(width)}
-    # dtype float32: diffusers reads its own networks in float32 unless told otherwise, and transformers must follow.
-    text_config = {**text_encoder.config.to_dict(), "architectures": ["BertModel"], "dtype": "float32"}
     version = {"_diffusers_version": _DIFFUSERS_VERSION}
     parts = {
         "unet": (unet_weights, {**unet_config, **version}),
         "vae": (vae_weights, {**vae_config, **version}),
-        "text_encoder": (text_weights, text_config),
+        "text_encoder": text_component(text_encoder.state_dict(), text_encoder.config.to_dict()),
     }
+
+    def fill(folder: Path) -> None:
+        for name, (weights, config) in parts.items():
+            _write_component(folder / name, weights, config, dtype)
+        _write_scheduler(folder / "scheduler", scheduler)
+        tokenizer.save_pretrained(str(folder / "tokenizer"))
+        _write_pipeline_files(folder)
+
+    replace_folder(path, fill)
+    return path
+
+
+def text_component(weights: StateDict, config: Mapping[str, Any]) -> tuple[StateDict, dict[str, Any]]:
+    """Weights and config.json of a BertModel as stock pipelines load it."""
+    if "pooler.dense.weight" not in weights:
+        # BertModel always has a pooler; nothing reads it here, but a missing one is drawn at random on loading.
+        width = config["hidden_size"]
+        weights = {
+            **weights,
+            "pooler.dense.weight": torch.zeros(width, width),
+            "pooler.dense.bias": torch.zeros(width),
+        }
+    # dtype float32: diffusers reads its own networks in float32 unless told otherwise, and transformers must follow.
+    return weights, {**config, "architectures": ["BertModel"], "dtype": "float32"}
+
+
+def _write_pipeline_files(folder: Path) -> None:
+    """What makes components and a tokenizer a StableDiffusionPipeline."""
+    tokenizer_config = folder / "tokenizer" / "tokenizer_config.json"
+    # Newer transformers call the class by a name that older ones do not know.
+    _write_json(tokenizer_config, {**_json(tokenizer_config), "tokenizer_class": "PreTrainedTokenizerFast"})
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
-        **version,
+        "_diffusers_version": _DIFFUSERS_VERSION,
         **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
         "requires_safety_checker": False,
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -432,19 +495,7 @@ def write_pipeline(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-
-    def fill(folder: Path) -> None:
-        for name, (weights, config) in parts.items():
-            _write_component(folder / name, weights, config, dtype)
-        _write_scheduler(folder / "scheduler", scheduler)
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
-        tokenizer_config = folder / "tokenizer" / "tokenizer_config.json"
-        # Newer transformers call the class by a name that older ones do not know.
-        _write_json(tokenizer_config, {**_json(tokenizer_config), "tokenizer_class": "PreTrainedTokenizerFast"})
-        _write_json(folder / "model_index.json", index)
-
-    _replace_folder(path, fill)
-    return path
+    _write_json(folder / "model_index.json", index)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Metrics of a trained model against held-out images.
 
     python ldm/evaluate.py --run_dir runs/ldm-small               # a finished run: writes its metrics.json again
+    python ldm/evaluate.py --run_dir runs/ldm-small --images DIR  # against your own pictures: RUN/on-DIR/metrics.json
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 """
@@ -30,7 +31,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     import torch
 
     from common.images import save_grid, to_unit
-    from common.metrics.evaluate import compare_features, flatten
+    from common.metrics.evaluate import compare_held_out, flatten, judged
     from common.metrics.features import extract, load_extractor
     from common.metrics.image import psnr, ssim
     from ldm.first_stage import reconstruct
@@ -45,21 +46,21 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     seconds = time.perf_counter() - started
     judge = load_extractor("lite0")
     real_features = extract(real, judge)
-    compared = compare_features(real_features, extract(fake, judge), judge, floor_split=True)
+    compared = compare_held_out(real_features, extract(fake, judge), judge)
     metrics: dict[str, Any] = {
         "task": task.name,
-        "judge": compared,
-        "summary": {k: round(v, 5) for k, v in flatten(compared).items()},
+        "images": count,
+        **judged(compared),
         "images_per_second": round(count / seconds, 2),
         "sampling": {k: v for k, v in vars(config.sampling).items() if k != "grid"},
     }
     if config.first_stage.kind != "pixels":
         restored = reconstruct(ldm.first_stage_model, real)  # type: ignore[arg-type]
-        rfid = compare_features(real_features, extract(restored, judge), judge, floor_split=False)
+        rfid = compare_held_out(real_features, extract(restored, judge), judge)
         metrics["first_stage"] = {
             "psnr": float(psnr(restored, real).mean()),
             "ssim": float(ssim(restored, real).mean()),
-            **{f"r_{k}": v for k, v in flatten(rfid).items() if k.startswith(("fid", "kid"))},
+            **{f"r_{k}": v for k, v in (flatten(rfid) if rfid else {}).items() if k.startswith(("fid", "kid"))},
         }
         spread = torch.linspace(0, count - 1, min(16, count)).long()
         pairs = torch.cat([real[spread], restored[spread]])
@@ -102,7 +103,8 @@ def report(metrics: dict[str, Any]) -> None:
     """Print the numbers a person looks for first."""
     from common.metrics.evaluate import format_report
 
-    print(format_report(metrics["judge"]))
+    if "judge" in metrics:
+        print(format_report(metrics["judge"]))
     for name in ("first_stage", "paired", "alignment", "alignment_real", "shapes_score"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if isinstance(v, float)}
@@ -113,14 +115,16 @@ def report(metrics: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--images", type=Path, help="your own image folder (default: the run's held-out pictures)")
     options = parser.parse_args(argv)
     from common.training import write_metrics
     from ldm.run import Run
 
-    run = Run.existing(options.run_dir)
+    run = Run.existing(options.run_dir, images=options.images)
+    folder = run.folder / f"on-{options.images.resolve().name}" if options.images else run.folder
     started = time.perf_counter()
-    metrics = evaluate_run(run.load(), run.task, run.config, run.folder)
-    write_metrics(run.folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
+    metrics = evaluate_run(run.load(), run.task, run.config, folder)
+    write_metrics(folder / "metrics.json", metrics, {}, time.perf_counter() - started, trained=False)
 
 
 if __name__ == "__main__":

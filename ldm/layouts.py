@@ -509,7 +509,8 @@ def first_stage_from_diffusers(
     groups = config.get("norm_num_groups", 32)
     _refuse_groups(groups, _first_norm_widths(ours), "vae")
     found = infer_first_stage_config(ours, config.get("sample_size") or 256)
-    return ours, {**found, "norm_groups": groups, "scale_factor": config.get("scaling_factor", 1.0)}
+    # Where diffusers' classes take their default, files of theirs mean it.
+    return ours, {**found, "norm_groups": groups, "scale_factor": config.get("scaling_factor", 0.18215)}
 
 
 def _tau_names(layers: int) -> Names:

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.batch_norm import SharedBatchNorm
 from common.errors import UserError
+from common.steps import mean_over_processes
 from ldm.autoencoder import DiagonalGaussian, Quantized, codebook_usage
 
 Logs = dict[str, Tensor]
@@ -25,7 +27,8 @@ Logs = dict[str, Tensor]
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): one logit per overlapping patch. 4x4 convolutions, `n_layers` of them strided.
 
-    Image [B, input_nc, H, W] to logits [B, 1, h, w]. BatchNorm sees a real and a fake batch separately in train mode.
+    Image [B, input_nc, H, W] to logits [B, 1, h, w]. BatchNorm sees a real and a fake batch separately in train mode,
+    each that of all processes inside `synchronised_statistics` (the authors' sees each process's own).
     """
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
@@ -35,7 +38,7 @@ class PatchDiscriminator(nn.Module):
         for n in range(1, n_layers + 1):
             wider = ndf * min(2**n, 8)
             stride = 2 if n < n_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), nn.BatchNorm2d(wider)]
+            layers += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), SharedBatchNorm(wider)]
             layers += [nn.LeakyReLU(0.2)]
             width = wider
         layers += [nn.Conv2d(width, 1, 4, stride=1, padding=1)]
@@ -69,11 +72,12 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: Tensor, disc_weight: float) -> Tensor:
     """disc_weight * clamp(|grad_W nll| / (|grad_W g| + 1e-4), 0, 1e4), W the last decoder layer (VQGAN, eq. 7).
 
-    The clamp comes before disc_weight, as in the authors' code.
+    The clamp comes before disc_weight, as in the authors' code; the gradients are those of the global batch.
     """
     (nll_grad,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
     (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-    ratio = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
+    nll_grad, g_grad = mean_over_processes(torch.stack([nll_grad.float(), g_grad.float()]))
+    ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
     return disc_weight * ratio.clamp(0.0, 1e4).detach()
 
 

@@ -1,4 +1,4 @@
-"""Put a finished text-to-image run into pretrained/: `python publish.py --run_dir runs/teacher-emoji64 --name emoji64`.
+"""Put a finished text run into pretrained/: `python ldm/publish.py --run_dir runs/teacher-emoji64 --name emoji64`.
 
 Copies the run's diffusers directory (half precision), draws its sample grid with plain diffusers from the copied files,
 and writes the model card from the run's own metrics.json and config.yaml.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,32 @@ from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.files import read_object
 from common.images import to_unit
+from common.metrics.evaluate import say_few
 from common.metrics.perceptual import perceptual_distance
 from common.options import Range, free_options, refuse_large_batch
+from common.pretrained import from_folder
 from common.processes import is_main_process
 from common.training import Inputs, check_trainer, holds_work, open_run_folder, say_other_inputs
-from common.weights import check_weights, load_weights, read_weights, save_weights
-from ldm.autoencoder import FirstStage
+from common.weights import check_weights, load_weights, read_notes, read_weights, save_weights
+from ldm.autoencoder import AutoencoderKL, FirstStage, VQModel
 from ldm.config import LdmConfig
+from ldm.convert import autoencoder_from_diffusers_dir, described, unet_from_diffusers_dir, write_pipeline
 from ldm.diffusion import LatentDiffusion, NoiseSchedule
-from ldm.first_stage import build_first_stage, freeze, load_first_stage
+from ldm.first_stage import (
+    adopted,
+    build_described,
+    build_first_stage,
+    describe,
+    freeze,
+    given_options,
+    load_first_stage,
+)
+from ldm.kept import keep_items, kept_items
+from ldm.layouts import first_stage_to_diffusers, unet_to_diffusers
 from ldm.model import ConditionedUNet, UNet
+from ldm.samplers import ddim_timesteps
 from ldm.streaming import ShardStream
-from ldm.tasks import BertConditioner, Task, null_input, prepare
+from ldm.tasks import BertConditioner, Task, build_task, null_input, prepare, whole_folder
 
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options(
@@ -143,6 +158,7 @@ class Run:
         Raises:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
         """
+        config.first_stage = given_options(config.first_stage, config.data.size)
         check_options(config)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
@@ -151,6 +167,8 @@ class Run:
         tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
+        if "evaluate" in config.stages and is_main_process():
+            say_few(min(config.sampling.metric_images, len(task.reference)))
         run = cls(config, folder, task)
         if not run.finished:
             check_networks(config, task)
@@ -169,11 +187,30 @@ class Run:
         return run
 
     @classmethod
-    def existing(cls, folder: Path) -> Run:
-        """A run that `train.py` has finished, for sampling and metrics; writes nothing."""
+    def existing(cls, folder: Path, data: bool = True, images: Path | None = None) -> Run:
+        """A run that `train.py` has finished, for sampling and metrics; writes nothing.
+
+        Args:
+            data: open the data that it was trained on; sampling needs only what the folder keeps of them.
+            images: pictures of the user's to measure with, in place of those held out.
+        """
         config = read_run_config(LdmConfig, folder)
         config.run_dir = str(folder)
-        return cls(config, folder, prepare(config, saved_tokenizer(folder)))
+        if about := first_stage_note(folder):
+            config.first_stage = adopted(config.first_stage, about)
+        tokenizer = saved_tokenizer(folder)
+        kept = None if data and images is None else kept_items(folder)
+        if images is None:
+            task = prepare(config, tokenizer) if kept is None else build_task(config, kept, kept, tokenizer)
+            return cls(config, folder, task)
+        config.data = replace(config.data, name="folder", path=str(images))
+        own = whole_folder(config.data)
+        if kept is not None and config.task == "class" and own.classes and list(own.classes) != kept.classes:
+            raise UserError(
+                f"--images {images} has the classes {', '.join(own.classes[:3])}, ...; {folder} was trained on "
+                f"{', '.join(kept.classes[:3])}, ...: expected the same, in the same order"
+            )
+        return cls(config, folder, build_task(config, kept or own, own, tokenizer))
 
     @property
     def finished(self) -> bool:
@@ -212,7 +249,9 @@ class Run:
         if not weights.is_file():
             raise UserError(f"{weights}: no such file; train first (python train.py --run_dir {self.folder})")
         options, size = self.config.first_stage, self.config.data.size
-        if options.weights and Path(options.weights).is_dir():  # its own config.json says how it is built
+        if about := first_stage_note(self.folder):
+            first_stage: FirstStage = build_described(about)
+        elif options.weights and Path(options.weights).is_dir():  # a run from before the file said it
             first_stage = load_first_stage(Path(options.weights), options, size)
         else:
             first_stage = build_first_stage(options, size)
@@ -222,19 +261,52 @@ class Run:
 
     def save(self, ldm: LatentDiffusion) -> None:
         """Write the finished model, and for stock diffusers a pipeline where it can carry the model."""
-        save_weights(self.folder / "model.safetensors", own_state(ldm))
+        keep_items(self.task, self.folder)
+        save_weights(
+            self.folder / "model.safetensors", own_state(ldm), {"config": json.dumps(about_model(ldm, self.config))}
+        )
         self.export(ldm)
 
     @property
     def exported(self) -> bool:
         """Whether the pipeline is there already, or is not to be."""
-        wanted = self.config.export_pipeline and exportable(self.task, self.config)
+        wanted = self.config.export_pipeline and self.task.name == "text"
         return not wanted or (self.folder / "pipeline" / "model_index.json").is_file()
 
     def export(self, ldm: LatentDiffusion) -> None:
         """Write the pipeline for stock diffusers where it can carry the model."""
-        if self.config.export_pipeline and exportable(self.task, self.config):
+        if self.config.export_pipeline and not_exportable(ldm, self.task) is None:
             export_pipeline(ldm, self.task, self.config, self.folder / "pipeline")
+
+
+def about_model(ldm: LatentDiffusion, config: LdmConfig) -> dict[str, Any]:
+    """What the header of model.safetensors says of the networks; `convert.py` and `Run.existing` read it."""
+    unet: Any = ldm.model.diffusion_model
+    about = {"unet": unet.config, "schedule": schedule_of(config)}
+    first_stage, conditioner = ldm.first_stage_model, ldm.cond_stage_model
+    if isinstance(conditioner, BertConditioner):
+        about["conditioner"] = conditioner.bert.config.to_dict()
+    if isinstance(first_stage, (AutoencoderKL, VQModel)):
+        about["first_stage"] = describe(first_stage, config.data.size)
+    return about
+
+
+def schedule_of(config: LdmConfig) -> dict[str, Any]:
+    """The noise schedule as `convert.py` names it."""
+    diffusion = config.diffusion
+    return {
+        "kind": diffusion.schedule,
+        "linear_start": diffusion.linear_start,
+        "linear_end": diffusion.linear_end,
+        "timesteps": diffusion.timesteps,
+        "prediction": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[diffusion.prediction],
+    }
+
+
+def first_stage_note(folder: Path) -> dict[str, Any] | None:
+    """What a finished run's model.safetensors says of its first stage; None of pixels, or of an older run."""
+    weights = folder / "model.safetensors"
+    return described(read_notes(weights), weights).get("first_stage") if weights.is_file() else None
 
 
 def needs_first_stage(config: LdmConfig) -> bool:
@@ -271,6 +343,8 @@ def check_options(config: LdmConfig) -> None:
         perceptual_distance(stage.perceptual_trunk)
     if config.sampling.sampler != "ddpm":
         Range(1, config.diffusion.timesteps).check("sampling.steps", config.sampling.steps, int)
+    if config.sampling.sampler in ("ddim", "plms"):
+        ddim_timesteps(config.sampling.steps, config.diffusion.timesteps)
     if config.init_from is not None and not Path(config.init_from).exists():
         raise UserError(f"init_from {config.init_from}: no such file or folder")
 
@@ -283,6 +357,7 @@ def check_networks(config: LdmConfig, task: Task) -> None:
     """
     options, size = config.first_stage, config.data.size
     given = [(name, path) for name in ("weights", "init_from") if (path := getattr(options, name))]
+    first_stage: FirstStage
     try:
         if given and options.kind != "pixels":
             first_stage = load_first_stage(Path(given[0][1]), options, size, option=f"first_stage.{given[0][0]}")
@@ -307,7 +382,7 @@ def saved_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return from_folder(AutoTokenizer, folder / "tokenizer")
 
 
 def tokenizer_beside(start: Path, config: LdmConfig) -> Any:
@@ -333,8 +408,6 @@ def load_second_stage(ldm: LatentDiffusion, path: Path) -> None:
     scale of the latents that they were trained on.
     """
     if path.is_dir():
-        from ldm.convert import autoencoder_from_diffusers_dir, unet_from_diffusers_dir
-
         text = path / "text_encoder" / "model.safetensors"
         if not text.is_file():
             raise UserError(f"init_from {path}: expected a pipeline folder with unet/ and text_encoder/")
@@ -377,18 +450,28 @@ def table_fingerprint(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes() + str(tuple(images.shape)).encode()).hexdigest()
 
 
-def exportable(task: Task, config: LdmConfig) -> bool:
-    """Whether stock diffusers can carry the model: a KL first stage and a text condition through a BertModel."""
-    return task.name == "text" and isinstance(task.conditioner, BertConditioner) and config.first_stage.kind == "kl"
+def not_exportable(ldm: LatentDiffusion, task: Task) -> str | None:
+    """Why stock diffusers cannot carry the model; None where it can: a KL first stage and text through a BertModel."""
+    if task.name != "text":
+        return f"stock pipelines have no task {task.name}"
+    if not isinstance(task.conditioner, BertConditioner):
+        return "stock pipelines carry --conditioner.kind bert only"
+    first_stage, unet = ldm.first_stage_model, ldm.model.diffusion_model
+    if not isinstance(first_stage, AutoencoderKL):
+        return "stock pipelines carry --first_stage.kind kl only"
+    try:
+        unet_to_diffusers(unet.state_dict(), unet.config)  # type: ignore[union-attr,arg-type]
+        first_stage_to_diffusers(first_stage.state_dict(), norm_groups=first_stage.norm_groups)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def export_pipeline(
     ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Path, dtype: torch.dtype = torch.float16
 ) -> None:
     """Write the model as a stock StableDiffusionPipeline directory (the teacher contract)."""
-    from ldm.convert import write_pipeline
-
-    diffusion = config.diffusion
+    schedule = schedule_of(config)
     write_pipeline(
         folder,
         unet=ldm.model.diffusion_model,  # type: ignore[arg-type]
@@ -396,10 +479,11 @@ def export_pipeline(
         text_encoder=ldm.cond_stage_model.bert,  # type: ignore[union-attr]
         tokenizer=task.tokenizer,
         scaling_factor=float(ldm.scale_factor),
-        beta_start=diffusion.linear_start,
-        beta_end=diffusion.linear_end,
-        timesteps=diffusion.timesteps,
-        prediction={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[diffusion.prediction],
+        beta_start=schedule["linear_start"],
+        beta_end=schedule["linear_end"],
+        timesteps=schedule["timesteps"],
+        schedule=schedule["kind"],
+        prediction=schedule["prediction"],
         sample_size=config.data.size // ldm.first_stage_model.downsampling,  # type: ignore[operator,arg-type]
         dtype=dtype,
     )

@@ -92,10 +92,14 @@ def draw(
 
 
 def condition_columns(task: Task, config: LdmConfig, count: int) -> dict[str, Tensor]:
-    """The first `count` held-out conditions of a task; for inpainting with fixed random holes."""
+    """The first `count` held-out conditions of a task, from the start again where there are fewer; for inpainting with
+    fixed random holes."""
+    import torch
+
     from ldm.tasks import mask_bank
 
-    columns = {name: column[:count] for name, column in task.reference.columns.items()}
+    rows = torch.arange(count) % len(task.reference)
+    columns = {name: column[rows] for name, column in task.reference.columns.items()}
     if task.name == "inpaint":
         columns["hole"] = mask_bank(config.data.size, count, seed=config.seed + 1)
     return columns
@@ -239,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
 def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
     import torch
 
-    from common.teacher import open_pipeline
+    from common.teacher import check_steps, open_pipeline
 
     if not (options.model / "model_index.json").is_file():
         raise UserError(
@@ -258,6 +262,7 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
     # Stock pipelines want multiples of 8 whatever the autoencoder's factor is.
     multiple = math.lcm(8, int(pipeline.vae_scale_factor))
     check_drawing(size, multiple, options.steps, int(pipeline.scheduler.config.num_train_timesteps))
+    check_steps(pipeline.scheduler, options.steps)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     extra = {"height": size[0], "width": size[1]} if size else {}
     return pipeline_images(pipeline, prompts, options.steps, options.guidance, options.seed, **extra), prompts
@@ -267,7 +272,7 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tupl
     from ldm.config import SamplingConfig
     from ldm.run import Run
 
-    run = Run.existing(options.model)
+    run = Run.existing(options.model, data=False)
     config, ldm = run.config, run.load()
     side = size or (config.data.size, config.data.size)
     halvings = len(config.unet.channel_mult) - 1

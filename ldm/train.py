@@ -15,6 +15,7 @@ A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sam
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -120,7 +121,7 @@ def train_first_stage(
     from common.training import EveryNSteps, train
     from common.weights import save_weights
     from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
-    from ldm.first_stage import build_first_stage, freeze, load_first_stage
+    from ldm.first_stage import build_first_stage, describe, freeze, load_first_stage
     from ldm.streaming import data_module
     from ldm.trainer import FirstStageTrainer, StopAtCount
 
@@ -132,6 +133,7 @@ def train_first_stage(
     if resume and save and weights.is_file():
         return freeze(load_first_stage(weights, config, size))
     torch.manual_seed(seed)
+    model: FirstStage
     if config.init_from:
         model = load_first_stage(Path(config.init_from), config, size, option="first_stage.init_from")
     else:
@@ -172,7 +174,7 @@ def train_first_stage(
     if save and trainer.is_global_zero:
         draw(config.steps)
         with module.averaged():
-            save_weights(weights, model.state_dict())
+            save_weights(weights, model.state_dict(), {"config": json.dumps({"first_stage": describe(model, size)})})
     if module.ema is not None:
         module.ema.copy_to(model)
     # With the strides it would have if read from its file: a resumed run, which reads it, encodes to the same bits.
@@ -192,7 +194,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     from common.data.cache import fingerprint_module
     from common.data.sampling import TensorTable
     from common.training import EveryNSteps, record_inputs, train
-    from ldm.run import build_latent_diffusion, load_second_stage
+    from ldm.run import build_latent_diffusion, load_second_stage, not_exportable
     from ldm.sample import task_grid
     from ldm.streaming import data_module
     from ldm.tasks import mask_bank
@@ -203,6 +205,8 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
     ldm = build_latent_diffusion(config, run.task, first_stage)
     if config.init_from:
         load_second_stage(ldm, Path(config.init_from))
+    if config.export_pipeline and config.task == "text" and (reason := not_exportable(ldm, run.task)):
+        print(f"{run.folder}/pipeline will not be written: {reason}", file=sys.stderr)
     latent = config.first_stage.kind != "pixels"
     cached = latent and config.data.cache_latents and isinstance(run.task.train, TensorTable)
     table = run.latents(first_stage) if cached else run.task.train

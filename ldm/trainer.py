@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.batch_norm import synchronised_statistics
 from common.ema import Ema
 from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
@@ -46,8 +47,8 @@ class FirstStageTrainer(pl.LightningModule):
 
     `step_count` counts autoencoder steps. Lightning's global_step counts both optimisers, which is why disc_start is
     compared with the former (in the authors' code under newer Lightning versions disc_start arrives at half the steps).
-    On several processes the discriminator's BatchNorm and its adaptive weight see each process's own share of the
-    batch, as in the authors' code; until disc_start the losses equal those of one process.
+    On several processes the discriminator's BatchNorm and its adaptive weight see the global batch (in the authors'
+    code each process's own share), so that the losses are those of one process.
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class FirstStageTrainer(pl.LightningModule):
             reconstruction, regulariser = self.autoencoder(x_BCHW)
         if self.discriminator is not None:  # its parameters take no part in the autoencoder's step
             self.discriminator.requires_grad_(False)
-        loss, logs = self.loss.autoencoder(
-            x_BCHW, reconstruction, regulariser, self.discriminator, self.autoencoder.last_layer, step
-        )
+        with self._whole_batch():
+            loss, logs = self.loss.autoencoder(
+                x_BCHW, reconstruction, regulariser, self.discriminator, self.autoencoder.last_layer, step
+            )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * decayed(step, self.config.steps, self.config.decay)
@@ -126,13 +128,20 @@ class FirstStageTrainer(pl.LightningModule):
             self.ema.update(self.autoencoder)
         if self.discriminator is not None and step >= self.config.disc_start:
             self.discriminator.requires_grad_(True)
-            disc_loss, disc_logs = self.loss.discriminator(x_BCHW, reconstruction.detach(), self.discriminator, step)
+            with self._whole_batch():
+                disc_loss, disc_logs = self.loss.discriminator(
+                    x_BCHW, reconstruction.detach(), self.discriminator, step
+                )
             self._step(optimizers[1], disc_loss, self.discriminator.parameters())
             logs = {**logs, **disc_logs}
         self._steps += 1
         named = {f"first_stage/{k}": v for k, v in logs.items()} | {"step_count": float(step)}
         self.log_dict(named, sync_dist=self.trainer.world_size > 1)
         return loss.detach()
+
+    def _whole_batch(self) -> AbstractContextManager[None]:
+        """Inside, batch statistics are those of all processes' images."""
+        return synchronised_statistics() if self.trainer.world_size > 1 else nullcontext()
 
     def _step(self, optimizer: Any, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         optimizer.zero_grad()

@@ -14,10 +14,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.batch_norm import statistics_group, synchronised_batch_norm
 from common.errors import UserError
 from pc_darts.config import Sampling
 
@@ -36,7 +36,6 @@ FURTHER_OPERATIONS = ("sep_conv_7x7", "conv_7x1_1x7")
 EPSILON, MOMENTUM = 1e-5, 0.1  # of every batch normalisation
 
 _frozen: ContextVar[bool] = ContextVar("frozen", default=False)
-_synchronised: ContextVar[dist.ProcessGroup | None] = ContextVar("synchronised", default=None)
 
 
 @contextmanager
@@ -56,36 +55,6 @@ def statistics_are_frozen() -> bool:
     return _frozen.get()
 
 
-@contextmanager
-def synchronised_statistics(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Batch statistics inside are those of all processes of `group` (default: all), forward and backward.
-
-    Every process must hold the same number of images; N processes then compute what one does on the whole batch.
-    """
-    token = _synchronised.set(group or dist.group.WORLD)
-    try:
-        yield
-    finally:
-        _synchronised.reset(token)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over processes; the gradient of a sum that everyone uses is the sum of everyone's gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
 def batch_norm(
     x_BCHW: Tensor,
     weight_C: Tensor | None,
@@ -103,21 +72,10 @@ def batch_norm(
         return F.batch_norm(x_BCHW, mean_C, var_C, weight_C, bias_C, False, 0.0, EPSILON)
     if _frozen.get():
         mean_C = var_C = None
-    group = _synchronised.get()
+    group = statistics_group()
     if group is None:
         return F.batch_norm(x_BCHW, mean_C, var_C, weight_C, bias_C, True, momentum, EPSILON)
-    count = x_BCHW.numel() // x_BCHW.shape[1] * group.size()
-    shape = (1, -1, 1, 1)
-    batch_mean_C = _Sum.apply(x_BCHW.sum((0, 2, 3)), group) / count
-    centred_BCHW = x_BCHW - batch_mean_C.view(shape)
-    batch_var_C = _Sum.apply(centred_BCHW.square().sum((0, 2, 3)), group) / count
-    if mean_C is not None and var_C is not None:
-        mean_C.lerp_(batch_mean_C.detach(), momentum)
-        var_C.lerp_(batch_var_C.detach() * (count / (count - 1)), momentum)
-    y_BCHW = centred_BCHW * torch.rsqrt(batch_var_C + EPSILON).view(shape)
-    if weight_C is not None:
-        y_BCHW = y_BCHW * weight_C.view(shape)
-    return y_BCHW if bias_C is None else y_BCHW + bias_C.view(shape)
+    return synchronised_batch_norm(x_BCHW, weight_C, bias_C, mean_C, var_C, momentum, EPSILON, group)
 
 
 class BatchNorm(nn.Module):
@@ -279,10 +237,14 @@ def rearrange(x_BCHW: Tensor, partial: int, sampling: Sampling, order_C: Tensor 
 def drop_path(x_BCHW: Tensor, probability: float, kept_B111: Tensor | None = None) -> Tensor:
     """Drop the whole path of an image with `probability`; what is kept is divided by the share kept.
 
-    kept_B111: 1 where an image keeps the path, else 0; drawn when not given.
+    kept_B111: 1 where an image keeps the path, else 0; drawn when not given, for the batch of all processes inside
+        `synchronised_statistics`, of which each takes the rows that `Batches` gave it.
     """
     if probability <= 0.0:
         return x_BCHW
     if kept_B111 is None:
-        kept_B111 = torch.empty_like(x_BCHW[:, :1, :1, :1]).bernoulli_(1.0 - probability)
+        group = statistics_group()
+        world, rank = (1, 0) if group is None else (group.size(), group.rank())
+        drawn = x_BCHW.new_empty(len(x_BCHW) * world, 1, 1, 1).bernoulli_(1.0 - probability)
+        kept_B111 = drawn[rank::world]
     return x_BCHW / (1.0 - probability) * kept_B111

@@ -95,7 +95,7 @@ class Retraining(Loop[FinalNetwork]):
         options, network = self.options, self.network
         self._begin_step()
         network.drop_path_probability = drop_path_ramp(self.epoch, options.epochs, options.drop_path)
-        seed_step(self.seed, self.step, self.machine.rank)  # dropped paths
+        seed_step(self.seed, self.step)  # dropped paths
         self.optimiser.zero_grad(set_to_none=True)
         with self.machine.whole_batch():
             logits_BK, auxiliary_BK = network.forward_with_auxiliary(x_BCHW)

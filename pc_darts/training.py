@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.batch_norm import synchronised_statistics
 from common.cpu import tune_allocator
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
@@ -39,7 +40,6 @@ from common.training import (
 )
 from pc_darts.config import SgdOptions
 from pc_darts.genotypes import Genotype
-from pc_darts.operations import synchronised_statistics
 from pc_darts.schedules import rate
 
 
@@ -66,7 +66,7 @@ class Machine:
 
     @contextmanager
     def whole_batch(self) -> Iterator[None]:
-        """Batch statistics inside are those of all processes' pictures."""
+        """Batch statistics and dropped paths inside are those of all processes' pictures."""
         with synchronised_statistics() if self.world > 1 else nullcontext():
             yield
 
@@ -113,9 +113,9 @@ def open_machine(device: str = "auto", threads: int = 0) -> Machine:
     return Machine(torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), rank, world)
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Everything drawn from torch's own generator in a step is a function of (seed, step, rank)."""
-    torch.manual_seed(derive_seed(seed, step, rank))
+def seed_step(seed: int, step: int) -> None:
+    """Everything drawn from torch's own generator in a step is a function of (seed, step), alike on all processes."""
+    torch.manual_seed(derive_seed(seed, step, 0))
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

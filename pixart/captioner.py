@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.data.lines import read_json_lines
 from common.errors import UserError, first_line, run_main
-from common.files import read_object, write_json
+from common.files import is_text, list_files, read_object, write_json
 from common.options import Count, device
+from common.processes import say_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,21 +71,20 @@ class Captioner:
             AutoProcessor,
             AutoTokenizer,
         )
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        from common.pretrained import from_folder
+
         try:
-            self.model_type: str = AutoConfig.from_pretrained(self.path, **local).model_type
+            self.model_type: str = from_folder(AutoConfig, self.path).model_type
             if self.model_type == "vision-encoder-decoder":
-                self._images: Any = AutoImageProcessor.from_pretrained(self.path, **local)
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(self.path, **local)
+                self._images: Any = from_folder(AutoImageProcessor, self.path)
+                self._tokenizer: Any = from_folder(AutoTokenizer, self.path)
                 self._processor: Any = None
             else:
-                self._processor = AutoProcessor.from_pretrained(self.path, **local)
+                self._processor = from_folder(AutoProcessor, self.path)
                 self._tokenizer = self._processor.tokenizer
                 self._tokenizer.padding_side = "left"  # answers start where the question ends, in every row
-            model = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, dtype), **local)
+            model = from_folder(AutoModelForImageTextToText, self.path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
             reason = first_line(error)
             raise UserError(f"{path}: no image-text-to-text model that transformers can read ({reason})") from error
@@ -143,7 +143,12 @@ def caption_folder(
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
+    pictures = [path for path in image_files(folder) if is_text(str(path))]
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    others = sorted(path.relative_to(folder).as_posix() for path in {*list_files(folder)} - {*pictures, output})
+    if others:
+        listed = ", ".join(map(ascii, others[:3])) + (", ..." if others[3:] else "")
+        say_once(f"{folder}: {len(names)} pictures; {len(others)} files passed over: {listed}")
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []

@@ -28,7 +28,7 @@ from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
 from common.options import Count
-from common.teacher import quiet_libraries
+from common.pretrained import from_folder, quiet_libraries
 from common.weights import INDEX, check_weights, read_weights, save_weights
 from pixart.config import PixArtConfig, Timestep
 from pixart.model import DiT, PixArt, position_embedding
@@ -300,6 +300,9 @@ def _rename(state: StateDict, names: Mapping[str, str], what: str) -> StateDict:
     return renamed
 
 
+STOCK_MULTI_SCALE = 128  # latent side at which stock pipelines give the micro-conditions
+
+
 def to_diffusers(state: Mapping[str, Tensor], config: PixArtConfig) -> tuple[StateDict, dict[str, Any]]:
     """Weights and config.json of the PixArtTransformer2DModel that computes the same function.
 
@@ -450,14 +453,23 @@ def export_pipeline(model: PixArt, folder: Path | str, *, dtype: torch.dtype | N
     Args:
         dtype: of the stored transformer.
         parts: `vae`, `text_encoder` and `tokenizer` as diffusers and transformers hold them; `from_pretrained` wants
-            those that are left out as arguments. The stock pipeline expects a T5 encoder.
+            those that are left out as arguments. The stock pipeline expects a T5 encoder, and takes the null caption
+            as `negative_prompt_embeds` (it is kept beside the transformer).
+
+    Raises:
+        UserError: stock pipelines would draw something else, or nothing.
     """
     from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
     folder = Path(folder)
+    if model.config.multi_scale and model.config.input_size != STOCK_MULTI_SCALE:
+        raise UserError(
+            f"stock pipelines tell sizes and ratios to networks for latents of side {STOCK_MULTI_SCALE} only, this one "
+            f"has {model.config.input_size} and wants them: convert the transformer alone (--to diffusers)"
+        )
     save_diffusers(model, folder / "transformer", dtype)
     with quiet_libraries():
-        transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        transformer = from_folder(PixArtTransformer2DModel, folder / "transformer", torch_dtype=dtype)
         missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
         stock = PixArtAlphaPipeline(transformer=transformer, scheduler=diffusers_scheduler(), **{**missing, **parts})
         stock.save_pretrained(folder)

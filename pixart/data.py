@@ -44,7 +44,8 @@ from pixart.buckets import (
 )
 from pixart.config import DataConfig
 
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
+Part = Literal["train", "test", "all"]
 
 # Bump whenever the same (seed, part, index) gives another scene or caption: it is part of every cache's name.
 CONTENT_VERSION = 1
@@ -70,6 +71,7 @@ class Pictures:
         draw: indices of one bucket -> uint8 [n, 3, h, w].
         fingerprint: of the pixels (what a cache of latents is keyed by).
         specs: what each picture shows, for scenes.
+        trained_on: these are to be held out, but there are too few: training sees them.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Pictures:
     draw: Callable[[list[int]], Tensor]
     fingerprint: str
     specs: list[Spec] | None = None
+    trained_on: bool = False
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -108,7 +111,7 @@ def open_pictures(
     """The captioned images that a stage's `data` options describe.
 
     Args:
-        part: train, or test for held-out pictures.
+        part: train, test for held-out pictures, or all of a folder.
         multiple: bucket sides are multiples of this (the codec's factor times the patch size).
         count: at most so many pictures (default: `images` for train, `eval_images` for test).
 
@@ -124,7 +127,11 @@ def open_pictures(
     limit = count or (config.images if part == "train" else config.eval_images)
     if limit is not None and limit < 1:
         raise UserError(f"data.images {limit}: a data set needs at least one image")
-    opened = {"shapes": _shapes, "emoji": _emoji, "folder": _folder}[config.name](config, part, seed, multiple, limit)
+    if config.name == "folder":
+        opened = _folder(config, part, seed, multiple, limit)
+    else:
+        split: Split = "train" if part == "train" else "test"
+        opened = {"shapes": _shapes, "emoji": _emoji}[config.name](config, split, seed, multiple, limit)
     if config.prompt is not None:
         opened.captions = [config.prompt] * len(opened)
     return opened
@@ -232,7 +239,7 @@ def world_of(config: DataConfig) -> dict[str, tuple[str, ...]]:
     return {**world, "textures": KINDS["hq" if config.scenes == "all" else config.scenes][1]}
 
 
-def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _shapes(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     if limit is None:
         raise UserError("data.images is missing: say how many scenes to draw, for example --data.images 10000")
     world = world_of(config)
@@ -282,7 +289,7 @@ def _shapes(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     )
 
 
-def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int | None) -> Pictures:
+def _emoji(config: DataConfig, part: Split, seed: int, multiple: int, limit: int | None) -> Pictures:
     from common.data.emoji import GROUPS, STYLE_WORDS, EmojiCap
 
     if config.ratios != [1.0]:
@@ -309,15 +316,15 @@ def _emoji(config: DataConfig, part: Part, seed: int, multiple: int, limit: int 
     )
 
 
-def folder_source(config: DataConfig) -> Source:
-    """The user's pictures, undecoded."""
+def folder_source(config: DataConfig, need: Sequence[str] = ()) -> Source:
+    """The user's pictures, undecoded; `need` as for `open_source`."""
     if config.path is None:
         raise UserError("data.path is missing: give a folder with metadata.jsonl, or with one subfolder per class")
     root = Path(config.path)
     if not root.exists():
         raise UserError(f"data.path {root}: no such folder")
     text = config.text_column if config.prompt is None else LEFT_OUT  # one caption for all needs no other
-    return open_source(root, config.image_column, text, config.label_column)
+    return open_source(root, config.image_column, text, config.label_column, need)
 
 
 def content_version(config: DataConfig) -> str:
@@ -335,15 +342,21 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     broken = broken_rows(source)
     readable = [i for i in range(len(source)) if i not in broken]
     if config.prompt is None:
-        need_words(source, readable)
+        try:
+            need_words(source, readable)
+        except UserError:
+            folder_source(config, need=("caption",))  # names several columns that may be
+            raise
     sizes_of = {i: picture_size(source.raw(i)) for i in readable}
     usable = {readable[i] for i in usable_shapes(torch.tensor([sizes_of[i] for i in readable]))}
     if not usable:
         raise UserError(f"{root}: every picture is longer than four times its width")
     train, held_out = hold_out(source)
-    if part == "test" and not held_out:
-        warnings.warn(f"{root}: too few pictures to hold some out; the metrics see those of the training", stacklevel=3)
-    kept = [i for i in (held_out if part == "test" and held_out else train) if i in usable][:limit]
+    trained_on = part == "test" and not held_out
+    if trained_on:
+        warnings.warn(f"{root}: too few pictures to hold some out; samples show those of the training", stacklevel=3)
+    rows = {"train": train, "test": held_out or train, "all": range(len(source))}[part]
+    kept = [i for i in rows if i in usable][:limit]
     if not kept:
         raise UserError(f"{root}: no usable picture is left for the part {part}")
     buckets = stage_buckets(config, multiple)
@@ -354,8 +367,9 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
         framed = []
         for i in indices:
             try:
-                with decoded(source.raw(kept[i])) as picture:
-                    framed.append(fit_to_bucket(picture, buckets[int(bucket_N[i])]))
+                bucket = buckets[int(bucket_N[i])]
+                with decoded(source.raw(kept[i]), side=max(bucket.height, bucket.width)) as picture:
+                    framed.append(fit_to_bucket(picture, bucket))
             except CorruptImage as error:
                 raise UserError(f"{source.where(kept[i])}: {error}; remove it from the folder") from None
         return torch.stack(framed)
@@ -372,4 +386,5 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
         originals_N2=originals_N2,
         draw=draw,
         fingerprint=fingerprint_strings([sizes, source.fingerprint, repr(kept)]),
+        trained_on=trained_on,
     )

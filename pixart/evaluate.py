@@ -2,6 +2,7 @@
 
     python pixart/evaluate.py --run_dir runs/pixart-small                  # measure its last stage again
     python pixart/evaluate.py --run_dir runs/pixart-small --stage stage2
+    python pixart/evaluate.py --run_dir runs/pixart-small --images DIR     # against your own captioned pictures
 
 Every number names its judge and counts; the distance of two halves of the real images (the floor) stands beside it.
 
@@ -43,7 +44,7 @@ def evaluate_stage(stage: Stage, painter: Painter) -> dict[str, Any]:
         UserError: the data set has too few held-out pictures.
     """
     from common.images import save_grid
-    from common.metrics.evaluate import compare_features, flatten
+    from common.metrics.evaluate import compare_held_out, judged
     from common.metrics.features import extract, load_extractor
 
     config, sampling = stage.config, stage.config.sampling
@@ -55,11 +56,11 @@ def evaluate_stage(stage: Stage, painter: Painter) -> dict[str, Any]:
     started = time.perf_counter()
     fake = draw_like(painter, pictures, range(count), sampling, config.kind)
     seconds = time.perf_counter() - started
-    compared = compare_features(real_features, extract(fake, judge), judge, floor_split=True)
+    compared = compare_held_out(real_features, extract(fake, judge), judge)
     metrics: dict[str, Any] = {
         "task": f"{config.kind}, {pictures.name}, {config.data.size} px",
-        "judge": compared,
-        "summary": {k: round(v, 5) for k, v in flatten(compared).items()},
+        "images": count,
+        **judged(compared),
         "images_per_second": round(count / seconds, 2),
         "sampling": {k: v for k, v in vars(sampling).items() if k not in ("grid", "curve", "curve_images")},
         "parameters": sum(p.numel() for p in painter.network.parameters()),
@@ -203,7 +204,8 @@ def report(metrics: dict[str, Any]) -> None:
     """Print the numbers a person looks for first."""
     from common.metrics.evaluate import format_report
 
-    print(format_report(metrics["judge"]))
+    if "judge" in metrics:
+        print(format_report(metrics["judge"]))
     for name in ("shapes_score", "own_captions"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if not k.endswith(("_low", "_high"))}
@@ -219,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--stage", help="default: the one that finished last")
+    parser.add_argument("--images", type=Path, help="your own image folder (default: the stage's held-out pictures)")
     options = parser.parse_args(argv)
     from common.training import write_metrics
     from pixart.config import read_recipe
@@ -232,7 +235,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = ["--config", str(folder / "config.yaml"), "--run_dir", str(options.run_dir)]
     ((config, _),) = read_recipe(arguments, "").stages
     stage = Stage(config, folder, None)
-    return write_metrics(folder / "metrics.json", evaluate_stage(stage, stage.painter()), {}, 0.0, trained=False)
+    painter = stage.painter()
+    if options.images is not None:
+        config.data.name, config.data.path, config.vae = "folder", str(options.images), stage.vae
+        stage = Stage(config, folder / f"on-{options.images.resolve().name}", None, measured="all")
+    return write_metrics(stage.folder / "metrics.json", evaluate_stage(stage, painter), {}, 0.0, trained=False)
 
 
 if __name__ == "__main__":

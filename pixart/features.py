@@ -10,7 +10,9 @@ the text encoder.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
-from common.files import read_object
+from common.files import read_object, write_atomically
 from common.paths import cache_dir, existing_path
+from common.pretrained import read_network
 from common.teacher import decode_latents, to_uint8
 from pixart.config import DataConfig
 from pixart.data import Pictures
@@ -51,9 +54,10 @@ class Codec:
         from diffusers import AutoencoderKL
 
         folder = codec_folder(path)
-
         try:
-            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+            vae = read_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise UserError(f"vae {path}: diffusers cannot read it ({str(error).splitlines()[0]})") from None
         self.folder, self.device = folder, torch.device(device)
@@ -64,9 +68,21 @@ class Codec:
         self.scaling_factor = float(config.scaling_factor)
 
     @property
+    def files(self) -> list[Path]:
+        """Its configuration and weights."""
+        return [p for p in sorted(self.folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+
+    @property
     def fingerprint(self) -> str:
         """Checksum of configuration and weights."""
         return codec_fingerprint(self.folder)
+
+    def save(self, folder: Path) -> None:
+        """Copy its configuration and weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            if file.parent.resolve() != folder.resolve():
+                write_atomically(folder / file.name, partial(shutil.copyfile, file))
 
     @torch.no_grad()
     def moments(self, images_n3HW: Tensor) -> Tensor:
@@ -217,6 +233,7 @@ def open_features(
     if encoder is None:
         return FeatureTable(pictures, latents, None, None)
     different = list(dict.fromkeys(pictures.captions))
+    encoder.say_lost(different)
     number = {caption: i for i, caption in enumerate(different)}
     texts = caption_rows(different, encoder)
     if config.cache:

@@ -14,11 +14,13 @@ import pytorch_lightning as pl
 import torch
 
 from common.data.cache import MODEL, fingerprint_path, names_of
+from common.data.rows import FEWEST_IMAGES
 from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
-from common.options import free_options, refuse_large_batch
+from common.metrics.evaluate import say_few
+from common.options import Range, free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
 from common.processes import is_main_process
@@ -35,14 +37,13 @@ from pixart.convert import (
     reparameterise,
     save_transformer,
 )
-from pixart.data import BucketDataModule, Pictures, content_version, folder_source, open_pictures
+from pixart.data import BucketDataModule, Part, Pictures, content_version, folder_source, open_pictures
 from pixart.features import Codec, FeatureTable, codec_factor, codec_fingerprint, open_features
 from pixart.model import DiT, PixArt
-from pixart.sample import ABOUT, CONTROL, Painter, open_painter
+from pixart.sample import ABOUT, CONTROL, STEPS, VAE, Painter, open_painter
 from pixart.text import TextEncoder
 from pixart.trainer import Network, StageModule
 
-MIN_HELD_OUT = 20  # pictures without which no metric is measured
 # What two starts of one stage may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options(
     "evaluate",
@@ -153,17 +154,22 @@ def check_options(config: StageConfig) -> None:
         ema_decay=config.optimiser.ema_decay,
         grad_clip=config.optimiser.grad_clip,
     )
+    Range(*STEPS[config.sampling.sampler]).check("sampling.steps", config.sampling.steps, int)
 
 
 @dataclass
 class Stage:
-    """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json."""
+    """A stage's folder and what is in it: config.yaml, checkpoints/, logs/, samples/, model/, metrics.json.
+
+    measured: the part of the data that metrics see; "all" of pictures that have nothing to do with the training.
+    """
 
     config: StageConfig
     folder: Path
     start: Path | None
     opened: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    measured: Part = "test"
 
     @classmethod
     def open(cls, config: StageConfig, text: str, names: list[str]) -> Stage:
@@ -205,9 +211,15 @@ class Stage:
         """Whether the weights are there already."""
         return self.config.resume == "auto" and (self.weights / ABOUT).is_file()
 
+    @property
+    def vae(self) -> str:
+        """Where the frozen autoencoder is: beside the finished weights, else where the options say."""
+        own = self.weights / VAE
+        return str(own) if (own / "config.json").is_file() else self.config.vae
+
     def codec(self, device: str | torch.device = "cpu") -> Codec:
         """The frozen autoencoder."""
-        return Codec(self.config.vae, device)
+        return Codec(self.vae, device)
 
     def encoder(self, device: str | torch.device = "cpu") -> TextEncoder | None:
         """The frozen text encoder; None for a class-conditional stage."""
@@ -230,10 +242,19 @@ class Stage:
         self._check(pictures)
         refuse_large_batch("trainer.batch_size", trainer_config.batch_size, len(pictures), "training pictures")
         measured = min(config.sampling.metric_images, config.data.eval_images)
-        if config.evaluate and len(self.held_out(measured)) < MIN_HELD_OUT:
+        if config.evaluate and measured < FEWEST_IMAGES:
             raise UserError(
-                f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
+                f"{pictures.name}: fewer than {FEWEST_IMAGES} pictures are too few to measure with; raise "
+                "--data.eval_images and --sampling.metric_images, or set --evaluate false"
             )
+        if config.evaluate:
+            held_out = self.held_out(measured)
+            if held_out.trained_on:
+                raise UserError(
+                    f"{pictures.name}: {len(pictures)} pictures are too few to hold some out for the metrics, at least "
+                    f"{FEWEST_IMAGES} are needed; set --evaluate false"
+                )
+            say_few(len(held_out))
         network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
         self.begin()
         table = self._features(pictures, codec, encoder)
@@ -295,6 +316,7 @@ class Stage:
             save_weights(self.weights / CONTROL, branch)
             network = network.base_model
         save_transformer(network, self.weights)
+        painter.codec.save(self.weights / VAE)
         about = {
             "stage": self.config.name,
             "kind": "class" if self.config.kind == "class" else "text",
@@ -314,8 +336,8 @@ class Stage:
         options = copy.copy(self.config.data)
         if square:
             options.ratios = [1.0]
-        multiple = codec_factor(self.config.vae) * self.config.network.patch_size
-        return open_pictures(options, "test", self.config.seed, multiple, count)
+        multiple = codec_factor(self.vae) * self.config.network.patch_size
+        return open_pictures(options, self.measured, self.config.seed, multiple, count)
 
     def grid(self, painter: Painter, path: Path) -> None:
         """A picture of square samples for held-out captions, classes, or captions with edges."""

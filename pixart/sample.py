@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object
-from common.options import Count, NotNegative, Seed
+from common.options import Count, NotNegative, Range, Seed
 from common.paths import REPOSITORY, cache_dir, existing_path
 from pixart.config import SamplingConfig, Steps
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes"
 ABOUT = "pixart.json"  # beside our weights: which codec and text encoder they were trained with
 CONTROL = "controlnet.safetensors"
+STEPS = {"dpm-solver": (1, 1000), "sa-solver": (1, 1000), "iddpm": (2, 1000)}  # fewest and most of a sampler
+VAE = "vae"  # beside them too, so that a run folder draws by itself
 
 
 @dataclass
@@ -183,11 +185,10 @@ def open_painter(
     about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():
         about = read_object(folder / ABOUT)
-    elif folder.is_dir() and is_diffusers(folder):
-        vae = vae or (str(folder / "vae") if (folder / "vae").is_dir() else None)
-        if text_encoder is None and (folder / "text_encoder").is_dir():
-            text_encoder = str(joined_text_encoder(folder))
-    vae, text_encoder = vae or about.get("vae"), text_encoder or about.get("text_encoder")
+    elif folder.is_dir() and is_diffusers(folder) and text_encoder is None and (folder / "text_encoder").is_dir():
+        text_encoder = str(joined_text_encoder(folder))
+    own = str(folder / VAE) if (folder / VAE / "config.json").is_file() else None
+    vae, text_encoder = vae or own or about.get("vae"), text_encoder or about.get("text_encoder")
     if vae is None:
         raise UserError(f"--vae is missing: {weights} does not come with its AutoencoderKL directory")
     network: Any = load_dit(folder) if about.get("kind") == "class" else load_transformer(folder, heads=heads)
@@ -275,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     steps = (
         {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100}[options.sampler] if options.steps is None else options.steps
     )
+    Range(*STEPS[options.sampler]).check("steps", steps, int)
     return _write(options, SamplingConfig(options.sampler, steps, options.guidance))
 
 

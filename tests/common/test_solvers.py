@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.pretrained import quiet_libraries
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
 from tests.common.tiny_teacher import tiny_teacher
@@ -47,6 +48,46 @@ def test_solvers_that_draw_noise_or_do_not_exist_are_refused() -> None:
 def test_other_deterministic_schedulers_make_pairs(solver: str) -> None:
     x0, states = torch.randn(1, 4, 8, 8), tiny_teacher().encode(PROMPTS[:1])
     assert torch.isfinite(DiffusionSource(tiny_teacher(), solver, 4)(x0, states)).all()
+
+
+# What a folder's scheduler config may say, or leave out, that changes where its ODE goes.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "trailing": {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "ends on the image": {"set_alpha_to_one": True},
+    "clips, as a config that leaves it out": {"clip_sample": True, "prediction_type": "sample"},
+    "steps without the offset, as one that leaves it out": {"steps_offset": 0},
+    "thresholds": {"thresholding": True, "prediction_type": "v_prediction"},
+    "pure noise": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    "cosine, few levels": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100},
+    "given betas": {"trained_betas": [0.01 + 0.0002 * i for i in range(100)], "num_train_timesteps": 100},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_teacher_goes_where_stock_diffusers_takes_it(name: str) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    teacher = tiny_teacher(**CONFIGS[name])
+    config = {key: value for key, value in teacher.scheduler_config.items() if key != "_class_name"}
+    with quiet_libraries():
+        parts = {"unet": teacher.unet, "vae": teacher.vae, "text_encoder": teacher.text_encoder}
+        stock = StableDiffusionPipeline(
+            **parts,
+            tokenizer=teacher.tokenizer,
+            scheduler=DDIMScheduler(**config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        stock.set_progress_bar_config(disable=True)
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        options = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": noise, "output_type": "latent"}
+        wanted = stock(PROMPTS[:2], **options).images
+    found = DiffusionSource(teacher, "DDIMScheduler", 4, 2.0)(noise, teacher.encode(PROMPTS[:2]))
+    assert (wanted - noise).std() > 0.05
+    torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
 
 
 def test_a_bfloat16_network_is_stepped_in_float32() -> None:

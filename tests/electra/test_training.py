@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.cli import parse_config
 from common.errors import UserError
 from common.training import load_checkpoint, read_logs
 from electra.config import DataConfig, ElectraConfig, ElectraRun, ModelConfig, TrainerConfig
+from electra.convert import encoder_folder, generator_folder
+from electra.convert import main as convert
 from electra.masking import SpecialIds
 from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer
@@ -21,6 +25,7 @@ from electra.run import Run, check_options
 from electra.trainer import global_weights
 from tests.drills import same_weights, succeed
 from tests.electra.tiny_run import arguments, corpus, train
+from tests.refusals import refused
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 3e-5}
@@ -78,6 +83,9 @@ def test_absolute_positions_give_a_directory_that_transformers_loads(cache: None
     with torch.no_grad():
         assert model(**encoded).logits.shape == encoded["input_ids"].shape
     assert tokenizer.unk_token_id not in encoded["input_ids"]
+    convert(["export", str(tmp_path / "run" / "electra"), str(tmp_path / "out.safetensors")])
+    names = load_file(tmp_path / "out.safetensors").keys()
+    assert {"generator_predictions/output_bias", "discriminator_predictions/dense/kernel"} <= names
 
 
 def test_finished_arm_is_not_trained_again_and_a_new_arm_gets_equal_flops(
@@ -96,6 +104,15 @@ def test_finished_arm_is_not_trained_again_and_a_new_arm_gets_equal_flops(
 def test_another_configuration_does_not_continue_in_the_same_folder(reference: Path) -> None:
     with pytest.raises(UserError, match=r"optimiser.lr was 0.002, is 0.1"):
         train(reference, optimiser__lr=0.1)
+
+
+def test_an_arms_folder_stands_for_its_encoder_with_the_generator_beside_it(reference: Path, tmp_path: Path) -> None:
+    arm = reference / "electra"
+    assert encoder_folder(reference) == encoder_folder(arm) == arm / "discriminator"
+    assert generator_folder(arm / "discriminator") == arm / "generator"
+    other = Path(shutil.copytree(arm, tmp_path / "run" / "b", ignore=shutil.ignore_patterns("checkpoints")))
+    shutil.copytree(other, tmp_path / "run" / "a")
+    refused("holds the arms a, b: name one", encoder_folder, tmp_path / "run")
 
 
 def test_training_goes_on_from_saved_encoders(reference: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,15 @@ from instaflow.student import make_student, stack
 from tests.common.tiny_teacher import save_teacher, tiny_teacher
 
 PROMPTS = ["a red star", "the blue ring"]
+# Noise levels of the teacher by what it predicts; the tiny teacher's own for v.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "epsilon": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 200},
+    "sample": {"beta_schedule": "linear", "beta_end": 0.02, "rescale_betas_zero_snr": True},
+}
 
 
-def pipeline(init: str = "negate", **card: object) -> InstaFlowPipeline:
-    teacher = tiny_teacher("v_prediction")
+def pipeline(init: str = "negate", predicts: str = "v_prediction", **card: object) -> InstaFlowPipeline:
+    teacher = tiny_teacher(predicts, **SCHEDULES.get(predicts, {}))
     return InstaFlowPipeline.of(make_student(teacher, init).eval(), teacher, Card(init=init, **card))  # type: ignore[arg-type]
 
 
@@ -92,8 +98,9 @@ def test_channels_last_draws_the_same_and_saves_the_same(saved: Path, tmp_path: 
     assert torch.equal(again(PROMPTS, output="latent"), wanted)
 
 
-def test_a_wrapped_flow_is_a_one_step_ddim_model_for_stock_diffusers(tmp_path: Path) -> None:
-    ours = pipeline("wrapped")
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+def test_a_wrapped_flow_is_a_one_step_ddim_model_for_stock_diffusers(predicts: str, tmp_path: Path) -> None:
+    ours = pipeline("wrapped", predicts)
     folder, z = ours.save(tmp_path / "wrapped"), ours.noise(2)
     wanted = ours(PROMPTS, latents=z, output="latent")
     assert torch.equal(InstaFlowPipeline.load(folder)(PROMPTS, latents=z, output="latent"), wanted)

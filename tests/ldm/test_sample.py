@@ -115,9 +115,10 @@ def test_mistake_is_one_sentence(
     ("options", "run_sentence", "pipeline_sentence"),
     [
         (["--size", "17x18"], "--size 17x18: expected both sides to be multiples of 4", "multiples of 8"),
-        (["--size", "0x16"], "--size 0x16: expected both sides to be multiples of 4", "multiples of 8"),
-        (["--steps", "0"], "--steps 0: expected a number from 1 to 1000", "--steps 0: expected"),
-        (["--steps", "1001"], "--steps 1001: expected a number from 1 to 1000", "--steps 1001: expected"),
+        (["--size", "0x16"], "--size 0: expected a whole number from 8 to 8192", "--size 0: expected"),
+        (["--steps", "0"], "--steps 0: expected a whole number of at least 1", "--steps 0: expected"),
+        (["--steps", "1001"], "--steps 1001: expected a whole number from 1 to 1000", "--steps 1001: expected"),
+        (["--steps", "1000"], "1000 sampling steps overflow", "--steps 1000: DDIMScheduler cannot make 1000 steps"),
     ],
 )
 def test_sizes_and_steps_that_the_model_lacks_are_refused_before_drawing(
@@ -144,7 +145,7 @@ def test_damaged_model_is_refused(text_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(text_run, copy, ignore=shutil.ignore_patterns("diffusion", "first_stage", "latents", "pipeline"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes()[:500])
-    refused(r"model.safetensors is truncated", Run.existing(copy).load)
+    refused(r"model.safetensors is truncated", Run.existing, copy)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("model_channels: 16", "model_channels: 32"))
     (copy / "model.safetensors").write_bytes((text_run / "model.safetensors").read_bytes())

@@ -62,13 +62,12 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(reference:
 
 
 def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -> None:
-    # The discriminator's batch statistics are each process's own, so the comparison leaves it out.
-    one = train(tmp_path / "one", first_stage__disc_weight=0)
-    ddp = {"trainer__devices": 2, "trainer__strategy": "ddp", "first_stage__disc_weight": 0}
+    ddp = {"trainer__devices": 2, "trainer__strategy": "ddp"}
     done = succeed("-m", "ldm.train", *arguments(tmp_path / "two", **ddp))
-    stages = [first_stage_losses(tmp_path / name) for name in ("two", "one")]
-    assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == 8
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), **CLOSE)
+    for column in ("total_loss", "g_loss", "d_weight", "disc_loss"):
+        stages = [first_stage_losses(folder, column) for folder in (tmp_path / "two", reference)]
+        assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == (5 if column == "disc_loss" else 8)
+    assert losses(tmp_path / "two") == pytest.approx(losses(reference), **CLOSE)
     assert "Tip" not in done.stderr + done.stdout and "Warning" not in done.stderr
 
 
@@ -105,6 +104,13 @@ def test_finished_run_is_not_trained_again(
     train(reference, trainer__log_every=7)  # how it is logged is no other run
     assert (reference / "model.safetensors").stat().st_mtime_ns == before
     assert "trained already" in capfd.readouterr().err
+
+
+def test_a_run_killed_while_it_exports_exports_when_started_again(reference: Path) -> None:
+    files = sorted(p.relative_to(reference) for p in (reference / "pipeline").rglob("*"))
+    shutil.rmtree(reference / "pipeline")
+    train(reference)
+    assert sorted(p.relative_to(reference) for p in (reference / "pipeline").rglob("*")) == files
 
 
 def test_folder_of_another_run_is_refused_naming_what_differs(reference: Path) -> None:
@@ -147,10 +153,16 @@ def test_first_stage_that_diverges_stops_at_its_own_step(
 
 def test_first_stage_weights_that_do_not_fit_are_refused(reference: Path, tmp_path: Path) -> None:
     good = first_stage_of(reference)
-    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* has the shape \[.*\], expected"):
-        train(tmp_path / "run", first_stage__weights=good, first_stage__ch=16)
-    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* is missing; .* and \d+ more"):
+    with pytest.raises(UserError, match=r"holds a first stage of kind kl: give --first_stage.kind kl, not vq"):
         train(tmp_path / "run", first_stage__weights=good, first_stage__kind="vq", resume=good)
+    state, notes = read_weights(good)
+    plain, other = tmp_path / "plain.safetensors", tmp_path / "other.safetensors"
+    save_weights(plain, state)  # says nothing of itself: built as the options say
+    with pytest.raises(UserError, match=r"does not fit the first_stage options: .* has the shape \[.*\], expected"):
+        train(tmp_path / "run", first_stage__weights=plain, first_stage__ch=16)
+    save_weights(other, {name: tensor for name, tensor in state.items() if "quant_conv" not in name}, notes)
+    with pytest.raises(UserError, match=r"does not fit what the file says of itself: .* is missing; .* and \d+ more"):
+        train(tmp_path / "run", first_stage__weights=other)
     short = tmp_path / "short.safetensors"
     short.write_bytes(good.read_bytes()[:1000])
     refused("truncated or not a safetensors file", train, tmp_path / "other", first_stage__weights=short)

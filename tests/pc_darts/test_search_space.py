@@ -12,10 +12,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.batch_norm import synchronised_statistics
 from common.costs import kept_bytes
 from common.errors import UserError
 from pc_darts.config import SearchConfig
-from pc_darts.operations import FactorizedReduce, frozen_statistics, rearrange, synchronised_statistics
+from pc_darts.operations import FactorizedReduce, frozen_statistics, rearrange
 from pc_darts.search_space import MixedOp, SearchNetwork
 
 

@@ -14,7 +14,7 @@ from pc_darts.baselines import random_genotype
 from pc_darts.model import FinalNetwork
 from pc_darts.retraining import RetrainResult, load_model, retrain
 from pc_darts.training import Machine, accuracy, open_machine, save_state
-from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, training
+from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, on_two_processes, training
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,14 @@ def test_saved_network_gives_the_reported_accuracy(reference: Path) -> None:
     result = RetrainResult.load(reference / "retrain.json")
     assert accuracy(network, digits(), digits().test) == result.test_accuracy
     assert about["classes"] == list(digits().classes) and network.genotype == CELL
+
+
+def test_two_processes_train_what_one_does(reference: Path, tmp_path: Path) -> None:
+    on_two_processes(lambda machine: training(tmp_path / "run", machine), tmp_path / "store")
+    ours, theirs = (RetrainResult.load(folder / "retrain.json") for folder in (tmp_path / "run", reference))
+    assert len(ours.history) == 2 and ours.history[1]["drop_path"] > 0
+    for a, b in zip(ours.history, theirs.history):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
 def test_finished_training_is_read_and_another_cell_refused(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

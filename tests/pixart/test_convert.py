@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, run_main
+from common.pretrained import from_folder
 from pixart.config import PixArtConfig
 from pixart.convert import (
     export_pipeline,
@@ -26,7 +27,9 @@ from pixart.convert import (
     save_transformer,
 )
 from pixart.model import DiT, PixArt
+from pixart.samplers import diffusers_sampler, guided
 from tests.pixart.test_model import batch, filled
+from tests.refusals import refused
 
 SINGLE = PixArtConfig(input_size=8, width=24, depth=2, heads=2, caption_channels=16, caption_tokens=6)
 MULTI = replace(SINGLE, multi_scale=True, interpolation_scale=2.0)
@@ -115,29 +118,56 @@ def test_a_random_diffusers_network_computes_the_same_here(tmp_path: Path, addit
     assert not load_transformer(tmp_path / "ours").has_null_caption
 
 
-def test_exported_pipeline_opens_in_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SINGLE,
+        replace(SINGLE, learn_sigma=False, interpolation_scale=2.0),
+        replace(MULTI, input_size=128, patch_size=16),
+    ],
+    ids=["single", "without variance, interpolated", "multi"],
+)
+def test_the_exported_pipeline_draws_what_our_network_draws(
+    tmp_path: Path, config: PixArtConfig, guidance: float
+) -> None:
     from diffusers import AutoencoderKL, PixArtAlphaPipeline
 
     vae = AutoencoderKL(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4)
-    net = make(SINGLE)
+    net = make(config)
     export_pipeline(net, tmp_path / "pipeline", vae=vae)
-    pipeline = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipeline", tokenizer=None, text_encoder=None)
+    pipeline = from_folder(PixArtAlphaPipeline, tmp_path / "pipeline", tokenizer=None, text_encoder=None)
     pipeline.set_progress_bar_config(disable=True)
-    _, _, caption, mask = batch(SINGLE)
-    images = pipeline(
+    _, _, caption, mask = batch(config)
+    side = config.input_size
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
         prompt=None,
         negative_prompt=None,
         prompt_embeds=caption[:1],
         prompt_attention_mask=mask[:1],
         negative_prompt_embeds=caption[1:2],
         negative_prompt_attention_mask=mask[1:2],
-        height=16,
-        width=16,
-        num_inference_steps=2,
+        height=2 * side,
+        width=2 * side,
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=guidance,
         use_resolution_binning=False,
-        output_type="np",
+        output_type="latent",
     ).images
-    assert images.shape == (1, 16, 16, 3)
+    sizes = {"size_B2": torch.tensor([[2.0 * side, 2.0 * side]]), "ratio_B1": torch.ones(1, 1)}
+    conditions = sizes if config.multi_scale else {}
+    model = guided(net, caption[:1], mask[:1], guidance, null=(caption[1:2], mask[1:2]), **conditions)
+    ours = diffusers_sampler(model, noise, 3)
+    assert (ours - noise).std() > 0.1
+    # The first step divides by alpha, 1 / 160, which makes rounding large.
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+
+
+def test_a_multi_scale_network_that_stock_pipelines_would_not_tell_its_size_is_not_exported(tmp_path: Path) -> None:
+    refused("latents of side 128 only, this one has 8", export_pipeline, make(MULTI), tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_ema_is_preferred_and_trained_weights_can_be_chosen(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_captions_are_encoded_once_for_all_steps(run: Path, monkeypatch: pytest.
         ([], "--prompt is missing"),
         ([*PROMPT, "--count", "0"], "--count 0"),
         ([*PROMPT, "--steps", "0"], "--steps 0"),
+        ([*PROMPT, "--steps", "1", "--sampler", "iddpm"], "--steps 1: expected a whole number from 2 to 1000"),
         ([*PROMPT, "--weights", "nowhere"], "nowhere"),
         ([*PROMPT, "--ar", "wide", "--weights", "{run}/stage2"], "--ar needs height:width"),
         ([*PROMPT, "--weights", "{run}/stage1"], "class-conditional stage: it takes no prompt"),

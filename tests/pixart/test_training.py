@@ -21,6 +21,7 @@ from pixart.model import PixArt
 from pixart.trainer import rate_factor
 from tests.drills import same_weights, succeed
 from tests.pixart.tiny_run import arguments, losses, tiny_vae, train
+from tests.refusals import refused
 
 # Adam turns a rounding difference in a tiny gradient into a visible step.
 CLOSE: dict[str, Any] = {"rel": 2e-5}
@@ -277,6 +278,29 @@ def test_dreambooth_gives_every_picture_its_one_caption(reference: Path, tmp_pat
     options = {"data__name": "folder", "data__path": tmp_path / "dog", "data__prompt": "a photo of sks dog"}
     folder = train(tmp_path / "run", "stage2", init_from=reference / "stage2", trainer__batch_size=2, **options)
     assert len(losses(folder / "stage2")) == 6
+
+
+def test_a_stage_draws_and_is_measured_without_its_pictures_and_codec(reference: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from common.images import save_png
+    from pixart.evaluate import main as evaluate
+    from pixart.sample import main as sample
+
+    own = tmp_path / "own"
+    for i in range(24):
+        save_png(Image.new("RGB", (16, 16), (10 * i, 40, 90)), own / f"{i}.png")
+    lines = (f'{{"file_name": "{i}.png", "text": "a red circle {i}"}}\n' for i in range(24))
+    (own / "metadata.jsonl").write_text("".join(lines))
+    options = {"data__name": "folder", "data__path": own, "evaluate": "false", "trainer__max_steps": 1}
+    folder = train(tmp_path / "run", "stage2", init_from=reference / "stage2", **options)
+    (tmp_path / "vae").rename(tmp_path / "moved_vae")
+    own.rename(tmp_path / "moved")
+    out = sample(["--weights", str(folder / "stage2"), "--prompt", "a red circle", "--out", str(tmp_path / "out.png")])
+    assert out.is_file()
+    metrics = evaluate(["--run_dir", str(folder), "--images", str(tmp_path / "moved")])
+    assert metrics["judge"]["n_real"] == 24 and (folder / "stage2" / "on-moved" / "metrics.json").is_file()
+    refused("no such folder", evaluate, ["--run_dir", str(folder)])
 
 
 def test_rate_rises_stays_and_falls_to_zero_over_the_cooldown() -> None:

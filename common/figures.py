@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.files import write_atomically, write_json
+from common.files import read_object, write_atomically, write_json
 
 BLUE = "#4878a8"
 CAPTIONS = "captions.json"  # in every folder of figures: {"file name": "caption"}, in the order of the report
@@ -36,13 +35,13 @@ def save_figure(figure: Figure, path: Path, caption: str | None = None, **option
 def keep_captions(folder: Path, captions: Mapping[str, str]) -> None:
     """Merge captions into the folder's: those of other programs stay where they are, those without a picture go."""
     listing = folder / CAPTIONS
-    earlier = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
+    earlier = read_object(listing) if listing.is_file() else {}
     write_json(listing, {name: text for name, text in {**earlier, **captions}.items() if (folder / name).is_file()})
 
 
 def small_claims(results: Path) -> dict[str, dict[str, Any]]:
     """The records of the small tier in a results file, by claim: what the figures show."""
-    records = json.loads(results.read_text(encoding="utf-8"))["claims"]
+    records = read_object(results, kinds={"claims": list})["claims"]
     return {record["id"]: record for record in records if record["tier"] == "small"}
 
 
@@ -115,5 +114,5 @@ def training_curve(axis: Any, logs: Sequence[Mapping[str, Any]], metric: str, st
 
 def kept_logs(arms: Path, pattern: str) -> list[dict[str, Any]]:
     """Kept logs of one arm over its seeds, without those of other checkpoints (of other settings) than the first."""
-    logs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arms.glob(pattern))]
+    logs = [read_object(path) for path in sorted(arms.glob(pattern))]
     return [log for log in logs if [p["step"] for p in log["curve"]] == [p["step"] for p in logs[0]["curve"]]]

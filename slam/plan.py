@@ -10,7 +10,6 @@ the networks are built on the meta device. Text encoding and the latents (once) 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from common import costs
 from common.cli import parse_config
 from common.errors import run_main
+from common.files import read_object
 from common.stable_diffusion import stable_diffusion_unet
 from slam.config import SlamConfig
 
@@ -55,7 +55,8 @@ def networks(teacher: str, width: int) -> tuple[Any, Any, int]:
         if (folder / "unet" / "config.json").is_file():
             config = UNet2DConditionModel.load_config(folder / "unet")
             pair = [UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": w}) for w in (None, width)]
-            tokens = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+            tokenizer = read_object(folder / "tokenizer" / "tokenizer_config.json", kinds={"model_max_length": int})
+            tokens = tokenizer["model_max_length"]
         else:
             pair = [stable_diffusion_unet(), stable_diffusion_unet(time_cond_proj_dim=width)]
     return pair[0], pair[1], tokens

@@ -45,7 +45,7 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_weights(
     more = {"student__kind": "lora", "student__rank": 2, "student__alpha": 5.0} if kind == "lora" else {}
     options: dict[str, Any] = {**more, "baseline": "false"}
     whole = lora if kind == "lora" else reference
-    kill("slam.train", "slam", 5, arguments(tmp_path / "run", teacher, **options))
+    kill("slam.train", 5, arguments(tmp_path / "run", teacher, **options))
     assert not (tmp_path / "run" / "slam" / WEIGHTS).exists()
     train(tmp_path / "run", teacher, **options)
     assert losses(tmp_path / "run") == losses(whole) and len(losses(whole)) == 6

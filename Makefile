@@ -15,7 +15,7 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup lint format test test-machines smoke report clean new-paper campaign data-emoji-extra data-photos \
+.PHONY: help setup lint format test test-machines drills smoke report clean new-paper campaign data-emoji-extra data-photos \
 	data-fashion-mnist data-text browser
 
 help: ## list the commands
@@ -77,6 +77,9 @@ test: lint browser ## lint, types and all tests (also what CI runs)
 
 test-machines: $(STAMP) ## the numerical tests as other machines run them (ARGS="--settings aten-default,busy")
 	$(PY) -m tests.machines $(ARGS)
+
+drills: $(STAMP) ## kill, stop, starve and deceive every trainer (ARGS="--papers NAME --kinds kill,term")
+	OMP_NUM_THREADS=1 $(PY) -m tests.drills $(ARGS)
 
 report: $(STAMP) ## build the web page report/site/index.html and the README tables from results/
 	@$(PY) -m report.build

@@ -29,9 +29,10 @@ from common.errors import run_main
 from common.ledger import bench_row
 from common.paths import REPOSITORY
 from common.solvers import DiffusionSource, stock_pipeline
+from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
 from common.teacher import Teacher
 from instaflow.pipeline import Card, InstaFlowPipeline
-from instaflow.student import make_student, stable_diffusion_unet, stable_diffusion_vae
+from instaflow.student import make_student
 
 TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 SOLVER, STEPS = "DPMSolverMultistepScheduler", 25

@@ -13,7 +13,6 @@ one's tokens, weighs least. About 25 minutes on 2 idle cores.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import write_atomically
+from common.files import read_object, write_atomically
 from common.ledger import bench_row, write_rows
 from common.options import Count, Range
 from common.paths import RESULTS
@@ -110,7 +109,7 @@ def measure(arms: Mapping[str, Arm], steps: int, rounds: int, device: str, exper
                 config = configuration(arm, Path(work) / f"{turn}-{index}", steps, device, experts)
                 start_ranks(config, arm.arm)
                 file = Path(config.run_dir) / arm.arm / "metrics.json"
-                found[name].append(json.loads(file.read_text(encoding="utf-8")))
+                found[name].append(read_object(file))
                 print(f"round {turn + 1}: {name} {found[name][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     keys = ("tokens_per_second", "cpu_seconds_per_1000_tokens", "peak_bytes", "loss")
     return {

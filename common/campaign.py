@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import signal
 import traceback
@@ -30,7 +29,7 @@ from common import reproduction
 from common.cli import Parser
 from common.errors import UserError, first_line, run_main
 from common.figures import draw_ladder
-from common.files import write_json
+from common.files import read_object, write_json
 from common.jobs import ENGINES, Engine, Job, JobError, run_jobs
 from common.ledger import Claim, read_claims, read_ledger, verdict
 from common.options import Positive, Whole
@@ -132,7 +131,7 @@ def measure(paper: str, claim: str, rung: int, seed: int, results: str) -> dict[
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
     known = read_claims(paper, "small", rung)[claim]
     path = reproduction.note_of(reproduction.notes_of(ledger), known, seed, None)
-    return {"path": str(path.relative_to(results)), "note": json.loads(path.read_text(encoding="utf-8"))}
+    return {"path": str(path.relative_to(results)), "note": read_object(path)}
 
 
 def lower_priority() -> None:

@@ -8,7 +8,6 @@ main process measures and writes the choice down, and everybody else, and every 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from common.cpu import cpu_name
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, reading, write_json
 from common.processes import is_main_process
 
 FILE = "choices.json"
@@ -108,10 +107,5 @@ class Choices:
 
     @staticmethod
     def _read(file: Path) -> dict[str, dict[str, Any]]:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return {str(key): {**record, "chosen": str(record["chosen"])} for key, record in content.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UserError(
-                f"{file} is damaged: expected a choice by each name; delete it, and the run measures anew"
-            ) from None
+        with reading(file, "expected a choice by each name; delete it, and the run measures anew"):
+            return {key: {**record, "chosen": str(record["chosen"])} for key, record in read_object(file).items()}

@@ -12,11 +12,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from common.errors import UserError
+from common.files import refuse_deep, text_of
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
 from common.paths import REPOSITORY
 
@@ -45,11 +46,14 @@ def parse_config(
             wrote it.
     """
     given, arguments = take("--config", argv)
-    for name in given:
-        if not Path(name).is_file():
-            raise UserError(f"--config {name}: no such file; the ready-made ones are in configs/")
-    files = given or ([] if default_config is None else [str(default_config)])
     parser = _parser(config_class, description, default_config)
+    for name in given:
+        empty = [key for key, value in read_options(Path(name)).items() if value is None]
+        for key in empty:
+            hint = parser.types.get(key)
+            if [*sections_of(hint)] and not get_args(hint):  # None may stand for a section that can be left out
+                raise UserError(f'--config {name}: "{key}:" is empty; give it options, or leave it out')
+    files = given or ([] if default_config is None else [str(default_config)])
     _refuse_unknown(arguments, [*parser._option_string_actions, *(f"--{name}" for name in parser.types)])
     written = [*beneath, *(word for name in files for word in ("--config", name))]
     try:
@@ -59,16 +63,43 @@ def parse_config(
         namespace = parser.parse_args([*written, *arguments])
     except ArgumentError as error:
         reason = _one_sentence(str(error))
-        if wrong := re.fullmatch(r"option \"([\w.]+)\": Expected a <class .*>\. Got value: (.*)", reason):
+        if wrong := re.fullmatch(r"option \"([\w.]+)\": Expected an? \w+\. Got value: (.*)", reason):
             for kind, allowed in ranges_of(parser.types.get(wrong[1])):
                 allowed.check(wrong[1], wrong[2], kind)
-        if "parsing config" in reason and len(files) == 1:
-            raise UserError(f"--config {files[0]} is not valid YAML: {reason}") from None
-        raise UserError(f"{reason}; --help lists every option") from None
+        raise UserError(f"{_place(parser, files, written)}{reason}; --help lists every option") from None
     plain = Namespace({key: value for key, value in vars(namespace).items() if key != "config"})
     check_ranges(plain, declared=config_class)
     values = vars(parser.instantiate_classes(plain))
     return config_class(**{k: v for k, v in values.items() if k != "config"}), parser.dump(plain, skip_none=False)
+
+
+def _place(parser: ArgumentParser, files: Sequence[str], written: Sequence[str]) -> str:
+    """Names the files where a mistake is theirs, for messages; "" where it is on the command line."""
+    try:
+        parser.parse_args(written)
+    except ArgumentError:
+        return f"--config {' or '.join(files)}: " if files else ""
+    return ""
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """The content of a `--config` file.
+
+    Raises:
+        UserError: no such file, no text, no YAML, or no options by name.
+    """
+    if not file.is_file():
+        raise UserError(f"--config {file}: no such file; the ready-made ones are in configs/")
+    import yaml
+
+    try:
+        content = yaml.safe_load(text_of(file, "expected a file of options"))
+        refuse_deep(content)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f'--config {file}: expected options by name ("data:", "trainer:", ...), found {content!r:.40}')
+    return content
 
 
 def _parser(config_class: type, description: str, default_config: Path | None) -> ArgumentParser:
@@ -199,4 +230,6 @@ def take(option: str, arguments: Sequence[str] | None) -> tuple[list[str], list[
 def _one_sentence(message: str) -> str:
     """jsonargparse explains a failure over several lines; keep the words, drop the layout."""
     text = re.sub(r"\s+", " ", message).strip()
-    return re.sub(r"^(Parser key|[Aa]rgument) ", "option ", text)
+    text = re.sub(r"^(Parser key|[Aa]rgument) ", "option ", text)
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
+    return text if len(text) < 500 else f"{text[:500]} ..."

@@ -8,7 +8,7 @@ import math
 import os
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError, first_line
+from common.files import list_files
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm"),
 )
+# Pictures that Pillow alone cannot open: passed over, but a folder of them is not empty.
+OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
 WHITE = (255, 255, 255)
 MAX_PIXELS = 100_000_000  # a file that unpacks to more is refused as a decompression bomb, not decoded
 LARGE_PIXELS = 16_000_000  # of pictures with more, one is open at a time
@@ -86,11 +89,17 @@ class CorruptImage(Exception):
 
 
 @contextlib.contextmanager
-def decoded(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> Iterator[Image.Image]:
+def decoded(
+    source: Path | bytes, background: tuple[int, int, int] = WHITE, side: int | None = None
+) -> Iterator[Image.Image]:
     """One picture as 8-bit RGB: EXIF orientation applied, alpha laid on `background`, 16 bits scaled to 8.
 
     This is the only decoder of the repository. Pictures above LARGE_PIXELS are open one at a time in a process, until
     the block ends, so that many threads need no more memory than one (at most about 8 bytes a pixel).
+
+    Args:
+        side: what the picture will be scaled down to, where that is known: of a large JPEG file a smaller form is
+            decoded, with at least four times this on its shorter side.
 
     Raises:
         CorruptImage: no image, truncated, or more than MAX_PIXELS pixels. The message says which without the name.
@@ -102,6 +111,8 @@ def decoded(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> I
                 raise CorruptImage(f"{file.width} x {file.height} pixels, the limit is {MAX_PIXELS:,}")
             if file.width * file.height > LARGE_PIXELS:
                 stack.enter_context(_one_large_picture)
+                if side is not None:
+                    file.draft("RGB", (4 * side, 4 * side))
             file.load()
             turn = _TURNS.get(_orientation(file))
             picture = _to_rgb(file, background)
@@ -123,12 +134,13 @@ def picture_size(source: Path | bytes) -> tuple[int, int]:
         return (file.width, file.height) if turned else (file.height, file.width)
 
 
-def open_rgb(path: str | Path) -> np.ndarray:
-    """`decode` of one file, as uint8 [H,W,3]. Raises UserError naming an unreadable file."""
+def open_rgb(path: str | Path | bytes) -> np.ndarray:
+    """`decode` of one picture, as uint8 [H,W,3]. Raises UserError naming an unreadable file."""
     try:
-        return np.asarray(decode(Path(path)))
+        return np.asarray(decode(Path(path) if isinstance(path, str) else path))
     except CorruptImage as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove the file") from error
+        name = "a picture of the table" if isinstance(path, bytes) else path
+        raise UserError(f"{name}: not a readable image ({error}); replace or remove the file") from error
 
 
 _one_large_picture = threading.Lock()
@@ -196,31 +208,6 @@ def _strip_to_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Ima
     return picture.convert("RGB")
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted by path. Hidden files and folders (`.name`, the `._*` of other systems) and
-    folders like `__MACOSX` do not count; links are followed, each folder is read once."""
-    found: list[Path] = []
-    seen: set[str] = set()
-
-    def walk(path: str) -> None:
-        real = os.path.realpath(path)
-        if real in seen:
-            return
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from error
-        for entry in entries:
-            if entry.is_dir() and not entry.name.startswith((".", "__")):
-                walk(entry.path)
-            elif entry.is_file() and not entry.name.startswith("."):
-                found.append(Path(entry.path))
-
-    walk(str(folder))
-    return sorted(found)
-
-
 def image_files(folder: str | Path) -> list[Path]:
     """Every image file below a folder, sorted by path. Raises UserError when the folder is missing or has none."""
     root = Path(folder)
@@ -232,7 +219,7 @@ def image_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def folder_batches(files: Sequence[Path], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
+def folder_batches(files: Sequence[Path | bytes], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
     """(indices into `files`, uint8 [N,3,H,W]) batches of equally sized images; every file appears exactly once."""
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
 
@@ -323,3 +310,12 @@ def save_grid(
 ) -> Path:
     """`make_grid` written to a PNG file, atomically."""
     return save_png(make_grid(images, columns, captions, tile), path)
+
+
+def comparison_grid(arms: Mapping[str, Tensor], prompts: Sequence[str], count: int, path: Path, tile: int = 96) -> Path:
+    """One row an arm, one column a prompt, the same noises throughout; the caption names both."""
+    # Different prompts show more than repeats of one.
+    first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:count]
+    rows = torch.cat([images[first] for images in arms.values()])
+    captions = [f"{arm}: {prompts[i]}" for arm in arms for i in first]
+    return save_png(make_grid(rows, len(first), captions, tile, caption_lines=3), path)

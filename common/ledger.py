@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import operator
 import os
@@ -32,11 +31,10 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from common.cpu import cpu_kind, cpu_name
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, read_yaml, write_json
 from common.paths import REPOSITORY
 
 Tier = Literal["smoke", "small", "paper"]
@@ -247,10 +245,7 @@ def _claims_file(paper: str | Path) -> tuple[str, dict[str, Any]]:
     """(what errors call the file, its content with checked top-level keys)."""
     path = paper if isinstance(paper, Path) else REPOSITORY / paper / "claims.yaml"
     name = f"{path.parent.name}/{path.name}"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, name, "restore it from git")
     return name, _fields(content, name, {"tiers": dict, "claims": list}, {"precision": str, "words": dict})
 
 
@@ -691,10 +686,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _read(path: Path, key: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} cannot be read as JSON ({error}); restore it from git or delete it") from None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f'{path.name}: expected {{"{key}": [...]}} at the top; restore it from git or delete it')
-    return content[key]
+    return read_object(path, kinds={key: list}, advice="restore it from git or delete it")[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from common.cli import Parser
 from common.errors import UserError
 from common.figures import keep_captions
+from common.files import read_object, read_yaml
 from common.paths import REPOSITORY
 
 
@@ -20,12 +20,10 @@ def read_run(folder: Path, *needed: str) -> tuple[dict[str, Any], dict[str, Any]
     Raises:
         UserError: one of these, or of the files `needed`, is missing.
     """
-    import yaml
-
     for file in ("metrics.json", "config.yaml", *needed):
         if not (folder / file).is_file():
             raise UserError(f"--run_dir {folder}: {file} is missing; expected a finished run of train.py")
-    return yaml.safe_load((folder / "config.yaml").read_text()), json.loads((folder / "metrics.json").read_text())
+    return read_yaml(folder / "config.yaml"), read_object(folder / "metrics.json")
 
 
 def origin(*packages: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ import torch
 
 from common.cli import Parser
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, sweep, write_json
 from common.ledger import (
     Claim,
     check_targets,
@@ -90,6 +90,7 @@ def main(
     given.folder = given.folder or folder_of(paper, given.tier, given.rung)
     torch.set_num_threads(1)  # CPU seconds are then seconds of work
     given.folder.mkdir(parents=True, exist_ok=True)
+    sweep(given.folder)
     study = open_study(given)
     if given.tier == "small":
         notes = notes_of(ledger)
@@ -253,7 +254,7 @@ def measurements(notes: Path, claim: Claim) -> dict[str, dict[int, dict[str, Any
     wanted = json.loads(json.dumps([claim.sizes, claim.budget]))
     for path in sorted(notes.glob(f"{claim.id}-rung{claim.rung}-seed*.json")):
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry = read_object(path)
             if [entry["sizes"], entry["budget"]] != wanted or entry["seed"] not in claim.seeds:
                 continue
             made = {key: entry[key] for key in ("precision", "cpu", "hardware", "versions", "commit")}

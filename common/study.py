@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.cpu import cpu_kind
 from common.data.sampling import generator_step
 from common.errors import UserError
-from common.files import locked, write_atomically, write_json
+from common.files import locked, read_object, write_atomically, write_json
 from common.images import save_grid
 from common.ledger import Tier, peak_memory, provenance, read_precision, read_sizes
 from common.metrics.distribution import fid, kid, precision_recall
@@ -78,7 +78,7 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]], settings: Any = None
     settings = _plain(settings)
 
     def read() -> dict[str, Any] | None:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = read_object(path) if path.is_file() else None
         return found if found is not None and found.get("settings") == settings else None
 
     found = read()
@@ -86,7 +86,7 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]], settings: Any = None
         with locked(path):
             if (found := read()) is None:
                 write_json(path, ({} if settings is None else {"settings": settings}) | dict(make()))
-                found = json.loads(path.read_text(encoding="utf-8"))  # what is made is what will be read
+                found = read_object(path)  # what is made is what will be read
     return {key: float("nan") if value is None else value for key, value in found.items() if key != "settings"}
 
 
@@ -342,14 +342,14 @@ class Study(Generic[S]):
                 "NaN", "null"
             )
 
-        if not path.is_file() or facts(json.loads(path.read_text(encoding="utf-8"))) != facts(entry):
+        if not path.is_file() or facts(read_object(path)) != facts(entry):
             write_json(path, entry)
 
     def workplace(self, name: str, settings: Mapping[str, Any] | None = None) -> Path:
         """A folder for work that goes on by itself after an interruption; work begun with other settings goes."""
         folder = self.folder / name
         begun, wanted = folder / "settings.json", _plain(self.here(settings))
-        if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != wanted):
+        if folder.is_dir() and (not begun.is_file() or read_object(begun) != wanted):
             shutil.rmtree(folder)
         write_json(begun, wanted)
         return folder

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
 from common.files import read_object
 from common.pretrained import from_folder, one_line, quiet_libraries, read_network, refuse_code, refuse_not_finite
@@ -86,6 +86,7 @@ class Teacher:
         text_encoder, tokenizer: transformers modules as stock diffusers uses them.
         scheduler_config: content of `scheduler_config.json`.
         folder: the directory it was read from, if any.
+        distilled: take a consistency model, for what stands around its U-Net; else such a one is refused.
     """
 
     def __init__(
@@ -96,15 +97,17 @@ class Teacher:
         tokenizer: Any,
         scheduler_config: dict[str, Any],
         folder: Path | None = None,
+        distilled: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler_config, self.folder = dict(scheduler_config), folder
         name = str(folder) if folder else "this teacher"
         check_networks(unet, vae, text_encoder, tokenizer, name)
-        if unet.config.get("time_cond_proj_dim") is not None or scheduler_config.get("_class_name") == "LCMScheduler":
+        embedded, kind = unet.config.get("time_cond_proj_dim"), scheduler_config.get("_class_name")
+        if (embedded is not None or kind == "LCMScheduler") and not distilled:
             raise UserError(
                 f"{name}/unet/config.json, scheduler: a latent consistency model (time_cond_proj_dim "
-                f"{unet.config.get('time_cond_proj_dim')}), which jumps instead of following an ODE; expected the "
+                f"{embedded}), which jumps instead of following an ODE; expected the "
                 "diffusion model it was distilled from"
             )
         for module in (unet, vae, text_encoder):
@@ -398,7 +401,8 @@ def encode_text(
     """Text states [B, L, D] as `StableDiffusionPipeline.encode_prompt` computes them."""
     parts: list[Tensor] = []
     masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
-    cut: list[str] = []
+    cut: list[int] = []
+    unknown: list[int] = []
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
         tokens = tokenizer(
@@ -408,18 +412,16 @@ def encode_text(
             truncation=True,
             return_tensors="pt",
         )
-        cut += [prompt for prompt, encoding in zip(chunk, tokens.encodings or ()) if encoding.overflowing]
+        cut += [first + i for i, encoding in enumerate(tokens.encodings or ()) if encoding.overflowing]
+        unknown += [first + i for i in unknown_texts(tokenizer, tokens.input_ids.tolist())]
         mask = tokens.attention_mask.to(device) if masked else None
         parts.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
     if not parts:
         raise UserError("no prompts given; expected at least one")
-    if cut and not getattr(tokenizer, "said_that_it_cuts", False):
-        tokenizer.said_that_it_cuts = True
-        warnings.warn(
-            f"{len(cut)} of {len(prompts)} prompts are cut to {tokenizer.model_max_length} tokens, the first is "
-            f"{cut[0]!r} (said once)",
-            stacklevel=3,
-        )
+    if (cut or unknown) and not getattr(tokenizer, "said_what_is_lost", False):
+        tokenizer.said_what_is_lost = True
+        say_lost("prompts", prompts, cut, f"cut to {tokenizer.model_max_length} tokens")
+        say_lost("prompts", prompts, unknown, "unknown to the tokenizer")
     return torch.cat(parts)
 
 

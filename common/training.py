@@ -4,7 +4,6 @@ throughput in the progress bar, logs. The loop itself is Lightning's."""
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import sys
@@ -31,11 +30,19 @@ from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError, first_line, stop_if_not_finite
-from common.files import read_object, write_atomically, write_json
+from common.files import read_object, read_yaml, reading, sweep, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions, check_ranges
 from common.precision import choose_precision
-from common.processes import is_main_process
+from common.processes import (
+    Guard,
+    end_all,
+    first_failure,
+    is_main_process,
+    lost_the_others,
+    start_process_group,
+)
+from common.stopping import Steps, Stopped, command
 
 LAST_CHECKPOINT = "last.ckpt"
 INPUTS = "inputs.json"
@@ -136,26 +143,49 @@ class StopOnNonFinite(Callback):
 
 
 class SaveEvery(Callback):
-    """Replaces `folder/last.ckpt` every `every` steps and after the last one.
+    """Replaces `folder/last.ckpt` every `every` steps, after the last one, and before a signal ends the run.
 
     Steps are those of the main network: Lightning's own callback looks at global_step, which moves by two where a
     discriminator is trained as well and may then miss every multiple.
+
+    Args:
+        every: 0 keeps nothing.
     """
 
     def __init__(self, folder: Path, every: int, last: int) -> None:
         self.path, self.every, self.last = folder / LAST_CHECKPOINT, every, last
-        self._saved = -1
+        self._saved = self._step = -1
+        self._steps = Steps()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved = generator_step(trainer)
+        self._saved = self._step = generator_step(trainer)
+        self._steps.__enter__()  # here, since Lightning has just taken the signals
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = generator_step(trainer)
-        if step != self._saved and (step % self.every == 0 or step == self.last):
-            self._saved = step
+        if step == self._step:  # a micro-batch
+            return
+        self._step = step
+        if self.every and (step % self.every == 0 or step == self.last):
+            self._save(trainer)
+        self._steps.ended(lambda: self._save(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.__exit__(None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._step >= 0:
+            self._steps.__exit__(type(exception))
+
+    def _save(self, trainer: pl.Trainer) -> str:
+        if not self.every:
+            return ""
+        if self._saved != self._step:
+            self._saved = self._step
             trainer.save_checkpoint(self.path)
+        return f"step {self._step} is saved in {self.path}"
 
 
 class ThroughputBar(TQDMProgressBar):
@@ -271,6 +301,8 @@ class RunFolder:
             above = Path(self.resume).absolute().parents
             resumed = next((folder for folder in above if (folder / "config.yaml").is_file()), self.path)
         record = _checked_inputs(self.path, resumed, inputs, self.moved)
+        if self.path.is_dir():
+            sweep(self.path)
         write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
         if record != _recorded_inputs(self.path):
             write_json(self.path / INPUTS, record)
@@ -301,7 +333,7 @@ def open_run_folder(
         raise UserError(f"--resume never: {run_dir} is not empty; choose another --run_dir")
     if resume != "auto" or not saved.is_file():
         return unmoved
-    old, new = _flat(saved.read_text(encoding="utf-8")), _flat(config_yaml)
+    old, new = _flat(read_yaml(saved)), _flat(yaml.safe_load(config_yaml))
     recorded = _recorded_inputs(run_dir)
     input_at = {option: name for name, options in (places or {}).items() for option in options if name in recorded}
     # An option that the saved config lacks is newer than that run.
@@ -424,8 +456,8 @@ def _difference(name: str, old: str, new: str) -> str:
     return f"{name} were {old}, are {new}" if "," in old + new and len(old + new) < 400 else ""
 
 
-def _flat(text: str) -> dict[str, Any]:
-    """A YAML config as {"section.option": value}."""
+def _flat(config: Any) -> dict[str, Any]:
+    """A config as {"section.option": value}."""
 
     def walk(prefix: str, node: Any) -> dict[str, Any]:
         if not isinstance(node, dict):
@@ -433,7 +465,7 @@ def _flat(text: str) -> dict[str, Any]:
         parts = (walk(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items())
         return {key: value for part in parts for key, value in part.items()}
 
-    return walk("", yaml.safe_load(text))
+    return walk("", config)
 
 
 def quiet_lightning() -> None:
@@ -525,6 +557,8 @@ def build_trainer(
     own: list[Callback] = [StopOnNonFinite(place, every=1 if not torch.cuda.is_available() else 50)]
     if logs:
         own.append(ExpectedTime(folder.name.replace("_", " "), steps, chosen_precision))
+    # Last: a step at which a signal ends the run has its samples, and what callbacks book is part of its checkpoint.
+    saving = SaveEvery(place, options.checkpoint_every if checkpoints else 0, last=steps)
     strategy: Any = options.strategy
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
         # The averaged weights are buffers; every process keeps its own equal copy, so nothing has to be broadcast.
@@ -534,7 +568,6 @@ def build_trainer(
     show = options.progress and not os.environ.get("CI")
     if show:
         own.append(ThroughputBar(batch_size * unit[1], folder.name.replace("_", " "), steps, unit[0]))
-    saving = [SaveEvery(place, options.checkpoint_every, last=steps)] if checkpoints else []
     return _lightning(
         options,
         chosen_precision,
@@ -544,8 +577,7 @@ def build_trainer(
         max_epochs=-1,
         accumulate_grad_batches=accumulate or options.accumulate,
         gradient_clip_val=grad_clip or None,
-        # Without logs it is the callbacks that book a step, and what they book is part of its checkpoint.
-        callbacks=[*own, *saving, *callbacks] if logs else [*own, *callbacks, *saving],
+        callbacks=[*own, *callbacks, saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
             TensorBoardLogger(folder, name="tensorboard"),
@@ -632,7 +664,11 @@ def train(
         checkpoints=checkpoints,
         unit=unit,
     )
-    fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
+    try:
+        fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
+    except Stopped as stopped:
+        stopped.options = [] if resume == "auto" else ["--resume", "auto"]
+        raise
     return trainer
 
 
@@ -640,19 +676,40 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     """`trainer.fit`, with the user's mistakes as sentences.
 
     Raises:
-        UserError: the checkpoint is damaged, pickled or of another network; the disk is full; the loss is not finite.
+        UserError: the checkpoint is damaged, pickled or of another network; the disk is full; the loss is not finite;
+            another process ended.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and trainer.world_size > 1:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        start_process_group("nccl" if device.type == "cuda" else "gloo", seconds=1800)
+    ranks = trainer.world_size
+
+    def failed(number: int, how: str) -> str:
+        rank = f"rank {number + 1} of {ranks}"
+        return f"{rank} {how}, so the others were ended too; what was saved is whole. To go on: {command()}"
+
+    with Guard(trainer.strategy.launcher, failed) as guard:
+        _fit(trainer, module, data, checkpoint, guard)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
+    guard: Guard,
+) -> None:
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except RuntimeError as error:
+        if lost_the_others(error) and (number := first_failure(guard.processes, patience=3)) is not None:
+            end_all(guard.processes, patience=1)
+            raise UserError(guard.said(number)) from None
         if checkpoint is None or "loading state_dict" not in str(error):
             raise
         raise of_another_network(checkpoint, error) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write below {trainer.default_root_dir}: {error} (is the disk full?); "
-            "the last checkpoint there is whole, so starting again continues from it"
-        ) from error
 
 
 def of_another_network(checkpoint: Path, error: RuntimeError) -> UserError:
@@ -689,7 +746,7 @@ def write_metrics(
     """
     times = {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(total, 1)}
     if not trained and path.is_file():
-        times = json.loads(path.read_text(encoding="utf-8")).get("seconds", times)
+        times = read_object(path).get("seconds", times)
     content = {**metrics, "seconds": times}
     write_json(path, content)
     return content
@@ -699,7 +756,7 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
     """The logged quantities of a stage by step, over all its starts (a later start replaces what it did again)."""
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        with path.open(newline="") as file:
+        with reading(path, "delete it"), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for key, value in row.items():
                     if key not in ("step", "epoch") and value:

@@ -13,7 +13,6 @@ What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
+from common.files import read_object, write_atomically, write_json
 from common.options import Whole
 from common.weights import save_weights
 from electra.config import ElectraConfig
@@ -183,10 +182,8 @@ def load_pretrained(directory: Path) -> Pretrained:
         hint = " (pytorch_model.bin is pickled and not read)" if (directory / "pytorch_model.bin").exists() else ""
         raise UserError(f"{directory}: no model.safetensors{hint}; save the model with safe_serialization")
     try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
+        values = read_object(config_file)
         state = load_file(weights)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_file} is not JSON: {error}") from None
     except SafetensorError as error:
         raise UserError(f"{weights} is damaged: {error}") from None
     config, renamed = from_transformers(values, {k: v.float() for k, v in state.items()})

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.data.cache import file_checksums, fingerprint_path
-from common.data.lines import read_lines
+from common.data.lines import read_lines, text_files
 from common.errors import UserError
 from electra.fetch_text import find_text, wikipedia_dump
 
@@ -83,7 +83,8 @@ def load_corpus(spec: str, root: str | Path | None = None) -> Corpus:
     Raises:
         UserError: an unknown name, or its files are missing.
     """
-    parts = [_load_one(part.strip(), root) for part in spec.split(",") if part.strip()]
+    names = [spec] if Path(spec).exists() else spec.split(",")  # a comma may be part of a path
+    parts = [_load_one(part.strip(), root) for part in names if part.strip()]
     if not parts:
         raise UserError(f"corpus {spec!r}: no name given; choose from {', '.join(NAMED)}, a file or a folder")
     if len(parts) == 1:
@@ -116,7 +117,7 @@ def _load_one(name: str, root: str | Path | None) -> Corpus:
         return _load_stream(name)
     path = Path(name)
     if path.exists():
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        files = text_files(path)
         if not files:
             raise UserError(f"corpus {name}: the folder has no .txt file")
         return Corpus(name, lambda split: _read_text_files(files, split), _file_fingerprint("text", files))

@@ -12,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import random
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import file_sha256, write_json
+from common.files import file_sha256, read_object, sweep, unfinished, write_json
 from common.processes import is_main_process
 from electra.wordpiece import Tokenizer
 
@@ -203,8 +202,9 @@ def build_store(
                 return store
             except UserError as error:
                 warnings.warn(f"{error}; the examples are built anew", stacklevel=2)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-            work = Path(name) / "store"
+        sweep(folder.parent)
+        with unfinished(folder, folder=True) as place:
+            work = place / "store"
             work.mkdir()
             try:
                 builder = ExampleBuilder(max_length, random.Random(seed), keep_overflow)
@@ -212,8 +212,8 @@ def build_store(
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error}); is the disk full?") from error
             if folder.exists():
-                shutil.move(folder, Path(name) / "replaced")
-            work.replace(folder)
+                os.replace(folder, place / "replaced")
+            os.replace(work, folder)
     return ExampleStore(folder)
 
 
@@ -267,12 +267,8 @@ def _read_manifest(folder: Path) -> dict | None:  # type: ignore[type-arg]
     path = folder / _MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest["fingerprint"], str) or set(manifest["files"]) != set(_FILES):
-            raise KeyError
-        return dict(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a manifest of pre-training examples; delete {folder} to build them anew"
-        ) from error
+    advice = f"not a manifest of pre-training examples; delete {folder} to build them anew"
+    manifest = read_object(path, kinds={"fingerprint": str, "files": dict}, advice=advice)
+    if set(manifest["files"]) != set(_FILES):
+        raise UserError(f"{path}: {advice}")
+    return manifest

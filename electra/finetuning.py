@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, stop_if_not_finite
+from common.processes import say_once
 from electra.config import ElectraConfig, FinetuneConfig
 from electra.convert import Pretrained, load_pretrained
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates, best_span
@@ -90,16 +91,23 @@ def encode_items(items: Sequence[Item], task: Task, tokenizer: Tokenizer, max_le
             return [_tagging_row(*pair, tokenizer, max_length) for pair in zip(items, words)]
         questions = tokenizer.ids_of_many([item.text for item in items])
         return [_question_row(*triple, tokenizer, max_length) for triple in zip(items, questions, words)]
-    rows = []
+    rows: list[Row] = []
+    cut: list[int] = []
     cls_id, sep_id = tokenizer.cls_id, tokenizer.sep_id
     seconds = tokenizer.ids_of_many([item.second for item in items])
     for item, first, second in zip(items, tokenizer.ids_of_many([item.text for item in items]), seconds):
         room = max_length - (3 if second else 2)
+        cut += [len(rows)] if len(first) + len(second) > room else []
         while len(first) + len(second) > room:
             (first if len(first) > len(second) else second).pop()
         ids = [cls_id, *first, sep_id, *second, *([sep_id] if second else [])]
         types = [0] * (len(first) + 2) + [1] * (len(ids) - len(first) - 2)
         rows.append(Row(ids, types, [0], item, []))
+    if cut:
+        say_once(
+            f"{task.name}: {len(cut)} of {len(items)} texts are cut to {max_length} tokens, the first is "
+            f"{items[cut[0]].text[:200]!r}"
+        )
     return rows
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ import torch
 
 from common.data.cache import MODEL, fingerprint_path
 from common.errors import UserError
-from common.files import write_json
+from common.files import unfinished, write_json
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
+from common.processes import is_main_process, say_once
 from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
@@ -36,6 +36,7 @@ from electra.trainer import PretrainingModule, held_out_metrics
 from electra.two_stage import SecondStage, second_stage, two_stage_flops
 from electra.wordpiece import Tokenizer, load_tokenizer
 
+MOST_UNKNOWN, SAY_UNKNOWN = 0.5, 0.01  # shares of unknown tokens in the text: refused, said
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("arms", "downstream", "data.workers", "trainer.evaluate_every")
 # Options that only say where an input lies, by what messages call it.
@@ -54,7 +55,7 @@ class Arm:
     @property
     def finished(self) -> bool:
         """Whether its encoders are there already."""
-        return (self.folder / "arm.json").is_file()
+        return (self.folder / "arm.json").is_file() and (self.encoder / "config.json").is_file()
 
     @property
     def encoder(self) -> Path:
@@ -104,6 +105,13 @@ class Run:
             inputs["starting weights"] = partial(fingerprint_path, Path(config.init_from), MODEL)
         tasks = open_tasks(config.downstream)
         train, held_out = (open_examples(config.data, tokenizer, split) for split in ("train", "held_out"))
+        if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
+            raise UserError(
+                f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
+                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+            )
+        if share > SAY_UNKNOWN:
+            say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
         run = cls(config, folder, tokenizer, train, held_out, tasks)
         run.check_networks()
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
@@ -238,8 +246,8 @@ class Run:
 
     def _finish(self, arm: Arm, network: ElectraPretrainer) -> None:
         """Write the transformers directories and the arm's record, which marks the end."""
-        with tempfile.TemporaryDirectory(prefix=".saving.", dir=arm.folder) as name:
-            saved = Path(name) / "network"
+        with unfinished(arm.encoder, folder=True) as place:
+            saved = place / "network"
             save_transformers(network, saved, self.tokenizer)
             if (saved / "generator").is_dir():
                 replace_folder(saved / "generator", arm.generator)
@@ -279,7 +287,7 @@ def replace_folder(new: Path, place: Path) -> None:
     """Move a finished folder to its place; one that an interrupted start left there goes."""
     if place.exists():
         shutil.rmtree(place)
-    new.rename(place)
+    os.replace(new, place)
 
 
 def run_tokenizer(config: ElectraRun, folder: Path) -> Tokenizer:

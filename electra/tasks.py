@@ -38,7 +38,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from common.data.lines import read_rows
+from common.data.rows import split_of
 from common.errors import UserError
+from common.files import list_files
 from electra.corpora import (
     Document,
     Synset,
@@ -533,7 +535,7 @@ _WITHOUT_SOURCE: dict[str, Callable[[str | Path | None], Task]] = {
 
 
 def _file_task(source: str) -> Task:
-    """A .tsv or .csv with a header, or a .jsonl; or a folder that holds train, test and perhaps dev in such a format.
+    """A .tsv or .csv with a header, a .jsonl or .parquet; or a folder with such files of train, test and perhaps dev.
 
     Columns: a text (or one of the pairs of _PAIRS) and `label`: words for classes, or numbers with a fractional part
     for regression. For tagging `words` and `tags` (lists, .jsonl only). `file:PATH:TEXT:SECOND:LABEL` names others.
@@ -541,10 +543,13 @@ def _file_task(source: str) -> Task:
     name, *named = [source] if Path(source).exists() else source.split(":")
     path, columns = Path(name), _Columns(*named[:3])
     if path.is_dir():
-        found = {
-            n: next((p for e in ("tsv", "csv", "jsonl") if (p := path / f"{n}.{e}").is_file()), None)
-            for n in ("train", "dev", "test")
-        }
+        found: dict[str, Path | None] = dict.fromkeys(("train", "dev", "test"))
+        for file in list_files(path):
+            split = split_of([file.stem])[0].replace("validation", "dev")
+            if split and file.parent == path and file.suffix.lower() in (".tsv", ".csv", ".jsonl", ".parquet"):
+                if other := found[split]:
+                    raise UserError(f"{path}: {other.name} and {file.name} are of one split; keep one")
+                found[split] = file
         if found["train"] is None or (found["test"] or found["dev"]) is None:
             raise UserError(f"{path}: expected train.tsv and test.tsv (or .csv, .jsonl) in this folder")
         rows = {name: _read_rows(p, columns) for name, p in found.items() if p is not None}

@@ -16,7 +16,6 @@ discriminator/ (for the MLM arms encoder/) and generator/.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pre-train the configured arms, fine-tune them, and return the metrics."""
     config, text = parse_config(ElectraRun, CONFIGS / "small.yaml", __doc__.split("\n")[0], argv)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
-    from common.files import write_atomically
+    from common.files import read_object, write_atomically
     from common.processes import is_main_process
     from common.training import write_metrics
     from electra.evaluate import fine_tune, format_table, markdown_tables
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
 
     draw_curves(run.folder, [arm.folder for arm in arms])
-    found: dict[str, Any] = {"arms": {arm.name: json.loads((arm.folder / "arm.json").read_text()) for arm in arms}}
+    found: dict[str, Any] = {"arms": {arm.name: read_object(arm.folder / "arm.json") for arm in arms}}
     if run.tasks:
         began = time.perf_counter()
         found["downstream"] = fine_tune(run.tasks, config.downstream, {arm.name: arm.encoder for arm in arms})

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import write_atomically, write_json
+from common.files import read_object, write_atomically, write_json
 from common.options import Count
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -148,13 +148,7 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+    return read_object(path)
 
 
 def _rust_tokenizer(vocabulary: dict[str, int], lower_case: bool) -> RustTokenizer:

@@ -16,7 +16,8 @@ class PairsConfig:
 
     Args:
         prompts: shapes or emoji (captions of the repository's training sets), or a text file, one prompt a line
-            (.jsonl: the field "text").
+            (or a table: .jsonl, .csv, .tsv, .parquet). Of a file of 20 prompts or more, one in ten is held out.
+        text_column: the column of the prompts in a table; None takes `text`, or the one that may be it.
         count: pairs for the first reflow; for distillation see `distil.pairs`.
         solver: any scheduler class of diffusers by name.
         steps: of the solver.
@@ -29,6 +30,7 @@ class PairsConfig:
     """
 
     prompts: str = "shapes"
+    text_column: str | None = None
     count: Count = 2048
     solver: str = "DPMSolverMultistepScheduler"
     steps: Annotated[int, Range(1, 1000)] = 25

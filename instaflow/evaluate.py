@@ -13,15 +13,16 @@ is inside their training pairs. Only Inception features may be called FID; every
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.data.lines import read_json_lines, read_lines
+from common.data.lines import read_lines
+from common.data.rows import read_captioned
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.options import Count, NotNegative, Seed, device
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def evaluation_prompts(run: Run) -> PromptSet:
         items = [data[i] for i in range(min(count, len(data)))]
         reference = torch.stack([item["image"] for item in items])
         return PromptSet([item["caption"] for item in items], fixed_noise(len(items), shape), reference)
-    prompts = prompt_list(run.config.pairs.prompts, count)[:count]
+    prompts = prompt_list(run.config.pairs.prompts, count, "test", run.config.pairs.text_column)[:count]
     return PromptSet(prompts, fixed_noise(len(prompts), shape))
 
 
@@ -63,11 +64,11 @@ def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | Non
         {"arms": {name: measures}, "unet_forwards_per_image": {name: number}, ...}; pictures go to `comparison.png`.
     """
     from common.data.pairs import PairSource
+    from common.images import comparison_grid
     from common.metrics.judge import ShapesJudge
     from common.metrics.measures import Yardstick
     from common.metrics.perceptual import perceptual_distance
     from common.solvers import DiffusionSource
-    from instaflow.figures import comparison_grid
     from instaflow.flow import FlowSource
 
     config, teacher = run.config, run.teacher
@@ -123,41 +124,47 @@ def _extractor(kind: str) -> Any:
     return load_extractor(kind)
 
 
-def read_captions(path: Path, files: Sequence[Path], root: Path) -> list[str]:
+def read_captions(path: Path, files: Sequence[str], text: str | None = None) -> list[str]:
     """One caption for each image file.
 
     Args:
-        path: COCO's captions_*.json (the first caption of each image), metadata.jsonl ("file_name", "text"), or a text
-            file with a line an image, in the order of the sorted names.
+        path: COCO's captions_*.json (the first caption of each image), a table with `file_name` and captions, or a
+            text file with a line an image, in the order of the sorted names.
+        text: the column of the captions in a table; None finds it.
 
     Raises:
         UserError: the file is missing, damaged, or has no caption for an image.
     """
     if not path.is_file():
         raise UserError(f"--captions {path}: no such file; expected COCO's captions_*.json, a .jsonl or a .txt file")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         lines = [line for _, line in read_lines(path)]
         if len(lines) != len(files):
             raise UserError(f"{path}: {len(lines)} lines for {len(files)} images; expected one line an image")
         return lines
+    names = [Path(file).name for file in files]
+    if len(set(names)) < len(names):
+        raise UserError("--images: two files in different folders have the same name; rename one")
     texts: dict[str, str] = {}
-    try:
-        if path.suffix == ".jsonl":
-            for _, row in read_json_lines(path, "file_name", "text"):
-                texts.setdefault(Path(row["file_name"]).name, row["text"])
-        else:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-            names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+    if path.suffix.lower() != ".json":
+        for where, row, caption in read_captioned(path, text):
+            if not isinstance(name := row.get("file_name"), str):
+                raise UserError(f'{where}: "file_name" is missing; its columns are {", ".join(row)}')
+            texts.setdefault(Path(name).name, caption)
+    else:
+        content = read_object(path, "no such file", advice="not a caption file, see evaluate.py --help")
+        try:
+            name_of = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
             for row in content["annotations"]:
-                texts.setdefault(names[row["image_id"]], " ".join(str(row["caption"]).split()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
-        ) from None
-    bare = [file for file in files if file.name not in texts]
+                texts.setdefault(name_of[row["image_id"]], " ".join(str(row["caption"]).split()))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a caption file ({type(error).__name__}: {error}); see evaluate.py --help"
+            ) from None
+    bare = [file for file, name in zip(files, names) if name not in texts]
     if bare:
-        raise UserError(f"{path}: no caption for {bare[0].relative_to(root)} ({len(bare)} such images)")
-    return [texts[file.name] for file in files]
+        raise UserError(f"{path}: no caption for {bare[0]} ({len(bare)} such images)")
+    return [texts[name] for name in names]
 
 
 def sampler_of(model: Path, solver: str | None, steps: int, guidance: float, device: str) -> tuple[Any, Any]:
@@ -214,22 +221,20 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
     """FID, KID, precision and recall of a pipeline against a folder of real images, and text-image alignment."""
     import torch
 
-    from common.images import image_files, open_rgb, resize_uint8
-    from common.metrics.evaluate import evaluate_generator, folder_captions, format_report
+    from common.images import open_rgb, resize_uint8
+    from common.metrics.evaluate import MINIMUM, evaluate_generator, format_report, open_measured
     from common.metrics.measures import fixed_noise
 
-    files = image_files(options.images)
-    names = {file.name for file in files}
-    if len(names) < len(files):
-        raise UserError(f"--images {options.images}: two files in different folders have the same name; rename one")
+    found = open_measured(options.images, True, options.image_column, options.text_column, 2 * MINIMUM)
+    if options.count < 2 * MINIMUM:
+        raise UserError(f"--count {options.count}: too few images to measure, at least {2 * MINIMUM} are needed")
     if options.captions:
-        captions = read_captions(options.captions, files, options.images)
+        captions = read_captions(options.captions, found.names, options.text_column)
+    elif found.captions is not None:
+        captions = found.captions
     else:
-        found = folder_captions(options.images, files)
-        if found is None:
-            raise UserError(f"{options.images} has no metadata.jsonl: give the captions with --captions FILE")
-        captions = found
-    files, captions = files[: options.count], captions[: options.count]
+        raise UserError(f"{options.images} has no metadata.jsonl: give the captions with --captions FILE")
+    files, captions = found.pictures[: options.count], captions[: options.count]
     draw_images, shape = sampler_of(options.model, options.solver, options.steps, options.guidance, options.device)
     started = time.perf_counter()
     noise = fixed_noise(len(files), shape, options.seed)
@@ -258,8 +263,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, help="folder of a finished run of train.py")
     parser.add_argument("--model", type=Path, help="a pipeline directory")
-    parser.add_argument("--images", type=Path, help="folder of real images")
-    parser.add_argument("--captions", type=Path, help="COCO captions_*.json, .jsonl or .txt (default: metadata.jsonl)")
+    parser.add_argument("--images", type=Path, help="folder or table of real images; of splits, test")
+    parser.add_argument("--captions", type=Path, help="COCO captions_*.json, a table or .txt (default: metadata.jsonl)")
+    parser.add_argument("--image_column", help="column of the pictures in a table (default: the one that may be it)")
+    parser.add_argument("--text_column", help="column of the captions in a table (default: the one that may be it)")
     parser.add_argument("--count", type=Count, default=5000, help="images compared (the first so many)")
     parser.add_argument("--steps", type=Count, default=1, help="Euler steps of a picture (of the solver with --solver)")
     parser.add_argument("--guidance", type=NotNegative, default=0.0, help="acts above 1 only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.figures import bars, curve, keep_captions, panels, save_figure, small_claims
-from common.images import make_grid, save_png
+from common.images import comparison_grid
 from instaflow.flow import TeacherFlow, Velocity, conditioned, euler_path
 
 if TYPE_CHECKING:
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # prompts of a grid
 PATHS = 12  # noises whose paths are drawn
-
-
-def comparison_grid(arms: Mapping[str, Tensor], prompts: Sequence[str], count: int, path: Path, tile: int = 96) -> Path:
-    """One row an arm, one column a prompt, the same noises throughout; the caption names both."""
-    # Different prompts show more than repeats of one.
-    first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:count]
-    rows = torch.cat([images[first] for images in arms.values()])
-    captions = [f"{arm}: {prompts[i]}" for arm in arms for i in first]
-    return save_png(make_grid(rows, len(first), captions, tile, caption_lines=3), path)
 
 
 def sideways(velocity: Velocity, z0_BCHW: Tensor, steps: int = 25) -> tuple[Tensor, Tensor]:

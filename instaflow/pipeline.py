@@ -23,8 +23,7 @@ Shape suffixes: B batch, C channels, H height, W width, L text tokens, D text wi
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, reading, unfinished, write_json
 from common.teacher import Teacher, decode_latents, encode_text, latent_shape, load_parts, read_schedule, to_uint8
 from common.weights import load_weights, save_weights
 from instaflow.flow import TIME_SCALE, UNetFlow, conditioned, euler_path
@@ -293,9 +292,8 @@ class InstaFlowPipeline:
         if dtype is not None:
             for part in (unet, *parts):
                 part.to(dtype)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            target = Path(temporary) / folder.name
+        with unfinished(folder, folder=True) as temporary:
+            target = temporary / folder.name
             target.mkdir()
             scheduler = _stock_scheduler(self.flow, layout)
             if stacked:
@@ -309,9 +307,8 @@ class InstaFlowPipeline:
             write_json(target / "model_index.json", _model_index(unet, self.text_encoder, self.tokenizer, scheduler))
             write_json(target / CARD, asdict(card))
             if folder.exists():
-                old = Path(temporary) / "old"
-                folder.replace(old)
-            target.replace(folder)
+                os.replace(folder, temporary / "old")
+            os.replace(target, folder)
         return folder
 
 
@@ -367,10 +364,8 @@ def _read_card(folder: Path) -> Card | None:
     path = folder / CARD
     if not path.is_file():
         return None
-    try:
-        return Card(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); expected what InstaFlowPipeline.save writes") from None
+    with reading(path, "expected what InstaFlowPipeline.save writes"):
+        return Card(**read_object(path))
 
 
 def _stock_scheduler(flow: UNetFlow, layout: str) -> Any:
@@ -434,7 +429,7 @@ def _load_stack(folder: Path, card: Card, dtype: torch.dtype) -> tuple[UNetFlow,
     from diffusers import UNet2DConditionModel
 
     _, (_, vae, text_encoder, tokenizer) = load_parts(folder, dtype, unet=False)
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "unet" / "config.json")
     half = {key: value for key, value in config.items() if not key.startswith("_")}
     first = UNet2DConditionModel.from_config(half)
     second = None if card.shared else UNet2DConditionModel.from_config(half)

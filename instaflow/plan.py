@@ -18,7 +18,6 @@ Nothing is allocated: the networks are built on the meta device. Text encoding a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +29,7 @@ import torch
 from common import costs
 from common.cli import parse_config
 from common.errors import run_main
+from common.files import read_object
 from instaflow.config import InstaFlowConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -65,14 +65,16 @@ def forward_flop(teacher: str) -> tuple[int, int]:
     """(FLOP of one U-Net forward, FLOP of decoding one latent): of a teacher directory, or of Stable Diffusion 1.5."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from instaflow.student import stable_diffusion_unet, stable_diffusion_vae
+    from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
 
     folder, tokens = Path(teacher), 77
     with torch.device("meta"), torch.no_grad():
         if (folder / "unet" / "config.json").is_file():
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-            tokens = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+            tokens = read_object(folder / "tokenizer" / "tokenizer_config.json", kinds={"model_max_length": int})[
+                "model_max_length"
+            ]
         else:
             unet, vae = stable_diffusion_unet(), stable_diffusion_vae()
         side = unet.config.sample_size

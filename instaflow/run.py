@@ -127,7 +127,7 @@ class Run:
         with self.timed("pairs"):
             return make_pairs(
                 source,
-                prompt_list(options.prompts, options.count),
+                prompt_list(options.prompts, options.count, text=options.text_column),
                 count,
                 derive_seed(seed, stream) if stream else seed,
                 options.batch_size,

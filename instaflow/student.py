@@ -135,36 +135,3 @@ def unique_state(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             result[name] = tensor
     return result
-
-
-def stable_diffusion_unet() -> Any:
-    """The U-Net of Stable Diffusion 1.x (859,520,964 parameters); build it under `torch.device("meta")` to count."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=64,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        norm_num_groups=32,
-        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    )
-
-
-def stable_diffusion_vae() -> Any:
-    """The autoencoder of Stable Diffusion 1.x."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    )

@@ -85,7 +85,8 @@ def reflow(run: Run) -> UNetFlow:
         if run.restore(flow, stage):
             continue
         if run.config.pairs.online:
-            prompts = prompt_list(run.config.pairs.prompts, run.config.pairs.count)
+            wanted = run.config.pairs
+            prompts = prompt_list(wanted.prompts, wanted.count, text=wanted.text_column)
             data: Dataset = TensorTable({"prompt": torch.arange(len(prompts))})
             loss = online(loss, source)
         else:

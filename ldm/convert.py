@@ -18,7 +18,6 @@ number of attention heads is not in the weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.files import write_atomically
+from common.files import read_object, read_yaml, replace_folder, write_atomically
 from common.weights import check_weights, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.diffusion import make_betas
@@ -160,17 +158,12 @@ def load_compvis(path: Path, ema: bool = True) -> Checkpoint:
 
 def read_config(path: Path) -> dict[str, Any]:
     """{unet, first_stage, conditioner, schedule, scale_factor} from configs/paper/*.yaml or the authors' YAML."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"config {path}: expected a mapping")
+    content = read_yaml(path, f"config {path}")
     if "model" not in content:
         if "unet" not in content:
             raise UserError(f'config {path}: expected "unet" (ldm/configs/paper) or "model" (the authors\' files)')
         if isinstance(content.get("first_stage"), str):
-            zoo = yaml.safe_load((path.parent / "first_stages.yaml").read_text())
+            zoo = read_yaml(path.parent / "first_stages.yaml")
             content["first_stage"] = zoo[content["first_stage"]]
         return content
     params = content["model"].get("params", {})
@@ -191,10 +184,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    return read_object(path)
 
 
 def read_component(folder: Path) -> tuple[StateDict, dict[str, Any]]:
@@ -361,30 +351,6 @@ def scheduler_config(
     }
 
 
-def _replace_folder(path: Path, fill: Any) -> None:
-    """`fill(temporary)` writes the folder, which then takes its name; an existing one of ours is replaced."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give the name of a folder")
-    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        fill(temporary)
-        if path.is_dir():
-            # Other files of the folder (model card, sample grids) stay.
-            for item in temporary.iterdir():
-                target = path / item.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(item, target)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -444,7 +410,7 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
             shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
             _write_pipeline_files(folder)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
 
 
 def write_pipeline(
@@ -495,7 +461,7 @@ def write_pipeline(
         tokenizer.save_pretrained(str(folder / "tokenizer"))
         _write_pipeline_files(folder)
 
-    _replace_folder(path, fill)
+    replace_folder(path, fill)
     return path
 
 

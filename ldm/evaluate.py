@@ -31,7 +31,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     import torch
 
     from common.images import save_grid, to_unit
-    from common.metrics.evaluate import compare_features, flatten
+    from common.metrics.evaluate import compare_held_out, flatten, judged
     from common.metrics.features import extract, load_extractor
     from common.metrics.image import psnr, ssim
     from ldm.first_stage import reconstruct
@@ -46,21 +46,21 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     seconds = time.perf_counter() - started
     judge = load_extractor("lite0")
     real_features = extract(real, judge)
-    compared = compare_features(real_features, extract(fake, judge), judge, floor_split=True)
+    compared = compare_held_out(real_features, extract(fake, judge), judge)
     metrics: dict[str, Any] = {
         "task": task.name,
-        "judge": compared,
-        "summary": {k: round(v, 5) for k, v in flatten(compared).items()},
+        "images": count,
+        **judged(compared),
         "images_per_second": round(count / seconds, 2),
         "sampling": {k: v for k, v in vars(config.sampling).items() if k != "grid"},
     }
     if config.first_stage.kind != "pixels":
         restored = reconstruct(ldm.first_stage_model, real)  # type: ignore[arg-type]
-        rfid = compare_features(real_features, extract(restored, judge), judge, floor_split=False)
+        rfid = compare_held_out(real_features, extract(restored, judge), judge)
         metrics["first_stage"] = {
             "psnr": float(psnr(restored, real).mean()),
             "ssim": float(ssim(restored, real).mean()),
-            **{f"r_{k}": v for k, v in flatten(rfid).items() if k.startswith(("fid", "kid"))},
+            **{f"r_{k}": v for k, v in (flatten(rfid) if rfid else {}).items() if k.startswith(("fid", "kid"))},
         }
         spread = torch.linspace(0, count - 1, min(16, count)).long()
         pairs = torch.cat([real[spread], restored[spread]])
@@ -103,7 +103,8 @@ def report(metrics: dict[str, Any]) -> None:
     """Print the numbers a person looks for first."""
     from common.metrics.evaluate import format_report
 
-    print(format_report(metrics["judge"]))
+    if "judge" in metrics:
+        print(format_report(metrics["judge"]))
     for name in ("first_stage", "paired", "alignment", "alignment_real", "shapes_score"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if isinstance(v, float)}

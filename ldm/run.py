@@ -21,6 +21,7 @@ from common.data.sampling import TensorTable
 from common.errors import UserError
 from common.files import read_object
 from common.images import to_unit
+from common.metrics.evaluate import say_few
 from common.metrics.perceptual import perceptual_distance
 from common.options import Range, free_options, refuse_large_batch
 from common.pretrained import from_folder
@@ -166,6 +167,8 @@ class Run:
         tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))
+        if "evaluate" in config.stages and is_main_process():
+            say_few(min(config.sampling.metric_images, len(task.reference)))
         run = cls(config, folder, task)
         if not run.finished:
             check_networks(config, task)

@@ -26,10 +26,11 @@ from torch.utils.data import Dataset
 
 from common.data.cache import fingerprint_strings, fingerprint_tensors
 from common.data.photos import CATEGORIES
-from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, hold_out
+from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, LEFT_OUT, hold_out
 from common.data.sampling import LazyTable, Table, TensorTable, derive_seed
 from common.data.shapes import COLOURS, SHAPES
 from common.data.shards import ShardedImages
+from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
 from common.images import to_unit
 from ldm.conditioners import ClassEmbedder, LayoutTokenizer, SpatialRescaler, TransformerEmbedder
@@ -43,12 +44,17 @@ if TYPE_CHECKING:
 
 NO_OBJECT = -1  # class of the padding rows in `classes`
 PHOTO_SPLITS = {"train": "train", "test": "scene"}  # held out: pairs of a known object and a known background
+PIXELS_ALONE = dict.fromkeys(("unconditional", "superres", "inpaint"), "unconditional")
 TOKENIZER_CAPTIONS = 50_000  # of a stream, from which its tokenizer learns
 BOX_CATEGORIES = 128  # layout tokens: at least 8 shapes x 10 colours
 
 
-def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
-    """The configured data set; items are dictionaries with `image` uint8 [3, H, W] and what the set knows of it."""
+def open_dataset(data: DataConfig, split: str, seed: int = 0, task: str = "") -> Dataset:
+    """The configured data set; items are dictionaries with `image` uint8 [3, H, W] and what the set knows of it.
+
+    Args:
+        task: what it has no use for is not read from the user's own data.
+    """
     n = data.train_images if split == "train" else data.eval_images
     if data.name == "emoji":
         from common.data.emoji import EmojiCap
@@ -74,7 +80,10 @@ def open_dataset(data: DataConfig, split: str, seed: int = 0) -> Dataset:
     if data.path is None:
         raise UserError(f"data.name {data.name} needs --data.path (a folder, or a data set's name)")
     columns = {"image": data.image_column, "text": data.text_column, "label": data.label_column}
-    return user_images(data.path, data.size, split, seed, **columns)
+    for name in {"unconditional": ("text", "label"), "class": ("text",)}.get(PIXELS_ALONE.get(task, task), ()):
+        columns[name] = columns[name] or LEFT_OUT
+    need = {"text": ("caption",), "class": ("label",)}.get(task, ())
+    return user_images(data.path, data.size, split, seed, need, **columns)
 
 
 class UserImages(Dataset[dict[str, Any]]):
@@ -94,15 +103,17 @@ class UserImages(Dataset[dict[str, Any]]):
         return self.images[index]
 
 
-def user_images(where: str, size: int, split: str, seed: int, **columns: str | None) -> UserImages:
+def user_images(
+    where: str, size: int, split: str, seed: int, need: Sequence[str] = (), **columns: str | None
+) -> UserImages:
     """The user's images of a part, train or test, which share none (`hold_out`).
 
     Args:
-        columns: image, text and label, for `open_source`.
+        need, columns: for `open_source`; of columns image, text and label.
     """
     from common.data.folders import Framing, Images, open_source
 
-    source = open_source(where, **columns)
+    source = open_source(where, **columns, need=need)
     rows, held_out = hold_out(source)
     if not held_out:
         raise UserError(
@@ -165,6 +176,8 @@ class Task:
         """The columns of a text task for any captions."""
         if isinstance(self.conditioner, StateTable):
             return {"tokens": self.conditioner.rows(captions)[:, None]}
+        if not set(captions) <= set(self.captions):  # those of the data were told about when they were read
+            say_lost_captions(self.tokenizer, captions, "prompts")
         return {"tokens": tokenize(self.tokenizer, captions)[:, None]}
 
 
@@ -239,6 +252,16 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     ).input_ids
 
 
+def say_lost_captions(tokenizer: Any, captions: Sequence[str], name: str = "captions") -> None:
+    """Warn of captions that the tokenizer cuts, or of which it knows no word; each is counted once."""
+    different = list(dict.fromkeys(captions))[:TOKENIZER_CAPTIONS]
+    encodings = tokenizer(different, truncation=True, max_length=tokenizer.model_max_length).encodings or ()
+    cut = [i for i, encoding in enumerate(encodings) if encoding.overflowing]
+    say_lost(f"different {name}", different, cut, f"cut to {tokenizer.model_max_length} tokens")
+    unknown = unknown_texts(tokenizer, [encoding.ids for encoding in encodings])
+    say_lost(f"different {name}", different, unknown, "unknown to the tokenizer")
+
+
 class BertConditioner(nn.Module):
     """tau as a transformers BertModel trained jointly: the form in which stock diffusers pipelines can carry it.
 
@@ -303,8 +326,7 @@ def prepare(config: LdmConfig, tokenizer: Any = None) -> Task:
     if config.data.name == "shards":
         train, held_out = open_shards(config.data, config.task, config.seed)
     else:
-        train = open_dataset(config.data, "train", config.seed)
-        held_out = open_dataset(config.data, "test", config.seed)
+        train, held_out = (open_dataset(config.data, part, config.seed, config.task) for part in ("train", "test"))
     return build_task(config, train, held_out, tokenizer)
 
 
@@ -391,6 +413,7 @@ def _text(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
         return _frozen_text(config, train, held_out, train_captions, test_captions)
     if tokenizer is None:
         tokenizer = train_tokenizer([c for row in train_captions for c in row], options.vocabulary, options.tokens)
+    say_lost_captions(tokenizer, [caption for row in train_captions for caption in row] + test_captions)
     test_tokens = tokenize(tokenizer, test_captions)
     tokens = [] if streamed else [tokenize(tokenizer, row) for row in train_captions]
 

@@ -10,7 +10,6 @@ stopped. The run folder holds config.yaml, model.safetensors, metrics.json (held
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from functools import partial
@@ -49,7 +48,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
 
     from common.data.cache import fingerprint_path
     from common.data.sampling import TensorTable
-    from common.files import write_json
+    from common.files import read_object, write_json
     from common.training import check_trainer, open_run_folder, train
     from common.weights import save_weights
     from ldm.classifier import accuracy_by_noise, build_classifier, class_run, latent_space
@@ -65,7 +64,7 @@ def train_classifier(config: ClassifierConfig, config_yaml: str) -> dict[str, An
     opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, {"model": ["model"]})
     if config.resume == "auto" and finished.is_file():
         print(f"{folder}: trained already", file=sys.stderr)
-        return json.loads(finished.read_text())
+        return read_object(finished)
     run, ldm, classes = class_run(Path(config.model))
     weights = Path(config.model) / "model.safetensors"
     opened.begin({**inputs_of(run.config, run.task), "model": partial(fingerprint_path, weights)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, reading, write_json
 from pc_darts.config import SearchOptions
 from pc_darts.genotypes import Choice, Genotype
 from pc_darts.operations import PRIMITIVES
@@ -91,10 +90,11 @@ def random_search(
     path = folder / "candidates.json"
     known: list[Candidate] = []
     if path.is_file():
-        record = json.loads(path.read_text())
-        if (record["seed"], record["nodes"]) != (seed, nodes):
-            raise UserError(f"{path} is of another random search; choose another --run_dir or delete that folder")
-        known = [Candidate(**entry) for entry in record["candidates"]]
+        with reading(path):
+            record = read_object(path)
+            if (record["seed"], record["nodes"]) != (seed, nodes):
+                raise UserError(f"{path} is of another random search; choose another --run_dir or delete that folder")
+            known = [Candidate(**entry) for entry in record["candidates"]]
     while not known or (at_most is None or len(known) < at_most):
         spent = sum(candidate.seconds for candidate in known)
         if known and spent * (len(known) + 1) / len(known) > budget_seconds:

@@ -16,7 +16,7 @@ import torch
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import read_object, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
 from pc_darts.config import RunConfig, SearchOptions, SgdOptions
@@ -163,7 +163,7 @@ class Comparison:
             if self.machine.main:
                 write_json(path, {"budget": budget, "epoch": taken, "epochs": epochs})
             self.machine.wait()
-        return int(json.loads(path.read_text())["epochs"])
+        return read_object(path, kinds={"epochs": int})["epochs"]
 
     def random_search(self, budget: float) -> Arm:
         """Random search for the time of the PC-DARTS search."""
@@ -250,7 +250,7 @@ def check_schedule(section: str, options: SgdOptions) -> None:
 
 def _earlier_seconds(path: Path) -> float:
     """Wall seconds of the starts before this one, as far as they finished an arm."""
-    return float(json.loads(path.read_text()).get("seconds", 0.0)) if path.is_file() else 0.0
+    return float(read_object(path, kinds={"seconds": (int, float)})["seconds"]) if path.is_file() else 0.0
 
 
 def _figures(arm: Arm) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def open_data(config: DataConfig, seed: int = 0) -> ImageSet:
         validation=config.validation,
         margin=config.resized_crop > 0,
         seed=seed,
+        image_column=config.image_column,
+        label_column=config.label_column,
     )
 
 
@@ -36,4 +38,9 @@ def search_halves(train: Pictures, shares: Sequence[float], seed: int) -> tuple[
     if len(shares) != 2:
         raise UserError(f"data.halves {list(shares)}: expected two shares, for weights and for alphas")
     weights, alphas = per_class_sample(train.labels_N, shares, seed)
+    if not len(weights) or not len(alphas):
+        raise UserError(
+            f"data.halves {list(shares)}: {len(train)} training pictures are too few, {len(weights)} and {len(alphas)} "
+            "would be left; give more pictures or larger shares"
+        )
     return train.part(weights), train.part(alphas)

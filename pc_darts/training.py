@@ -28,8 +28,10 @@ from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError, stop_if_not_finite
-from common.files import write_atomically, write_json
+from common.files import read_object, reading, write_atomically, write_json
 from common.options import RunOptions
+from common.processes import start_process_group
+from common.stopping import Steps
 from common.training import (
     LAST_CHECKPOINT,
     load_checkpoint,
@@ -107,8 +109,7 @@ def open_machine(device: str = "auto", threads: int = 0) -> Machine:
         torch.cuda.set_device(local)
         # The same few shapes of convolution come again and again.
         torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    start_process_group("nccl" if kind == "cuda" else "gloo", seconds=1800)
     return Machine(torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), rank, world)
 
 
@@ -190,11 +191,9 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> Self:
         """What `save` wrote. Raises UserError when the file is damaged."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path, "delete it, and its work is done again"):
+            content = read_object(path)
             return cls(**{**content, "genotype": Genotype.parse(json.dumps(content["genotype"]))})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and its work is done again") from None
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -272,9 +271,8 @@ class Loop(ABC, Generic[N]):
         start_peak(self.machine.device)
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         show = self.run_options.progress and self.machine.main and not os.environ.get("CI")
-        with tqdm(
-            total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show
-        ) as bar:
+        bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
+        with bar, Steps() as steps:
             for batch in self.batches(self.step, last):
                 self._one_step(*batch)
                 self.step += 1
@@ -283,6 +281,7 @@ class Loop(ABC, Generic[N]):
                 if self.step % self.run_options.checkpoint_every == 0 or self.step == last:
                     self._save()
                 bar.update()
+                steps.ended(self._save)
 
     def _begin_step(self) -> None:
         options = self.schedule
@@ -329,7 +328,7 @@ class Loop(ABC, Generic[N]):
         self._end_epoch(row)
         self.sums = {**dict.fromkeys(self.sums, 0.0), "started": self.clock.seconds}
 
-    def _save(self) -> None:
+    def _save(self) -> str:
         # Every process holds the same state.
         if self.machine.main:
             state = {
@@ -347,6 +346,7 @@ class Loop(ABC, Generic[N]):
             if self.rows:
                 write_rows(self.folder / "log.csv", self.rows)
         self.machine.wait()
+        return f"step {self.step} is saved in {self.folder / LAST_CHECKPOINT}"
 
     def _open(self) -> None:
         state = load_state(self.folder, self.kind, self.machine.device)

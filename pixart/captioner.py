@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.data.lines import read_json_lines
 from common.errors import UserError, first_line, run_main
-from common.files import write_json
+from common.files import is_text, list_files, read_object, write_json
 from common.options import Count, device
+from common.processes import say_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -142,7 +143,12 @@ def caption_folder(
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
     output = output or folder / "metadata.jsonl"
-    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
+    pictures = [path for path in image_files(folder) if is_text(str(path))]
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    others = sorted(path.relative_to(folder).as_posix() for path in {*list_files(folder)} - {*pictures, output})
+    if others:
+        listed = ", ".join(map(ascii, others[:3])) + (", ..." if others[3:] else "")
+        say_once(f"{folder}: {len(names)} pictures; {len(others)} files passed over: {listed}")
     done = _begun(captioner, output)
     todo = [name for name in names if name not in done]
     written, broken = 0, []
@@ -172,12 +178,9 @@ def _begun(captioner: Captioner, output: Path) -> set[str]:
     record["max_new_tokens"] = str(captioner.max_new_tokens)
     sidecar = output.with_name(output.name + ".captioner.json")
     if output.exists():
-        try:
-            known = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else None
-        except ValueError:
-            known = None
+        known = read_object(sidecar) if sidecar.exists() else None
         if known != record:
-            begun = f"with {known.get('model')}" if isinstance(known, dict) else "by something else"
+            begun = f"with {known.get('model')}" if known is not None else "by something else"
             raise UserError(
                 f"{output} was begun {begun}, not with this model, prompt and length: give another --output or move "
                 "it away"

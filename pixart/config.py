@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
-from common.cli import parse_config, take
+from common.cli import parse_config, read_options, take
 from common.errors import UserError
 from common.options import Count, NotNegative, Positive, Range, Seed, Share, TrainerOptions, Whole
 
@@ -289,7 +287,7 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     named, arguments = take("--config", argv)
     picked, arguments = take("--stage", arguments)
     file, wanted = Path(named[-1]) if named else SMALL, picked[-1] if picked else None
-    content = _read_yaml(file)
+    content = read_options(file)
     if "stages" not in content:
         files, shared = [file], []
     else:
@@ -301,7 +299,7 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
     asked = {"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in arguments}
     stages = []
     for stage_file in files:
-        name = str(_read_yaml(stage_file).get("name", stage_file.stem))
+        name = str(read_options(stage_file).get("name", stage_file.stem))
         if asked and wanted not in (None, name):
             continue
         # What all stages share, beneath the stage's file, beneath the command line.
@@ -320,18 +318,6 @@ def read_recipe(argv: Sequence[str] | None, description: str) -> Recipe:
             raise UserError(f"--stage {wanted}: {file} has no such stage; it has {', '.join(names)}")
         stages = [stage for stage in stages if stage[0].name == wanted]
     return Recipe(stages, names)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"--config {file}: no such file; the ready-made ones are in pixart/configs/") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f'--config {file}: expected options ("data:", "trainer:", ...) or a list of "stages:"')
-    return content
 
 
 def _as_options(content: dict[str, Any], prefix: str = "") -> list[str]:

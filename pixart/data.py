@@ -71,6 +71,7 @@ class Pictures:
         draw: indices of one bucket -> uint8 [n, 3, h, w].
         fingerprint: of the pixels (what a cache of latents is keyed by).
         specs: what each picture shows, for scenes.
+        trained_on: these are to be held out, but there are too few: training sees them.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Pictures:
     draw: Callable[[list[int]], Tensor]
     fingerprint: str
     specs: list[Spec] | None = None
+    trained_on: bool = False
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -314,15 +316,15 @@ def _emoji(config: DataConfig, part: Split, seed: int, multiple: int, limit: int
     )
 
 
-def folder_source(config: DataConfig) -> Source:
-    """The user's pictures, undecoded."""
+def folder_source(config: DataConfig, need: Sequence[str] = ()) -> Source:
+    """The user's pictures, undecoded; `need` as for `open_source`."""
     if config.path is None:
         raise UserError("data.path is missing: give a folder with metadata.jsonl, or with one subfolder per class")
     root = Path(config.path)
     if not root.exists():
         raise UserError(f"data.path {root}: no such folder")
     text = config.text_column if config.prompt is None else LEFT_OUT  # one caption for all needs no other
-    return open_source(root, config.image_column, text, config.label_column)
+    return open_source(root, config.image_column, text, config.label_column, need)
 
 
 def content_version(config: DataConfig) -> str:
@@ -340,14 +342,19 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
     broken = broken_rows(source)
     readable = [i for i in range(len(source)) if i not in broken]
     if config.prompt is None:
-        need_words(source, readable)
+        try:
+            need_words(source, readable)
+        except UserError:
+            folder_source(config, need=("caption",))  # names several columns that may be
+            raise
     sizes_of = {i: picture_size(source.raw(i)) for i in readable}
     usable = {readable[i] for i in usable_shapes(torch.tensor([sizes_of[i] for i in readable]))}
     if not usable:
         raise UserError(f"{root}: every picture is longer than four times its width")
     train, held_out = hold_out(source)
-    if part == "test" and not held_out:
-        warnings.warn(f"{root}: too few pictures to hold some out; the metrics see those of the training", stacklevel=3)
+    trained_on = part == "test" and not held_out
+    if trained_on:
+        warnings.warn(f"{root}: too few pictures to hold some out; samples show those of the training", stacklevel=3)
     rows = {"train": train, "test": held_out or train, "all": range(len(source))}[part]
     kept = [i for i in rows if i in usable][:limit]
     if not kept:
@@ -360,8 +367,9 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
         framed = []
         for i in indices:
             try:
-                with decoded(source.raw(kept[i])) as picture:
-                    framed.append(fit_to_bucket(picture, buckets[int(bucket_N[i])]))
+                bucket = buckets[int(bucket_N[i])]
+                with decoded(source.raw(kept[i]), side=max(bucket.height, bucket.width)) as picture:
+                    framed.append(fit_to_bucket(picture, bucket))
             except CorruptImage as error:
                 raise UserError(f"{source.where(kept[i])}: {error}; remove it from the folder") from None
         return torch.stack(framed)
@@ -378,4 +386,5 @@ def _folder(config: DataConfig, part: Part, seed: int, multiple: int, limit: int
         originals_N2=originals_N2,
         draw=draw,
         fingerprint=fingerprint_strings([sizes, source.fingerprint, repr(kept)]),
+        trained_on=trained_on,
     )

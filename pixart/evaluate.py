@@ -44,7 +44,7 @@ def evaluate_stage(stage: Stage, painter: Painter) -> dict[str, Any]:
         UserError: the data set has too few held-out pictures.
     """
     from common.images import save_grid
-    from common.metrics.evaluate import compare_features, flatten
+    from common.metrics.evaluate import compare_held_out, judged
     from common.metrics.features import extract, load_extractor
 
     config, sampling = stage.config, stage.config.sampling
@@ -56,11 +56,11 @@ def evaluate_stage(stage: Stage, painter: Painter) -> dict[str, Any]:
     started = time.perf_counter()
     fake = draw_like(painter, pictures, range(count), sampling, config.kind)
     seconds = time.perf_counter() - started
-    compared = compare_features(real_features, extract(fake, judge), judge, floor_split=True)
+    compared = compare_held_out(real_features, extract(fake, judge), judge)
     metrics: dict[str, Any] = {
         "task": f"{config.kind}, {pictures.name}, {config.data.size} px",
-        "judge": compared,
-        "summary": {k: round(v, 5) for k, v in flatten(compared).items()},
+        "images": count,
+        **judged(compared),
         "images_per_second": round(count / seconds, 2),
         "sampling": {k: v for k, v in vars(sampling).items() if k not in ("grid", "curve", "curve_images")},
         "parameters": sum(p.numel() for p in painter.network.parameters()),
@@ -204,7 +204,8 @@ def report(metrics: dict[str, Any]) -> None:
     """Print the numbers a person looks for first."""
     from common.metrics.evaluate import format_report
 
-    print(format_report(metrics["judge"]))
+    if "judge" in metrics:
+        print(format_report(metrics["judge"]))
     for name in ("shapes_score", "own_captions"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if not k.endswith(("_low", "_high"))}

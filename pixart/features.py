@@ -233,6 +233,7 @@ def open_features(
     if encoder is None:
         return FeatureTable(pictures, latents, None, None)
     different = list(dict.fromkeys(pictures.captions))
+    encoder.say_lost(different)
     number = {caption: i for i, caption in enumerate(different)}
     texts = caption_rows(different, encoder)
     if config.cache:

@@ -1,6 +1,6 @@
 """How dense captions are in nouns: the columns of table 1 for any caption file, and for the embedded data sets.
 
-    python pixart/noun_density.py captions.txt metadata.jsonl table.csv # a caption a line; `text` column of the others
+    python pixart/noun_density.py captions.txt metadata.jsonl table.csv # a caption a line; a table's `text` column
     python pixart/noun_density.py shapes:dense shapes:web emoji       # captions of the embedded data sets
     python pixart/noun_density.py metadata.jsonl --json               # the same numbers as one JSON object a line
 
@@ -36,7 +36,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from common.cli import Parser
-from common.data.lines import read_lines, read_rows
+from common.data.lines import read_lines
+from common.data.rows import read_captioned
 from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import write_atomically
 
@@ -132,29 +133,31 @@ def noun_density(captions: Iterable[str]) -> NounDensity:
     return NounDensity(number, valid, len(counts), counts.total())
 
 
-def read_captions(path: Path) -> Iterator[str]:
-    """Captions of a .txt (one a line), .jsonl, .csv or .tsv file (`text` column); empty ones are skipped.
+def read_captions(path: Path, text: str | None = None) -> Iterator[str]:
+    """Captions of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file; empty ones are skipped.
+
+    Args:
+        text: the column of the captions; None takes `text`, or the one that may be it.
 
     Raises:
-        UserError: no such file, another suffix, no `text` column, or a line that is no JSON object.
+        UserError: no such file, another suffix, no column of captions, or a line that is no JSON object.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a .txt, .jsonl or .csv file, shapes:dense, shapes:web or emoji")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         yield from (line.strip() for _, line in read_lines(path))
         return
-    if path.suffix not in (".jsonl", ".csv", ".tsv"):
-        raise UserError(f"{path}: captions are read from .txt, .jsonl, .csv or .tsv files")
-    for where, row in read_rows(path):
-        text = row.get("text", row)
-        if text is row or not isinstance(text, str | None):
-            raise UserError(f'{where}: "text" is missing; there is no "text" column, or it holds no strings')
-        if text and text.strip():
-            yield text
+    if path.suffix.lower() not in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise UserError(f"{path}: captions are read from .txt, .jsonl, .csv, .tsv or .parquet files")
+    yield from (caption for _, _, caption in read_captioned(path, text) if caption.strip())
 
 
-def captions_of(source: str, count: int = 20_000) -> list[str]:
-    """Captions of a file, of `shapes:STYLE` (dense, web: the LAION-like grade, sparse) or of `emoji`."""
+def captions_of(source: str, count: int = 20_000, text: str | None = None) -> list[str]:
+    """Captions of a file, of `shapes:STYLE` (dense, web: the LAION-like grade, sparse) or of `emoji`.
+
+    Args:
+        count: of the scenes. text: the column of a file's captions, as for `read_captions`.
+    """
     if source.startswith("shapes:"):
         from common.data.shapes import Shapes
 
@@ -163,7 +166,7 @@ def captions_of(source: str, count: int = 20_000) -> list[str]:
         from common.data.emoji import read_archive
 
         return [record.caption for record in read_archive()[1]]
-    return list(read_captions(Path(source)))
+    return list(read_captions(Path(source), text))
 
 
 def table(rows: dict[str, NounDensity]) -> str:
@@ -248,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("captions", nargs="*", help="files, shapes:dense, shapes:web, shapes:sparse or emoji")
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
+    parser.add_argument("--text_column", help="column of the captions in tables (default: the one that may be it)")
     parser.add_argument("--train_on", type=Path, metavar="FOLDER", help="train the tagger on the Brown corpus")
     options = parser.parse_args(argv)
     if options.train_on is not None:
@@ -256,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         print("held-out Brown:", ", ".join(f"{k} {v:.4f}" for k, v in train(options.train_on).items()))
     elif not options.captions:
         raise UserError("give at least one caption file (.txt, .jsonl, .csv), shapes:dense, shapes:web or emoji")
-    rows = {source: noun_density(captions_of(source)) for source in options.captions}
+    rows = {source: noun_density(captions_of(source, text=options.text_column)) for source in options.captions}
     if options.json:
         for source, row in rows.items():
             derived = {"valid_share": row.valid_share, "nouns_per_caption": row.nouns_per_caption}

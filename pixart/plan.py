@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from common import costs
 from common.errors import UserError, run_main
+from common.files import read_yaml
 from common.options import NotNegative
 from pixart.config import PixArtConfig
 from pixart.model import DiT, PixArt
@@ -145,7 +145,7 @@ def load_stage(name: str) -> dict[str, Any]:
     path = STAGES / f"{name}.yaml"
     if name not in stage_names():
         raise UserError(f"no stage {name!r} in {STAGES.name}/; there are: {', '.join(stage_names())}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(path)
 
 
 def stage_network(stage: dict[str, Any]) -> PixArtConfig:

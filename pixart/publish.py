@@ -15,6 +15,7 @@ from typing import Any
 
 from common import publishing
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.paths import RESULTS
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -90,7 +91,7 @@ def read_stages(run_dir: Path) -> list[dict[str, Any]]:
     top = run_dir / "metrics.json"
     if not top.is_file():
         raise UserError(f"--run_dir {run_dir}: metrics.json is missing; expected a finished recipe of train.py")
-    recipe = json.loads(top.read_text())
+    recipe = read_object(top, kinds={"stages": dict, "seconds": dict})
     stages = []
     for name in recipe["stages"]:
         config, metrics = publishing.read_run(run_dir / name, "model/model.safetensors")

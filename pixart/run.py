@@ -14,10 +14,12 @@ import pytorch_lightning as pl
 import torch
 
 from common.data.cache import MODEL, fingerprint_path, names_of
+from common.data.rows import FEWEST_IMAGES
 from common.data.text import TextEncoder as FrozenEncoder
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import save_grid
+from common.metrics.evaluate import say_few
 from common.options import Range, free_options, refuse_large_batch
 from common.paths import existing_path
 from common.precision import affordable_steps
@@ -42,7 +44,6 @@ from pixart.sample import ABOUT, CONTROL, STEPS, VAE, Painter, open_painter
 from pixart.text import TextEncoder
 from pixart.trainer import Network, StageModule
 
-MIN_HELD_OUT = 20  # pictures without which no metric is measured
 # What two starts of one stage may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options(
     "evaluate",
@@ -241,10 +242,19 @@ class Stage:
         self._check(pictures)
         refuse_large_batch("trainer.batch_size", trainer_config.batch_size, len(pictures), "training pictures")
         measured = min(config.sampling.metric_images, config.data.eval_images)
-        if config.evaluate and len(self.held_out(measured)) < MIN_HELD_OUT:
+        if config.evaluate and measured < FEWEST_IMAGES:
             raise UserError(
-                f"{pictures.name}: fewer than {MIN_HELD_OUT} pictures are too few to measure with; set --evaluate false"
+                f"{pictures.name}: fewer than {FEWEST_IMAGES} pictures are too few to measure with; raise "
+                "--data.eval_images and --sampling.metric_images, or set --evaluate false"
             )
+        if config.evaluate:
+            held_out = self.held_out(measured)
+            if held_out.trained_on:
+                raise UserError(
+                    f"{pictures.name}: {len(pictures)} pictures are too few to hold some out for the metrics, at least "
+                    f"{FEWEST_IMAGES} are needed; set --evaluate false"
+                )
+            say_few(len(held_out))
         network = build_network(config, network_config(config, codec, encoder, pictures.classes), self.start)
         self.begin()
         table = self._features(pictures, codec, encoder)

@@ -22,6 +22,10 @@ from common.data.cache import fingerprint_strings
 from common.errors import UserError
 from pixart.buckets import Bucket, bucket_table, nearest_bucket
 
+# More than any encoder reads. The rules below try runs of characters from each of their places, time squared.
+MOST_CHARACTERS, LONGEST_WORD = 4000, 400
+_LONG_WORD = re.compile(rf"(\S{{{LONGEST_WORD}}})\S+")
+
 _FILE_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 _DOMAINS = "(?:com|co|ru|net|org|edu|gov|it)"
 
@@ -95,13 +99,15 @@ def clean_caption(text: str) -> str:
     """The caption as the text encoder sees it: lower case, without markup, addresses, codes and advertising.
 
     The authors apply their cleaning twice; so does this. Their two helper libraries (HTML to text, repair of broken
-    Unicode) are replaced by the standard library's parser and `repair_unicode`.
+    Unicode) are replaced by the standard library's parser and `repair_unicode`. Only the first MOST_CHARACTERS of a
+    caption count, and the first LONGEST_WORD of a word.
     """
     return _clean_once(_clean_once(text))
 
 
 def _clean_once(text: str) -> str:
-    text = unquote_plus(str(text)).strip().lower().replace("<person>", "person")
+    text = _LONG_WORD.sub(r"\1", unquote_plus(str(text)[:MOST_CHARACTERS]))
+    text = text.strip().lower().replace("<person>", "person")
     text = _replace(text, _ADDRESSES)
     text = _replace(_visible_text(text), _SYMBOLS)
     if len(_WORD_JOINERS.findall(text)) > 3:  # this-is-my-cute-cat
@@ -120,25 +126,27 @@ class _VisibleText(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self._hidden = 0
+        self.hidden = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in ("script", "style", "template")
+        self.hidden += tag in ("script", "style", "template")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("script", "style", "template"):
-            self._hidden = max(0, self._hidden - 1)
+            self.hidden = max(0, self.hidden - 1)
 
     def handle_data(self, data: str) -> None:
-        if not self._hidden:
+        if not self.hidden:
             self.parts.append(data)
 
 
 def _visible_text(markup: str) -> str:
+    # No tag ends after the last ">": the parser would look for an end from each "<" to the end of the text.
+    whole, end, rest = markup.rpartition(">")
     parser = _VisibleText()
-    parser.feed(markup)
+    parser.feed(whole + end)
     parser.close()
-    return "".join(parser.parts)
+    return "".join(parser.parts) + ("" if parser.hidden else html.unescape(rest))
 
 
 def repair_unicode(text: str) -> str:
@@ -226,6 +234,7 @@ class TextEncoder:
         self._encoder = text_data.TextEncoder(path, device=device, dtype=dtype, batch_size=batch_size)
         self.length = length
         self.clean = clean
+        self._said = False
 
     @property
     def path(self) -> Path:
@@ -243,13 +252,24 @@ class TextEncoder:
         options = (self._encoder.fingerprint, str(self.length), str(self.clean), str(self._encoder.dtype), "pad=last")
         return fingerprint_strings(options)
 
+    def _cleaned(self, texts: Sequence[str]) -> list[str]:
+        return [clean_caption(text) if self.clean else text.lower().strip() for text in texts]
+
+    def say_lost(self, texts: Sequence[str]) -> None:
+        """Warn, once, of texts that the cleaning leaves nothing of: those in Chinese characters, for example."""
+        lost = [i for i, cleaned in enumerate(self._cleaned(texts)) if texts[i].strip() and not cleaned]
+        self._said = self._said or bool(lost)
+        text_data.say_lost("captions", texts, lost, "cleaned to nothing, as if they were empty")
+
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """features_BLC float32 and mask_BL bool (True = real token), on the CPU.
 
         Positions behind the last token repeat its features with mask 0, as in the authors' cached captions; a caption
         with no token at all keeps one zero token, so that attention always has something to look at.
         """
-        cleaned = [clean_caption(text) if self.clean else text.lower().strip() for text in texts]
+        if not self._said:
+            self.say_lost(texts)
+        cleaned = self._cleaned(texts)
         features_BLC, mask_BL = self._encoder.encode(cleaned, self.length)
         return fit_length(features_BLC.float(), mask_BL, self.length)
 

@@ -17,7 +17,6 @@ stage: config.yaml, checkpoints/, logs/, samples/, model/ (weights), metrics.jso
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     description = f"{__doc__.splitlines()[0]} Beside the options below: --stage NAME takes one stage of a recipe."
     recipe = read_recipe(argv, description)
     # Torch and Lightning are imported here, so that --help and a misspelt option answer at once.
+    from common.files import read_object
     from common.processes import is_main_process
     from pixart.run import Stage, check_options
 
@@ -60,21 +60,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if metrics and is_main_process():
         folder = Path(recipe.stages[-1][0].run_dir)
         files = {name: folder / name / "metrics.json" for name in recipe.names}
-        write_summary(folder, {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
+        write_summary(folder, {name: read_object(file) for name, file in files.items() if file.is_file()})
     return metrics
 
 
 def finish(stage: Stage, painter: Painter | None) -> dict[str, Any]:
     """Grid and metrics of a trained stage, unless they are there already."""
-    from common.files import write_json
+    from common.files import read_object, write_json
     from pixart.evaluate import evaluate_stage
 
-    file = stage.folder / "metrics.json"
-    if file.is_file() and painter is None:
-        return json.loads(file.read_text())
+    file, grid = stage.folder / "metrics.json", stage.folder / "samples.png"
+    measured = file.is_file() and painter is None
+    if measured and grid.is_file():
+        return read_object(file)
     started = time.perf_counter()
     painter = painter or stage.painter()
-    stage.grid(painter, stage.folder / "samples.png")
+    stage.grid(painter, grid)
+    if measured:
+        return read_object(file)
     metrics: dict[str, Any] = evaluate_stage(stage, painter) if stage.config.evaluate else {"task": stage.config.kind}
     stage.seconds["evaluation"] = time.perf_counter() - started
     metrics["seconds"] = {name: round(value, 1) for name, value in stage.seconds.items()}

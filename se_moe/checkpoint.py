@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import file_sha256, write_atomically, write_json
+from common.files import claim, file_sha256, read_object, reading, write_atomically, write_json
 from common.weights import load_weights, read_weights, save_weights
 from se_moe.communication import ParallelGroups, barrier, gather
 from se_moe.config import FIXED_OPTIONS, ModelConfig, TrainConfig
@@ -52,6 +52,11 @@ def newest(folder: Path) -> Path | None:
         return None
     steps = sorted((int(m[1]), path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name)))
     return steps[-1][1] if steps else None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_sound(folder: Path, groups: ParallelGroups) -> Path | None:
@@ -109,9 +114,11 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     target = folder / f"step-{trainer.done:06d}"
     part = folder / f".{target.name}.part"
     main = trainer.groups.rank == 0
+    claimed = -1
     if main:
         shutil.rmtree(part, ignore_errors=True)
         (part / "experts").mkdir(parents=True)
+        claimed = claim(part)
     barrier()
     written = _save_experts(trainer, part)
     dense = dense_state(trainer)
@@ -128,11 +135,12 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         if target.exists():
             shutil.rmtree(target)
         os.replace(part, target)
+        os.close(claimed)
         _sync(folder)
         steps = sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name))
         for old in steps[:-keep]:
             # A folder that is being deleted must not look like a checkpoint.
-            gone = old.with_name(f".{old.name}.gone")
+            gone = old.with_name(f".{old.name}.gone.part")
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
     barrier()
@@ -241,15 +249,13 @@ def read_meta(step: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged or of another format.
     """
     file = step / "meta.json"
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        version = meta["version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    kinds = {"version": int, "step": int, "fixed": dict, "model": dict, "experts": list}
+    advice = f"not a checkpoint of this program; delete {step.name} or give another folder"
+    meta = read_object(file, "not a checkpoint of this program", kinds, advice)
+    if meta["version"] != VERSION:
         raise UserError(
-            f"{file}: not a checkpoint of this program; delete {step.name} or give another folder"
-        ) from None
-    if version != VERSION:
-        raise UserError(f"{file}: format {version}, expected {VERSION}; train anew or use the program that wrote it")
+            f"{file}: format {meta['version']}, expected {VERSION}; train anew or use the program that wrote it"
+        )
     return meta
 
 
@@ -363,10 +369,8 @@ def load_model(folder: str | Path) -> MoELanguageModel:
         UserError: files are missing or do not fit together.
     """
     folder = Path(folder)
-    try:
-        config = ModelConfig.parse(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not the config of a trained model ({error})") from None
+    with reading(folder / "config.json", "not the config of a trained model"):
+        config = ModelConfig.parse(read_object(folder / "config.json", "not a trained model"))
     model = MoELanguageModel(config)
     load_weights(model, folder / "model.safetensors", against="config.json")
     return model.eval()

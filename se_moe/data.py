@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from common.data.cache import fingerprint_strings
+from common.data.lines import read_text, text_files
 from common.errors import UserError
 from common.files import checked_file
 from common.paths import cache_dir
@@ -68,8 +69,8 @@ def load_corpus(name: str) -> Corpus:
         path = Path(name)
         if not path.exists():
             raise UserError(f"corpus {name!r}: neither sotu, brown nor a file or folder that exists")
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    texts = [text for file in files if (text := _clean(_read(file), kind == "brown"))]
+        files = text_files(path)
+    texts = [text for file in files if (text := _clean(read_text(file), kind == "brown"))]
     if not texts:
         raise UserError(f"corpus {name!r}: no text was found in it")
     if len(texts) >= HELD_OUT_EVERY:
@@ -101,15 +102,6 @@ def _brown_files(name: str, prefix: str) -> list[Path]:
     if not files:
         raise UserError(f"corpus {name!r}: the Brown corpus is not on this machine; run `make data-text`")
     return files
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _clean(text: str, tagged: bool) -> str:

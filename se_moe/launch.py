@@ -9,22 +9,28 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.files import write_json
+from common.processes import LAUNCHER, end_all, first_failure, how_it_ended
+from common.stopping import SIGNALS, Stopped
+from common.stopping import command as go_on
 from se_moe.communication import ParallelGroups, initialized, make_groups
 from se_moe.config import TrainConfig
 
+MEETING = "SE_MOE_RENDEZVOUS"  # names the file through which the ranks that `start_ranks` starts meet
+
 
 def start_ranks(config: TrainConfig, arm: str) -> None:
-    """Run one arm of the table on `parallel.ranks` processes of this machine.
+    """Run one arm of the table on `parallel.ranks` processes of this machine, which end with this one.
 
     Raises:
         UserError: a process failed (it has said why).
+        Stopped: a signal ended one, and so all.
     """
     ranks = config.parallel.ranks
     folder = Path(config.run_dir) / arm
@@ -32,67 +38,43 @@ def start_ranks(config: TrainConfig, arm: str) -> None:
     with tempfile.TemporaryDirectory() as meeting:
         options = Path(meeting) / "config.yaml"
         options.write_text(json.dumps(asdict(replace(config, arms=[arm]))), encoding="utf-8")  # JSON is YAML
-        processes = []
-        for rank in range(ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "SE_MOE_RENDEZVOUS": str(Path(meeting) / "ranks"),
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            if config.threads:
-                environment["OMP_NUM_THREADS"] = str(config.threads)
-            # Every rank would say the same; the first one speaks, and errors of the others are short.
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", str(options)]
-            processes.append(subprocess.Popen(command, env=environment))
-        (folder / "workers.json").write_text(json.dumps({"pids": [p.pid for p in processes]}), encoding="utf-8")
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            while any(p.poll() is None for p in processes):
-                if any(p.poll() not in (None, 0) for p in processes):
-                    time.sleep(2)  # the others notice by themselves, or never
+            for rank in range(ranks):
+                environment = {
+                    **os.environ,
+                    LAUNCHER: str(os.getpid()),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    MEETING: str(Path(meeting) / "ranks"),
+                    "TOKENIZERS_PARALLELISM": "false",
+                }
+                if config.threads:
+                    environment["OMP_NUM_THREADS"] = str(config.threads)
+                # Every rank would say the same; the first one speaks, and errors of the others are short.
+                command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", str(options)]
+                processes.append(subprocess.Popen(command, env=environment))
+            write_json(folder / "workers.json", {"pids": [process.pid for process in processes]})
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() not in (None, 0) for process in processes):
                     break
                 time.sleep(0.05)
+            failed = first_failure(processes, patience=2)  # the others notice by themselves, or never
         finally:
-            for p in processes:
-                if p.poll() is None:
-                    p.terminate()
-            statuses = [p.wait() for p in processes]
-    if any(statuses):
-        failed = next(i for i, status in enumerate(statuses) if status)
-        raise UserError(
-            f"arm {arm}: rank {failed} of {ranks} ended with status {statuses[failed]}; see the message above. Start "
-            "again to continue from the last checkpoint"
-        )
-
-
-def start_process_group(device: torch.device, seconds: float = 600.0) -> None:
-    """Join the other ranks, if there are any: RANK and WORLD_SIZE say so, as torchrun sets them.
-
-    `SE_MOE_RENDEZVOUS` names a file through which ranks of one machine meet without a port. Workers that torchrun
-    starts again meet under the number of their attempt: its store still holds the addresses of those that died.
-    """
-    if initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            end_all(processes)
+    statuses = [process.returncode for process in processes]
+    if not any(statuses):
         return
-    rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    meeting = os.environ.get("SE_MOE_RENDEZVOUS")
-    if meeting:
-        dist.init_process_group(backend, f"file://{meeting}", timeout=timeout, rank=rank, world_size=ranks)
-        return
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        ranks,
-        is_master=rank == 0 and not hosted,
-        timeout=timeout,
-        multi_tenant=not hosted,
+    if failed is None:
+        failed = next(rank for rank, status in enumerate(statuses) if status)
+    if (number := statuses[failed] - 128) in SIGNALS:
+        raise Stopped(number, saved=f"{folder} has what was saved")
+    raise UserError(
+        f"arm {arm}: rank {failed} of {ranks} {how_it_ended(statuses[failed])}, so the others were ended too; {folder} "
+        f"has what was saved. To go on: {go_on()}"
     )
-    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=attempt, timeout=timeout, rank=rank, world_size=ranks)
 
 
 def choose_device(name: str) -> torch.device:

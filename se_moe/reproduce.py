@@ -11,7 +11,6 @@ leaves M9 out and says so.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from common import reproduction
 from common.errors import UserError, run_main
+from common.files import read_object
 from common.study import open_sizes
 from se_moe.config import DataConfig, ModelOptions, Switches, TrainConfig
 from se_moe.data import TextData
@@ -321,7 +321,7 @@ def m9(study: Study, seed: int) -> dict[str, float]:
             file = Path(run.run_dir) / arm / "metrics.json"
             if not file.is_file():
                 start_ranks(run, arm)
-            measured.append(json.loads(file.read_text(encoding="utf-8")))
+            measured.append(read_object(file))
     cpu = {name: median(m["cpu_seconds_per_1000_tokens"] for m in rows) for name, rows in found.items()}
     speed = {name: median(m["tokens_per_second"] for m in rows) for name, rows in found.items()}
     peak = {name: median(m["peak_bytes"] for m in rows) for name, rows in found.items()}

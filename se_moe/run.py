@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.data.lines import read_lines
-from common.files import write_atomically
+from common.files import read_object, write_atomically
 from common.paths import existing_path
 from se_moe import deepspeed_arm
 from se_moe.communication import barrier, initialized
@@ -51,7 +51,8 @@ def log_file(path: Path, first_step: int, write: bool) -> Iterator[Any]:
     if path.is_file():
         for _, line in read_lines(path):
             with contextlib.suppress(ValueError):  # the last line of a killed process may be cut off
-                if json.loads(line)["step"] < first_step:
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("step", first_step) < first_step:
                     kept.append(line)
     text = "".join(line + "\n" for line in kept)
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -85,7 +86,7 @@ def summary(log: Path, tokens: int, ranks: int) -> dict[str, Any]:
 def measured(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """The metrics of every arm that has ended, by its name."""
     files = {arm: Path(config.run_dir) / arm / "metrics.json" for arm in config.arms}
-    return {arm: json.loads(file.read_text(encoding="utf-8")) for arm, file in files.items() if file.is_file()}
+    return {arm: read_object(file) for arm, file in files.items() if file.is_file()}
 
 
 def table(config: TrainConfig) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
+from common.data.lines import read_text
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Seed, device
 from common.paths import REPOSITORY
@@ -85,10 +86,7 @@ def pruned(folder: Path, tokenizer: Tokenizer, text_file: Path) -> ServedModel:
 
     if not (folder / "config.json").exists():
         raise UserError(f"--prune_text needs a model of train.py (config.json), {folder} has none")
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prune_text {text_file}: cannot read it as UTF-8 text ({error})") from None
+    text = read_text(text_file)
     model = load_model(folder)
     usage = expert_usage(model, text_batches(text, tokenizer, model.config.sequence))
     return serving_form(model, prune_experts(model, usage))

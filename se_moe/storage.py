@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, write_json
 
 Value = TypeVar("Value")
 
@@ -550,16 +550,8 @@ class FileTier:
 
     def _manifest(self, tag: str) -> dict[str, Any]:
         path = self._manifest_path(tag)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content["experts"], list):
-                raise ValueError
-        except FileNotFoundError:
-            known = ", ".join(self.tags()) or "none"
-            raise UserError(f"{self.folder}: nothing was committed as {tag!r}; committed: {known}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not a manifest of experts; take another checkpoint") from None
-        return content
+        missing = f"{self.folder}: nothing was committed as {tag!r}; committed: {', '.join(self.tags()) or 'none'}"
+        return read_object(path, missing, {"experts": list}, "not a manifest of experts; take another checkpoint")
 
     def _retain(self, experts: Iterable[list[int]]) -> None:
         for layer, expert, version in experts:

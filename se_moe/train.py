@@ -37,10 +37,12 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     import torch
 
     from common.paths import existing_path
+    from common.processes import start_process_group
+    from common.stopping import Steps
     from se_moe import checkpoint
     from se_moe.communication import barrier
     from se_moe.deepspeed_arm import DeepSpeedTrainer
-    from se_moe.launch import choose_device, make_run_groups, start_process_group
+    from se_moe.launch import MEETING, choose_device, make_run_groups
     from se_moe.measuring import peak_tensor_bytes
     from se_moe.run import log_file, summary, text_data
     from se_moe.trainer import ArmTrainer, StepLog, Trainer
@@ -49,7 +51,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.parallel.device)
-    start_process_group(device)
+    start_process_group("nccl" if device.type == "cuda" else "gloo", meeting=os.environ.get(MEETING))
     groups, data = make_run_groups(config), text_data(config)
     run, main = Path(config.run_dir), groups.rank == 0
     folder = run / arm
@@ -63,11 +65,27 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
         tiers = existing_path(config.storage.folder) if config.storage.folder else folder
         trainer = checkpoint.open_trainer(config, data, device, groups, tiers / "tiers", last)
     barrier()
+
+    def export() -> None:
+        if main and isinstance(trainer, Trainer):
+            model = run / "model" if arm == "ours" else folder / "model"
+            checkpoint.export_model(checkpoints, model, data.tokenizer.to_str())
+
     if metrics_file.is_file() and trainer.done >= config.steps:
         trainer.close()
+        export()
         return read_object(metrics_file)
     first, peak, tokens = trainer.done, 0, config.batch * config.data.sequence
-    with log_file(folder / "log.jsonl", first, main) as write:
+
+    def save() -> str:
+        nonlocal last
+        if isinstance(trainer, Trainer):
+            if last is None or checkpoint.step_of(last) != trainer.done:
+                last = checkpoint.save(trainer, checkpoints, config.keep)
+            return f"step {trainer.done} is saved in {last}"
+        return ""
+
+    with log_file(folder / "log.jsonl", first, main) as write, Steps() as steps:
         while trainer.done < config.steps:
             profiled: dict[str, bool] = {}
             if trainer.done == first + 2:
@@ -88,17 +106,15 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
                     file=sys.stderr,
                     flush=True,
                 )
-            due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
-            if due and isinstance(trainer, Trainer):
-                last = checkpoint.save(trainer, checkpoints, config.keep)
+            if trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps:
+                save()
+            steps.ended(save)
     held_out = trainer.evaluate(config.eval_sequences)
     metrics = summary(folder / "log.jsonl", tokens, groups.world_size) if main else {}
     metrics |= {"arm": arm, "held_out_loss": held_out, "peak_bytes": trainer.highest(peak), **trainer.metrics()}
     trainer.close()
+    export()
     if main:
-        if isinstance(trainer, Trainer):
-            model = run / "model" if arm == "ours" else folder / "model"
-            checkpoint.export_model(checkpoints, model, data.tokenizer.to_str())
         write_json(metrics_file, metrics)
     barrier()
     return metrics
@@ -110,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     from common.data.cache import fingerprint_strings
     from common.training import open_run_folder
     from se_moe import deepspeed_arm
-    from se_moe.launch import choose_device, start_ranks
+    from se_moe.launch import MEETING, choose_device, start_ranks
     from se_moe.run import measured, table, text_data
 
     folder = Path(config.run_dir)
-    if "SE_MOE_RENDEZVOUS" not in os.environ:  # else `start_ranks` has started this process
+    if MEETING not in os.environ:  # else `start_ranks` has started this process
         config.check_ranks(int(os.environ.get("WORLD_SIZE", config.parallel.ranks)))
         choose_device(config.parallel.device)
         opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.tasks"]})
@@ -124,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         train_arm(config, config.arms[0])
         return ""
     record, started = folder / "metrics.json", time.perf_counter()
-    earlier = read_object(record)["seconds"] if record.is_file() else 0.0
+    earlier = read_object(record, kinds={"seconds": (int, float)})["seconds"] if record.is_file() else 0.0
     for arm in config.arms:
         if arm == "deepspeed" and not deepspeed_arm.available():
             continue

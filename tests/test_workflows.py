@@ -74,4 +74,4 @@ def test_long_drills_run_every_week() -> None:
     drills = workflow("drills")
     assert drills[True]["schedule"]
     commands = " ".join(step.get("run", "") for step in steps("drills"))
-    assert "make test-machines" in commands and "-m slow" in commands
+    assert "make test-machines" in commands and "make drills" in commands and "-m slow" in commands

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 import statistics
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 from benchmarks.acceleration import methods
 from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, Sampler
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_object, write_json
 from common.ledger import commit, hardware, versions
 from common.metrics.judge import ShapesJudge
 from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
@@ -246,7 +245,7 @@ def write_results(path: Path, runs: Sequence[dict[str, Any]], runner: Runner) ->
 
     Returns the whole content.
     """
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    content: dict[str, Any] = read_object(path) if path.is_file() else {}
     checksum = runner.bench.teacher.checksum()
     old = content.get("runs", []) if content.get("teacher", {}).get("sha256") == checksum else []
     fresh = {(run["budget"], run["method"], run["seed"]) for run in runs}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import file_sha256, locked, write_atomically, write_json
+from common.files import file_sha256, locked, read_object, sweep, write_atomically, write_json
 from common.paths import cache_dir
 from common.processes import is_main_process, process_place
 
@@ -97,46 +97,62 @@ def fingerprint_path(path: Path, suffixes: Collection[str] = ()) -> str:
 def file_checksums(paths: Sequence[Path]) -> dict[Path, str]:
     """SHA-256 of the bytes of every file.
 
-    Those of large sets (more than REMEMBERED) are kept in the cache (`remembered`). Of very large sets (more than
-    WHOLE) size and both ends of a file stand for the whole: those of a parquet file hold the sizes and extremes of all
-    its columns, and a picture that changed has another length.
+    Those of large sets (more than REMEMBERED) are kept in the cache, one file a set, and read again only where `_told`
+    of a file has changed. Of very large sets (more than WHOLE) size and both ends of a file stand for the whole: those
+    of a parquet file hold the sizes and extremes of all its columns, and a picture that changed has another length.
 
     Raises:
         UserError: a file is missing or cannot be read.
     """
     try:
-        sizes = {path: path.stat().st_size for path in paths}
-        total = sum(sizes.values())
+        stats = {path: path.stat() for path in paths}
+        total = sum(stat.st_size for stat in stats.values())
         read = file_sha256 if total <= WHOLE else _sha256_of_ends
         if total <= REMEMBERED:
-            return {path: read(path) for path in sizes}
+            return {path: read(path) for path in stats}
+        set_name = fingerprint_strings([str(total <= WHOLE), os.path.realpath(min(stats))])
+        kept = cache_dir("checksums") / f"{set_name}.json"
+        known: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known = dict(json.loads(kept.read_text(encoding="utf-8")))
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return dict(zip(sizes, pool.map(lambda p: remembered([p], read.__name__, lambda: read(p), 0), sizes)))
+            found = dict(zip(stats, pool.map(lambda path: known.get(_told(stats[path])) or read(path), stats)))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    settled = {_told(stat): found[path] for path, stat in stats.items() if _settled(stat)}
+    if settled.keys() - known.keys():
+        with contextlib.suppress(UserError):  # a cache that cannot be written only costs time
+            write_json(kept, settled)
+    return found
 
 
-def remembered(files: Sequence[Path], key: str, compute: Callable[[], str], least: int = REMEMBERED) -> str:
-    """A checksum that follows from some files, read from the cache while what the operating system says of them
-    (number, size, times of change, which `touch` and `cp -p` cannot set back) is the same.
+def _told(stat: os.stat_result) -> str:
+    """What the operating system says of a file's content: `touch` and `cp -p` cannot set back the last of the times."""
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _settled(stat: os.stat_result) -> bool:
+    """Whether a file that changes from now on will have other times."""
+    return max(stat.st_mtime, stat.st_ctime) < time.time() - 2
+
+
+def remembered(files: Sequence[Path], key: str, compute: Callable[[], str]) -> str:
+    """A checksum that follows from some files; where these are large it is read from the cache while `_told` of them is
+    the same.
 
     Args:
         key: what else it depends on.
-        least: bytes that the files must hold in all for the answer to be kept.
     """
     stats = [path.stat() for path in files]
-    if not files or sum(stat.st_size for stat in stats) <= least:
+    if sum(stat.st_size for stat in stats) <= REMEMBERED:
         return compute()
-    told = [f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats]
-    name = fingerprint_strings([key, *told])
-    kept = cache_dir("checksums", name[:2]) / name
+    kept = cache_dir("checksums") / fingerprint_strings([key, *map(_told, stats)])
     try:
         return kept.read_text(encoding="ascii")
     except OSError:
         found = compute()
-    # A file that has just changed may change again within what its times can tell.
-    if max(max(stat.st_mtime, stat.st_ctime) for stat in stats) < time.time() - 2:
-        with contextlib.suppress(UserError):  # a cache that cannot be written only costs time
+    if all(map(_settled, stats)):
+        with contextlib.suppress(UserError):
             write_atomically(kept, lambda temporary: temporary.write_text(found, encoding="ascii"))
     return found
 
@@ -402,13 +418,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / _MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest["shards"], dict) or not isinstance(manifest["tensors"], dict):
-            raise TypeError
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a cache manifest; delete that folder to build the cache anew") from error
+    kinds = {"shards": dict, "tensors": dict, "count": int, "shard_size": int}
+    return read_object(path, kinds=kinds, advice="not a cache manifest; delete that folder to build the cache anew")
 
 
 def _shard_count(manifest: dict[str, Any]) -> int:
@@ -493,4 +504,5 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another cache folder") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        sweep(folder)
         yield

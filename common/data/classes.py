@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from common.data.cache import fingerprint_strings, fingerprint_tensors
+from common.data.lines import read_text
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
 from common.paths import existing_path
@@ -146,6 +147,8 @@ class _Request:
     size: int
     path: str | None
     margin: bool
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 def open_classes(
@@ -157,17 +160,20 @@ def open_classes(
     validation: float = 0.1,
     margin: bool = False,
     seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ImageSet:
     """A set with its splits.
 
     Args:
         name: emoji (EmojiGroups, embedded, 9 classes), digits (scikit-learn, 8 px grey), textures (procedural shape x
             texture), fashion-mnist (`make data-fashion-mnist`), cifar10 or cifar100 (binary version, `path`), or
-            folder (`path`: one subfolder per class, optionally below train/ and test/).
+            folder (`path`: one subfolder per class, optionally below train/ and test/, or a table with labels).
         size: side of the square pictures in pixels.
         images: at most so many training pictures, a share of every class; None takes all.
         validation: share of the training pictures held out for choosing; `seed` decides which.
         margin: keep a folder's pictures at 256/224 of `size`, for random resized crops.
+        image_column, label_column: of a table; None finds them.
 
     Raises:
         UserError: files are missing or broken, or the options do not fit the set.
@@ -185,7 +191,7 @@ def open_classes(
         "cifar100": _cifar,
         "folder": _folder,
     }
-    read = readers[name](_Request(name, size, path, margin))
+    read = readers[name](_Request(name, size, path, margin, image_column, label_column))
     train, test = read.train, read.test
     if images is not None and images < len(train):
         if images < 1:
@@ -195,6 +201,13 @@ def open_classes(
     if not len(train):
         raise UserError(f"data.images {images}: not one picture of any of the {len(read.classes)} classes is left")
     fitting, held_out = per_class_sample(train.labels_N, [1 - validation, validation], seed)
+    lost = sorted(set(read.train.labels_N.tolist()) - set(train.labels_N[fitting].tolist()))
+    if lost or not len(held_out):
+        of = read.classes[lost[0]] if lost else "any class"
+        raise UserError(
+            f"{read.name}: too few pictures: none of {of} is left for {'training' if lost else 'validation'} "
+            f"(data.validation {validation}, data.images {images}); give more, or other shares"
+        )
     mean_C, std_C = _statistics(train)
     return ImageSet(
         read.name,
@@ -357,7 +370,7 @@ def _cifar(request: _Request) -> _Read:
         images = torch.from_numpy(rows[:, head:].reshape(-1, 3, 32, 32).copy())
         labels = torch.from_numpy(rows[:, head - 1].astype(np.int64))
         parts.append(_pictures(_resized(images, request.size), labels))
-    listed = (root / names).read_text().split() if (root / names).is_file() else []
+    listed = read_text(root / names).split() if (root / names).is_file() else []
     classes = tuple(listed) if len(listed) == count else tuple(f"class {k}" for k in range(count))
     return _Read(request.name, classes, parts[0], parts[1], 0.0)
 
@@ -379,29 +392,38 @@ def _cifar_rows(path: Path, width: int, classes: int, head: int) -> np.ndarray:
 
 def _folder(request: _Request) -> _Read:
     """The user's class folders, with train/ and test/ (or val/) above them or without: then a sixth is held out."""
-    from common.data.folders import open_images
+    from common.data.folders import Framing, Images, open_source
     from common.data.rows import LEFT_OUT, hold_out
 
     if request.path is None:
         raise UserError("data.name folder needs --data.path, a folder with one subfolder of pictures per class")
     root = existing_path(request.path)
-    if not root.is_dir():
+    if not root.exists():
         raise UserError(f"data.path {request.path}: no such folder; expected one subfolder of pictures per class")
     side = round(request.size * MARGIN) if request.margin else request.size
-    opened = open_images(root.absolute(), side, split=None, caption_column=LEFT_OUT)
-    classes = tuple(opened.classes)
+    found = open_source(root.absolute(), request.image_column, LEFT_OUT, request.label_column, need=("label",))
+    if empty := getattr(found, "empty", []):
+        raise UserError(f"{empty[0]}: the folder of a class holds no picture; fill it or remove it")
+    opened = Images(found, Framing(side))
+    # A picture with several captions has several rows: it counts once, or one part would show it to another.
+    once = {found.key(row): row for row in reversed(range(len(found))) if not opened.corrupt[row]}
+    labels = {row: found.label(row)[1] for row in sorted(once.values())}
+    classes = tuple(found.classes) or tuple(f"class {k}" for k in range(max(labels.values(), default=-1) + 1))
     if not classes:
         raise UserError(f"{root}: its pictures have no classes; expected one subfolder of pictures per class")
+    bare = [row for row, label in labels.items() if label < 0]
+    if bare:
+        raise UserError(f"{found.where(bare[0])}: it has no class ({len(bare)} such pictures), others have one")
     source: Source = OnDisk(opened)
     if len(opened) * side * side * 3 <= MEMORY_LIMIT:
         source = InMemory(torch.cat([source.take(part) for part in torch.arange(len(opened)).split(256)]))
 
     def pictures(rows: Sequence[int]) -> Pictures:
-        good = [row for row in rows if not opened.corrupt[row]]
-        return Pictures(source, torch.tensor(good), torch.tensor([opened.source.label(row)[1] for row in good]))
+        good = [row for row in rows if row in labels]
+        return Pictures(source, torch.tensor(good), torch.tensor([labels[row] for row in good]))
 
-    if {"test", "validation"} & set(opened.source.splits):
-        parts = [pictures(rows) for rows in hold_out(opened.source)]
+    if {"test", "validation"} & set(found.splits):
+        parts = [pictures(rows) for rows in hold_out(found)]
         odd = set(parts[0].labels_N.tolist()) ^ set(parts[1].labels_N.tolist())
         if odd:
             names = ", ".join(classes[label] for label in sorted(odd)[:3])
@@ -409,4 +431,11 @@ def _folder(request: _Request) -> _Read:
     else:
         everything = pictures(range(len(opened)))
         parts = [everything.part(some) for some in per_class_sample(everything.labels_N, [5 / 6, 1 / 6], seed=0)]
+        lacking = everything.labels_N.unique()[~torch.isin(everything.labels_N.unique(), parts[1].labels_N)]
+        if len(lacking):
+            count = int((everything.labels_N == lacking[0]).sum())
+            raise UserError(
+                f"{root}: {count} pictures of {classes[int(lacking[0])]} are too few to hold a sixth out; give at "
+                "least 4 a class, or train/ and test/ folders"
+            )
     return _Read(root.name, classes, parts[0], parts[1], 0.0, opened.source.fingerprint)

@@ -17,12 +17,11 @@ import contextlib
 import copy
 import json
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -35,27 +34,31 @@ from common.data.cache import file_checksums, fingerprint_strings
 from common.data.lines import read_lines, read_rows
 from common.data.rows import (
     LEFT_OUT,
+    TABLE_SUFFIXES,
     Source,
     Table,
     caption_of,
     choose_column,
     class_names,
     class_words,
+    has_pictures,
     is_saved,
     label_candidates,
     label_of,
     load_tables,
-    parquet_files,
     split_of,
     splits_of,
+    table_files,
     text_candidates,
+    typed,
 )
 from common.errors import UserError
-from common.files import write_json
-from common.images import IMAGE_SUFFIXES, WHITE, CorruptImage, decoded, list_files
+from common.files import is_text, list_files, write_json
+from common.images import IMAGE_SUFFIXES, OTHER_PICTURES, WHITE, CorruptImage, decoded
 from common.paths import cache_dir
+from common.processes import say_once
 
-MAX_CORRUPT_SHARE = 0.01
+MAX_CORRUPT_SHARE = 0.01  # of pictures that cannot be read: they are passed over and said; more are refused
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 Policy = Literal["centre", "random", "pad"]
@@ -116,7 +119,8 @@ class Record:
 class Folder:
     """An image folder as a `Source`; made by `read_folder`.
 
-    captions_from: the file or files that captions were read from, "" where they are classes' names or missing.
+    unnamed: pictures that the metadata does not name, so that they do not count.
+    empty: folders beside those of the classes that hold no picture.
     """
 
     root: Path
@@ -125,6 +129,8 @@ class Folder:
     classes: list[str]
     captions_from: str
     about: str
+    unnamed: list[Path] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -151,11 +157,20 @@ class Folder:
     def where(self, index: int) -> str:
         return str(self.records[index].path)
 
+    @cached_property
+    def _first_alike(self) -> list[int]:
+        """Of every row the first one with the same file, which several links or lines may lead to."""
+        first: dict[tuple[int, int], int] = {}
+        stats = (record.path.stat() for record in self.records)
+        return [first.setdefault((stat.st_dev, stat.st_ino), row) for row, stat in enumerate(stats)]
+
     def key(self, index: int) -> str:
-        return self.records[index].path.relative_to(self.root).as_posix()
+        return self.records[self._first_alike[index]].path.relative_to(self.root).as_posix()
 
 
-def read_folder(where: str | Path, text: str | None = None, label: str | None = None) -> Folder:
+def read_folder(
+    where: str | Path, text: str | None = None, label: str | None = None, need: Sequence[str] = ()
+) -> Folder:
     """The pictures of an image folder by the convention of `datasets` ("imagefolder"), without decoding any.
 
     - Folders train, validation (val, valid, dev) and test (eval, ...) at any level are splits; files called so too
@@ -170,6 +185,7 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
 
     Args:
         text, label: columns of the metadata; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: no picture, or naming the line of the metadata: not JSON, a key is missing or of the wrong type,
@@ -179,11 +195,13 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
     if not root.exists():
         raise UserError(f"{root}: there is no such folder")
     if not root.is_dir():
-        raise UserError(f"{root}: not a folder; give the folder that holds the images")
+        raise UserError(
+            f"{root}: not a folder; give the folder that holds the images, or a table ({', '.join(TABLE_SUFFIXES)})"
+        )
     files = list_files(root)
     metadata = [file for file in files if file.name in METADATA]
     if metadata:
-        rows, captions_from = _read_metadata(root, metadata, text, label)
+        rows, captions_from = _read_metadata(root, metadata, text, label, need)
     else:
         rows, captions_from = [_Row(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES], ""
     if not rows:
@@ -194,19 +212,25 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
     splits = splits_of([row.picture.relative_to(root) for row in rows])
     rows = [row for row, split in zip(rows, splits or "-" * len(rows)) if split]
     splits = [split for split in splits if split]
+    empty: list[Path] = []
     if not metadata:
         names = _class_folders([row.picture.relative_to(root) for row in rows], bool(splits))
         rows = [replace(row, label=name) for row, name in zip(rows, names)]
-    beside = {file for file in files if file.suffix == ".txt"} & {row.picture.with_suffix(".txt") for row in rows}
+        empty = _empty_folders(rows)
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    beside = {texts[row.picture.with_suffix("")] for row in rows if row.picture.with_suffix("") in texts}
     if beside and not captions_from and text != LEFT_OUT:
-        bare = [row.picture for row in rows if row.picture.with_suffix(".txt") not in beside]
+        bare = [row.picture for row in rows if row.picture.with_suffix("") not in texts]
         if bare and not isinstance(rows[0].label, str):
             raise UserError(
                 f"{root}: {len(bare)} of {len(rows)} pictures have no .txt beside them, the first is {bare[0]}"
             )
-        rows = [replace(row, caption=_caption_beside(row.picture, beside, row.caption)) for row in rows]
+        rows = [replace(row, caption=_caption_beside(row.picture, texts, row.caption)) for row in rows]
         captions_from = "the .txt beside each picture"
     classes = class_names(row.label for row in rows)
+    for name in classes:
+        if not is_text(name):
+            raise UserError(f"{root}: the name of the class {name!r} is not UTF-8 text; rename its folder")
     number_of = {name: number for number, name in enumerate(classes)}
     records = []
     for row in rows:
@@ -215,9 +239,12 @@ def read_folder(where: str | Path, text: str | None = None, label: str | None = 
         records.append(Record(row.picture, caption, label_of(row.label, number_of)))
     used = {record.path for record in records} | {*metadata}
     used |= beside if captions_from.startswith("the .txt") else set()
-    passed_over = [file.relative_to(root).as_posix() for file in files if file not in used]
-    about = _about(root, splits, len(records), len(classes), captions_from, passed_over)
-    return Folder(root, records, splits, classes, captions_from, about)
+    unused = [file for file in files if file not in used]
+    about = _about(root, splits, records, len(classes), captions_from, unused)
+    if empty:
+        about += f"; {len(empty)} folders without pictures: {', '.join(folder.name for folder in empty[:3])}"
+    unnamed = [file for file in unused if metadata and file.suffix.lower() in IMAGE_SUFFIXES]
+    return Folder(root, records, splits, classes, captions_from, about, unnamed, empty)
 
 
 @dataclass(frozen=True)
@@ -228,23 +255,26 @@ class _Row:
 
 
 def _about(
-    root: Path, splits: list[str], pictures: int, classes: int, captions_from: str, passed_over: list[str]
+    root: Path, splits: list[str], records: list[Record], classes: int, captions_from: str, unused: list[Path]
 ) -> str:
     counts = ", ".join(f"{split} {splits.count(split)}" for split in dict.fromkeys(splits))
-    parts = [f"{pictures} pictures"]
+    parts = [f"{len(records)} pictures"]
     parts += [f"{len(set(splits))} splits ({counts})"] if splits else []
     parts += [f"{classes} classes"] if classes else []
     source = captions_from or ("the names of the classes" if classes else "")
     about = f"{root}: {', '.join(parts)}, {f'captions from {source}' if source else 'no captions'}"
-    if passed_over:
-        about += f"; {len(passed_over)} files passed over: {', '.join(passed_over[:3])}"
-        about += ", ..." if len(passed_over) > 3 else ""
+    empty = sum(not record.caption.strip() for record in records) if captions_from else 0
+    about += f" ({empty} of them empty)" if empty else ""
+    if unused:
+        about += f"; {len(unused)} files passed over: "
+        about += ", ".join(file.relative_to(root).as_posix() for file in unused[:3])
+        about += ", ..." if len(unused) > 3 else ""
     return about
 
 
-def _caption_beside(picture: Path, texts: set[Path], otherwise: str | None) -> str | None:
-    path = picture.with_suffix(".txt")
-    return next((line.strip() for _, line in read_lines(path)), "") if path in texts else otherwise
+def _caption_beside(picture: Path, texts: Mapping[Path, Path], otherwise: str | None) -> str | None:
+    path = texts.get(picture.with_suffix(""))
+    return otherwise if path is None else next((line.strip() for _, line in read_lines(path)), "")
 
 
 def _class_folders(names: Sequence[PurePath], split: bool) -> Sequence[str | None]:
@@ -258,14 +288,34 @@ def _class_folders(names: Sequence[PurePath], split: bool) -> Sequence[str | Non
     return [parts[place] for parts in below] if len({parts[place] for parts in below}) > 1 else [None] * len(names)
 
 
-def _read_metadata(root: Path, files: list[Path], text: str | None, label: str | None) -> tuple[list[_Row], str]:
+def _empty_folders(rows: Sequence[_Row]) -> list[Path]:
+    """Folders beside those of the classes that hold no picture, as an unpacking that stopped leaves them."""
+    above: dict[Path, set[str]] = {}
+    for row in rows:
+        if isinstance(row.label, str):
+            folder = next(folder for folder in row.picture.parents if folder.name == row.label)
+            above.setdefault(folder.parent, set()).add(row.label)
+    found = [folder for place, known in above.items() for folder in place.iterdir() if folder.name not in known]
+    return sorted(folder for folder in found if _is_empty_class(folder))
+
+
+def _is_empty_class(folder: Path) -> bool:
+    if not folder.is_dir() or folder.name.startswith((".", "__")) or split_of([folder.name])[0]:
+        return False
+    files = list_files(folder)
+    return not files or any(file.suffix.lower() in OTHER_PICTURES for file in files)
+
+
+def _read_metadata(
+    root: Path, files: list[Path], text: str | None, label: str | None, need: Sequence[str]
+) -> tuple[list[_Row], str]:
     """The rows of the metadata files, and where captions are from."""
     kinds = sorted({file.name for file in files})
     if len(kinds) > 1:
         raise UserError(f"{root}: {' and '.join(kinds)} lie in it; keep the metadata in files of one kind")
     found: dict[Path, list[_Row]] = {}  # by file: a picture may have several rows in one
     taken: dict[Path, Path] = {}  # picture -> the nearest file that names it
-    captions_from = ""
+    captions_from, faults = "", list[str]()
     for file in sorted(files, key=lambda file: (-len(file.parts), file)):
         table = list(read_rows(file))
         names = list(dict.fromkeys(name for _, row in table for name in row))
@@ -274,28 +324,37 @@ def _read_metadata(root: Path, files: list[Path], text: str | None, label: str |
             picture_column = next((name for name in names if name.endswith("_file_name")), picture_column)
         strings = [name for name in names if any(_is_text(row.get(name)) for _, row in table)]
         scalars = [name for name in names if all(isinstance(row.get(name), int | str | None) for _, row in table)]
-        label_column = choose_column(str(file), "label", label, names, label_candidates(scalars, names))
+        several = label_candidates(scalars, names)
+        label_column = choose_column(str(file), "label", label, names, several, "label" in need and len(several) > 1)
         strings = [name for name in strings if name not in (picture_column, label_column)]
-        text_column = choose_column(str(file), "caption", text, names, text_candidates(strings, names))
+        several = text_candidates(strings, names)
+        text_column = choose_column(str(file), "caption", text, names, several, "caption" in need and len(several) > 1)
+        cells = [row.get(label_column or "") for _, row in table]
+        if label is None and text_column and all(isinstance(cell, list | dict | bool | None) for cell in cells):
+            label_column = None  # several labels a picture, or a flag: captions do without
         captions_from = file.name if text_column else captions_from
         labels = [row.get(label_column or "") for _, row in table]
-        if file.suffix == ".csv":  # which knows strings only
-            labels = [cell or None for cell in labels]
-            if all(cell is None or cell.removeprefix("-").isdecimal() for cell in labels):
-                labels = [cell and int(cell) for cell in labels]
+        labels = typed(labels) if file.suffix == ".csv" else [None if cell == "" else cell for cell in labels]
         found[file] = []
         for (where, row), cell in zip(table, labels):
-            picture = _named_picture(where, row, picture_column, file.parent)
-            if text_column and row.get(text_column) is None:
-                raise UserError(f'{where}: "{text_column}" is missing')
             try:
+                picture = _named_picture(where, row, picture_column, file.parent)
+                if text_column and text_column not in row:
+                    raise CorruptImage(f'"{text_column}" is missing')
                 caption = caption_of(row[text_column], text_column) if text_column else None
                 if not isinstance(cell, str):
-                    label_of(cell, {}, label_column or "label")
+                    cell = label_of(cell, {}, label_column or "label")
             except CorruptImage as error:
-                raise UserError(f"{where}: {error}") from None
+                faults.append(f"{where}: {error}")
+                continue
             if taken.setdefault(picture, file) == file:
                 found[file].append(_Row(picture, caption, None if cell == -1 else cell))
+    total = len(faults) + sum(map(len, found.values()))
+    if len(faults) > MAX_CORRUPT_SHARE * total:
+        more = f" ({len(faults)} of {total} lines are wrong)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}")
+    for fault in faults:
+        warnings.warn(f"skipped {fault}", stacklevel=5)
     rows = [row for file in files for row in found[file]]
     if not rows:
         raise UserError(f'{files[0]}: it has no line; write one {{"file_name": ..., "text": ...}} per image')
@@ -309,53 +368,64 @@ def _is_text(cell: Any) -> bool:
 
 
 def _named_picture(where: str, row: Mapping[str, Any], column: str, folder: Path) -> Path:
+    """The file of a line; UserError where it leads out of the folder, CorruptImage where there is none."""
     name = row.get(column)
     if name is None:
-        raise UserError(f'{where}: "{column}" is missing')
+        raise CorruptImage(f'"{column}" is missing; its columns are {", ".join(row)}')
     if not isinstance(name, str):
-        raise UserError(f'{where}: "{column}" must be a string, got {name!r}')
+        raise CorruptImage(f'"{column}" must be a string, got {name!r}')
     # Lexically: links that the user made inside the folder may lead anywhere, a name in the file may not.
     inside = os.path.normpath(name)
     if os.path.isabs(name) or inside == ".." or inside.startswith("../"):
         raise UserError(f'{where}: "{column}" {name!r} leads out of the folder')
-    if not (folder / inside).is_file():
-        raise UserError(f"{where}: {name} does not exist in {folder}")
+    try:
+        there = (folder / inside).is_file()
+    except (OSError, ValueError) as error:  # too long, or a zero byte
+        raise CorruptImage(f'"{column}" is no name of a file ({error})') from None
+    if not there:
+        raise CorruptImage(f"{name} does not exist in {folder}")
     return folder / inside
 
 
-@cache
-def _say(line: str) -> None:
-    """Once, by the first process."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
 def open_source(
-    where: str | Path, image: str | None = None, text: str | None = None, label: str | None = None
+    where: str | Path,
+    image: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    need: Sequence[str] = (),
 ) -> Source:
     """The user's pictures, undecoded, and one line on stderr about them.
 
     Args:
-        where: an image folder (`read_folder`), a data set saved by `datasets`, parquet files or a folder of them, or
-            the name of a Hugging Face data set.
+        where: an image folder (`read_folder`), a data set saved by `datasets`, a folder of parquet or arrow files, one
+            table (.parquet, .arrow, .jsonl, .csv, .tsv), or the name of a Hugging Face data set.
         image, text, label: names of columns; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: nothing there, a bad line of metadata, a column that is missing or cannot be told.
     """
     path = Path(where)
     if path.is_dir():
-        is_table = is_saved(path) or bool(parquet_files(path))
+        is_table = is_saved(path) or _is_table(path, image)
     else:
-        is_table = path.suffix == ".parquet" if path.exists() else not _is_path(str(where))
+        is_table = path.suffix.lower() in TABLE_SUFFIXES if path.exists() else not _is_path(str(where))
     source: Source
     if is_table:
         folder = path if path.is_dir() else path.parent
-        source = Table(str(where), load_tables(str(where)), folder, image, text, label)
+        source = Table(str(where), load_tables(str(where)), folder, image, text, label, need)
     else:
-        source = read_folder(path, text, label)
-    _say(source.about)
+        source = read_folder(path, text, label, need)
+    say_once(source.about)
     return source
+
+
+def _is_table(folder: Path, image: str | None) -> bool:
+    """Whether the tables of a folder are its data: they hold pictures, or there is nothing else."""
+    tables = table_files(folder)
+    if not tables or image is not None or has_pictures(tables[0]):
+        return bool(tables)
+    return not any(file.suffix.lower() in IMAGE_SUFFIXES for file in list_files(folder))
 
 
 def need_words(source: Source, rows: Sequence[int]) -> None:
@@ -376,7 +446,8 @@ def need_words(source: Source, rows: Sequence[int]) -> None:
 
 def _is_path(where: str) -> bool:
     """Whether what is not there was meant as a path, not as a name on the hub."""
-    return os.path.isabs(where) or where.startswith(".") or where.count("/") > 1
+    suffixes = {*TABLE_SUFFIXES, *IMAGE_SUFFIXES}
+    return os.path.isabs(where) or where.startswith(".") or where.count("/") > 1 or Path(where).suffix in suffixes
 
 
 class Images(Dataset[dict[str, Any]]):
@@ -435,7 +506,7 @@ class Images(Dataset[dict[str, Any]]):
             good = self._good(position)
             try:
                 caption, label = self.source.label(good)
-                with decoded(self.source.raw(good), self.framing.background) as picture:
+                with decoded(self.source.raw(good), self.framing.background, self.framing.size) as picture:
                     return {"image": self.framing(picture, rng), "caption": caption, "label": label}
             except CorruptImage as error:
                 warnings.warn(f"skipped {self.source.where(good)}: {error}", stacklevel=2)
@@ -463,12 +534,13 @@ def broken_rows(source: Source, progress: bool = False) -> dict[int, str]:
     path = cache_dir("scans") / f"{source.fingerprint}-2.json"  # 2: the rules of `decoded`
     try:
         bad = {int(row): reason for row, reason in json.loads(path.read_text(encoding="utf-8"))["corrupt"].items()}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         bad = _decode_all(source, progress)
-        write_json(path, {"source": source.name, "images": len(source), "corrupt": bad})
+        with contextlib.suppress(UserError):  # a full or read-only cache: decoded again next time
+            write_json(path, {"source": source.name, "images": len(source), "corrupt": bad})
     for row, reason in [*bad.items()][:50]:
         warnings.warn(f"skipped {source.where(row)}: {reason}", stacklevel=4)
-    stop_if_many(source.name, [source.where(row) for row in bad], len(source))
+    stop_if_many(source.name, [f"{source.where(row)}: {reason}" for row, reason in bad.items()], len(source))
     return bad
 
 
@@ -478,7 +550,7 @@ def _decode_all(source: Source, progress: bool) -> dict[int, str]:
     def fault(row: int) -> str | None:
         try:
             source.label(row)
-            with decoded(source.raw(row)):
+            with decoded(source.raw(row), side=64):
                 return None
         except CorruptImage as error:
             return str(error)

@@ -3,6 +3,7 @@
     for number, line in read_lines("prompts.txt"): ...             # blank lines are left out, numbers count them
     for where, row in read_json_lines("metadata.jsonl", "text"): ...  # objects whose "text" is a string
     for where, row in read_rows("table.tsv"): ...                  # .jsonl, .csv, .tsv or .parquet, a dictionary a row
+    text = read_text("book.txt")                                   # the whole, by the same rules
 
 `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which captions may hold. `where` names file and
 line for messages.
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError, first_line
+from common.files import list_files
+from common.processes import say_once
 
 
 def read_lines(path: str | Path, blank: bool = False) -> Iterator[tuple[int, str]]:
@@ -46,6 +49,27 @@ def read_lines(path: str | Path, blank: bool = False) -> Iterator[tuple[int, str
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A whole UTF-8 file without its byte order mark, lines ended by newlines alone.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    return "".join(line + "\n" for _, line in read_lines(path, blank=True))
+
+
+def text_files(path: Path) -> list[Path]:
+    """A text file, or the .txt files below a folder in the order of their names; others are said to be passed over."""
+    if not path.is_dir():
+        return [path]
+    files = list_files(path)
+    others = [file.relative_to(path).as_posix() for file in files if file.suffix.lower() != ".txt"]
+    if others:
+        listed = ", ".join(others[:3]) + (", ..." if others[3:] else "")
+        say_once(f"{path}: {len(files) - len(others)} .txt files; {len(others)} files passed over: {listed}")
+    return [file for file in files if file.suffix.lower() == ".txt"]
 
 
 def read_json_lines(path: str | Path, *strings: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +126,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, cells in (_csv_cells if suffix == ".csv" else _tsv_cells)(path):
             where = f"{path} line {number}"
             if not names:
-                names = cells
+                names = [cell.strip() for cell in cells]
+                found = [sign for sign in _OTHER_SIGNS[suffix] if sign in names[0]]
+                if len(names) == 1 and found:
+                    raise UserError(f"{where}: cells parted by {found[0]!r}; expected {_SIGN[suffix]!r} in a {suffix}")
             elif len(cells) > len(names):
                 named = ", ".join(names)
                 raise UserError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns ({named})")
@@ -110,6 +137,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, dict(zip(names, [*cells, *[None] * (len(names) - len(cells))]))
     else:
         raise UserError(f"{path}: expected a file that ends in .jsonl, .csv, .tsv or .parquet")
+
+
+_SIGN = {".csv": ",", ".tsv": "\t"}
+_OTHER_SIGNS = {".csv": ";\t|", ".tsv": ",;|"}
 
 
 def _tsv_cells(path: str | Path) -> Iterator[tuple[int, list[str]]]:
@@ -133,6 +164,8 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a string in it is not UTF-8 ({error.reason})") from None
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path}: not a whole parquet file ({first_line(error)}); fetch it again") from None
     for number, row in enumerate(rows):

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.data.lines import read_json_lines, read_lines
+from common.data.lines import read_lines
+from common.data.rows import FEWEST_IMAGES, HELD_OUT_SHARE, TABLE_SUFFIXES, read_captioned
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import file_sha256, write_atomically, write_json
+from common.files import file_sha256, read_object, sweep, write_atomically, write_json
 from common.paths import cache_dir
 from common.processes import process_place
 from common.teacher import Teacher
@@ -70,8 +71,15 @@ def read_prompts(path: Path) -> list[str]:
     return [line for _, line in numbered]
 
 
-def prompt_list(name: str, count: int) -> list[str]:
-    """The prompts that pairs are made for: captions of a training set, or the lines of a file.
+def prompt_list(name: str, count: int, part: Literal["train", "test"] = "train", text: str | None = None) -> list[str]:
+    """The prompts that pairs are made for, or those held out: captions of a training set, or the lines of a file.
+
+    Of a file with FEWEST_IMAGES different prompts or more, one in ten is held out, by its hash; of a shorter one none,
+    and `test` are all.
+
+    Args:
+        count: of a training set's captions.
+        text: the column of the prompts in a table; None takes `text`, or the one that may be it.
 
     Raises:
         UserError: no such file, or one that holds no prompts.
@@ -85,17 +93,24 @@ def prompt_list(name: str, count: int) -> list[str]:
 
         data = EmojiCap("train", size=32)
         return [data[i % len(data)]["caption"] for i in range(count)]
-    path = Path(name)
-    if path.suffix != ".jsonl":
+    prompts = _prompts_of(Path(name), text)
+    different = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    held_out = set(different[: -(-len(different) // HELD_OUT_SHARE)] if len(different) >= FEWEST_IMAGES else ())
+    if not held_out:
+        return prompts
+    return [prompt for prompt in prompts if (prompt in held_out) == (part == "test")]
+
+
+def _prompts_of(path: Path, text: str | None) -> list[str]:
+    if path.suffix.lower() not in TABLE_SUFFIXES:
         return read_prompts(path)
     if not path.is_file():
-        raise UserError(f'prompt file {path}: no such file; expected one JSON object a line with the field "text"')
+        raise UserError(f"prompt file {path}: no such file; expected a table with a column of prompts, `text`")
     prompts = []
-    for where, row in read_json_lines(path):
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{where}: "text" is missing or empty; expected {{"text": PROMPT}}')
-        prompts.append(" ".join(text.split()))
+    for where, _, prompt in read_captioned(path, text):
+        if not prompt.strip():
+            raise UserError(f'{where}: "text" is missing or empty; expected a prompt')
+        prompts.append(" ".join(prompt.split()))
     return prompts
 
 
@@ -361,13 +376,11 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["identity"]["format"] == FORMAT and isinstance(manifest["shards"], dict):
-            return dict(manifest)
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        pass
-    raise UserError(f"{path} is damaged or of another version; delete {folder} and generate again")
+    advice = f"delete {folder} and generate again"
+    manifest = read_object(path, kinds={"identity": dict, "shards": dict}, advice=advice)
+    if manifest["identity"].get("format") != FORMAT:
+        raise UserError(f"{path} is of another version: {advice}")
+    return manifest
 
 
 def _available(shards: dict[str, Any]) -> int:
@@ -402,4 +415,5 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep(folder)
         yield

@@ -165,7 +165,7 @@ def list_cutouts(stamps: Path) -> list[Cutout]:
         colours = np.unique(opaque[:, 0] << 12 | opaque[:, 1] << 6 | opaque[:, 2])
         if len(colours) <= _MIN_COLOURS_PER_PIXEL * len(opaque):
             continue
-        caption = (text.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[0]
+        caption = text.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0]
         noun = noun_phrase(caption, path.stem)
         category = _CATEGORY_OF_FOLDER.get(relative.split("/")[0])
         if noun is not None and category is not None:

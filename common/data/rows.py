@@ -1,12 +1,13 @@
 """Rows of tables that hold pictures, captions and labels: which columns do, and what their cells may be.
 
-Tables come from `datasets` (a name on the hub, a folder saved to disk) and from parquet files; the rows of image
-folders (`common.data.folders`) go through the same rules. A cell that breaks them is a broken picture: counted,
-passed over, and refused when there are many.
+Tables come from `datasets` (a name on the hub, a folder saved to disk) and from files (.parquet, .arrow, .jsonl, .csv,
+.tsv); the rows of image folders (`common.data.folders`) go through the same rules. A cell that breaks them is a broken
+picture: counted, passed over, and refused when there are many.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,18 +22,24 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from common.data.cache import file_checksums, fingerprint_strings, remembered
+from common.data.lines import read_rows
 from common.errors import UserError, first_line
-from common.images import CorruptImage, list_files
+from common.files import list_files, write_json
+from common.images import CorruptImage
+from common.paths import cache_dir
+from common.processes import say_once
 
 HELD_OUT_SHARE = 10  # of data without splits, one in ten is held out
 FEWEST_IMAGES = 20  # of fewer images none can be held out
+TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
 MOST_CLASSES = 1_000_000  # a larger label is a mistake, not a class
 LEFT_OUT = ""  # in place of a column's name: do not read one
 
 # Names that columns go by where `image`, `text` or `label` is missing, and those that hold no captions.
 _IMAGE_NAMES = {"image", "img", "image_path", "img_path", "path", "file", "file_name", "filename", "filepath"}
 _TEXT_NAMES = {"caption", "captions", "prompt", "prompts", "description", "sentence", "sentences"}
-_LABEL_NAMES = {"labels", "class", "class_id", "class_name", "class_label", "category", "category_id", "target"}
+_LABEL_NAMES = {"label", "labels", "class", "class_id", "class_name", "class_label", "category", "category_id"}
+_LABEL_NAMES.add("target")
 _KEY_NAMES = {*_IMAGE_NAMES, "id", "key", "url", "uri", "hash", "md5", "sha256", "source", "license", "split"}
 
 # Words in the names of folders and files that say which split they are, as `datasets` has them.
@@ -47,10 +54,12 @@ class Source(Protocol):
     """Pictures with captions and labels, by number; what `Images` and pixart read.
 
     splits: of every row, or empty where the data have none. about: one line on what was taken for what.
+    captions_from: the files or the column with the captions, "" where they are classes' names or missing.
     """
 
     classes: list[str]
     splits: Sequence[str]
+    captions_from: str
     about: str
 
     @property
@@ -104,6 +113,12 @@ def splits_of(names: Sequence[PurePath], strict: bool = True) -> list[str]:
     return found if "train" in kinds else [split or "train" for split in found]
 
 
+def rows_to_measure(source: Source) -> list[int]:
+    """The rows that a program which trains nothing compares with: the held-out split, or all where there are none."""
+    held_out = [split for split in ("test", "validation") if split in source.splits]
+    return [row for row in range(len(source)) if not held_out or source.splits[row] == held_out[0]]
+
+
 def hold_out(source: Source) -> tuple[list[int], list[int]]:
     """Rows to train on and rows to measure by, which are disjoint.
 
@@ -148,8 +163,18 @@ class Columns:
         return ", ".join(parts)
 
 
+class NoCandidate(UserError):
+    """No column may be of a kind that is needed."""
+
+
 def choose_column(
-    where: str, kind: str, wanted: str | None, names: Sequence[str], candidates: Sequence[str], need: bool = False
+    where: str,
+    kind: str,
+    wanted: str | None,
+    names: Sequence[str],
+    candidates: Sequence[str],
+    need: bool = False,
+    prefix: str = "data.",
 ) -> str | None:
     """The column of a kind (image, caption, label): the one that is wanted, or the one candidate.
 
@@ -164,7 +189,8 @@ def choose_column(
     if wanted is None and len(candidates) != 1 and need:
         option = {"caption": "text"}.get(kind, kind)
         found = f"{' and '.join(candidates)} may be the {kind} column" if candidates else f"no {kind} column was found"
-        raise UserError(f"{where}: {found}; its columns are {listed}; name one with --data.{option}_column")
+        kind_of_error = UserError if candidates else NoCandidate
+        raise kind_of_error(f"{where}: {found}; its columns are {listed}; name one with --{prefix}{option}_column")
     return wanted or (candidates[0] if len(candidates) == 1 else None)
 
 
@@ -198,20 +224,25 @@ def find_columns(
     bare = [n for n in names if isinstance(features[n], datasets.Image) or "binary" in dtype(n)]
     bare += [n for n in names if isinstance(features[n], dict) and "bytes" in features[n]]
     paths = [n for n in names if n.lower() in _IMAGE_NAMES and "string" in dtype(n)]
-    chosen = choose_column(where, "image", image, names, ["image"] if "image" in names else bare or paths, True)
+    called = [name for name in names if name.lower() == "image"]
+    chosen = choose_column(where, "image", image, names, called or bare or paths, True)
     assert chosen is not None
     kinds = [n for n in names if isinstance(features[n], datasets.ClassLabel)]
     scalars = [n for n in names if "int" in dtype(n) or dtype(n) in ("string", "large_string")]
-    label = choose_column(where, "label", label, names, label_candidates(scalars, names, kinds), "label" in need)
+    named = label is not None or "label" in need
+    found = label_candidates(scalars, names, kinds)
+    label = choose_column(where, "label", label, names, found, "label" in need)
     left = [n for n in names if n not in (chosen, label) and strings(n)]
     text = choose_column(where, "caption", text, names, text_candidates(left, names), "caption" in need)
+    if text and label and not named and label not in [*kinds, *scalars]:
+        label = None  # several labels a picture, a flag, a score: captions do without
     return Columns(chosen, text, label)
 
 
 def text_candidates(strings: Sequence[str], names: Sequence[str]) -> list[str]:
     """Which of some columns of strings may hold captions: `text`, or those called so, or those not called otherwise."""
-    if "text" in names:
-        return ["text"]
+    if called := [name for name in names if name.lower() == "text"]:
+        return called
     known = [name for name in strings if name.lower() in _TEXT_NAMES]
     return known or [name for name in strings if name.lower() not in _KEY_NAMES]
 
@@ -221,8 +252,8 @@ def label_candidates(scalars: Sequence[str], names: Sequence[str], classes: Sequ
 
     A column called `label` does in any case, so that cells of another type are refused and not overlooked.
     """
-    if "label" in names:
-        return ["label"]
+    if called := [name for name in names if name.lower() == "label"]:
+        return called
     return list(classes) or [name for name in scalars if name.lower() in _LABEL_NAMES]
 
 
@@ -272,18 +303,32 @@ def label_of(cell: Any, number_of: Mapping[str, int], column: str = "label") -> 
     """
     if isinstance(cell, float) and (math.isnan(cell) or cell.is_integer()):
         cell = None if math.isnan(cell) else int(cell)  # tables with gaps keep whole numbers as floats
-    if cell is None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
         return -1
-    if isinstance(cell, str) and cell in number_of:
-        return number_of[cell]
+    if isinstance(cell, str) and cell.strip() in number_of:
+        return number_of[cell.strip()]
     if isinstance(cell, int) and not isinstance(cell, bool) and -1 <= cell < MOST_CLASSES:
         return cell
     raise CorruptImage(f'"{column}" must be an integer from 0 to {MOST_CLASSES - 1} or a string, got {cell!r}')
 
 
 def class_names(labels: Iterable[Any]) -> list[str]:
-    """The sorted names among labels; empty where they are numbers."""
-    return sorted({label for label in labels if isinstance(label, str)})
+    """The sorted names among labels, without spaces around them; empty where they are numbers."""
+    return sorted({label.strip() for label in labels if isinstance(label, str)} - {""})
+
+
+def typed(cells: Sequence[str | None]) -> list[Any]:
+    """A column of a file that knows strings only (.csv, .tsv): numbers where all are, else the strings, trimmed.
+
+    None where a cell is empty.
+    """
+    trimmed = [cell.strip() or None if cell is not None else None for cell in cells]
+    try:
+        numbers = [None if cell is None else float(cell) for cell in trimmed]
+    except ValueError:
+        return list(trimmed)
+    whole = [cell is not None and len(cell) < 20 and cell.lstrip("+-").isdecimal() for cell in trimmed]
+    return [int(cell) if is_whole else number for cell, is_whole, number in zip(trimmed, whole, numbers)]  # type: ignore[arg-type]
 
 
 def class_words(name: str) -> str:
@@ -291,12 +336,35 @@ def class_words(name: str) -> str:
     return name.replace("_", " ").replace("-", " ")
 
 
+def read_captioned(path: Path, text: str | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """("FILE line N", row, caption) of a .jsonl, .csv, .tsv or .parquet file without pictures.
+
+    Args:
+        text: the column of the captions; None takes `text`, or the one that may be it.
+
+    Raises:
+        UserError: no such column, or a cell of another kind than `caption_of` reads, by line.
+    """
+    rows = list(read_rows(path))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    strings = [name for name in names if any(isinstance(row.get(name), str | list) for _, row in rows)]
+    column = choose_column(str(path), "caption", text, names, text_candidates(strings, names), need=True, prefix="")
+    for where, row in rows:
+        if column not in row:
+            raise UserError(f'{where}: "{column}" is missing')
+        try:
+            yield where, row, caption_of(row[column], str(column))
+        except CorruptImage as error:
+            raise UserError(f"{where}: {error}") from None
+
+
 class Table:
-    """A `Source` of the tables of `datasets`, one a split ("" where there are no splits).
+    """A `Source` of the tables of `datasets`, one or several a split ("" where there are no splits).
 
     Args:
         folder: what relative paths of pictures are relative to.
         image, text, label: names of columns; None finds them, LEFT_OUT reads none.
+        need: kinds of columns (caption, label) of which there may not be several candidates.
 
     Raises:
         UserError: a column is missing or cannot be told, or there is no row.
@@ -305,24 +373,29 @@ class Table:
     def __init__(
         self,
         name: str,
-        tables: Mapping[str, Any],
+        tables: Sequence[tuple[str, Any]],
         folder: Path | None = None,
         image: str | None = None,
         text: str | None = None,
         label: str | None = None,
+        need: Sequence[str] = (),
     ) -> None:
         import datasets
 
         self.name, self.folder = name, folder
-        tables = {split: table for split, table in tables.items() if len(table)}
+        tables = [(split, table) for split, table in tables if len(table)]
         if not tables:
             raise UserError(f"{name}: it has no row")
-        first = next(iter(tables.values()))
+        first = tables[0][1]
         self.columns = find_columns(name, first.features, image, text, label)
-        self._ends = list(accumulate(len(table) for table in tables.values()))
+        if missing := [k for k in need if (self.columns.text if k == "caption" else self.columns.label) is None]:
+            with contextlib.suppress(NoCandidate):
+                find_columns(name, first.features, image, text, label, missing)
+        self.captions_from = self.columns.text or ""
+        self._ends = list(accumulate(len(table) for _, table in tables))
         wanted = [column for column in (self.columns.text, self.columns.label) if column]
         self._pictures, self._words = [], []
-        for split, table in tables.items():
+        for split, table in tables:
             for column in (self.columns.image, *wanted):
                 if column not in table.column_names:
                     raise UserError(f"{name}: the split {split!r} has no column {column!r}, others have")
@@ -332,22 +405,25 @@ class Table:
             self._pictures.append(bare)
             self._words.append(table.select_columns(wanted) if wanted else None)
         self.splits: Sequence[str] = []
-        if "" not in tables:
-            self.splits = [split for split, table in tables.items() for _ in range(len(table))]
+        if all(split for split, _ in tables):
+            self.splits = [split for split, table in tables for _ in range(len(table))]
         feature = first.features[self.columns.label] if self.columns.label else None
         self.classes: list[str] = list(getattr(feature, "names", []))  # of a ClassLabel
         if not self.classes and "string" in str(getattr(feature, "dtype", "")):
-            self.classes = class_names(label for t in tables.values() for label in t.unique(self.columns.label))
+            self.classes = class_names(label for _, t in tables for label in t.unique(self.columns.label))
         self._number_of = {name: number for number, name in enumerate(self.classes)}
-        counts = ", ".join(f"{split} {len(table)}" for split, table in tables.items()) if self.splits else len(self)
+        counts = ", ".join(f"{s} {self.splits.count(s)}" for s in dict.fromkeys(self.splits)) or str(len(self))
         self.about = f"{name}: a table of {counts} rows, {self.columns.about}"
+        self.about += f", {len(self.classes)} classes" if self.classes else ""
+        if empty := sum(_empty_cells(table, self.columns.text) for table in self._words if self.columns.text):
+            self.about += f", {empty} captions are empty"
         self._tables = tables
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the cells that are read, by split, and of the names of the classes, wherever the table lies."""
         parts = [repr(self.columns), *self.classes]
-        for (split, table), pictures, words in zip(self._tables.items(), self._pictures, self._words):
+        for (split, table), pictures, words in zip(self._tables, self._pictures, self._words):
             # Cells that are paths say nothing of the pictures, so that what is remembered of the table would not do.
             inside = not isinstance(self._cell(pictures[0]), Path)
             files = [Path(file["filename"]) for file in table.cache_files if inside]
@@ -374,13 +450,36 @@ class Table:
                 yield picture.name
         yield from file_checksums(files).values()
 
+    @cached_property
+    def _first_alike(self) -> list[int]:
+        """Of every row the first row with the same picture: a picture with several captions has several rows.
+
+        Remembered under the cache, since all bytes are read.
+        """
+        path = cache_dir("scans") / f"{self.fingerprint}-alike.json"
+        with contextlib.suppress(OSError, ValueError):
+            again = {int(row): first for row, first in json.loads(path.read_text(encoding="utf-8")).items()}
+            return [again.get(row, row) for row in range(len(self))]
+        seen: dict[bytes | Path, int] = {}
+        cells = (self._cell(row) for table in self._pictures for row in table)
+        first = [
+            seen.setdefault(hashlib.sha256(cell).digest() if isinstance(cell, bytes) else cell, row)
+            for row, cell in enumerate(cells)
+        ]
+        with contextlib.suppress(UserError):  # a full or read-only cache
+            write_json(path, {str(row): other for row, other in enumerate(first) if row != other})
+        return first
+
     def __len__(self) -> int:
         return self._ends[-1]
 
     def _row(self, tables: Sequence[Any], index: int) -> dict[str, Any]:
         part = bisect_right(self._ends, index)
         table = tables[part]
-        return {} if table is None else table[index - (self._ends[part - 1] if part else 0)]
+        try:
+            return {} if table is None else table[index - (self._ends[part - 1] if part else 0)]
+        except UnicodeDecodeError as error:
+            raise CorruptImage(f"a string in it is not UTF-8 ({error.reason})") from None
 
     def raw(self, index: int) -> Path | bytes:
         return picture_of(self._row(self._pictures, index)[self.columns.image], self.folder)
@@ -399,7 +498,7 @@ class Table:
         return f"{self.name}{split} row {index - (self._ends[part - 1] if part else 0)}"
 
     def key(self, index: int) -> str:
-        return str(index)
+        return str(self._first_alike[index])
 
 
 def _cell_checksums(words: Any) -> Iterator[str]:
@@ -407,8 +506,22 @@ def _cell_checksums(words: Any) -> Iterator[str]:
         yield from (json.dumps(row, sort_keys=True, default=str) for row in words)
 
 
-def load_tables(name: str) -> dict[str, Any]:
-    """The tables of a hub name, a folder saved by `datasets`, a parquet file or a folder of them, by split.
+def _empty_cells(table: Any, column: str) -> int:
+    """Cells without text of a column of strings, null or blank; of lists those that are null."""
+    import pyarrow
+    import pyarrow.compute
+
+    cells = table.with_format("arrow")[:][column]
+    blank = 0
+    if pyarrow.types.is_string(cells.type) or pyarrow.types.is_large_string(cells.type):
+        with contextlib.suppress(pyarrow.ArrowInvalid):  # not UTF-8, which is refused where it is read
+            trimmed = pyarrow.compute.utf8_trim_whitespace(cells)
+            blank = pyarrow.compute.sum(pyarrow.compute.equal(trimmed, "")).as_py() or 0
+    return cells.null_count + blank
+
+
+def load_tables(name: str) -> list[tuple[str, Any]]:
+    """(split, table) of a hub name, a folder saved by `datasets`, a file of TABLE_SUFFIXES or a folder of tables.
 
     Raises:
         UserError: nothing of the kind can be reached or read.
@@ -420,14 +533,17 @@ def load_tables(name: str) -> dict[str, Any]:
     try:
         if is_saved(path):
             loaded = datasets.load_from_disk(name)
+        elif path.exists() and path.suffix.lower() in (".jsonl", ".csv", ".tsv"):
+            loaded = _read_table(path)
         elif path.exists():
-            files = parquet_files(path) if path.is_dir() else [path]
+            files = table_files(path) if path.is_dir() else [path]
             splits = splits_of([file.relative_to(path) for file in files], strict=False) if path.is_dir() else []
             by_split: dict[str, list[str]] = {}
             for file, split in zip(files, splits or ["train"] * len(files)):
                 by_split.setdefault(split, []).append(str(file))
-            by_split.pop("", None)
-            loaded = datasets.load_dataset("parquet", data_files=by_split)
+            if outside := by_split.pop("", []):
+                say_once(f"{name}: {len(outside)} tables of no split passed over, the first is {outside[0]}")
+            loaded = datasets.load_dataset(files[0].suffix.lower()[1:], data_files=by_split)
             if not splits:
                 loaded = loaded["train"]
         else:
@@ -440,8 +556,27 @@ def load_tables(name: str) -> dict[str, Any]:
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     if not isinstance(loaded, dict):
-        return {"": loaded}
-    return {split_of([split])[0] or split: table for split, table in loaded.items()}
+        return [("", loaded)]
+    return [(split_of([split])[0] or split, table) for split, table in loaded.items()]
+
+
+def _read_table(path: Path) -> Any:
+    """A .jsonl, .csv or .tsv file as a table of `datasets`."""
+    import datasets
+    import pyarrow
+
+    rows = list(read_rows(path))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    columns = {name: [row.get(name) for _, row in rows] for name in names}
+    if path.suffix.lower() != ".jsonl":
+        strings = {"text", *_TEXT_NAMES, *_IMAGE_NAMES}
+        columns = {name: cells if name.lower() in strings else typed(cells) for name, cells in columns.items()}
+    for name, cells in columns.items():
+        try:
+            pyarrow.array(cells)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+            raise UserError(f"{path}: the cells of {name!r} are not of one kind ({first_line(error)})") from None
+    return datasets.Dataset.from_dict(columns)
 
 
 def is_saved(path: Path) -> bool:
@@ -449,6 +584,24 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
-def parquet_files(path: Path) -> list[Path]:
-    """The parquet files below a folder that are not an image folder's metadata."""
-    return [file for file in list_files(path) if file.suffix.lower() == ".parquet" and file.stem != "metadata"]
+def table_files(path: Path) -> list[Path]:
+    """The tables below a folder that are not an image folder's metadata: parquet files, or else arrow files."""
+    files = [file for file in list_files(path) if file.stem != "metadata"]
+    kinds = [[file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".arrow")]
+    return kinds[0] or kinds[1]
+
+
+def has_pictures(file: Path) -> bool:
+    """Whether a parquet or arrow file has a column that may hold pictures."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.suffix.lower() == ".arrow":
+            with pyarrow.memory_map(str(file)) as source:
+                schema = pyarrow.ipc.open_stream(source).schema
+        else:
+            schema = pyarrow.parquet.read_schema(file)
+    except (OSError, pyarrow.ArrowInvalid):
+        return True  # a damaged table is refused by name where it is read
+    return any("binary" in str(field.type) or field.name.lower() in _IMAGE_NAMES for field in schema)

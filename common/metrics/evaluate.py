@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser
-from common.data.folders import read_folder
+from common.data.folders import broken_rows, open_source
+from common.data.rows import LEFT_OUT, rows_to_measure
 from common.errors import UserError, run_main
-from common.images import image_files
 from common.metrics.alignment import AlignmentScorer
 from common.metrics.distribution import fid, inception_score, kid, precision_recall
 from common.metrics.features import Extractor, class_probabilities, extract, folder_features, load_extractor
@@ -112,6 +114,28 @@ def evaluate_generator(
             seen = features[part] if shared else extract(images, scorer.images)
             result[part] = scorer.score_features(seen, texts)
     return result
+
+
+def compare_held_out(real_ND: Tensor, fake_ND: Tensor, extractor: Extractor) -> Record | None:
+    """`compare_features` as far as few held-out images allow: without floor below 20 of them, not at all below 10."""
+    if len(real_ND) < MINIMUM:
+        return None
+    return compare_features(real_ND, fake_ND, extractor, floor_split=len(real_ND) >= 2 * MINIMUM)
+
+
+def judged(result: Record | None) -> Record:
+    """The entries `judge` (the result) and `summary` (its numbers alone) of a run's metrics; none without a result."""
+    return {} if result is None else {"judge": result, "summary": {k: round(v, 5) for k, v in flatten(result).items()}}
+
+
+def say_few(count: int) -> None:
+    """Warn, before a training, that its held-out images are too few for some metrics."""
+    if count < 2 * MINIMUM:
+        missing = "KID and FID are left out" if count < MINIMUM else "the floor of KID and FID is left out"
+        warnings.warn(
+            f"{count} held-out images: {missing}, at least {MINIMUM if count < MINIMUM else 2 * MINIMUM} are needed",
+            stacklevel=2,
+        )
 
 
 def _require(count: int, minimum: int, what: str) -> None:
@@ -198,46 +222,68 @@ def _retrieval(score: Record) -> str:
     )
 
 
-def folder_captions(folder: Path, files: Sequence[Path]) -> list[str] | None:
-    """Captions of `files` from the folder's metadata or the .txt beside them; None when it has neither.
+@dataclass(frozen=True)
+class Measured:
+    """The pictures of a set that a program measures, undecoded, and their captions where the data say some."""
 
-    Raises UserError naming a bad line or an image without caption.
+    pictures: list[Path | bytes]
+    names: list[str]
+    captions: list[str] | None
+
+
+def open_measured(
+    where: Path, held_out: bool = False, image: str | None = None, text: str | None = None, minimum: int = 0
+) -> Measured:
+    """The pictures of a folder or table that can be read; class folders give no captions.
+
+    Args:
+        held_out: of data with splits take those of `test`, or else of `validation`.
+        image, text: names of columns of a table or of the metadata; None finds them.
+        minimum: of the pictures.
+
+    Raises:
+        UserError: nothing there, fewer pictures than that, a bad line, a picture without caption where others have
+            one, or more than 1 % of the pictures cannot be read.
     """
-    found = read_folder(folder)
-    if not found.captions_from:
-        return None
-    texts = {record.path: record.caption for record in found.records}
-    bare = [file.relative_to(folder).as_posix() for file in files if file not in texts]
-    if bare:
-        raise UserError(f"{found.captions_from}: no line for {bare[0]} ({len(bare)} such images); add its caption")
-    return [texts[file] for file in files]
+    if not where.exists():
+        raise UserError(f"{where}: no such folder; expected a folder of images")
+    source = open_source(where, image, text, LEFT_OUT)
+    if unnamed := getattr(source, "unnamed", []):
+        first = unnamed[0].relative_to(where).as_posix()
+        raise UserError(f"{source.captions_from}: no line for {first} ({len(unnamed)} such images); add its caption")
+    broken = broken_rows(source)
+    rows = [row for row in (rows_to_measure(source) if held_out else range(len(source))) if row not in broken]
+    _require(len(rows), minimum, "real" if held_out else "generated")
+    captions = [source.label(row)[0] for row in rows] if source.captions_from else None
+    return Measured([source.raw(row) for row in rows], [source.where(row) for row in rows], captions)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m common.metrics.evaluate", description=__doc__)
-    parser.add_argument("real", type=Path, metavar="REAL_DIR", help="folder of real images")
-    parser.add_argument("fake", type=Path, metavar="FAKE_DIR", help="folder of generated images")
+    parser.add_argument("real", type=Path, metavar="REAL_DIR", help="folder or table of real images; of splits, test")
+    parser.add_argument("fake", type=Path, metavar="FAKE_DIR", help="folder or table of generated images")
+    parser.add_argument("--image_column", help="column of the pictures in a table (default: the one that may be it)")
+    parser.add_argument("--text_column", help="column of the captions (default: the one that may be it)")
     parser.add_argument("--extractor", default="lite0", help="lite0 (default), lite0@SIZE or inception:PATH")
     parser.add_argument("--real-extra", type=Path, help="second folder of real images: adds the floor at full size")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     judge = load_extractor(options.extractor, options.device)
-    files = {name: image_files(getattr(options, name)) for name in ("real", "fake")}
-    _require(len(files["real"]), 2 * MINIMUM, "real")
-    _require(len(files["fake"]), MINIMUM, "generated")
+    columns = {"image": options.image_column, "text": options.text_column}
+    real = open_measured(options.real, held_out=True, **columns, minimum=2 * MINIMUM)
+    fake = open_measured(options.fake, **columns, minimum=MINIMUM)
     extra = None
     if options.real_extra is not None:
-        extra = folder_features(image_files(options.real_extra), judge)
-    features = {name: folder_features(paths, judge) for name, paths in files.items()}
+        extra = folder_features(open_measured(options.real_extra, held_out=True, **columns).pictures, judge)
+    features = {name: folder_features(found.pictures, judge) for name, found in (("real", real), ("fake", fake))}
     result = compare_features(features["real"], features["fake"], judge, real_extra_ND=extra)
-    captions = folder_captions(options.fake, files["fake"])
-    if captions is not None:
+    if fake.captions is not None:
         scorer = AlignmentScorer(device=options.device)
         # The scorer's own judge is Lite0 at its training size, whatever judged the distribution.
         shared = judge.name == scorer.images.name
-        seen = features["fake"] if shared else folder_features(files["fake"], scorer.images)
-        result["alignment"] = scorer.score_features(seen, captions)
+        seen = features["fake"] if shared else folder_features(fake.pictures, scorer.images)
+        result["alignment"] = scorer.score_features(seen, fake.captions)
     print(format_report(result))
     if options.json is not None:
         partial = options.json.with_name(f".{options.json.name}.{os.getpid()}.partial")

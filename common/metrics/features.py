@@ -168,7 +168,7 @@ def extract(images: Tensor | np.ndarray, extractor: Extractor) -> Tensor:
     return extractor(as_uint8(images))
 
 
-def folder_features(files: Sequence[Path], extractor: Extractor) -> Tensor:
+def folder_features(files: Sequence[Path | bytes], extractor: Extractor) -> Tensor:
     """Features [N,D] in the order of `files`; images may differ in size. Raises UserError naming a broken file."""
     features = torch.zeros(len(files), extractor.dim)
     for indices, images in folder_batches(files):

@@ -249,3 +249,17 @@ def test_checksums_of_large_sets_are_kept_until_a_file_changes(tmp_path: Path, m
     (folder / "a").write_text("text A")  # as long as before
     os.utime(folder / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert fingerprint_path(folder) != first and reads[2:] == [folder / "a"]
+
+
+def test_very_large_sets_are_known_by_sizes_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "WHOLE", 8)
+    monkeypatch.setattr(cache_module, "END", 3)
+    path = tmp_path / "a"
+
+    def of(content: str) -> str:
+        path.write_text(content)
+        return fingerprint_path(path)
+
+    first = of("begin middle end")
+    assert of("begin mIddle end") == first  # nobody reads all of it
+    assert len({first, of("Begin middle end"), of("begin middle enD"), of("begin  middle end")}) == 4

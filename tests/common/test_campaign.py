@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,9 +231,18 @@ def test_mistakes_on_the_command_line_are_named(root: Path) -> None:
     refused("--workers -1: expected a whole number of at least 0", climb, root, "--workers", "-1")
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.cluster)])
-def test_other_engines_end_with_the_ledger_of_this_process_although_a_node_dies(tmp_path: Path, engine: str) -> None:
+def test_other_engines_end_with_the_ledger_of_this_process_although_a_node_dies(
+    tmp_path: Path, short_path: Path, engine: str
+) -> None:
     if engine == "ray":
         pytest.importorskip("ray")
     write_paper(tmp_path)
@@ -243,7 +253,7 @@ def test_other_engines_end_with_the_ledger_of_this_process_although_a_node_dies(
     text = code.read_text()
     assert "    os.nice(19)\n" in text
     code.write_text(text.replace("    os.nice(19)\n", "    return\n"))  # this test would wait for all others
-    variables = {**os.environ, "PYTHONPATH": str(tmp_path), "PACE": "0.2"}
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path), "PACE": "0.2", "RAY_TMPDIR": str(short_path)}
 
     def start(name: str, *command: str) -> subprocess.CompletedProcess[str]:
         options = ["--results", str(tmp_path / name), "--papers", "toy"]
@@ -268,9 +278,7 @@ def test_other_engines_end_with_the_ledger_of_this_process_although_a_node_dies(
 
 
 ON_TWO_NODES = """
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -281,8 +289,7 @@ from ray.cluster_utils import Cluster
 from common import campaign
 from common.jobs import variables
 
-own = tempfile.mkdtemp(prefix="ray")  # its sockets have room for short paths only
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8, "temp_dir": own})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
 second = cluster.add_node(num_cpus=1, object_store_memory=10**8)
 settings = {"runtime_env": {"env_vars": {**variables(), "PACE": "0.2"}}}
 ray.init(address=cluster.address, log_to_driver=False, **settings)
@@ -304,6 +311,5 @@ time.sleep(2)
 assert sorted(node["Alive"] for node in ray.nodes()) == [False, True]
 ray.shutdown()
 cluster.shutdown()
-shutil.rmtree(own, ignore_errors=True)
 print("a node is gone")
 """

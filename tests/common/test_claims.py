@@ -132,7 +132,7 @@ def test_a_paper_whose_claims_have_rungs_opens_its_study_at_the_rung_asked_for(p
         ("budget: {images: 5}", "budgets: {images: 5}", "claim T1, tier small: unknown key 'budgets'"),
         ("smoke: {seeds: [0], ", "smoke: {seeds: 0, ", "tier smoke: seeds is 0, expected a list"),
         ("claims:", "claim:", "toy/claims.yaml: unknown key 'claim', expected one of tiers, claims"),
-        ("tiers:\n  small: {", "tiers:\n  small: [{", "toy/claims.yaml cannot be read as YAML"),
+        ("tiers:\n  small: {", "tiers:\n  small: [{", "toy/claims.yaml is not valid YAML"),
     ],
 )
 def test_a_mistake_is_named_by_file_claim_and_key(file: Path, old: str, new: str, sentence: str) -> None:

@@ -103,7 +103,7 @@ def cifar_files(root: Path, name: str, head: int) -> None:
 @pytest.mark.parametrize(("name", "head", "classes"), [("cifar10", 1, 10), ("cifar100", 2, 100)])
 def test_binary_cifar_is_read(tmp_path: Path, name: str, head: int, classes: int) -> None:
     cifar_files(tmp_path / "set", name, head)
-    data = open_classes(name, 32, str(tmp_path / "set"))  # type: ignore[arg-type]
+    data = open_classes(name, 32, str(tmp_path / "set"), validation=0.25)  # type: ignore[arg-type]
     assert len(data.classes) == classes and len(data.test) == 40
     assert len(data.train) + len(data.validation) == (200 if name == "cifar10" else 40)
     row = np.fromfile(tmp_path / "set" / ("test_batch.bin" if head == 1 else "test.bin"), np.uint8)[: head + 3072]
@@ -139,3 +139,26 @@ def test_small_subset_keeps_all_classes() -> None:
     data = open_classes("digits", 8, images=200)
     assert 195 <= len(data.train) + len(data.validation) <= 205
     assert len(data.train.labels_N.unique()) == 10
+
+
+def test_classes_without_pictures_and_sets_that_are_too_small_are_refused_at_once(
+    own_cache: None, tmp_path: Path
+) -> None:
+    root = class_folder(tmp_path / "small", {"cat": 12, "dog": 3})
+    few = r"2 pictures of dog are too few to hold a sixth out; give at least 4 a class"
+    next((root / "dog").iterdir()).unlink()
+    refused(few, open_classes, "folder", 16, str(root))
+    (root / "emu").mkdir()
+    refused(r"emu: the folder of a class holds no picture", open_classes, "folder", 16, str(root))
+    four = class_folder(tmp_path / "four", {"cat": 4, "dog": 4})
+    refused("too few pictures: none of any class is left for validation", open_classes, "folder", 16, str(four))
+    assert len(open_classes("folder", 16, str(four), validation=0.3).validation) == 2
+
+
+def test_numbered_classes_of_a_table_are_read(own_cache: None, tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "own", {"cat": 12, "dog": 12})
+    files = sorted(file.relative_to(root) for file in root.rglob("*.png"))
+    lines = ["path,score,kind", *(f"{file},{i},{int(file.parent.name == 'dog')}" for i, file in enumerate(files))]
+    (root / "list.csv").write_text("\n".join(lines))
+    data = open_classes("folder", 16, str(root / "list.csv"), label_column="kind")
+    assert data.classes == ("class 0", "class 1") and data.test.labels_N.bincount().tolist() == [2, 2]

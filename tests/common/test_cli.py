@@ -112,6 +112,13 @@ def test_wrong_option_is_one_sentence_that_names_it(arguments: list[str], words:
         ("inner: {rato: 1}", "rato"),
         ("steps: [", "c.yaml|yaml|parse"),
         ("steps: x", "steps"),
+        ("", "c.yaml: expected options by name .*, found None"),
+        ("- 1", "c.yaml: expected options by name .*, found .1."),
+        ("[" * 3000, "c.yaml is not valid YAML"),
+        ("inner:", '^--config .*c.yaml: "inner:" is empty; give it options'),
+        ("foo: 1", "^--config .*c.yaml: .*foo"),
+        ("\\xff", "c.yaml: expected options by name"),
+        ("steps: !!python/name:os.system x", "c.yaml is not valid YAML: could not determine a constructor"),
         ("steps: -1", "^--steps -1: expected"),
         ("steps: 1e30", "steps"),
         ("inner: {rate: .nan}", "--inner.rate nan: expected"),
@@ -125,6 +132,14 @@ def test_wrong_file_is_one_sentence_that_names_the_key(text: str, words: str, tm
     with pytest.raises(UserError, match=words) as failure:
         parse("--config", str(tmp_path / "c.yaml"))
     assert "\n" not in str(failure.value)
+
+
+def test_a_file_that_is_no_text_is_named_and_a_byte_order_mark_is_none_of_its_words(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"--config .*c\.yaml is not valid YAML"):
+        parse("--config", str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("\ufeffsteps: 4\n", encoding="utf-8")
+    assert parse("--config", str(tmp_path / "c.yaml")) == Outer(steps=4)
 
 
 def test_help_lists_every_option_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError, run_main
 from common.files import checked_file, write_atomically, write_json
+from common.stopping import Stopped
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -59,7 +61,19 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     [
         (UserError("x.png: not an image"), 2, "error: x.png: not an image\n"),
         (UserError("Caught UserError in DataLoader worker\nTraceback\ncommon.errors.UserError: x\n"), 2, "error: x\n"),
-        (KeyboardInterrupt(), 130, "stopped by the user\n"),
+        (Stopped(signal.SIGTERM, [1], "step 3 is saved"), 143, "stopped by SIGTERM sent to rank 1; step 3 is saved. "),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C. To go on: "),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.pt"),
+            2,
+            "error: cannot use x.pt: No space left on device",
+        ),
+        (
+            RuntimeError("unable to write to file </torch_1>: No space left on device (28)"),
+            2,
+            "error: cannot use a file",
+        ),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 75, "error: rank 0 lost another"),
     ],
 )
 def test_program_ends_with_a_sentence_and_a_status(
@@ -70,7 +84,8 @@ def test_program_ends_with_a_sentence_and_a_status(
 
     with pytest.raises(SystemExit) as stopped:
         run_main(main)
-    assert stopped.value.code == status and capsys.readouterr().err == printed
+    said = capsys.readouterr().err
+    assert stopped.value.code == status and said.startswith(printed) and said.count("\n") == 1
 
 
 def test_file_of_the_cache_is_made_anew_when_damaged_or_of_before_checksums(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_scan_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: py
     open_images(root, size=4)
     calls = []
     real = folders.decoded
-    monkeypatch.setattr(folders, "decoded", lambda source: calls.append(source) or real(source))
+    monkeypatch.setattr(folders, "decoded", lambda source, side: calls.append(source) or real(source))
     open_images(root, size=4)
     assert calls == []
     (root / "007.png").write_bytes(png(99, (9, 9)))

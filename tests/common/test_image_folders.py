@@ -162,7 +162,7 @@ def test_columns_of_other_names_are_found_or_named(tmp_path: Path) -> None:
 
 
 def test_kohyas_captions_lie_beside_the_pictures(tmp_path: Path) -> None:
-    root = tree(tmp_path / "own", "1.png", "1.txt", "2.JPG", "2.txt", "LICENSE.txt")
+    root = tree(tmp_path / "own", "1.png", "1.TXT", "2.JPG", "2.txt", "LICENSE.txt")
     (root / "2.txt").write_bytes("\ufeff\r\n a cat\u2028on a mat \r\nsecond line".encode())
     own = read_folder(root)
     assert [own.label(i) for i in range(2)] == [("about 1", -1), ("a cat\u2028on a mat", -1)]
@@ -233,3 +233,77 @@ def test_a_broken_held_out_picture_is_not_replaced_by_a_training_picture(tmp_pat
     (root / "test" / "b.png").write_bytes(b"broken")
     data = open_images(root, size=4, split="test", scan=False)
     assert data[0]["image"].equal(data[1]["image"]) and data.corrupt.sum() == 1
+
+
+def test_captions_that_are_empty_are_said_and_lines_that_are_wrong_are_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", *(f"{i:03d}.png" for i in range(120)))
+    rows: list[dict[str, Any]] = [{"file_name": f"{i:03d}.png", "text": f"about {i}"} for i in range(120)]
+    rows[3]["text"], rows[4]["text"], rows[5]["text"] = None, "", ["", "first", "second"]
+    rows[7]["file_name"] = "gone.png"
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"skipped .*metadata.jsonl line 8: gone.png does not exist in"):
+        own = read_folder(root)
+    assert len(own) == 119 and [own.label(i)[0] for i in (2, 3, 4, 5)] == ["about 2", "", "", "first"]
+    assert "captions from metadata.jsonl (2 of them empty); 1 files passed over: 007.png" in own.about
+    rows[8]["text"] = 5  # type: ignore[assignment]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"line 8: gone.png does not exist in .* \(2 of 120 lines are wrong\)"):
+        read_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "classes"),
+    [
+        (["3", " 1", "+2", ""], [3, 1, 2, -1], []),
+        (["1.0", "nan", "0.0", "2.0"], [1, -1, 0, 2], []),
+        (["cat", "cat ", "dog", " dog"], [0, 0, 1, 1], ["cat", "dog"]),
+    ],
+)
+def test_labels_of_a_csv_are_numbers_or_names(
+    cells: list[str], labels: list[int], classes: list[str], tmp_path: Path
+) -> None:
+    root = tree(tmp_path / "own", *(f"{i}.png" for i in range(4)))
+    lines = [" file_name , label", *(f"{i}.png,{cell}" for i, cell in enumerate(cells))]
+    (root / "metadata.csv").write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+    own = read_folder(root)
+    assert [own.label(i)[1] for i in range(4)] == labels and own.classes == classes
+
+
+@pytest.mark.parametrize("cell", ["inf", "1.5", "1e18", "-7", "9" * 5000])
+def test_labels_that_are_no_classes_are_refused_by_line(cell: str, tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", "0.png", "1.png")
+    (root / "metadata.csv").write_text(f"file_name,label\n0.png,1\n1.png,{cell}\n")
+    with pytest.raises(UserError, match=r'metadata.csv line 3: "label" must be an integer from 0 to 999999'):
+        read_folder(root)
+
+
+def test_folders_of_classes_without_pictures_are_said(tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", "cat/1.png", "dog/2.png", "fox/3.heic", "notes/about.txt")
+    (root / "emu").mkdir()
+    own = read_folder(root)
+    assert own.classes == ["cat", "dog"] and [folder.name for folder in own.empty] == ["emu", "fox"]
+    assert own.about.endswith("2 folders without pictures: emu, fox")
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", "cat/1.png", "dog\udcff/2.png")
+    with pytest.raises(UserError, match=r"the name of the class 'dog\\udcff' is not UTF-8 text"):
+        read_folder(root)
+
+
+def test_splits_inside_a_folder_of_shards_are_honoured(tmp_path: Path) -> None:
+    from common.data.shards import ShardedImages
+
+    root = tree(tmp_path / "own", *(f"train/{i}.png" for i in range(5)), "val/5.png", "val/6.png")
+    train, held_out = ShardedImages(root, size=4, batch_size=1, repeat=False).hold_out()
+    assert sorted(int(item["image"].max()) for item in train) == list(range(5))
+    assert [int(item["image"].max()) for item in held_out] == [5, 6]
+
+
+def test_links_to_one_picture_stay_in_one_part(tmp_path: Path) -> None:
+    root = tree(tmp_path / "own", *(f"{i:02d}.png" for i in range(30)))
+    for i in range(30):
+        (root / f"link{i:02d}.png").symlink_to(root / f"{i:02d}.png")
+    own = read_folder(root)
+    train, held_out = ({own.raw(i).resolve() for i in rows} for rows in hold_out(own))
+    assert not train & held_out and len(train | held_out) == 30 and held_out

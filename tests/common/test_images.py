@@ -255,3 +255,13 @@ def test_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.Monke
 def test_broken_bytes_are_corrupt_images(data: bytes) -> None:
     with pytest.raises(CorruptImage):
         decode(data)
+
+
+def test_of_a_large_jpeg_a_smaller_form_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((640, 480)).convert("RGB").save(file, "JPEG")
+    with decoded(file.getvalue(), side=16) as picture:
+        assert picture.size == (640, 480)
+    monkeypatch.setattr("common.images.LARGE_PIXELS", 1000)
+    with decoded(file.getvalue(), side=16) as picture:
+        assert picture.size == (160, 120), "a quarter: an eighth has fewer than 4 x 16 pixels"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.lines import read_json_lines, read_lines, read_rows
+from common.data.lines import read_json_lines, read_lines, read_rows, read_text, text_files
 from tests.refusals import refused
 
 # What str.splitlines takes for line ends besides the newline.
@@ -87,3 +87,22 @@ def test_rows_with_more_cells_than_columns_are_refused_and_short_ones_end_in_non
         ("line 3", "over\ntwo lines"),
         ("line 4", "last"),
     ]
+
+
+def test_texts_are_found_and_read_by_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "B.TXT").write_bytes("\ufeffone\x85more\r\n\r\ntwo\u2028\x0c".encode())
+    (tmp_path / "a.txt").write_text("x")
+    for name in ("._a.txt", ".hidden.txt", "notes.md"):
+        (tmp_path / name).write_bytes(b"\xff")
+    assert text_files(tmp_path) == [tmp_path / "a.txt", tmp_path / "deep" / "B.TXT"]
+    assert capsys.readouterr().err == f"{tmp_path}: 2 .txt files; 1 files passed over: notes.md\n"
+    assert text_files(tmp_path / "notes.md") == [tmp_path / "notes.md"]
+    assert read_text(tmp_path / "deep" / "B.TXT") == "one\x85more\n\ntwo\u2028\x0c\n"
+    refused("notes.md line 1: not UTF-8 text", read_text, tmp_path / "notes.md")
+
+
+@pytest.mark.parametrize(("name", "head", "sign"), [("a.csv", "file;text", "';'"), ("a.tsv", "file,text", "','")])
+def test_cells_parted_by_another_sign_are_refused(tmp_path: Path, name: str, head: str, sign: str) -> None:
+    (tmp_path / name).write_text(f"{head}\nb\n")
+    refused(f"{name} line 1: cells parted by {sign}; expected", list, read_rows(tmp_path / name))

@@ -13,7 +13,17 @@ from PIL import Image
 from common.errors import UserError
 from common.images import image_files, resize_clean, resize_uint8
 from common.metrics.distribution import fid, kid
-from common.metrics.evaluate import compare_features, evaluate_generator, flatten, folder_captions, format_report, main
+from common.metrics.evaluate import (
+    compare_features,
+    compare_held_out,
+    evaluate_generator,
+    flatten,
+    format_report,
+    judged,
+    main,
+    open_measured,
+    say_few,
+)
 from common.metrics.features import Lite0Extractor, extract, folder_features, load_extractor
 
 SIDE = 48
@@ -172,7 +182,7 @@ def test_captions_beside_generated_pictures_keep_separators(tmp_path: Path) -> N
     folder = write_folder(tmp_path / "fake", drawings(2, 0), ["a\u2028b", "c"])
     lines = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text("\ufeff" + lines.replace("\\u2028", "\u2028"), encoding="utf-8")
-    assert folder_captions(folder, image_files(folder)) == ["a\u2028b", "c"]
+    assert open_measured(folder).captions == ["a\u2028b", "c"]
 
 
 def test_the_program_explains_bad_folders_and_captions(tmp_path):
@@ -189,8 +199,10 @@ def test_the_program_explains_bad_folders_and_captions(tmp_path):
     refused('metadata.jsonl line 2: "text" is missing')
     (fake / "metadata.jsonl").write_text("\n".join(lines[:-1]))
     refused("no line for 009.png")
+    (fake / "metadata.jsonl").write_text("\n".join(lines))
     (fake / "000.png").write_bytes(b"not a picture")
-    refused("000.png: not a readable image")
+    with pytest.warns(UserWarning, match="skipped"):
+        refused("1 of 10 images cannot be read, more than 1 %.*\n.*000.png: cannot identify")
     arguments[0] = str(tmp_path / "absent")
     refused("no such folder")
 
@@ -206,3 +218,23 @@ def test_captions_add_alignment_with_its_ceilings_beside_it(judge):
     assert "real images of unseen pairs" in format_report(report)
     with pytest.raises(UserError, match="20 images but 19 captions"):
         evaluate_generator(fake, real, judge, captions=captions[1:])
+
+
+def test_broken_pictures_up_to_one_in_a_hundred_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "real", drawings(10, 0).repeat(10, 1, 1, 1))
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:-30])
+    with pytest.warns(UserWarning, match="skipped .*007.png"):
+        found = open_measured(folder)
+    assert len(found.pictures) == 99 and not any(name.endswith("007.png") for name in found.names)
+
+
+def test_few_held_out_pictures_are_measured_as_far_as_they_go(judge) -> None:
+    features = extract(drawings(20, 0), judge)
+    assert compare_held_out(features[:9], features[:9], judge) is None and judged(None) == {}
+    some, all_of_them = compare_held_out(features[:10], features, judge), compare_held_out(features, features, judge)
+    assert some is not None and "floor" not in some and all_of_them is not None and "floor" in all_of_them
+    with pytest.warns(UserWarning, match="6 held-out images: KID and FID are left out, at least 10 are needed"):
+        say_few(6)

@@ -49,6 +49,14 @@ def test_a_new_room_works_at_once_and_is_found_as_a_paper(copy: Path) -> None:
     assert papers(copy) == ()
 
 
+@pytest.mark.slow
+def test_a_new_room_is_drilled_like_every_paper(copy: Path) -> None:
+    run(copy, "-m", "common.new_paper", "two_words")
+    shutil.copy(REPOSITORY / "tests" / "drills.py", copy / "tests")
+    said = run(copy, "-m", "tests.drills", "--kinds", "kill,term,interrupt,full,readonly,records,hostile")
+    assert "two_words term: held" in said and said.endswith("all held\n")
+
+
 def test_the_template_itself_is_no_paper_and_says_its_name_in_one_word() -> None:
     assert TEMPLATE.name not in papers() and (TEMPLATE / "train.py").is_file() and (TEMPLATE / "config.py").is_file()
 

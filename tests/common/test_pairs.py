@@ -215,3 +215,22 @@ def test_pairs_of_earlier_caches_are_found_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
     found = default_folder(Fixed(), PROMPTS, 5, 64)  # type: ignore[arg-type]
     assert found.relative_to(tmp_path).as_posix() == "instaflow/pairs/82915bf1a92b279a"
+
+
+def test_a_tenth_of_the_users_prompts_is_held_out_by_their_text(tmp_path: Path) -> None:
+    prompts = [f"prompt {i % 40}" for i in range(60)]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    (tmp_path / "p.csv").write_text("\n".join(["id,prompt", *(f"{i},{prompt}" for i, prompt in enumerate(prompts))]))
+    for name in ("p.txt", "p.csv"):
+        train, test = (prompt_list(str(tmp_path / name), 1, part) for part in ("train", "test"))  # type: ignore[arg-type]
+        assert len(set(test)) == 4 and not set(train) & set(test) and sorted(train + test) == sorted(prompts)
+    (tmp_path / "few.txt").write_text("\n".join(prompts[:19]))
+    assert (
+        prompt_list(str(tmp_path / "few.txt"), 1, "test") == prompt_list(str(tmp_path / "few.txt"), 1) == prompts[:19]
+    )
+    rows = [{"en": f"a {i}", "de": f"b {i}"} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert prompt_list(str(tmp_path / "p.jsonl"), 1, text="de") == ["b 0", "b 1", "b 2"]
+    refused(
+        "en and de may be the caption column; .* name one with --text_column", prompt_list, str(tmp_path / "p.jsonl"), 1
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.data.folders import Images, broken_rows, open_images, open_source
-from common.data.rows import LEFT_OUT, caption_of, hold_out, label_of, picture_of, split_of
+from common.data.rows import LEFT_OUT, caption_of, hold_out, label_of, picture_of, split_of, typed
 from common.data.shards import ShardedImages
 from common.errors import UserError
 from common.images import CorruptImage
@@ -192,3 +193,118 @@ def test_what_is_broken_is_remembered(tmp_path: Path) -> None:
         first = broken_rows(open_source(path))
     with pytest.warns(UserWarning, match="skipped"):
         assert broken_rows(open_source(path)) == first == {120: "it has no picture"}
+
+
+def test_tables_of_text_are_read_with_their_pictures_beside_them(tmp_path: Path) -> None:
+    """.jsonl, .csv, .tsv and .arrow; a comma, a quote and a line separator in a caption stay."""
+    import datasets
+
+    captions = ['a "red", cat', "b\u2028c"]
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    rows = [(f"in/{i}.png", captions[i], i) for i in range(2)]
+    lines = ['Image,caption,label\r\n"in/0.png","a ""red"", cat",0\r\n', "in/1.png,b\u2028c, 1\r\n"]
+    (tmp_path / "t.csv").write_bytes(("\ufeff" + "".join(lines)).encode())
+    tsv = ["image\tcaption\tlabel", *("\t".join(map(str, row)) for row in rows)]
+    (tmp_path / "t.tsv").write_text("\n".join(tsv), encoding="utf-8")
+    named = [dict(zip(("image", "caption", "label"), row)) for row in rows]
+    (tmp_path / "t.jsonl").write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in named))
+    datasets.Dataset.from_list(named).save_to_disk(tmp_path / "saved")
+    arrow = next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "t.arrow")
+    wanted = [(i, captions[i], i) for i in range(2)]
+    for name in ("t.csv", "t.tsv", "t.jsonl", arrow.name):
+        images = open_images(tmp_path / name, 4)
+        assert [told(images[i]) for i in range(2)] == wanted, name
+        assert images.source.fingerprint == open_source(tmp_path / name).fingerprint
+    before = open_source(tmp_path / "t.csv").fingerprint
+    (tmp_path / "in" / "1.png").write_bytes(png(77))
+    assert open_source(tmp_path / "t.csv").fingerprint != before, "another picture behind the same path"
+    (tmp_path / "t.jsonl").write_text('{"image": "in/0.png", "n": 1}\n{"image": "in/1.png", "n": "x"}\n')
+    refused("the cells of 'n' are not of one kind", open_source, tmp_path / "t.jsonl")
+
+
+def test_tables_that_mean_one_split_are_joined_and_those_of_none_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, numbers in (("val-0", range(3)), ("train", range(3, 9)), ("dev", range(9, 11)), ("extra", range(20, 25))):
+        parquet(tmp_path / f"{name}.parquet", image=pictures(numbers), text=["x"] * len(numbers))
+    assert parts(tmp_path) == [list(range(3, 9)), [9, 10, 0, 1, 2]]
+    assert "1 tables of no split passed over, the first is" in capsys.readouterr().err
+
+
+def test_rows_of_one_picture_stay_in_one_part(tmp_path: Path) -> None:
+    numbers = [i // 3 for i in range(90)]
+    cells = [{"bytes": png(i), "path": "image.png"} for i in numbers]
+    train, held_out = parts(parquet(tmp_path / "t.parquet", image=cells, text=[f"caption {i}" for i in range(90)]))
+    assert len(held_out) >= 9 and not set(train) & set(held_out) and sorted(train + held_out) == numbers
+
+
+def test_a_table_without_pictures_beside_pictures_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(3))
+    parquet(tmp_path / "embeddings.parquet", vector=[[0.1, 0.2]])
+    source = open_source(tmp_path)
+    assert len(source) == 1 and source.about.endswith("1 files passed over: embeddings.parquet")
+
+
+def test_columns_of_strings_become_numbers_where_all_are() -> None:
+    assert typed(["1", " 2 ", "", None]) == [1, 2, None, None]
+    assert typed(["1.0", "2", "1e3"]) == [1.0, 2, 1000.0]
+    assert typed(["1", "1st", " x "]) == ["1", "1st", "x"]
+    assert typed(["9" * 5000])[0] == float("inf"), "no digits beyond what Python converts"
+
+
+def test_strings_that_are_no_text_are_broken_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    texts = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    path = parquet(tmp_path / "t.parquet", image=pictures(range(2)), text=texts)
+    with pytest.raises(CorruptImage, match="not UTF-8"):
+        open_source(path).label(1)
+    stream = ShardedImages(path, size=4, batch_size=1, buffer=1, repeat=False)
+    with pytest.raises(UserError, match="1 of 2 images"), pytest.warns(UserWarning, match="not UTF-8"):
+        list(stream)
+
+
+@pytest.mark.parametrize("cell", [[1, 2], True])
+def test_labels_of_other_kinds_do_not_keep_captions_from_being_read(cell: Any, tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": f"grey {i}", "label": cell} for i in range(2)]
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = parquet(tmp_path / "t.parquet", image=pictures(range(2)), text=["grey 0", "grey 1"], label=[cell] * 2)
+    for where in (tmp_path / "in", table):
+        assert [open_source(where).label(i) for i in range(2)] == [("grey 0", -1), ("grey 1", -1)]
+        with pytest.raises((UserError, CorruptImage), match='"label" must be an integer'):
+            open_source(where, text=LEFT_OUT).label(0)
+
+
+def test_several_candidates_for_what_a_task_needs_are_named(tmp_path: Path) -> None:
+    two = {"en": ["a", "b"], "de": ["c", "d"], "fine_label": [0, 1], "class": [0, 1], "category": [0, 1]}
+    table = parquet(tmp_path / "t.parquet", image=pictures(range(2)), **two)
+    rows = [{"file_name": f"{i}.png", **{name: cells[i] for name, cells in two.items()}} for i in range(2)]
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    several = "en and de may be the caption column.*name one with --data.text_column"
+    for where in (table, tmp_path / "in"):
+        refused(several, open_source, where, need=["caption"])
+        refused("class and category may be the label column", open_source, where, need=["label"])
+        assert open_source(where, text="de", label="class", need=["caption", "label"]).label(1) == ("d", 1)
+        assert open_source(where).label(0) == ("", -1)
+
+
+def test_empty_captions_of_a_table_are_said(tmp_path: Path) -> None:
+    texts = ["a", None, " ", "b"]
+    source = open_source(parquet(tmp_path / "t.parquet", image=pictures(range(4)), text=texts))
+    assert source.about.endswith("pictures from image, captions from text, 2 captions are empty")
+
+
+def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"image": ["a.png"]}).save_to_disk(tmp_path / "saved")
+    sentence = "saved: shards are parquet files or image folders; open it with --data.name hf"
+    refused(sentence, ShardedImages, tmp_path / "saved", 4, 1)

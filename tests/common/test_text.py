@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.text import TextEncoder, packaged_minilm
+from common.data.text import TextEncoder, packaged_minilm, unknown_texts
 from common.errors import UserError
 from tests.word_tokenizer import word_tokenizer
 
@@ -124,3 +124,9 @@ def test_constructing_and_fingerprinting_does_not_import_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert (packaged_minilm() / "model.safetensors").is_file()
+
+
+def test_texts_of_unknown_words_are_counted(minilm: TextEncoder) -> None:
+    tokenizer = word_tokenizer("[UNK] a cat", unk_token="[UNK]")
+    ids = tokenizer(["a cat", "zebra xylophone", "", "zebra cat"])["input_ids"]
+    assert unknown_texts(tokenizer, ids) == [1]

@@ -185,7 +185,7 @@ def test_the_vocabulary_travels_with_both_networks(tmp_path: Path) -> None:
         (lambda d: os.remove(d / "config.json"), "no config.json"),
         (lambda d: os.remove(d / "model.safetensors"), "no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x08" * 100), "damaged"),
-        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
         (lambda d: change_config(d, model_type="bert"), "model_type is 'bert'"),
         (lambda d: change_config(d, hidden_act="relu"), "hidden_act is 'relu'"),
         (lambda d: change_config(d, vocab_size=51), "word_embeddings.weight has shape"),

@@ -23,7 +23,7 @@ from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer
 from electra.run import Run, check_options
 from electra.trainer import global_weights
-from tests.drills import kill, same_weights, succeed
+from tests.drills import same_weights, succeed
 from tests.electra.tiny_run import arguments, corpus, train
 from tests.refusals import refused
 
@@ -39,18 +39,6 @@ def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(folder: Path, arm: str = "electra") -> dict[int, float]:
     return read_logs(folder / arm)["train/loss"]
-
-
-def test_killed_run_continues_with_the_same_losses_and_weights_dropout_included(cache: None, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model__dropout": 0.1, "model__attention_dropout": 0.1, "data__workers": 0}
-    whole = train(tmp_path / "whole", **options)
-    folder = tmp_path / "run"
-    kill("electra.train", "electra", 5, arguments(folder, **options))
-    assert load_checkpoint(folder / "electra" / "checkpoints" / "last.ckpt")["global_step"] == 4
-    train(folder, **options)
-    assert losses(folder) == losses(whole) and len(losses(folder)) == 6
-    for part in ("discriminator", "generator"):
-        assert same_weights(*(run / "electra" / part / "model.safetensors" for run in (folder, whole)))
 
 
 def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -> None:

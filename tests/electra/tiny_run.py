@@ -45,6 +45,12 @@ def arguments(folder: Path, **options: Any) -> list[str]:
     return ["--config", str(file), "--run_dir", str(folder), *words(**options)]
 
 
+def command(folder: Path) -> list[str]:
+    """A whole run, for `tests.drills`; dropout is drawn again as it was."""
+    dropout = {"model__dropout": 0.1, "model__attention_dropout": 0.1}
+    return arguments(folder, data__workers=0, downstream__tasks="[]", **dropout)
+
+
 def train(folder: Path, **options: Any) -> Path:
     """Train; returns `folder`."""
     from electra.train import main

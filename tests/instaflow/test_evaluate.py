@@ -93,34 +93,34 @@ def test_pipeline_is_compared_with_images_and_coco_captions(run: Path, images: P
 
 
 def test_first_caption_of_each_image_is_taken(images: Path) -> None:
-    files = sorted(images.iterdir())
-    assert evaluate.read_captions(coco(images), files, images)[:3] == PROMPTS[:3]
+    files = [str(file) for file in sorted(images.iterdir())]
+    assert evaluate.read_captions(coco(images), files)[:3] == PROMPTS[:3]
 
 
 def test_captions_keep_separators_and_lose_the_byte_order_mark(images: Path, tmp_path: Path) -> None:
-    files = sorted(images.iterdir())
+    files = [str(file) for file in sorted(images.iterdir())]
     captions = [f"picture\u2028number {i}" for i in range(24)]
     (tmp_path / "c.txt").write_text("\ufeff" + "\r\n".join(captions) + "\r\n\r\n", encoding="utf-8", newline="")
-    rows = [json.dumps({"file_name": f.name, "text": c}, ensure_ascii=False) for f, c in zip(files, captions)]
+    rows = [json.dumps({"file_name": Path(f).name, "text": c}, ensure_ascii=False) for f, c in zip(files, captions)]
     (tmp_path / "c.jsonl").write_text("\ufeff" + "\n\n".join(rows) + "\n", encoding="utf-8")
     for name in ("c.txt", "c.jsonl"):
-        assert evaluate.read_captions(tmp_path / name, files, images) == captions
+        assert evaluate.read_captions(tmp_path / name, files) == captions
 
 
 def test_captions_that_do_not_fit_are_refused_by_name(images: Path, tmp_path: Path) -> None:
-    files = sorted(images.iterdir())
+    files = [str(file) for file in sorted(images.iterdir())]
     short, broken, missing = tmp_path / "short.txt", tmp_path / "broken.json", tmp_path / "some.jsonl"
     short.write_text("a\nb\n")
     broken.write_text("{")
-    missing.write_text(json.dumps({"file_name": files[0].name, "text": "a"}) + "\n")
+    missing.write_text(json.dumps({"file_name": Path(files[0]).name, "text": "a"}) + "\n")
     for path, sentence in (
         (short, "2 lines for 24 images"),
         (broken, "not a caption file"),
-        (missing, r"no caption for 0*1.png \(23 such images\)"),
+        (missing, r"no caption for .*0*1.png \(23 such images\)"),
         (tmp_path / "absent.json", "no such file"),
     ):
         with pytest.raises(UserError, match=sentence):
-            evaluate.read_captions(path, files, images)
+            evaluate.read_captions(path, files)
     with pytest.raises(UserError, match=r"no metadata.jsonl: give the captions"):
         evaluate.main(["--model", str(tmp_path), "--images", str(images)])
 

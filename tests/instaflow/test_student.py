@@ -7,8 +7,9 @@ import torch
 
 from common.costs import parameter_count
 from common.errors import UserError
+from common.stable_diffusion import stable_diffusion_unet
 from instaflow.flow import TeacherFlow, UNetFlow, network_time
-from instaflow.student import StackedUNet, make_student, stable_diffusion_unet, stack
+from instaflow.student import StackedUNet, make_student, stack
 from tests.common.tiny_teacher import tiny_teacher
 
 X, T, STATES = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.6]), torch.randn(2, 6, 16)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.training import read_logs
+from tests.common.tiny_teacher import save_teacher
 from tests.drills import words
 
 CONFIG = """
@@ -30,6 +31,12 @@ def arguments(folder: Path, teacher: Path, **options: Any) -> list[str]:
     config = folder.parent / "tiny.yaml"
     config.write_text(CONFIG.replace("PROMPTS", str(prompts)))
     return ["--config", str(config), "--teacher", str(teacher), "--run_dir", str(folder), *words(**options)]
+
+
+def command(folder: Path) -> list[str]:
+    """A whole run, for `tests.drills`."""
+    teacher = folder.parent / "teacher"
+    return arguments(folder, teacher if teacher.is_dir() else save_teacher(teacher))
 
 
 def train(folder: Path, teacher: Path, **options: Any) -> Path:

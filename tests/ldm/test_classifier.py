@@ -81,7 +81,7 @@ def test_classifier_killed_in_mid_training_continues_with_the_same_losses_and_we
 ) -> None:
     short = {"trainer__max_steps": 10}
     main(arguments(model, tmp_path / "whole", **short))
-    kill("ldm.train_classifier", "parts", 7, arguments(model, tmp_path / "parts", **short))
+    kill("ldm.train_classifier", 7, arguments(model, tmp_path / "parts", **short))
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     main(arguments(model, tmp_path / "parts", **short))
     assert logged(tmp_path / "parts", "train/loss") == logged(tmp_path / "whole", "train/loss")

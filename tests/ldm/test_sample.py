@@ -115,9 +115,9 @@ def test_mistake_is_one_sentence(
     ("options", "run_sentence", "pipeline_sentence"),
     [
         (["--size", "17x18"], "--size 17x18: expected both sides to be multiples of 4", "multiples of 8"),
-        (["--size", "0x16"], "--size 0x16: expected both sides to be multiples of 4", "multiples of 8"),
-        (["--steps", "0"], "--steps 0: expected a number from 1 to 1000", "--steps 0: expected"),
-        (["--steps", "1001"], "--steps 1001: expected a number from 1 to 1000", "--steps 1001: expected"),
+        (["--size", "0x16"], "--size 0: expected a whole number from 8 to 8192", "--size 0: expected"),
+        (["--steps", "0"], "--steps 0: expected a whole number of at least 1", "--steps 0: expected"),
+        (["--steps", "1001"], "--steps 1001: expected a whole number from 1 to 1000", "--steps 1001: expected"),
         (["--steps", "1000"], "1000 sampling steps overflow", "--steps 1000: DDIMScheduler cannot make 1000 steps"),
     ],
 )

@@ -16,7 +16,6 @@ from ldm.train import main
 from tests.drills import succeed
 from tests.ldm.tiny_run import (
     arguments,
-    assert_goes_on_exactly,
     first_stage_losses,
     first_stage_of,
     losses,
@@ -33,13 +32,6 @@ CLOSE = {"rel": 2e-5}
 def reference(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages, never interrupted, one process, latents cached."""
     return train(tmp_path_factory.mktemp("reference") / "run")
-
-
-def test_run_killed_in_both_stages_continues_with_the_same_losses_and_weights(reference: Path, tmp_path: Path) -> None:
-    assert_goes_on_exactly(tmp_path / "run", reference)
-    for column, steps in {"disc_loss": 5, "d_weight": 8}.items():
-        of = [first_stage_losses(folder, column) for folder in (tmp_path / "run", reference)]
-        assert of[0] == of[1] and len(of[0]) == steps
 
 
 def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp_path: Path) -> None:
@@ -150,9 +142,12 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(
     assert all(v.isfinite().all() for v in kept["state_dict"].values() if v.is_floating_point())
 
 
-def test_first_stage_that_diverges_stops_at_its_own_step(cache: None, tmp_path: Path) -> None:
+def test_first_stage_that_diverges_stops_at_its_own_step(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.trainer.decayed", lambda *_: 1e33)  # no option asks for such a rate
     with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+: stopped"):
-        train(tmp_path / "run", first_stage__lr=1e30, first_stage__disc_weight=0)
+        train(tmp_path / "run", first_stage__disc_weight=0)
     assert not first_stage_of(tmp_path / "run").exists()
 
 

@@ -40,6 +40,11 @@ def arguments(folder: Path, **options: Any) -> list[str]:
     return ["--config", str(config_file(folder.parent)), "--run_dir", str(folder), *words(**options)]
 
 
+def command(folder: Path) -> list[str]:
+    """A whole run, for `tests.drills`."""
+    return arguments(folder, stages="[first_stage,diffusion,evaluate]")
+
+
 def train(folder: Path, **options: Any) -> Path:
     main(arguments(folder, **options))
     return folder
@@ -71,8 +76,8 @@ def same_model(a: Path, b: Path) -> bool:
 
 def assert_goes_on_exactly(folder: Path, whole: Path, **options: Any) -> None:
     """A run in `folder` that is killed in the middle of both stages ends with the losses and weights of the `whole`."""
-    for stage in ("first_stage", "diffusion"):
-        kill("ldm.train", stage, 5, arguments(folder, **options))
+    for stage, step in (("first_stage", 5), ("diffusion", 8 - 3 + 5)):
+        kill("ldm.train", step, arguments(folder, **options))
         state = load_checkpoint(folder / stage / "checkpoints" / "last.ckpt")["state_dict"]
         assert int(state.get("_steps", state.get("ema.num_updates"))) == 3
     train(folder, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pc_darts.baselines import random_genotype
 from pc_darts.model import FinalNetwork
 from pc_darts.retraining import RetrainResult, load_model, retrain
 from pc_darts.training import Machine, accuracy, open_machine, save_state
-from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, forked, kill_after, on_two_processes, training
+from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, on_two_processes, training
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +46,6 @@ def test_saved_network_gives_the_reported_accuracy(reference: Path) -> None:
     result = RetrainResult.load(reference / "retrain.json")
     assert accuracy(network, digits(), digits().test) == result.test_accuracy
     assert about["classes"] == list(digits().classes) and network.genotype == CELL
-
-
-def test_killed_training_continues_with_the_same_weights(reference: Path, tmp_path: Path) -> None:
-    def killed() -> None:
-        kill_after(5)
-        training(tmp_path / "run")
-
-    assert forked(killed) == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["step"] == 4
-    result = training(tmp_path / "run")
-    ours, theirs = weights(tmp_path / "run"), weights(reference)
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    whole = RetrainResult.load(reference / "retrain.json")
-    assert result.test_accuracy == whole.test_accuracy
-    assert [row["train_loss"] for row in result.history] == [row["train_loss"] for row in whole.history]
 
 
 def test_two_processes_train_what_one_does(reference: Path, tmp_path: Path) -> None:

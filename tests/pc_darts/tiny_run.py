@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,13 @@ import torch.distributed as dist
 from common.data.augmentation import Augmentation
 from common.data.classes import ImageSet
 from common.options import RunOptions
-from pc_darts.config import DataConfig, RetrainOptions, SearchOptions
+from pc_darts.config import CONFIGS, DataConfig, RetrainOptions, SearchOptions
 from pc_darts.data import open_data, search_halves
 from pc_darts.genotypes import Genotype
 from pc_darts.retraining import RetrainResult, retrain
 from pc_darts.searching import Searcher
 from pc_darts.training import Machine
-from tests.drills import PATIENCE
+from tests.drills import PATIENCE, forked, words
 
 DATA = DataConfig(name="digits", size=8, images=120, padding=1, flip=False, validation=0.2)
 SEARCH = SearchOptions(channels=8, cells=3, nodes=2, epochs=3, warmup_epochs=1, batch_size=16)
@@ -39,6 +37,18 @@ CELL = Genotype(
     (("avg_pool_3x3", 0), ("sep_conv_3x3", 1), ("skip_connect", 2), ("sep_conv_3x3", 1)),
     (2, 3),
 )
+
+
+TWO_RANKS: list[str] = []  # torchrun starts them
+
+
+def command(folder: Path) -> list[str]:
+    """A whole run of a search and a training, for `tests.drills`; other arms have budgets of measured seconds."""
+    options = words(run_dir=folder, progress="false", device="cpu", threads=1, checkpoint_every=2)
+    options += words(compare__darts="false", compare__random_search="false", compare__random=0, data__images=120)
+    options += words(search__epochs=2, search__warmup_epochs=1, search__batch_size=16, search__channels=8)
+    options += words(search__cells=3, search__nodes=2, retrain__channels=4, retrain__layers=3, retrain__epochs=2)
+    return ["--config", str(CONFIGS / "smoke.yaml"), *options]
 
 
 @functools.cache
@@ -59,36 +69,6 @@ def training(folder: Path, machine: Machine | None = None, seed: int = 0, **opti
     torch.set_num_threads(1)
     chosen = RetrainOptions(**{**RETRAIN.__dict__, **options})
     return retrain(CELL, chosen, digits(), AUGMENT, folder, seed, machine, RUN)
-
-
-def kill_after(steps: int) -> None:
-    """Let the operating system kill this process without warning when so many weight steps are done."""
-    original, done = torch.optim.SGD.step, 0
-
-    def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        result = original(self, *args, **kwargs)
-        done += 1
-        if done == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    torch.optim.SGD.step = step  # type: ignore[method-assign]
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Run `work` in a child process and wait: its exit status, negative where a signal ended it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def on_two_processes(work: Callable[[Machine], object], store: Path) -> None:

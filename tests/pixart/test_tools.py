@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -75,8 +76,9 @@ def test_captions_are_read_from_three_kinds_of_files(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 'a.jsonl line 2: "text" is missing'),
         ("a.jsonl", "nonsense\n", "a.jsonl line 1: not JSON"),
-        ("a.csv", "id,caption\n1,a\n", 'no "text" column'),
-        ("a.parquet", "", "are read from"),
+        ("a.csv", "id,url\n1,a\n", "no caption column was found; its columns are id, url; name one with --text_column"),
+        ("a.parquet", "", "not a whole parquet file"),
+        ("a.xml", "", "are read from"),
     ],
 )
 def test_bad_caption_files_are_refused_by_line(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -222,3 +224,13 @@ def test_unusable_model_folders_are_refused(tmp_path: Path, photos: Path) -> Non
     (tmp_path / "code.py").write_text("raise SystemExit('the code of a model was run')")
     with pytest.raises(UserError, match="auto_map asks to run Python code"):
         Captioner(tmp_path)
+
+
+def test_what_gets_no_caption_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("1.png", "._1.png", "2\udcff.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "3.heic").write_bytes(b"")
+    captioner = MagicMock(return_value=["a\u2028b"], path=tmp_path / "model", prompt="", max_new_tokens=1)
+    assert caption_folder(captioner, tmp_path, progress=False) == 1
+    assert capsys.readouterr().err.endswith("1 pictures; 2 files passed over: '2\\udcff.png', '3.heic'\n")
+    assert read_folder(tmp_path).label(0) == ("a\u2028b", -1)

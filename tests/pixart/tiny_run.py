@@ -70,6 +70,11 @@ def arguments(folder: Path, stage: str | None = None, **options: Any) -> list[st
     return ["--config", str(recipe(folder.parent)), "--run_dir", str(folder), *chosen, *words(**options)]
 
 
+def command(folder: Path) -> list[str]:
+    """A whole run, for `tests.drills`."""
+    return arguments(folder)
+
+
 def train(folder: Path, stage: str | None = None, **options: Any) -> Path:
     """Run the recipe (or one stage); returns `folder`."""
     from pixart.train import main

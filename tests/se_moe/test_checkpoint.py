@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
 
 from common.errors import UserError
 from common.paths import REPOSITORY
@@ -22,7 +19,7 @@ from se_moe.config import Switches, TrainConfig
 from se_moe.data import TextData
 from se_moe.launch import make_run_groups
 from se_moe.trainer import Trainer
-from tests.drills import running, succeed, wait_for
+from tests.drills import TORCHRUN, held, running, succeed, two_ranks
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
 
@@ -149,11 +146,6 @@ def test_an_exported_model_computes_what_the_trained_one_does(tmp_path: Path) ->
         checkpoint.load_model(tmp_path / "model")
 
 
-def write_config(file: Path, run: TrainConfig) -> Path:
-    file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(run)))), encoding="utf-8")
-    return file
-
-
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -219,26 +211,20 @@ def drill(cache: None, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="module")
 def untouched(drill: TrainConfig) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of two ranks that nobody killed."""
-    succeed(PROGRAM, "--config", str(write_config(Path(drill.run_dir).parent / "run.yaml", drill)))
+    succeed(PROGRAM, "--config", str(tiny_run.write_config(Path(drill.run_dir).parent / "run.yaml", drill)))
     found = _numbers(Path(drill.run_dir))
     assert [step for step, *_ in found] == list(range(16))
     return found
 
 
-# Held before their tenth step (`held/`), so that how fast anyone is does not matter.
-HELD = {"HELD_AFTER": "9", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "held"), str(REPOSITORY)])}
-
-
-def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouched_one(
+def test_ranks_die_with_their_launcher_and_the_run_ends_with_the_losses_of_an_untouched_one(
     drill: TrainConfig, untouched: list[tuple[int, float, float]], tmp_path: Path
 ) -> None:
-    options = str(write_config(tmp_path / "killed.yaml", replace(drill, run_dir=str(tmp_path / "run"))))
-    with running([sys.executable, PROGRAM, "--config", options], **HELD) as killed:
-        wait_for(lambda: len(_log(tmp_path / "run" / "ours")) == 9, killed)
-        # The workers' numbers stand in the run folder; killed at once, no rank can tidy up.
-        for pid in json.loads((tmp_path / "run" / "ours" / "workers.json").read_text())["pids"]:
-            os.kill(pid, signal.SIGKILL)
-        assert killed.wait() != 0
+    options = str(tiny_run.write_config(tmp_path / "killed.yaml", replace(drill, run_dir=str(tmp_path / "run"))))
+    with running([sys.executable, PROGRAM, "--config", options], **held(9, tmp_path / "held")) as killed:
+        ranks = two_ranks(killed, tmp_path / "held")
+        killed.kill()
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
     assert len(_log(tmp_path / "run" / "ours")) == 9
     succeed(PROGRAM, "--config", options)
     assert _numbers(tmp_path / "run") == untouched
@@ -247,13 +233,9 @@ def test_a_two_rank_run_killed_with_signal_9_ends_with_the_losses_of_an_untouche
 def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(
     drill: TrainConfig, untouched: list[tuple[int, float, float]], tmp_path: Path
 ) -> None:
-    options = write_config(tmp_path / "elastic.yaml", replace(drill, run_dir=str(tmp_path / "run")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--max-restarts", "1", "--monitor-interval", "0.2", PROGRAM, "--config", str(options)]
-    with running(launch, **HELD) as elastic:
-        wait_for(lambda: len(_log(tmp_path / "run" / "ours")) == 9, elastic)
-        workers = psutil.Process(elastic.pid).children()
-        assert len(workers) == 2
-        workers[1].kill()
+    options = tiny_run.write_config(tmp_path / "elastic.yaml", replace(drill, run_dir=str(tmp_path / "run")))
+    launch = [sys.executable, *TORCHRUN, "--max-restarts", "1", PROGRAM, "--config", str(options)]
+    with running(launch, **held(9, tmp_path / "held")) as elastic:
+        two_ranks(elastic, tmp_path / "held")[1].kill()
         assert elastic.wait() == 0, "the elastic agent starts both workers again"
     assert _numbers(tmp_path / "run") == untouched

@@ -16,7 +16,7 @@ from common.paths import REPOSITORY
 from se_moe import deepspeed_arm
 from se_moe.run import table
 from tests.se_moe import tiny_run
-from tests.se_moe.test_checkpoint import write_config
+from tests.se_moe.tiny_run import write_config
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from se_moe.data import load_tokenizer
 from tests.claims import smoke_records
 from tests.se_moe import tiny_run
 from tests.se_moe.ranks import run_ranks
-from tests.se_moe.test_checkpoint import write_config
+from tests.se_moe.tiny_run import write_config
 
 
 @pytest.fixture(scope="module")

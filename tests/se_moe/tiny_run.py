@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def config(folder: Path, switches: dict[str, bool] | None = None, **options: Any
         ),
         **options,
     )
+
+
+# The drills' process is the only rank itself, so that no other one has to import torch.
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "1"}
+TWO_RANKS = ["--parallel.ranks", "2"]
+
+
+def write_config(file: Path, run: TrainConfig) -> Path:
+    file.write_text(json.dumps(asdict(run)), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def command(folder: Path) -> list[str]:
+    """A whole run of one arm, for `tests.drills`."""
+    run = replace(config(folder.parent), run_dir=str(folder), arms=["ours"], progress=False)
+    run = replace(run, parallel=replace(run.parallel, ranks=1, device="cpu"))
+    return ["--config", str(write_config(folder.parent / f"{folder.name}.yaml", run))]
 
 
 def trainer(run: TrainConfig, **options: Any) -> Trainer:

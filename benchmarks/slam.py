@@ -1,0 +1,237 @@
+"""SLAM's training step against the loop of diffusers' LCM distillation example, and 4 steps against the teacher's 25.
+
+    python -m benchmarks.slam                         # writes results/bench_slam.json; some five minutes
+    python -m benchmarks.slam --sizes shapes32 --rounds 3
+    python -m benchmarks.slam --sizes sd15 --devices cuda    # Stable Diffusion 1.5 sizes, random weights
+
+Training: equal networks, batch, sub-paths and noises. The peer is the example's loop as written: the teacher's
+conditional and unconditional pass one after the other, the target network, AdamW, and the average kept weight by
+weight; eager as users run it (float32 on a CPU), and at its best (same precision, compiled). Sampling: caption to
+image at batch 1, stock DDIM with 25 guided steps against 4 steps of the student.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.arms import (
+    Pace,
+    Step,
+    Timing,
+    Turns,
+    bench_parser,
+    beside_the_peer,
+    faster,
+    in_both_precisions,
+    matmul,
+    measure,
+    mixed,
+    of_the_peak,
+    parse,
+    take_turns,
+    where_of,
+)
+from common.costs import flop
+from common.cpu import tune_allocator
+from common.errors import run_main
+from common.ledger import bench_row
+from common.paths import REPOSITORY
+from common.solvers import stock_pipeline
+from common.stable_diffusion import stable_diffusion_unet
+from common.teacher import Teacher
+from slam.config import LossConfig, StudentConfig, SubPathConfig
+from slam.evaluate import few_step_source
+from slam.losses import solve_subpath, subpath_loss
+from slam.model import averaged_copy, follow, make_student, scalar_embedding
+
+TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
+PATHS = SubPathConfig(solver_steps=25, sigma="linear", time="effective", embedding_scale=0.1)
+W, DECAY, LR, FORWARDS = 0.5, 0.95, 1e-4, 6
+STEP_SPEEDUP, SAMPLING_SPEEDUP = 1.3, 10.0
+SIZES = {"shapes32": 32, "sd15": 4}  # images of a step
+
+
+@dataclass(frozen=True)
+class Arm:
+    side: str
+    size: str
+    device: str
+    bf16: bool = True
+    compiled: bool = False
+
+
+def teacher_of(arm: Arm) -> Teacher:
+    """The repository's, or one whose U-Net has Stable Diffusion's size."""
+    teacher = Teacher.load(TEACHER)
+    if arm.size == "sd15":
+        torch.manual_seed(0)
+        teacher.unet = stable_diffusion_unet().requires_grad_(False).eval()
+    return teacher.to(arm.device)
+
+
+def batches(teacher: Teacher, arm: Arm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(latents, noises, indices, states): the same on both sides."""
+    torch.manual_seed(1)
+    count, unet = SIZES[arm.size], teacher.unet
+    side = unet.config.sample_size
+    x1, noise = torch.randn(2, count, unet.config.in_channels, side, side, device=arm.device)
+    tokens = 77 if arm.size == "sd15" else teacher.tokenizer.model_max_length
+    states = torch.randn(count, tokens, unet.config.cross_attention_dim, device=arm.device)
+    return x1, noise, torch.arange(count, device=arm.device) % PATHS.solver_steps, states
+
+
+def ours(arm: Arm) -> Step:
+    """The trainer's own step, without Lightning around it."""
+    teacher = teacher_of(arm)
+    teacher.unet.to(memory_format=torch.channels_last)
+    student = make_student(teacher, StudentConfig(), PATHS).to(arm.device)
+    target = averaged_copy(student)
+    x1, noise, index, states = batches(teacher, arm)
+    null, gamma = states.flip(0), torch.linspace(0, 1, len(x1), device=arm.device)
+    w = torch.full((len(x1),), W, device=arm.device)
+    parameters = list(student.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, foreach=True)
+
+    def step(_: int) -> Tensor:
+        with mixed(arm.device, arm.bf16):
+            path = solve_subpath(teacher, student.paths, x1, noise, index, states, w, null)
+            loss = subpath_loss(student, target, path, gamma, states, LossConfig())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        follow(target, student, DECAY)
+        return loss.detach()
+
+    return step
+
+
+def peer(arm: Arm) -> Step:
+    """The example's loop at gamma = 1 (its only form), written as it is written there."""
+    teacher = teacher_of(arm)
+    schedule, networks = teacher.schedule, teacher.unet
+    student = make_student(teacher, StudentConfig(), PATHS).unet.to(arm.device, memory_format=torch.contiguous_format)
+    target = copy.deepcopy(student).requires_grad_(False)
+    paths = make_student(teacher, StudentConfig(), PATHS).paths
+    if arm.compiled:
+        networks, student_call, target_call = (torch.compile(n) for n in (networks, student, target))
+    else:
+        student_call, target_call = student, target
+    x1, noise, index, states = batches(teacher, arm)
+    null, t, s = states.flip(0), paths.start_N.to(x1.device)[index], paths.end_N.to(x1.device)[index]
+    embedded = scalar_embedding(torch.zeros(len(x1), device=arm.device), 256)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0)
+
+    def read(output: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        return schedule.read(output.float(), z, *schedule.levels(tau))
+
+    def step(index_of_step: int) -> Tensor:
+        alpha, sigma = schedule.levels(t)
+        z = alpha * x1 + sigma * noise
+        with mixed(arm.device, arm.bf16):
+            output = student_call(z, t, timestep_cond=embedded, encoder_hidden_states=states).sample
+        prediction, _ = read(output, z, t)
+        with torch.no_grad():
+            with mixed(arm.device, arm.bf16):
+                cond = networks(z, t, encoder_hidden_states=states).sample
+                uncond = networks(z, t, encoder_hidden_states=null).sample
+            (x_c, e_c), (x_u, e_u) = read(cond, z, t), read(uncond, z, t)
+            x0, eps = x_c + W * (x_c - x_u), e_c + W * (e_c - e_u)
+            alpha_s, sigma_s = schedule.levels(s)
+            earlier = alpha_s * x0 + sigma_s * eps
+            with mixed(arm.device, arm.bf16):
+                output = target_call(earlier, s, timestep_cond=embedded, encoder_hidden_states=states).sample
+            wanted, _ = read(output, earlier, s)
+        loss = torch.mean(torch.sqrt((prediction.float() - wanted.float()) ** 2 + 1e-6) - 1e-3)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        for a, b in zip(target.parameters(), student.parameters()):
+            a.detach().mul_(DECAY).add_(b, alpha=1 - DECAY)
+        return loss.detach()
+
+    return step
+
+
+def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a size: training speed and memory, share of the peak, sampling."""
+    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
+    arms["peer compiled fp32"] = replace(arms["peer fp32"], compiled=True)
+    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
+    timings = take_turns("benchmarks.slam", arms, pace, 2, folder, steps=steps)
+    images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
+
+    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+        name = f"{where_of(device)}training step against diffusers' LCM example, {label} ({what})"
+        return faster(name, mine, theirs, images, STEP_SPEEDUP if target else None, "one step of the same batch")
+
+    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
+    label = "float32, ours eager against peer compiled"
+    rows.append(row(label, timings["ours fp32"], timings["peer compiled fp32"], False))
+    teacher = teacher_of(replace(arms["ours fp32"], device="cpu"))
+    x1, _, _, states = batches(teacher, replace(arms["ours fp32"], device="cpu"))
+    work = FORWARDS * flop(lambda: teacher.unet(x1, torch.zeros(len(x1)), states))
+    for precision in ("fp32", "bf16"):
+        name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
+        rows.append(
+            of_the_peak(name, work, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
+        )
+    yield rows
+    if size == "shapes32":
+        yield [sampling_row(device, max(5, pace.rounds), steps) for steps in (4, 1)]
+
+
+def sampling_row(device: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Caption to image at batch 1: few steps of the student against 25 guided DDIM steps of stock diffusers."""
+    teacher = Teacher.load(TEACHER, device)
+    student = make_student(teacher, StudentConfig(), PATHS).eval().requires_grad_(False).to(device)
+    pipeline, draw = stock_pipeline(teacher, "DDIMScheduler"), few_step_source(student, steps)
+    noise = torch.randn(1, *teacher.latent_shape)
+    arms = {
+        "ours": lambda: teacher.draw(draw, ["a red star"], noise),
+        "peer": lambda: pipeline("a red star", num_inference_steps=25, guidance_scale=1.5, output_type="np"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            arm()
+        times[name].append(time.perf_counter() - started)
+    ours_s, peer_s = (statistics.median(times[name][1:]) for name in ("ours", "peer"))
+    target = SAMPLING_SPEEDUP if steps == 4 else None
+    name = f"{where_of(device)}caption to image, {steps} steps against 25 guided DDIM steps, batch 1 (shapes32)"
+    return bench_row(name, 1 / ours_s, 1 / peer_s, "images/s", target=target)
+
+
+def serve(arm: Arm) -> None:
+    """An arm's own process."""
+    tune_allocator()
+    turns = Turns(arm.device)
+    if arm.side == "peak":
+        turns.serve(matmul(arm.device, arm.bf16))
+    else:
+        turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = bench_parser(__doc__, "bench_slam.json", SIZES, ["shapes32"], steps=3)
+    options = parse(parser, argv)
+    if options.arm:
+        serve(Arm(**options.arm))
+        return []
+    return measure(options, parts)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,181 @@
+"""Low-rank adaptors (LoRA) on a diffusers U-Net, in files that stock `load_lora_weights` reads at the same strength.
+
+Readers differ where modules have different ranks, or an alpha that is not their rank: some take the first module's for
+all. What is written here has alpha = rank in every module (the strength is multiplied into B), and rank and alpha of
+every module stand in the file's header. In kohya's layout, whose readers get mixed ranks wrong, all are padded with
+zeros to the largest rank, and each carries its `.alpha`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.weights import read_weights, save_weights
+
+FILE = "pytorch_lora_weights.safetensors"  # the name that stock diffusers looks for in a folder
+DOWN, UP = (
+    ("lora_A.weight", "lora.down.weight", "lora_down.weight"),
+    ("lora_B.weight", "lora.up.weight", "lora_up.weight"),
+)
+
+
+def add_adaptors(
+    unet: Any, targets: Sequence[str], rank: int, alpha: float | None = None, ranks: Mapping[str, int] | None = None
+) -> list[str]:
+    """Freeze the U-Net and give its layers named in `targets` trainable adaptors; B starts at zero.
+
+    Args:
+        targets: endings of module names.
+        alpha: the adaptor's strength is alpha / rank; None: as large as the rank.
+        ranks: of single modules, by whole name.
+
+    Returns:
+        the names of the modules that got one.
+
+    Raises:
+        UserError: no layer has such a name.
+    """
+    from peft import LoraConfig
+
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    found = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, layers) and any(name == end or name.endswith(f".{end}") for end in targets)
+    ]
+    unused = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in found)]
+    if not found:
+        raise UserError(f"adaptor targets {', '.join(unused)}: no layer of this U-Net has such a name")
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=found,
+        rank_pattern=dict(ranks or {}),
+        init_lora_weights=True,
+    )
+    unet.add_adapter(config)
+    return found
+
+
+def adaptor_state(unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module: (A, B)} with the strength multiplied into B, so that the weight's change is B A."""
+    state = {}
+    for name, module in unet.named_modules():
+        if getattr(module, "lora_A", None):
+            (adapter,) = module.lora_A
+            up = module.lora_B[adapter].weight.detach() * module.scaling[adapter]
+            state[name] = (module.lora_A[adapter].weight.detach().clone(), up.clone())
+    if not state:
+        raise UserError("this U-Net has no adaptors; add them first")
+    return state
+
+
+def write_adaptors(
+    path: Path,
+    adaptors: Mapping[str, tuple[Tensor, Tensor]],
+    notes: Mapping[str, str],
+    layout: Literal["diffusers", "kohya"] = "diffusers",
+) -> Path:
+    """Write adaptors {module: (A, B)} whose strength is in B; returns the file.
+
+    Args:
+        path: a folder (the file gets stock diffusers' name), or a .safetensors file.
+        notes: for the header.
+    """
+    file = path if path.suffix == ".safetensors" else path / FILE
+    tensors: dict[str, Tensor] = {}
+    largest = max(len(down) for down, _ in adaptors.values())
+    for name, (down, up) in adaptors.items():
+        if layout == "kohya":
+            down, up = _padded(down, 0, largest), _padded(up, 1, largest)
+            key = "lora_unet_" + name.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
+        else:
+            tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    header = {"format": "pt", **notes}
+    if layout == "diffusers":
+        ranks = {name: len(down) for name, (down, _) in adaptors.items()}
+        described = {
+            "unet.r": next(iter(ranks.values())),
+            "unet.lora_alpha": next(iter(ranks.values())),
+            "unet.target_modules": sorted(ranks),
+            "unet.rank_pattern": ranks,
+            "unet.alpha_pattern": ranks,
+        }
+        header["lora_adapter_metadata"] = json.dumps(described, sort_keys=True)
+    save_weights(file, tensors, header)
+    return file
+
+
+def _padded(half: Tensor, dim: int, rank: int) -> Tensor:
+    """With zeros up to a rank."""
+    more = list(half.shape)
+    more[dim] = rank - half.shape[dim]
+    return torch.cat([half, half.new_zeros(more)], dim)
+
+
+def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module of `unet`: (A, B)} of a file in diffusers', peft's or kohya's layout, with its alphas, in any order.
+
+    Raises:
+        UserError: not such a file, a module that the U-Net lacks, half an adaptor, or shapes that do not fit.
+    """
+    file = path / FILE if path.is_dir() else path
+    tensors, header = read_weights(file, "adaptors")
+    modules = {name: m for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    flat = {name.replace(".", "_"): name for name in modules}
+    described = json.loads(header.get("lora_adapter_metadata", "{}"))
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, half = _split(key)
+        name = flat.get(name.removeprefix("lora_unet_"), name) if name.startswith("lora_unet_") else name
+        if name not in modules:
+            raise UserError(f"{file}: {key} belongs to no layer of this U-Net; expected adaptors of the same model")
+        halves.setdefault(name, {})[half] = tensor
+    found = {}
+    for name, parts in halves.items():
+        if missing := [half for half in ("A", "B") if half not in parts]:
+            raise UserError(f"{file}: {name} has no {missing[0]}; expected both halves of every adaptor")
+        down, up = parts["A"].float(), parts["B"].float()
+        weight = modules[name].weight
+        if down.shape[1:] != weight.shape[1:] or len(up) != len(weight) or up.shape[1] != len(down):
+            raise UserError(
+                f"{file}: {name}: {list(up.shape)} x {list(down.shape)} does not fit a weight {list(weight.shape)}"
+            )
+        found[name] = (down, up * (_alpha(name, parts, described, len(down)) / len(down)))
+    return found
+
+
+def _split(key: str) -> tuple[str, str]:
+    name = key.removeprefix("unet.").removeprefix("base_model.model.")
+    for half, endings in (("A", DOWN), ("B", UP), ("alpha", ("alpha",))):
+        for ending in endings:
+            if name.endswith(f".{ending}"):
+                return name.removesuffix(f".{ending}"), half
+    raise UserError(f"{key} is not the name of an adaptor's weight; expected LoRA weights of a U-Net")
+
+
+def _alpha(name: str, parts: Mapping[str, Tensor], described: Mapping[str, Any], rank: int) -> float:
+    if "alpha" in parts:
+        return float(parts["alpha"])
+    pattern = described.get("unet.alpha_pattern") or {}
+    return float(pattern.get(name, described.get("unet.lora_alpha", rank)))
+
+
+@torch.no_grad()
+def merge_adaptors(unet: Any, adaptors: Mapping[str, tuple[Tensor, Tensor]], strength: float = 1.0) -> None:
+    """Add B A to the weights of a U-Net without adaptors: afterwards it costs nothing more than the bare one."""
+    modules = dict(unet.named_modules())
+    for name, (down, up) in adaptors.items():
+        weight = modules[name].weight
+        change = up.flatten(1).to(weight.device, torch.float32) @ down.flatten(1).to(weight.device, torch.float32)
+        weight += (strength * change).view_as(weight).to(weight.dtype)

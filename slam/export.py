@@ -1,0 +1,140 @@
+"""A finished student as a folder that stock diffusers samples from, and such folders (published ones too) as students.
+
+full    LatentConsistencyModelPipeline: unet/ with `time_cond_proj_dim`, and the LCM scheduler on the student's grid.
+        gamma = 1 embeds 0, which is what stock code sends for guidance_scale 1.
+lora    pytorch_lora_weights.safetensors for `load_lora_weights` on the teacher, beside scheduler/.
+fused   StableDiffusionPipeline with the adaptors merged; costs no more than the bare U-Net.
+
+Guidance is inside the student: stock code must be called with guidance_scale 1, and negative prompts do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.adaptors import adaptor_state, merge_adaptors, write_adaptors
+from common.errors import UserError
+from common.files import read_object, replace_folder
+from common.teacher import Teacher, load_parts, quiet_libraries, read_schedule
+from slam.config import SlamConfig, SubPathConfig
+from slam.model import Student, copy_unet
+from slam.subpath import TIMESTEP_SCALING, SubPaths
+
+CARD = "slam.json"
+
+
+def scheduler_config(teacher: Teacher, paths: SubPaths) -> dict[str, Any]:
+    """Of the LCM scheduler that takes the student's own times."""
+    return {
+        **teacher.schedule.config,
+        "num_train_timesteps": teacher.schedule.steps,
+        "prediction_type": teacher.schedule.prediction_type,
+        "original_inference_steps": paths.steps,
+        "timestep_scaling": TIMESTEP_SCALING,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }
+
+
+def export(student: Student, teacher: Teacher, folder: Path, config: SlamConfig, subpath: SubPathConfig) -> Path:
+    """Write the student below `folder`: pipeline/ if there is none yet, and lora/ for one that is made of adaptors.
+
+    Returns:
+        the pipeline's folder.
+    """
+    card = {
+        "method": "SLAM" if subpath.gamma != "one" else "LCM",
+        "teacher_sha256": teacher.checksum(),
+        "guidance_inside": config.loss.w_range or config.loss.guidance + 1,
+        "guidance_scale": [w + 1 for w in config.loss.w_range] or 1.0,
+        "solver_steps": subpath.solver_steps,
+        "time": subpath.time,
+        "sigma": subpath.sigma,
+    }
+    unet, lora = student.unet, config.student.kind == "lora"
+    if lora:
+        adaptors = {name: (down.cpu(), up.cpu()) for name, (down, up) in adaptor_state(unet).items()}
+        unet = copy_unet(teacher, None).cpu()
+        merge_adaptors(unet, adaptors)
+        if not (folder / "lora" / CARD).is_file():
+            notes = {"teacher_sha256": teacher.checksum(), "guidance_scale": "1"}
+
+            def fill_lora(target: Path) -> None:
+                write_adaptors(target, adaptors, notes)
+                lcm_scheduler(teacher, student.paths).save_pretrained(target / "scheduler")
+                (target / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+            replace_folder(folder / "lora", fill_lora)
+    target = folder / "pipeline"
+    if not (target / "model_index.json").is_file():
+        replace_folder(target, lambda place: write_pipeline(unet, teacher, student.paths, place, card))
+    return target
+
+
+def lcm_scheduler(teacher: Teacher, paths: SubPaths) -> Any:
+    from diffusers import LCMScheduler
+
+    return LCMScheduler(**scheduler_config(teacher, paths))
+
+
+@quiet_libraries()
+def write_pipeline(unet: Any, teacher: Teacher, paths: SubPaths, folder: Path, card: dict[str, Any]) -> None:
+    """A diffusers directory around a U-Net; the other parts are the teacher's."""
+    from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+
+    full = unet.config.time_cond_proj_dim is not None
+    pipeline_class: Any = LatentConsistencyModelPipeline if full else StableDiffusionPipeline
+    device = next(unet.parameters()).device
+    unet = unet.cpu().to(memory_format=torch.contiguous_format)  # what files hold
+    parts = {
+        "vae": teacher.vae.cpu(),
+        "text_encoder": teacher.text_encoder.cpu(),
+        "tokenizer": teacher.tokenizer,
+        "unet": unet,
+        "scheduler": lcm_scheduler(teacher, paths),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    pipeline_class(**parts).save_pretrained(folder)
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    teacher.to(device)
+    unet.to(device)
+
+
+def load_student(
+    folder: Path, teacher: Teacher | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Student, Teacher]:
+    """A student and the parts around it from a pipeline folder: ours, or a published one in the same layout.
+
+    Args:
+        teacher: the model whose text encoder and autoencoder go with a folder that holds a U-Net alone.
+
+    Raises:
+        UserError: not such a folder; its card says that it was trained as something else.
+    """
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        config, parts = load_parts(folder, dtype)
+        around = Teacher(*parts, config, folder, distilled=True)  # its text encoder, autoencoder and schedule
+        unet = parts[0]
+    elif teacher is not None and (folder / "config.json").is_file():
+        unet, info = UNet2DConditionModel.from_pretrained(
+            str(folder), local_files_only=True, output_loading_info=True, torch_dtype=dtype
+        )
+        if info["missing_keys"]:
+            raise UserError(f"{folder}: its weights lack {sorted(info['missing_keys'])[0]}; download it again")
+        config, around = {"original_inference_steps": 50}, teacher
+    else:
+        raise UserError(f"{folder}: no model_index.json; expected a pipeline folder, or a U-Net's with --teacher")
+    card = read_object(folder / CARD) if (folder / CARD).is_file() else {}
+    schedule = read_schedule(config, str(folder)) if "beta_schedule" in config else around.schedule
+    steps = int(card.get("solver_steps", config.get("original_inference_steps", 50)))
+    paths = SubPaths(schedule, steps, card.get("sigma", "quadrature"))
+    return Student(unet.eval().requires_grad_(False), paths), around

@@ -1,0 +1,77 @@
+"""Put a finished run into the repository: `python slam/publish.py --run_dir runs/slam-small --name shapes32`.
+
+Copies the student's pipeline in half precision to pretrained/, checks that stock diffusers opens it, writes its model
+card from the run's own metrics, and brings its pictures to results/figures/slam/. Its numbers come into results/ with
+`python -m report.record_run slam runs/slam-small`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from common import publishing
+from common.errors import run_main
+from common.paths import RESULTS
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+CAPTION = "Default run, same prompts and noises: teacher with 25 and 4 steps, LCM with 4, SLAM with 1, 2, 4 and 8."
+
+
+def publish(run_dir: Path, name: str) -> Path:
+    """Copy a run's pipeline to pretrained/`name` and its pictures and numbers to results/.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    config, metrics = publishing.read_run(run_dir, "comparison.png", "slam/pipeline/model_index.json")
+    origin = publishing.origin("torch", "diffusers", "transformers")
+
+    import torch
+    from diffusers import LatentConsistencyModelPipeline
+
+    from common.costs import parameter_count
+
+    target = PRETRAINED / name
+    publishing.copy_pipeline(run_dir / "slam" / "pipeline", target)
+    for path in target.rglob("*.safetensors"):
+        publishing.copy_half(path, path)
+    opened = LatentConsistencyModelPipeline.from_pretrained(target, dtype=torch.float32)
+    shutil.copyfile(run_dir / "comparison.png", target / "comparison.png")
+    facts = {
+        "teacher": f"`{config['teacher']}`, sha256 {metrics['teacher_sha256'][:16]}",
+        "command": "`make slam-train` (slam/configs/small.yaml)",
+        "steps": f"{config['trainer']['max_steps']} of {config['trainer']['batch_size']}",
+        "guidance": f"{metrics['guidance']:g}, inside the weights: call it with guidance_scale 1",
+        "steps to sample with": "1 to 8",
+        "parameters of the U-Net": f"{parameter_count(opened.unet):,}, float16",
+        "judge": f"{metrics['judge']}; {metrics['images']} images an arm",
+        **origin,
+    }
+    call = f"num_inference_steps=4, guidance_scale=1.0, original_inference_steps={config['subpath']['solver_steps']}"
+    text = publishing.model_card(
+        name,
+        "diffusers",
+        f"A 1 to 8 step text-to-image model: `{config['teacher']}`, distilled by [`slam`](../../README.md) of this "
+        "repository.",
+        f"""```python
+from diffusers import LatentConsistencyModelPipeline
+
+pipe = LatentConsistencyModelPipeline.from_pretrained("slam/pretrained/{name}")
+pipe("a red star", {call}).images[0].save("star.png")
+```""",
+        "![comparison](comparison.png)",
+        publishing.facts_table(facts),
+        (run_dir / "table.md").read_text(),
+    )
+    (target / "README.md").write_text(text)
+    for picture, caption in (("comparison", CAPTION), ("errors", "Error along the sub-path after the default run.")):
+        publishing.copy_picture(
+            run_dir / f"{picture}.png", RESULTS / "figures" / "slam" / f"default_run_{picture}.png", caption
+        )
+    return target
+
+
+if __name__ == "__main__":
+    run_main(partial(publishing.main, __doc__, publish))

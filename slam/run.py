@@ -1,0 +1,167 @@
+"""A run folder: the students slam and lcm, each with its averaged weights and its exported pipeline."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.cli import read_run_config
+from common.data.cache import fingerprint_strings
+from common.data.pairs import StateTable
+from common.errors import UserError
+from common.options import free_options, refuse_large_batch
+from common.processes import is_main_process
+from common.teacher import Teacher
+from common.training import check_trainer, open_run_folder, refuse_other_inputs
+from common.weights import load_weights, save_weights
+from slam.config import SlamConfig, SubPathConfig
+from slam.data import Captioned, open_pictures
+from slam.model import Student, make_student
+
+FREE_OPTIONS = free_options("evaluation", "baseline", "data.cache_text_gb")
+PLACES = {"teacher": ["teacher"], "data": ["data.path"]}  # options that only say where an input lies
+WEIGHTS = "student.safetensors"
+
+
+@dataclass
+class Run:
+    """One run; `seconds` holds the wall times of what was done in this process."""
+
+    config: SlamConfig
+    folder: Path
+    teacher: Teacher
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: SlamConfig, config_yaml: str) -> Run:
+        """Create or continue `config.run_dir`; loads the teacher and looks at the data before anything is written.
+
+        Raises:
+            UserError: the folder holds another run or cannot be written, an option is wrong, or the teacher is.
+        """
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        folder = Path(config.run_dir)
+        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, folder, load_teacher(config))
+        run.new_student("slam")  # refuses what does not fit the teacher
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(run.pictures.captions))
+        data = fingerprint_strings([run.pictures.fingerprint, *run.pictures.captions])
+        opened.begin({"teacher": run.teacher.checksum, "data": data})
+        return run
+
+    @classmethod
+    def existing(cls, folder: Path) -> Run:
+        """A run that train.py has finished; writes nothing.
+
+        Raises:
+            UserError: no run there, or its teacher was replaced.
+        """
+        config = read_run_config(SlamConfig, folder, "--run_dir")
+        teacher = load_teacher(config)
+        refuse_other_inputs(folder, {"teacher": teacher.checksum})
+        return cls(config, folder, teacher)
+
+    @cached_property
+    def pictures(self) -> Captioned:
+        """The training pictures."""
+        return open_pictures(self.config.data, "train", self.teacher.image_size[0], self.config.seed)
+
+    def states(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Caption numbers [b] to text states [b, L, D]; encoded once while `data.cache_text_gb` lasts."""
+        table = StateTable(self.teacher, int(self.config.data.cache_text_gb * 2**30))
+        return lambda ids: table([captions[i] for i in ids.tolist()]).float()
+
+    def subpath(self, name: str) -> SubPathConfig:
+        """The options of a student; `lcm` is trained at gamma = 1 and is else the same."""
+        return self.config.subpath if name == "slam" else replace(self.config.subpath, gamma="one")
+
+    def new_student(self, name: str) -> Student:
+        """A student as it starts."""
+        torch.manual_seed(self.config.seed)
+        return make_student(self.teacher, self.config.student, self.subpath(name)).to(self.teacher.device)
+
+    def save(self, student: Student, name: str) -> None:
+        """Keep a finished student's trained weights."""
+        if is_main_process():
+            save_weights(self.folder / name / WEIGHTS, trained_state(student))
+
+    def restore(self, student: Student, name: str) -> bool:
+        """Load a finished student; False if it is not finished."""
+        path = self.folder / name / WEIGHTS
+        if self.config.resume == "never" or not path.is_file():
+            return False
+        wanted = trained_state(student)
+        load_weights(student, path, against="the student of this run's configuration", wanted=wanted)
+        student.eval()
+        return True
+
+    def load(self, name: str = "slam") -> Student:
+        """A finished student.
+
+        Raises:
+            UserError: it is not finished.
+        """
+        student = self.new_student(name)
+        if not self.restore(student, name):
+            raise UserError(f"{self.folder / name} is not finished; run slam/train.py --run_dir {self.folder} first")
+        return student
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Book the block's wall time."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def trained_state(student: Student) -> dict[str, Tensor]:
+    """What a student has learned: all weights, or its adaptors."""
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    return {name: tensor for name, tensor in student.state_dict().items() if name in trained}
+
+
+def check_options(config: SlamConfig) -> None:
+    """Refuse what would fail after work has begun.
+
+    Raises:
+        UserError: naming the option.
+    """
+    check_trainer(
+        config.trainer,
+        {"trainer.batch_size": config.trainer.batch_size},
+        resume=config.resume,
+        ema_decay=config.optimiser.ema_decay,
+        grad_clip=config.optimiser.grad_clip,
+    )
+    if config.data.name == "shapes" and config.data.images == 0:
+        raise UserError("--data.images 0: expected a number of at least 1 for --data.name shapes, which draws them")
+    for steps in config.evaluation.steps:
+        if steps > config.subpath.solver_steps:
+            raise UserError(
+                f"--evaluation.steps {steps}: expected at most --subpath.solver_steps {config.subpath.solver_steps}"
+            )
+    if config.loss.w_range:
+        if len(config.loss.w_range) != 2 or config.loss.w_range[0] > config.loss.w_range[1]:
+            raise UserError(f"--loss.w_range {config.loss.w_range}: expected two numbers, the least first")
+        if config.subpath.gamma != "one" or config.student.kind != "full":
+            raise UserError(
+                "--loss.w_range is LCM's recipe, which embeds w where SLAM embeds gamma: expected --subpath.gamma one "
+                "and --student.kind full"
+            )
+
+
+def load_teacher(config: SlamConfig) -> Teacher:
+    """The run's teacher, on the device where the student will be trained."""
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    return Teacher.load(config.teacher, device, getattr(torch, config.dtype))

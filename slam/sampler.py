@@ -1,0 +1,72 @@
+"""Few steps from noise to picture: jump to the data, add fresh noise of the next level, jump again (algorithm of LCM).
+
+Shape suffixes: B batch, C channels, H height, W width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from slam.model import Student
+from slam.subpath import SubPaths
+
+
+def timesteps(paths: SubPaths, steps: int, strength: float = 1.0) -> list[int]:
+    """Training steps of an N-step sampling, from the noisy end on: N of the grid's, evenly spread (LCMScheduler).
+
+    Args:
+        strength: image-to-image: only the cleaner part of the grid, as large as this.
+
+    Raises:
+        UserError: more steps than that part of the grid has.
+    """
+    grid = paths.start_N[: int(paths.steps * strength)].flip(0).tolist()
+    if not 1 <= steps <= len(grid):
+        raise UserError(
+            f"{steps} steps at strength {strength:g}: expected 1 to {len(grid)}, of the {paths.steps} the student knows"
+        )
+    return [grid[math.floor(i * len(grid) / steps)] for i in range(steps)]
+
+
+@torch.no_grad()
+def sample(
+    student: Student,
+    x_BCHW: Tensor,
+    states_BLD: Tensor,
+    steps: int,
+    fresh: Callable[[int], Tensor] | None = None,
+    *,
+    start_BCHW: Tensor | None = None,
+    strength: float = 1.0,
+    w: float | None = None,
+) -> Tensor:
+    """Clean latents [B, C, H, W] after so many evaluations of the student at gamma = 1.
+
+    Args:
+        x_BCHW: unit normal.
+        fresh: number of the step, from 1 on -> unit normal [B, C, H, W] to go on with; None: torch's global generator.
+        start_BCHW: latents to begin from instead of pure noise (image-to-image), noised to the first time.
+        w: guidance of a student that was trained with LCM's random one.
+    """
+    times = timesteps(student.paths, steps, strength)
+    w_B = None if w is None else x_BCHW.new_full((len(x_BCHW),), w)
+
+    def at(tau: int) -> Tensor:
+        return torch.full((len(x_BCHW),), tau, device=x_BCHW.device)
+
+    def noised(clean_BCHW: Tensor, noise_BCHW: Tensor, tau: int) -> Tensor:
+        alpha, sigma = student.paths.schedule.levels(at(tau))
+        return alpha * clean_BCHW + sigma * noise_BCHW
+
+    z_BCHW = x_BCHW if start_BCHW is None else noised(start_BCHW, x_BCHW, times[0])
+    for number, tau in enumerate(times, 1):
+        x1_BCHW = student(z_BCHW, at(tau), states_BLD, w_B=w_B)
+        if number < steps:
+            noise_BCHW = torch.randn_like(z_BCHW) if fresh is None else fresh(number).to(z_BCHW)
+            z_BCHW = noised(x1_BCHW, noise_BCHW, times[number])
+    return x1_BCHW

@@ -1,0 +1,112 @@
+"""Adaptors: files that stock diffusers reads at the same strength, and files of others read at theirs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from common.adaptors import FILE, adaptor_state, add_adaptors, merge_adaptors, read_adaptors, write_adaptors
+from common.solvers import stock_pipeline
+from tests.common.tiny_teacher import tiny_teacher
+from tests.refusals import refused
+
+X, T, STATES = torch.randn(2, 4, 8, 8), torch.tensor([700, 20]), torch.randn(2, 6, 16)
+TARGETS = ["to_q", "to_out.0", "conv1", "ff.net.2"]
+
+
+def bare() -> Any:
+    return copy.deepcopy(tiny_teacher().unet)
+
+
+def adapted(alpha: float | None = None, mixed: bool = False) -> Any:
+    """A U-Net whose adaptors do something."""
+    unet = bare()
+    names = [name for name, m in unet.named_modules() if name.endswith("to_q") or name.endswith("conv1")]
+    add_adaptors(unet, TARGETS, 3, alpha, {name: 1 + i % 4 for i, name in enumerate(names)} if mixed else None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    return unet.eval()
+
+
+@torch.no_grad()
+def output(unet: Any) -> torch.Tensor:
+    return unet(X, T, STATES, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_stock_load_lora_weights_draws_what_we_draw(
+    mixed: bool, alpha: float | None, layout: Any, tmp_path: Path
+) -> None:
+    unet = adapted(alpha, mixed)
+    wanted = output(unet)
+    assert float((wanted - output(bare())).abs().max()) > 0.05
+    write_adaptors(tmp_path, adaptor_state(unet), {}, layout)
+    tensors = load_file(tmp_path / FILE)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        notes = file.metadata()
+    for order in (sorted(tensors), sorted(tensors, reverse=True)):  # the first key must not decide for all
+        save_file({key: tensors[key] for key in order}, tmp_path / FILE, notes)
+        teacher = tiny_teacher()
+        teacher.unet = bare()
+        pipeline = stock_pipeline(teacher, "DDIMScheduler")
+        pipeline.load_lora_weights(tmp_path, weight_name=FILE)
+        torch.testing.assert_close(output(pipeline.unet.eval()), wanted, rtol=1e-5, atol=1e-5)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        torch.testing.assert_close(output(pipeline.unet), wanted, rtol=1e-4, atol=1e-5)
+        plain = bare()
+        merge_adaptors(plain, read_adaptors(tmp_path, plain))
+        torch.testing.assert_close(output(plain), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_kohyas_layout_is_read_with_the_alpha_of_every_module(tmp_path: Path) -> None:
+    unet = bare()
+    name = next(n for n, _ in unet.named_modules() if n.endswith("to_q"))
+    down, up = torch.randn(4, 8)[:, : dict(unet.named_modules())[name].weight.shape[1]], torch.randn(8, 4)
+    up = torch.randn(dict(unet.named_modules())[name].weight.shape[0], 4)
+    key = "lora_unet_" + name.replace(".", "_")
+    save_file(
+        {f"{key}.alpha": torch.tensor(2.0), f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down.contiguous()},
+        tmp_path / "kohya.safetensors",
+    )
+    found = read_adaptors(tmp_path / "kohya.safetensors", unet)
+    torch.testing.assert_close(found[name][1] @ found[name][0], (2.0 / 4) * up @ down)
+
+
+def test_half_an_adaptor_another_model_or_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    unet = bare()
+    name = next(n for n, _ in unet.named_modules() if n.endswith("to_q"))
+    rows, columns = dict(unet.named_modules())[name].weight.shape
+    whole = {f"unet.{name}.lora_A.weight": torch.zeros(2, columns), f"unet.{name}.lora_B.weight": torch.zeros(rows, 2)}
+    cases = [
+        ({k: v for k, v in whole.items() if "lora_A" in k}, f"{name} has no B"),
+        ({k.replace("to_q", "to_z"): v for k, v in whole.items()}, "belongs to no layer of this U-Net"),
+        ({**whole, f"unet.{name}.lora_A.weight": torch.zeros(2, columns + 1)}, "does not fit a weight"),
+        ({"conv_in.weight": torch.zeros(1)}, "is not the name of an adaptor's weight"),
+    ]
+    for tensors, sentence in cases:
+        save_file(tensors, tmp_path / FILE)
+        refused(sentence, read_adaptors, tmp_path, unet)
+
+
+def test_rank_and_alpha_of_every_module_stand_in_the_header(tmp_path: Path) -> None:
+    unet = adapted(5.0, mixed=True)
+    write_adaptors(tmp_path, adaptor_state(unet), {"about": "a test"})
+    with safe_open(tmp_path / FILE, "pt") as file:
+        notes = file.metadata()
+    described = json.loads(notes["lora_adapter_metadata"])
+    ranks = {name: len(down) for name, (down, _) in adaptor_state(unet).items()}
+    assert described["unet.rank_pattern"] == described["unet.alpha_pattern"] == ranks
+    assert notes["about"] == "a test" and len(set(ranks.values())) > 1

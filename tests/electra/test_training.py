@@ -108,9 +108,10 @@ def test_another_configuration_does_not_continue_in_the_same_folder(reference: P
 
 def test_an_arms_folder_stands_for_its_encoder_with_the_generator_beside_it(reference: Path, tmp_path: Path) -> None:
     arm = reference / "electra"
-    assert encoder_folder(reference) == encoder_folder(arm) == arm / "discriminator"
+    assert encoder_folder(arm) == arm / "discriminator"
     assert generator_folder(arm / "discriminator") == arm / "generator"
     other = Path(shutil.copytree(arm, tmp_path / "run" / "b", ignore=shutil.ignore_patterns("checkpoints")))
+    assert encoder_folder(tmp_path / "run") == other / "discriminator"
     shutil.copytree(other, tmp_path / "run" / "a")
     refused("holds the arms a, b: name one", encoder_folder, tmp_path / "run")
 

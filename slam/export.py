@@ -19,7 +19,8 @@ import torch
 from common.adaptors import adaptor_state, merge_adaptors, write_adaptors
 from common.errors import UserError
 from common.files import read_object, replace_folder
-from common.teacher import Teacher, load_parts, quiet_libraries, read_schedule
+from common.pretrained import quiet_libraries, read_network
+from common.teacher import Teacher, load_parts, read_schedule
 from slam.config import SlamConfig, SubPathConfig
 from slam.model import Student, copy_unet
 from slam.subpath import TIMESTEP_SCALING, SubPaths
@@ -125,11 +126,7 @@ def load_student(
         around = Teacher(*parts, config, folder, distilled=True)  # its text encoder, autoencoder and schedule
         unet = parts[0]
     elif teacher is not None and (folder / "config.json").is_file():
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True, torch_dtype=dtype
-        )
-        if info["missing_keys"]:
-            raise UserError(f"{folder}: its weights lack {sorted(info['missing_keys'])[0]}; download it again")
+        unet = read_network(UNet2DConditionModel, folder, torch_dtype=dtype)
         config, around = {"original_inference_steps": 50}, teacher
     else:
         raise UserError(f"{folder}: no model_index.json; expected a pipeline folder, or a U-Net's with --teacher")

@@ -58,7 +58,8 @@ class TimeMatching:
         wanted_B = torch.logit(t_B.double()).clamp(grid_T[0], grid_T[-1])
         right_B = torch.searchsorted(grid_T, wanted_B).clamp(1, len(grid_T) - 1)
         left_value_B, right_value_B = grid_T[right_B - 1], grid_T[right_B]
-        position_B = right_B - 1 + (wanted_B - left_value_B) / (right_value_B - left_value_B)
+        # Schedules that end without signal have equal neighbours there.
+        position_B = right_B - 1 + (wanted_B - left_value_B) / (right_value_B - left_value_B).clamp(min=1e-12)
         return (len(grid_T) - 1 - position_B).float()
 
 

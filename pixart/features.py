@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 
 from common.data.cache import FeatureCache, fingerprint_files, fingerprint_strings
 from common.errors import UserError
-from common.files import read_object, write_atomically
+from common.files import read_object, replace_folder
 from common.paths import cache_dir, existing_path
 from common.pretrained import read_network
 from common.teacher import decode_latents, to_uint8
@@ -78,11 +77,14 @@ class Codec:
         return codec_fingerprint(self.folder)
 
     def save(self, folder: Path) -> None:
-        """Copy its configuration and weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in self.files:
-            if file.parent.resolve() != folder.resolve():
-                write_atomically(folder / file.name, partial(shutil.copyfile, file))
+        """Copy its configuration and weights, all or none."""
+
+        def fill(place: Path) -> None:
+            for file in self.files:
+                shutil.copyfile(file, place / file.name)
+
+        if any(file.parent.resolve() != folder.resolve() for file in self.files):
+            replace_folder(folder, fill)
 
     @torch.no_grad()
     def moments(self, images_n3HW: Tensor) -> Tensor:

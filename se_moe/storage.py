@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import read_object, write_json
+from common.files import read_object, sweep, write_json
 
 Value = TypeVar("Value")
 
@@ -606,5 +606,6 @@ class FileTier:
                 key, version = ExpertKey(int(match[1]), int(match[2])), int(match[3])
                 if version != self.versions.get(key) and version not in self._retained.get(key, ()):
                     path.unlink()
-            elif path.name.endswith(".part"):
+            elif path.name.endswith(".part") and path.is_file():
                 path.unlink()
+        sweep(self.folder)  # what a killed process has left unfinished

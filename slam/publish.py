@@ -32,12 +32,13 @@ def publish(run_dir: Path, name: str) -> Path:
     from diffusers import LatentConsistencyModelPipeline
 
     from common.costs import parameter_count
+    from common.pretrained import from_folder
 
     target = PRETRAINED / name
     publishing.copy_pipeline(run_dir / "slam" / "pipeline", target)
     for path in target.rglob("*.safetensors"):
         publishing.copy_half(path, path)
-    opened = LatentConsistencyModelPipeline.from_pretrained(target, dtype=torch.float32)
+    opened = from_folder(LatentConsistencyModelPipeline, target, dtype=torch.float32)
     shutil.copyfile(run_dir / "comparison.png", target / "comparison.png")
     facts = {
         "teacher": f"`{config['teacher']}`, sha256 {metrics['teacher_sha256'][:16]}",

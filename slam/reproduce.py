@@ -147,7 +147,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def open_study(given: argparse.Namespace) -> Study:
     tune_allocator()
-    return Study(Teacher.load(given.teacher), open_sizes(Sizes, "slam", given.tier), given.folder)
+    return Study(Teacher.load(given.teacher), open_sizes(Sizes, "slam", given.tier, given.rung), given.folder)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def test_resume_in_the_middle_of_accumulated_steps_is_exact(reference: Path, tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatentDiffusion, "loss", interrupted)
-        with pytest.raises(UserError):
+        with pytest.raises(InterruptedError):
             train(tmp_path / "parts", **options)
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     train(tmp_path / "parts", **options)
@@ -68,7 +68,8 @@ def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path) -
         stages = [first_stage_losses(folder, column) for folder in (tmp_path / "two", reference)]
         assert stages[0] == pytest.approx(stages[1], **CLOSE) and len(stages[0]) == (5 if column == "disc_loss" else 8)
     assert losses(tmp_path / "two") == pytest.approx(losses(reference), **CLOSE)
-    assert "Tip" not in done.stderr + done.stdout and "Warning" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "captions are cut to 12 tokens" not in line]
+    assert "Tip" not in done.stderr + done.stdout and not [line for line in said if "Warning" in line]
 
 
 @pytest.mark.parametrize("how", [{"data__cache_latents": "false"}, {"data__max_memory_gb": 0, "data__workers": 1}])

@@ -341,7 +341,7 @@ def test_the_program_writes_text_within_the_budget(tmp_path: Path, capsys: pytes
     assert unlimited["sections"] == 1 and unlimited["text"] == everything["text"], "a ring needs no --device_mb"
     with pytest.raises(UserError, match="does not fit"):
         serve.main([*base, "--device_mb", "0.01"])
-    with pytest.raises(UserError, match="graph mode 'magic' is unknown; expected one of eager, export, compile"):
+    with pytest.raises(UserError, match=r"--mode: invalid choice: 'magic' .choose from 'eager', 'export', 'compile'."):
         serve.main([*base, "--mode", "magic"])
     with pytest.raises(UserError, match="5 layers cannot be cut into 9 sub-graphs"):
         serve.main([*base, "--devices", "9"])

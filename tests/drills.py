@@ -170,6 +170,7 @@ def once(module: str, arguments: Sequence[str], fault: Fault | None = None, **va
             sys.orig_argv[:] = [sys.executable, "-m", module, *arguments]
             sys.argv[:] = [module, *arguments]
             os.environ.update(variables)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
             if fault is not None:
                 fault()
             run_main(lambda: importlib.import_module(module).main(list(arguments)))

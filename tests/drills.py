@@ -340,8 +340,9 @@ class Drill:
 
     def kill(self, moments: int = 4) -> None:
         """Signal 9 before files get their names, and at any time; then the same command."""
-        for file in [self.product, *self.random.sample(self.files[1:], min(moments, len(self.files) - 1))]:
-            name = f"kill-{file.name}"
+        others = [file for file in self.files[1:] if file != self.product]
+        for file in [self.product, *self.random.sample(others, min(moments, len(others)))]:
+            name = f"kill-{'-'.join(file.parts)}"  # of two stages each has a file of some name
             self.killed(name, file)
             self.equal(name)
         for number in range(moments):

@@ -15,8 +15,9 @@ from common.ema import Ema
 from common.steps import StepDraws
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
-from slam.model import Student, averaged_copy, make_student
+from slam.model import Student, averaged_copy, copy_unet, make_student
 from slam.sampler import sample
+from slam.subpath import SubPaths
 
 SAMPLING_SEED = 4310  # of the noise that multi-step sampling adds
 RANK = 16  # of every row that trains adaptors
@@ -59,7 +60,11 @@ def distilled(
 ) -> Sampler:
     """Train a student for the whole budget."""
     torch.manual_seed(derive_seed(seed, 2))  # of the adaptors' first weights
-    student = make_student(bench.teacher, kind, options)
+    if options.gamma == "one" and kind.kind == "full":  # its guidance is fixed: nothing is embedded
+        paths = SubPaths(bench.teacher.schedule, options.solver_steps)
+        student = Student(copy_unet(bench.teacher, None).train().requires_grad_(True), paths)
+    else:
+        student = make_student(bench.teacher, kind, options)
     loss = loss_of(bench, student, options)
     bench.fit(student, loss, bench.data, budget, lr, derive_seed(seed, 1), 1.0, extra=3.0)
 

@@ -181,7 +181,7 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
 
 
 def _summary(found: Mapping[str, Findings]) -> str:
-    measured = sum(1 for paper in all_papers() if found.get(paper.key))
+    measured = sum(1 for paper in all_papers() if paper.key in found and found[paper.key].by_id())
     best = [records[0] for findings in found.values() for records in findings.by_id().values()]
     holding = [claim for claim in best if claim["holds"]]
     noisy = [sum(map(within_noise, group)) for group in (holding, [c for c in best if not c["holds"]])]

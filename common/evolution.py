@@ -42,7 +42,7 @@ def as_objectives(values: ArrayLike) -> Objectives:
 
 def dominates(one: ArrayLike, other: ArrayLike) -> bool:
     """No worse in any objective, and better in one."""
-    first, second = as_objectives([one, other])
+    first, second = as_objectives(np.stack([np.asarray(one), np.asarray(other)]))
     return bool((first <= second).all() and (first < second).any())
 
 

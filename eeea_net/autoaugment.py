@@ -61,10 +61,9 @@ def apply(picture: Image.Image, name: str, strength: int, sign: int) -> Image.Im
         return ENHANCERS[name](picture).enhance(1 + sign * 0.9 * share)
     if name == "rotate":
         return picture.rotate(sign * 30 * share, fillcolor=_grey(picture))
-    if name in ("shear_x", "shear_y", "translate_x", "translate_y"):
+    if name in ("shear_y", "translate_x", "translate_y"):
         amount = sign * share * (0.3 if name.startswith("shear") else 150 / 331 * picture.width)
         rows = {
-            "shear_x": (1, amount, 0, 0, 1, 0),
             "shear_y": (1, 0, 0, amount, 1, 0),
             "translate_x": (1, 0, amount, 0, 1, 0),
             "translate_y": (1, 0, 0, 0, 1, amount),

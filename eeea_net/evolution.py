@@ -135,6 +135,6 @@ def next_generation(
         if name not in known and name not in children:
             children[name] = Member(child, name, (mother.key, father.key))
     raise UserError(
-        f"{TRIES} children were bred and only {len(children)} of them are new: raise --evolution.mutation, or give fewer "
-        "generations"
+        f"{TRIES} children were bred and only {len(children)} of them are new: raise --evolution.mutation, or give "
+        "fewer generations"
     )

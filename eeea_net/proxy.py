@@ -24,6 +24,7 @@ from common.cpu import tune_allocator
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet
 from common.data.sampling import derive_seed
+from common.errors import UserError, stop_if_not_finite
 from common.jobs import Job
 from eeea_net.config import DataConfig, ProxyOptions
 from eeea_net.data import augmentation, open_data
@@ -122,7 +123,10 @@ def train_and_compare(
 
 
 def fit(network: Network, options: ProxyOptions, lesson: Lesson) -> float:
-    """SGD with a cosine over the steps of the lesson; returns the last training loss."""
+    """SGD with a cosine over the steps of the lesson; returns the last training loss, NaN as soon as it is not finite.
+
+    A network that diverges is the worst of its generation, not the end of the search.
+    """
     weights = list(network.parameters())
     # The fused form takes all tensors in one call: these networks have hundreds of small ones.
     optimiser = torch.optim.SGD(
@@ -134,7 +138,7 @@ def fit(network: Network, options: ProxyOptions, lesson: Lesson) -> float:
         fused=True,
     )
     network.train()
-    loss = torch.zeros(())
+    value = math.nan
     for step in range(lesson.steps):
         optimiser.param_groups[0]["lr"] = options.lr * (1 + math.cos(math.pi * step / lesson.steps)) / 2
         x_BCHW, y_B = lesson.batch(step)
@@ -144,7 +148,12 @@ def fit(network: Network, options: ProxyOptions, lesson: Lesson) -> float:
         if options.grad_clip:
             nn.utils.clip_grad_norm_(weights, options.grad_clip, foreach=True)
         optimiser.step()
-    return float(loss.detach())
+        value = float(loss.detach())
+        try:
+            stop_if_not_finite(value, step + 1)
+        except UserError:
+            return math.nan
+    return value
 
 
 @torch.no_grad()

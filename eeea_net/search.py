@@ -102,7 +102,7 @@ class Evaluator:
             for done, (number, values) in enumerate(run_jobs(jobs, self.engine, self.workers)):
                 self.known[new[number].key] = values
                 write_json(self.path, {"evaluations": self.known})
-                steps.ended(lambda: f"{len(self.known)} networks are saved in {self.path}")
+                steps.ended(lambda: f"the last of {len(self.known)} networks is saved in {self.path}")
                 if tell is not None:
                     tell(done + 1, len(new))
         return [self.known[member.key]["error"] for member in members]

@@ -1,4 +1,4 @@
-"""What `train.py` does: evolve, choose, draw and train; the unfiltered search, random search and other cells beside it."""
+"""What `train.py` does: evolve, choose, draw and train; unfiltered and random search and other cells beside it."""
 
 from __future__ import annotations
 

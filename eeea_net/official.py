@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.evolution import as_objectives
+
 Objectives = Sequence[float]
 COMPARED = 2  # objectives that dominance looks at
 
@@ -59,7 +61,8 @@ def official_crowding(population: Sequence[Objectives]) -> list[float]:
 
 def official_survivors(population: Sequence[Objectives], count: int | None = None) -> list[int]:
     """Front by front as they were found; the last front falls by the crowding of the first individuals of the list."""
-    found = official_fronts([[float("inf") if v != v else v for v in values] for values in population])
+    population = as_objectives(population).tolist()  # not a number is the worst here too
+    found = official_fronts(population)
     crowding = official_crowding(population)
     last = [index for _, index in sorted(zip(crowding, found[-1]), reverse=True)]
     return [*(index for front in found[:-1] for index in front), *last][:count]

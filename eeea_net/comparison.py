@@ -65,7 +65,7 @@ class Comparison:
         known = read_object(metrics, kinds={"seconds": (int, float)}) if metrics.is_file() else {"seconds": 0.0}
         self.started = time.perf_counter() - float(known["seconds"])
         self.data: ImageSet = open_data(config.data, config.seed)
-        self.space = Space.of(config.space)
+        self.space = Space.of(config.cell)
         self.scale = Scale(self.space, config.large)
         self.setting = Setting(config.data, config.proxy, config.seed, str(self.device))
         self._trained: dict[tuple[Genotype, RetrainOptions], Trained] = {}

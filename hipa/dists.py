@@ -1,6 +1,6 @@
 """DISTS (Ding et al. 2020, arXiv 2004.07728): similarity of texture and structure in the features of any trunk.
 
-Features are the picture itself and five stages of a VGG16, each but the first begun by L2 pooling with a Hanning window.
+Features are the picture itself and five stages of a VGG16, each but the first begun by L2 pooling (Hanning window).
 
 Shape suffixes: B batch, C channels, H height, W width.
 """

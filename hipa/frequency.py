@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width, F columns of the real FF
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def radii(height: int, width: int, half: bool = False) -> Tensor:
 
 
 def low_pass(x_BCHW: Tensor, radius: float, gaussian: bool = False) -> Tensor:
-    """What lies at most `radius` from the mean: an ideal circular mask, or a Gaussian one of that standard deviation."""
+    """What lies at most `radius` from the mean: an ideal circular mask, or a Gaussian of that deviation."""
     height, width = x_BCHW.shape[-2:]
     distance_HF = radii(height, width, half=True).to(x_BCHW.device)
     mask_HF = (-0.5 * (distance_HF / radius).square()).exp() if gaussian else (distance_HF <= radius).float()
@@ -65,7 +66,7 @@ def radial_power(x_BCHW: Tensor) -> Tensor:
 def bands(height: int, width: int, edges: Sequence[float]) -> Tensor:
     """Masks [R, H, W] of the rings edges[i] < radius <= edges[i + 1], in the order of the FFT."""
     distance_HW = radii(height, width)
-    return torch.stack([(distance_HW > a) & (distance_HW <= b) for a, b in zip(edges, edges[1:])])
+    return torch.stack([(distance_HW > a) & (distance_HW <= b) for a, b in pairwise(edges)])
 
 
 def coherence(x_BCHW: Tensor, y_BCHW: Tensor, edges: Sequence[float]) -> Tensor:

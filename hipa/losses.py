@@ -64,7 +64,7 @@ class AdaptationLoss:
         self.lpips = None
         if options.space == "latents" and (options.spatial != "mse" or options.edge == "dists"):
             raise UserError(
-                "--loss.space latents has no picture to look at: expected --loss.spatial mse, edge mse or none"
+                "--loss.space latents has no picture to look at: expected --loss.spatial mse, --loss.edge mse or none"
             )
         if options.mask == "gaussian" and options.fourier not in ("mse", "none"):
             raise UserError(f"--loss.mask gaussian goes with --loss.fourier mse, not {options.fourier}")

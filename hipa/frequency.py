@@ -77,7 +77,7 @@ def coherence(x_BCHW: Tensor, y_BCHW: Tensor, edges: Sequence[float]) -> Tensor:
     if x_BCHW.shape != y_BCHW.shape:
         raise UserError(f"coherence of {tuple(x_BCHW.shape)} with {tuple(y_BCHW.shape)}: expected equal shapes")
     x, y = (torch.fft.fft2(z.double(), norm="ortho") for z in (x_BCHW, y_BCHW))
-    masks_RHW = bands(*x_BCHW.shape[-2:], edges).to(x_BCHW.device)
+    masks_RHW = bands(x_BCHW.shape[-2], x_BCHW.shape[-1], edges).to(x_BCHW.device)
     cross, power_x, power_y = (z.sum((0, 1)) for z in ((x * y.conj()).real, x.abs().square(), y.abs().square()))
 
     def over(z_HW: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def coherence(x_BCHW: Tensor, y_BCHW: Tensor, edges: Sequence[float]) -> Tensor:
 
 def relative_error(x_BCHW: Tensor, y_BCHW: Tensor, edges: Sequence[float]) -> Tensor:
     """sqrt(sum |X - Y|^2 / sum |Y|^2) in every band, [R]: the error of pictures x against y."""
-    masks_RHW = bands(*x_BCHW.shape[-2:], edges).to(x_BCHW.device)
+    masks_RHW = bands(x_BCHW.shape[-2], x_BCHW.shape[-1], edges).to(x_BCHW.device)
     error, power = (
         torch.fft.fft2(z.double(), norm="ortho").abs().square().sum((0, 1)) for z in (x_BCHW - y_BCHW, y_BCHW)
     )

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.metrics.perceptual import perceptual_distance
 from hipa.config import LossConfig
 from hipa.dists import Dists, dists
 from hipa.frequency import edges, high_pass, radii
+from hipa.frozen import spare_memory
 
 Parts = dict[str, Tensor]  # name -> scalar; "loss" is what is minimised
 
@@ -70,16 +72,27 @@ class AdaptationLoss:
             raise UserError(f"--loss.mask gaussian goes with --loss.fourier mse, not {options.fourier}")
         if options.spatial == "dists" or options.edge == "dists":
             self.perceptual = dists(options.trunk).to(device)
+            spare_memory(self.perceptual)
         if options.spatial == "lpips":
             self.lpips = perceptual_distance(options.trunk).to(device)
+            spare_memory(self.lpips)
 
-    def __call__(self, latents_BCHW: Tensor, target_BCHW: Tensor) -> Parts:
-        """Of one-step latents and the target's latents."""
+    def __call__(self, latents_BCHW: Tensor, target_BCHW: Tensor, picture_BCHW: Tensor | None = None) -> Parts:
+        """Of one-step latents and the target's latents.
+
+        Args:
+            picture_BCHW: the target decoded to [0, 1], where it is known already.
+        """
         if self.options.space == "latents":
             return self.of_pictures(latents_BCHW, target_BCHW)
-        with torch.no_grad():
-            wanted_BCHW = self.decode(target_BCHW)
-        return self.of_pictures((self.decode(latents_BCHW) + 1) / 2, (wanted_BCHW + 1) / 2)
+        if picture_BCHW is None:
+            with torch.no_grad():
+                picture_BCHW = (self.decode(target_BCHW) + 1) / 2
+        if self.options.recompute:
+            drawn_BCHW = checkpoint(self.decode, latents_BCHW, use_reentrant=False)
+        else:
+            drawn_BCHW = self.decode(latents_BCHW)
+        return self.of_pictures((drawn_BCHW + 1) / 2, picture_BCHW)
 
     def of_pictures(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Parts:
         """Of pictures in [0, 1] (or of latents, in their own range)."""

@@ -13,46 +13,47 @@ from torch import Tensor, nn
 from common.adaptors import add_adaptors
 from common.teacher import NoiseSchedule, Teacher
 from hipa.config import PLACEMENTS, AdaptorConfig
+from hipa.frozen import spare_memory
 
 
 class OneStep(nn.Module):
     """Noise to latents by one evaluation of the U-Net at the last training step T (section 2.1).
 
     For epsilon models (x - sigma_T eps) / alpha_T, for v models alpha_T x - sigma_T v; no guidance pass.
+
+    Args:
+        time: another training step than T, where a picture is drawn from a noisy one (editing).
     """
 
-    def __init__(self, unet: Any, schedule: NoiseSchedule) -> None:
+    def __init__(self, unet: Any, schedule: NoiseSchedule, time: int | None = None) -> None:
         super().__init__()
         self.unet, self.schedule = unet, schedule
+        # 999 of 1000: never what a scheduler's default spacing makes of one step.
+        self.time = schedule.steps - 1 if time is None else time
 
-    @property
-    def time(self) -> int:
-        """T: 999 of 1000; never what a scheduler's default spacing makes of one step."""
-        return self.schedule.steps - 1
-
-    def forward(self, x_BCHW: Tensor, states_BLD: Tensor, concat_BCHW: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
         """Latents [B, C, H, W], float32.
 
         Args:
-            concat_BCHW: what a base with a picture as its condition takes beside the noise (super-resolution, masks).
+            x_BCHW: noise; for a U-Net with a picture as its condition that picture's channels stand behind it.
         """
         t_B = torch.full((len(x_BCHW),), self.time, device=x_BCHW.device)
         dtype = next(self.unet.parameters()).dtype
-        input_BCHW = x_BCHW if concat_BCHW is None else torch.cat([x_BCHW, concat_BCHW], 1)
-        output_BCHW = self.unet(input_BCHW.to(dtype), t_B, states_BLD.to(dtype), return_dict=False)[0].float()
+        output_BCHW = self.unet(x_BCHW.to(dtype), t_B, states_BLD.to(dtype), return_dict=False)[0].float()
         alpha, sigma = self.schedule.levels(t_B)
-        x1_BCHW, _ = self.schedule.read(output_BCHW, x_BCHW.float(), alpha, sigma)
+        x1_BCHW, _ = self.schedule.read(output_BCHW, x_BCHW[:, : output_BCHW.shape[1]].float(), alpha, sigma)
         return x1_BCHW
 
 
-def make_student(teacher: Teacher, options: AdaptorConfig) -> OneStep:
+def make_student(teacher: Teacher, options: AdaptorConfig, time: int | None = None) -> OneStep:
     """The teacher's U-Net with adaptors whose B is zero: the first loss is that of the raw one-step model."""
     unet = bare_copy(teacher)
     if options.placement == "full":
         unet.requires_grad_(True)
     else:
         add_adaptors(unet, PLACEMENTS[options.placement], options.rank, options.alpha)
-    return OneStep(unet.to(memory_format=torch.channels_last), teacher.schedule)
+    spare_memory(unet)
+    return OneStep(unet.to(memory_format=torch.channels_last), teacher.schedule, time)
 
 
 def bare_copy(teacher: Teacher) -> Any:
@@ -62,8 +63,8 @@ def bare_copy(teacher: Teacher) -> Any:
     config = {key: value for key, value in dict(teacher.unet.config).items() if not key.startswith("_")}
     unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(teacher.unet.state_dict())
-    return unet.float().requires_grad_(False)
+    return unet.float().to(teacher.device).eval().requires_grad_(False)
 
 
-def trained_parameters(student: OneStep) -> int:
+def trained_parameters(student: nn.Module) -> int:
     return sum(p.numel() for p in student.parameters() if p.requires_grad)

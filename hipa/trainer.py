@@ -1,11 +1,10 @@
 """The step: one evaluation from a pair's noise, the adaptation loss against the pair's picture.
 
-Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text width.
+Shape suffixes: b rows of a micro-batch on this process, C channels, H height, W width, L text tokens, D text width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,14 @@ import torch
 from torch import Tensor
 
 from common.ema import Ema
+from common.optimisers import adamw
 from common.steps import BatchMeans, StepDraws
+from common.teacher import NoiseSchedule
 from hipa.config import OptimiserConfig
 from hipa.losses import AdaptationLoss
 from hipa.model import OneStep
+
+States = Callable[[Tensor], Tensor]  # prompt numbers [b] to text states [b, L, D] (of the frozen encoder)
 
 
 class HipaTraining(pl.LightningModule):
@@ -25,7 +28,6 @@ class HipaTraining(pl.LightningModule):
 
     Args:
         loss: of latents and the pair's latents.
-        states: prompt numbers [b] to text states [b, L, D] (of the frozen encoder).
         fresh_noise: draw the noise anew in every step (targets that are data), instead of the pair's own.
     """
 
@@ -33,7 +35,7 @@ class HipaTraining(pl.LightningModule):
         self,
         student: OneStep,
         loss: AdaptationLoss,
-        states: Callable[[Tensor], Tensor],
+        states: States,
         options: OptimiserConfig,
         *,
         seed: int,
@@ -51,22 +53,21 @@ class HipaTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=options.lr, weight_decay=options.weight_decay, foreach=True)
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / max(1, options.warmup))
-            if options.schedule == "constant":
-                return rise
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(
+            self.student.parameters(),
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            warmup=options.warmup,
+            schedule=options.schedule,
+            steps=self.steps,
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
-        noise_bCHW = draws.normal(*batch["x1"].shape[1:]) if self.fresh_noise else batch["x0"]
-        parts = self.loss(self.student(noise_bCHW, self.states(batch["prompt"])), batch["x1"].float())
+        x_bCHW, x1_bCHW = batch["x0"].float(), batch["x1"].float()
+        if self.fresh_noise:
+            x_bCHW = torch.cat([draws.normal(*x1_bCHW.shape[1:]), x_bCHW[:, x1_bCHW.shape[1] :]], 1)
+        parts = self.loss(self.student(x_bCHW, self.states(batch["prompt"])), x1_bCHW, batch.get("picture"))
         self.means.log(self, parts, draws.part, self.accumulate)
         return parts["loss"]
 
@@ -90,3 +91,54 @@ class HipaTraining(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict({**super().state_dict(), **state_dict}, strict=strict, assign=assign)
+
+
+class BaseTraining(pl.LightningModule):
+    """Trains a widened U-Net on: its own denoising loss, with the picture's channels behind the noisy latents.
+
+    Args:
+        null: states of the empty prompt, [1, L, D], which one prompt in ten becomes, for guidance.
+    """
+
+    DROPPED = 0.1
+
+    def __init__(
+        self,
+        unet: Any,
+        schedule: NoiseSchedule,
+        states: States,
+        null: Tensor,
+        *,
+        lr: float,
+        seed: int,
+        steps: int,
+        batch_size: int,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        self.unet, self.schedule, self.states, self.null = unet, schedule, states, null
+        self.lr, self.seed, self.steps, self.batch_size, self.accumulate = lr, seed, steps, batch_size, accumulate
+        self.means = BatchMeans()
+
+    def configure_optimizers(self) -> Any:
+        return adamw(
+            self.unet.parameters(), lr=self.lr, weight_decay=0.0, warmup=20, schedule="cosine", steps=self.steps
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        x1_bCHW, states_bLD = batch["x1"], self.states(batch["prompt"])
+        t_b, dropped_b = draws.integers(self.schedule.steps), draws.uniform() < self.DROPPED
+        noise_bCHW = draws.normal(*x1_bCHW.shape[1:])
+        states_bLD = torch.where(dropped_b.view(-1, 1, 1), self.null.to(states_bLD), states_bLD)
+        alpha, sigma = self.schedule.levels(t_b)
+        z_bCHW = torch.cat([alpha * x1_bCHW + sigma * noise_bCHW, batch["beside"]], 1)
+        output_bCHW = self.unet(z_bCHW, t_b, states_bLD, return_dict=False)[0].float()
+        wanted_bCHW = {
+            "epsilon": noise_bCHW,
+            "v_prediction": alpha * noise_bCHW - sigma * x1_bCHW,
+            "sample": x1_bCHW,
+        }[self.schedule.prediction_type]
+        loss = (output_bCHW - wanted_bCHW).square().mean()
+        self.means.log(self, {"loss": loss}, draws.part, self.accumulate)
+        return loss

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TITLES = {"hipa": "HiPA", "spatial": "spatial loss only", "pixel": "pixel loss only"}
 TRAIN_STEP = 3  # U-Net forwards that a forward and its backward count for
-PROGRESSIVE = {"parameters": 9 * 859_520_964, "gpu_days": 108.8}  # nine halvings of Stable Diffusion, abstract
+PROGRESSIVE = {"parameters": 7_740_000_000, "gpu_days": 108.8}  # nine halvings of Stable Diffusion, abstract
 
 Source = Callable[["Tensor", "Tensor"], "Tensor"]
 

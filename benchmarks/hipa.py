@@ -43,6 +43,7 @@ from common.adaptors import adaptor_state, merge_adaptors
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
+from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.solvers import stock_pipeline
 from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
@@ -98,7 +99,7 @@ def ours(arm: Arm) -> Step:
     with torch.no_grad(), mixed(arm.device, arm.bf16):
         picture = (teacher.decode_differentiable(x1) + 1) / 2
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, foreach=True)
+    optimiser = adamw(parameters, LR)
 
     def step(_: int) -> Tensor:
         with mixed(arm.device, arm.bf16):

@@ -22,7 +22,7 @@ from common.data.sampling import StepDataModule, derive_seed
 from common.metrics.judge import judge_of
 from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, fixed_noise, shapes_prompts
 from common.metrics.perceptual import perceptual_distance
-from common.optimisers import adamw
+from common.optimisers import adamw, rise_then, scheduled
 from common.options import TrainerOptions
 from common.progressive import progressive_grid, progressive_loss, progressive_sample, progressive_target
 from common.solvers import DiffusionSource, guided_network
@@ -425,9 +425,7 @@ class Round(pl.LightningModule):
         self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
-        return adamw(
-            self.student.parameters(), lr=self.lr, weight_decay=0.0, warmup=10, schedule="cosine", steps=self.steps
-        )
+        return scheduled(adamw(self.student.parameters(), self.lr), rise_then("cosine", 10, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, seed=self.seed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.ema import Ema
-from common.optimisers import adamw
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from common.teacher import NoiseSchedule
 from hipa.config import OptimiserConfig
@@ -53,14 +53,9 @@ class HipaTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        return adamw(
-            self.student.parameters(),
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            warmup=options.warmup,
-            schedule=options.schedule,
-            steps=self.steps,
-        )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        optimiser = adamw(trained, options.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
@@ -121,9 +116,7 @@ class BaseTraining(pl.LightningModule):
         self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
-        return adamw(
-            self.unet.parameters(), lr=self.lr, weight_decay=0.0, warmup=20, schedule="cosine", steps=self.steps
-        )
+        return scheduled(adamw(self.unet.parameters(), self.lr), rise_then("cosine", 20, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule
 from common.ema import Ema
-from common.optimisers import adamw
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from common.training import EveryNSteps, train
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
@@ -49,14 +49,9 @@ class StudentTrainer(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        return adamw(
-            self.flow.parameters(),
-            lr=self.stage.lr,
-            weight_decay=options.weight_decay,
-            warmup=options.warmup,
-            schedule=options.schedule,
-            steps=self.stage.steps,
-        )
+        trainable = [p for p in self.flow.parameters() if p.requires_grad]
+        optimiser = adamw(trainable, self.stage.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.stage.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from common.optimisers import adamw
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from common.teacher import Teacher
 from slam.config import LossConfig, OptimiserConfig, SubPathConfig
@@ -50,14 +50,9 @@ class SlamTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        return adamw(
-            self.student.parameters(),
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            warmup=options.warmup,
-            schedule=options.schedule,
-            steps=self.steps,
-        )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        optimiser = adamw(trained, options.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)

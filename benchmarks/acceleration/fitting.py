@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule
 from common.ema import Ema
-from common.optimisers import adamw
+from common.optimisers import adamw, rise_then, scheduled
 from common.options import TrainerOptions
 from common.paths import cache_dir
 from common.steps import BatchMeans, StepDraws
@@ -49,14 +49,8 @@ class Minimiser(pl.LightningModule):
         self.ema, self.means = Ema(network, EMA_DECAY), BatchMeans()
 
     def configure_optimizers(self) -> Any:
-        return adamw(
-            self.network.parameters(),
-            lr=self.lr,
-            weight_decay=WEIGHT_DECAY,
-            warmup=WARMUP,
-            schedule="cosine",
-            steps=self.steps,
-        )
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        return scheduled(adamw(trainable, self.lr, WEIGHT_DECAY), rise_then("cosine", WARMUP, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch, seed=self.seed)

@@ -147,11 +147,11 @@ def peer(arm: Arm) -> Step:
     def step(_: int) -> Tensor:
         with mixed(arm.device, arm.bf16):
             output = network(noise, t, encoder_hidden_states=states).sample.float()
-            latents, _ = schedule.read(output, noise, *schedule.levels(t))
+            latents = schedule.read(output, noise, *schedule.levels(t))[0]
             drawn, wanted = picture(latents), picture(x1)
             spatial = perceptual(drawn, wanted).mean()
             fourier = (high(drawn) - high(wanted)).square().mean()
-            loss: Tensor = spatial + fourier + (edges(drawn) - edges(wanted)).square().mean()
+            loss = spatial + fourier + (edges(drawn) - edges(wanted)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()

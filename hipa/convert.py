@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> Path:
 
     from common.adaptors import merge_adaptors, read_adaptors, write_adaptors
     from common.teacher import Teacher
-    from hipa.config import TaskConfig
     from hipa.export import card_of, one_step_scheduler, read_card, write_pipeline
     from hipa.model import bare_copy
 
@@ -39,12 +38,12 @@ def main(argv: list[str] | None = None) -> Path:
     adaptors = read_adaptors(options.lora, unet)
     if options.layout in ("diffusers", "kohya"):
         return write_adaptors(options.out, adaptors, {}, options.layout)
-    task = TaskConfig(**read_card(options.lora).get("task", {}))
+    card, task = read_card(options.lora)
     fuse = options.layout == "fused"
     merge_adaptors(unet, adaptors, 1.0 if fuse else -1.0)
-    known = card_of(teacher, task, 1.0, teacher.schedule.steps - 1) | read_card(options.lora)
+    known = card_of(teacher, task, 1.0, teacher.schedule.steps - 1) | card
     scheduler = one_step_scheduler(teacher.schedule) if fuse else teacher.scheduler_config
-    return write_pipeline(unet, teacher, options.out, task, scheduler, known if fuse else {"base": task.name})
+    return write_pipeline(unet, teacher, options.out, task, scheduler, known if fuse else {})
 
 
 if __name__ == "__main__":

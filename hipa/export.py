@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from common.adaptors import adaptor_state, merge_adaptors, write_adaptors
+from common.errors import UserError
 from common.files import read_object, replace_folder
+from common.options import check_ranges
 from common.pretrained import quiet_libraries
 from common.teacher import NoiseSchedule, Teacher
 from hipa.config import HipaConfig, TaskConfig
@@ -57,10 +59,24 @@ def card_of(teacher: Teacher, task: TaskConfig, guidance: float, time: int) -> d
     }
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The card beside some weights, {} where there is none."""
-    folder = folder if folder.is_dir() else folder.parent
-    return read_object(folder / CARD) if (folder / CARD).is_file() else {}
+def read_card(folder: Path) -> tuple[dict[str, Any], TaskConfig]:
+    """(the card beside some weights, {} where there is none, the task that it names).
+
+    Raises:
+        UserError: the card is damaged.
+    """
+    file = (folder if folder.is_dir() else folder.parent) / CARD
+    if not file.is_file():
+        return {}, TaskConfig()
+    card = read_object(file, kinds={"task": dict, "time": int, "guidance_inside": (int, float)})
+    try:
+        task = TaskConfig(**card["task"])
+        check_ranges(task, "task.")
+        if task.name not in get_args(get_type_hints(TaskConfig)["name"]):
+            raise UserError("unknown name")
+    except (TypeError, UserError) as error:
+        raise UserError(f"{file}: task {card['task']}: {error}; expected what hipa/train.py writes") from None
+    return card, task
 
 
 def export(student: OneStep, teacher: Teacher, folder: Path, config: HipaConfig) -> None:
@@ -110,7 +126,7 @@ def write_pipeline(
     scheduler: Mapping[str, Any],
     card: Mapping[str, Any],
 ) -> Path:
-    """A diffusers directory around a U-Net; the other parts are the teacher's."""
+    """A diffusers directory around a U-Net; the other parts are the teacher's. A base has no card."""
     from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
     pipeline_class: Any = StableDiffusionInpaintPipeline if task.name == "inpainting" else StableDiffusionPipeline
@@ -129,7 +145,8 @@ def write_pipeline(
 
     def fill(target: Path) -> None:
         pipeline_class(**parts).save_pretrained(target)
-        write_card(target, card)
+        if card:
+            write_card(target, card)
 
     replace_folder(folder, fill)
     teacher.to(device)

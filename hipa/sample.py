@@ -16,6 +16,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,13 @@ def open_model(options: argparse.Namespace) -> tuple[OneStep, Teacher, TaskConfi
     import torch
 
     from common.teacher import Teacher
-    from hipa.config import TaskConfig
     from hipa.export import read_card
     from hipa.model import OneStep
-    from hipa.tasks import has_picture_input
+    from hipa.tasks import has_picture_input, start_time
 
-    card = read_card(options.lora or options.model)
-    task = TaskConfig(**card.get("task", {"name": options.task or "text"}))
+    card, task = read_card(options.lora or options.model)
+    if not card:
+        task = replace(task, name=options.task or "text")
     if options.task not in (None, task.name):
         raise UserError(f"--task {options.task}: these files are for {task.name}")
     if options.guidance not in (None, 1.0):
@@ -115,7 +116,7 @@ def open_model(options: argparse.Namespace) -> tuple[OneStep, Teacher, TaskConfi
     around = Teacher.load(options.model, place, pictures=True)
     if has_picture_input(task, around) is False and task.name == "superres":
         raise UserError(f"--model {options.model}: its U-Net takes no small picture; expected a super-resolution base")
-    time = card.get("time")
+    time = start_time(task, around.schedule)
     if options.lora:
         return adapted(around, options.lora, time), around, task
     return OneStep(around.unet, around.schedule, time), around, task

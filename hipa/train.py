@@ -90,7 +90,7 @@ def make_base(run: Run) -> None:
         )
     if is_main_process():
         scheduler = run.teacher.scheduler_config
-        write_pipeline(unet.eval(), run.teacher, run.folder / BASE, config.task, scheduler, {"base": config.task.name})
+        write_pipeline(unet.eval(), run.teacher, run.folder / BASE, config.task, scheduler, {})
     while not (run.folder / BASE / "model_index.json").is_file():
         time.sleep(1)  # the main process is still writing it
 

@@ -127,22 +127,27 @@ def base_table(config: HipaConfig, teacher: Teacher, progress: bool = True) -> t
     return TensorTable({**columns, "prompt": torch.arange(count)}), pictures.captions
 
 
-def evaluation_set(config: HipaConfig, base: Teacher) -> PromptSet:
-    """Held-out prompts with what one step begins with, and real pictures where there are some."""
+def evaluation_set(config: HipaConfig, base: Teacher, seed: int = EVALUATION_SEED) -> PromptSet:
+    """Held-out prompts with what one step begins with, and real pictures where there are some.
+
+    Args:
+        seed: of noises and masks.
+    """
     size, count = base.image_size[0], config.evaluation.images
     name = config.pairs.prompts
     if needs_pictures(config):
         name = config.pairs.pictures or name
     if not needs_pictures(config) or name in ("shapes", "emoji"):
         found = held_out_prompts(name, count, base.latent_shape, size)
+        found = replace(found, noise=fixed_noise(len(found), base.latent_shape, seed))
     else:
         pictures = open_pictures(config, "test", size)
         rows = list(range(len(pictures.captions)))
-        found = PromptSet(pictures.captions, fixed_noise(len(rows), base.latent_shape), pictures.images(rows))
+        found = PromptSet(pictures.captions, fixed_noise(len(rows), base.latent_shape, seed), pictures.images(rows))
     if config.task.name == "text":
         return found
     assert found.reference is not None
     reference = found.reference
-    inputs = Inputs(config.task, base, Captioned(found.prompts, lambda rows: reference[rows], ""), EVALUATION_SEED)
+    inputs = Inputs(config.task, base, Captioned(found.prompts, lambda rows: reference[rows], ""), seed)
     rows = list(range(len(found)))
     return replace(found, noise=torch.cat([inputs(rows[i : i + 64]).cpu() for i in range(0, len(rows), 64)]))

@@ -20,7 +20,7 @@ from common.data.captioned import latents, open_captioned
 from common.data.pairs import StateTable
 from common.data.sampling import StepDataModule, derive_seed
 from common.metrics.judge import judge_of
-from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, fixed_noise, shapes_prompts
+from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
 from common.metrics.perceptual import perceptual_distance
 from common.optimisers import adamw, rise_then, scheduled
 from common.options import TrainerOptions
@@ -119,6 +119,7 @@ class Study(CommonStudy[Sizes]):
     ) -> None:
         super().__init__(sizes, folder)
         self.teacher, self.data, self.task = teacher, data, task or TaskConfig()
+        self._tables: dict[str, Dataset] = {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
@@ -174,17 +175,12 @@ class Study(CommonStudy[Sizes]):
 
     @cached_property
     def validation(self) -> PromptSet:
-        """Other scenes and noises than those of the claims, on which learning rates are chosen."""
+        """Other noises than those of the claims, and of Shapes other scenes, on which learning rates are chosen."""
         count, shape, size = max(32, self.sizes.images // 4), self.teacher.latent_shape, self.teacher.image_size[0]
         if self.data == "shapes" and self.task.name == "text":
             return shapes_prompts(count, shape, size, EVALUATION_SEED + 1)
-        whole = self.evaluation
-        rows = slice(-count, None)
-        noise = whole.noise[rows]
-        if self.task.name == "text":
-            noise = fixed_noise(len(noise), shape, EVALUATION_SEED + 1)
-        specs = None if whole.specs is None else whole.specs[rows]
-        return PromptSet(whole.prompts[rows], noise, None if whole.reference is None else whole.reference[rows], specs)
+        config = replace(self.config("hipa"), evaluation=EvaluationConfig(images=count))
+        return evaluation_set(config, self.base, EVALUATION_SEED + 1)
 
     @cached_property
     def judge(self) -> Any:
@@ -223,8 +219,11 @@ class Study(CommonStudy[Sizes]):
         return lambda ids: table([prompts[i] for i in ids.tolist()]).float()
 
     def _table(self, config: HipaConfig) -> Dataset:
-        table = pair_table(config, self.base, progress=False)
-        return table if config.loss.space == "latents" else with_pictures(table, self.base, 2.0)
+        """The pairs of an arm, with their pictures; the same for most arms."""
+        if config.pairs.target not in self._tables:
+            table = pair_table(config, self.base, progress=False)
+            self._tables[config.pairs.target] = with_pictures(table, self.base, 2.0)
+        return self._tables[config.pairs.target]
 
     def training(self, name: str, seed: int, lr: float, steps: int) -> HipaTraining:
         """The module of an arm; equal seeds give equal pairs in equal order."""

@@ -64,7 +64,8 @@ class Run:
         make_student(teacher, config.adaptor)  # refuses targets that this U-Net lacks
         prompts = training_prompts(config, size)
         pictures = open_pictures(config, "train", size).fingerprint if needs_pictures(config) else ""
-        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, min(len(prompts), config.pairs.count))
+        samples = len(prompts) if needs_pictures(config) else config.pairs.count
+        refuse_large_batch("trainer.batch_size", config.trainer.batch_size, samples, "pairs")
         opened.begin({"teacher": teacher.checksum, "prompts": fingerprint_strings([pictures, *prompts])})
         return run
 

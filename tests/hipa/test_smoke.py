@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipa import reproduce
-from tests.claims import smoke_records
+from tests.claims import smoke_records, write_ledger
 
 
 @pytest.mark.smoke
@@ -29,3 +29,22 @@ def test_the_plan_counts_the_published_adaptor() -> None:
     assert pairs["forwards"] == 50 and adaptor["samples"] == 30_000 * 32
     # One U-Net forward of Stable Diffusion 2.1 at 64 x 64 is some 0.8 TFLOP.
     assert pairs["pflop"] * 1e15 / pairs["samples"] / 50 == pytest.approx(0.8e12, rel=0.15)
+
+
+def test_the_figures_show_what_the_ledger_holds(tmp_path: Path) -> None:
+    from hipa.figures import BANDS, draw_figures
+
+    arms = ("frozen", "pixel", "spatial", "hipa")
+    bands = {
+        f"{kind}_{i}{arm}": 0.1
+        for kind in ("coherence", "error")
+        for i in range(len(BANDS))
+        for arm in ("", *(f"_{name}" for name in arms))
+    }
+    distances = {f"fd_data_{name}": 10.0 for name in ("frozen", "two", "hipa", "many")}
+    exchange = dict.fromkeys(("fd_one", "fd_many", "fd_low_one_high_many", "fd_low_many_high_one"), 20.0)
+    tasks = {f"perceptual_{t}_{arm}": 1.0 for t in ("editing", "inpainting", "superres") for arm in ("frozen", "hipa")}
+    values = bands | distances | exchange | tasks
+    write_ledger(tmp_path / "hipa.json", "hipa", dict.fromkeys(("H1", "H2", "H3x", "H6"), values))
+    draw_figures(tmp_path / "hipa.json", tmp_path / "figures")
+    assert {file.name for file in (tmp_path / "figures").glob("*.png")} == {"one_step.png", "lacking.png", "tasks.png"}

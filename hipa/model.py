@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.adaptors import add_adaptors
 from common.teacher import NoiseSchedule, Teacher
+from common.unets import quicken
 from hipa.config import PLACEMENTS, AdaptorConfig
 from hipa.frozen import spare_memory
 
@@ -53,7 +54,7 @@ def make_student(teacher: Teacher, options: AdaptorConfig, time: int | None = No
     else:
         add_adaptors(unet, PLACEMENTS[options.placement], options.rank, options.alpha)
     spare_memory(unet)
-    return OneStep(unet.to(memory_format=torch.channels_last), teacher.schedule, time)
+    return OneStep(unet, teacher.schedule, time)
 
 
 def bare_copy(teacher: Teacher) -> Any:
@@ -63,7 +64,7 @@ def bare_copy(teacher: Teacher) -> Any:
     config = {key: value for key, value in dict(teacher.unet.config).items() if not key.startswith("_")}
     unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(teacher.unet.state_dict())
-    return unet.float().to(teacher.device).eval().requires_grad_(False)
+    return quicken(unet.float().to(teacher.device).eval().requires_grad_(False))
 
 
 def trained_parameters(student: nn.Module) -> int:

@@ -15,7 +15,7 @@ from hipa.experiments import Sizes, Study
 from tests.common.tiny_teacher import save_teacher
 
 TINY = Sizes(
-    batch=4, guidance=1.5, pairs=12, solver_steps=2, rank=2, images=12, base_steps=2, tune=True, lr=0.01, steps=8
+    batch=4, guidance=1.5, pairs=12, solver_steps=2, rank=3, images=12, base_steps=2, tune=True, lr=0.01, steps=4
 )
 
 
@@ -40,7 +40,7 @@ def test_every_claim_is_measured_with_the_metrics_that_its_target_names(
     first = study.measures("hipa", 1)
     assert reproduce.h4(study, 1)["forwards_ratio"] <= 0.1
     forwards = study.forwards("hipa")["forwards"]
-    assert forwards == 12 * 2 * 2 + 3 * 8 * 4  # pairs with guidance, then forward and backward
+    assert forwards == 12 * 2 * 2 + 3 * 4 * 4  # pairs with guidance, then forward and backward
     monkeypatch.setattr(Study, "training", lambda *_: pytest.fail("trained again"))
     again = Study(study.teacher, TINY, study.folder)
     assert again.measures("hipa", 1) == first

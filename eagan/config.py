@@ -77,8 +77,8 @@ class GameOptions:
         lr_d: learning rate of the discriminator.
         d_steps: discriminator steps for each generator step.
         clip: largest norm of a gradient (STL-10: 50); 0 does not clip.
-        augment: changes of real and generated pictures before the discriminator (DiffAugment, not in the paper): colour,
-            translation, cutout; for sets of few pictures.
+        augment: changes of all pictures before the discriminator (DiffAugment, not in the paper): colour, translation,
+            cutout; for sets of few pictures.
     """
 
     batch_real: Count = 40
@@ -119,7 +119,7 @@ class SearchOptions:
         first_generator: generator that d_first searches a discriminator for: a published one or a JSON file.
         population: individuals (P), of which half are replaced in each round.
         weight_resetting: when a discriminator is searched, give every pair the best pair's generator after each round.
-        selection: nsga2 (rank and crowding on 1/IS, FID and size), cars (the released code's four sorts of two), or fid.
+        selection: nsga2 (rank and crowding on 1/IS, FID, size), cars (the released code's four sorts of two), or fid.
         crossover: probability that a child takes one edge of another parent.
         mutation: probability that a child gets one new gene.
     """
@@ -165,6 +165,7 @@ class EvaluationConfig:
         splits: of the Inception Score.
         judge: classes (a small classifier, trained once on the classes of the data), lite0, or inception:FILE
             (pytorch-fid's); None: classes, for folder and stl10 lite0.
+        judge_steps: steps that the classifier is trained with, for the judge classes.
         batch_norm: statistics of the generator's normalisation: genotype (estimated anew for each individual), running
             (those of the supernet, as the released code), or batch.
         batch_size: pictures drawn at once.
@@ -177,6 +178,7 @@ class EvaluationConfig:
     final_images: Annotated[int, Range(20)] = 50_000
     splits: Annotated[int, Range(1, 100)] = 10
     judge: str | None = None
+    judge_steps: Count = 600
     batch_norm: BatchNorm = "genotype"
     batch_size: Annotated[int, Range(2)] = 100
     engine: Literal["here", "processes", "ray"] = "here"

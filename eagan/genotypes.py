@@ -4,9 +4,10 @@ Source: arXiv 2111.15097 sections 3.1, 3.2 and 4.3; marsggbo/EAGAN for the encod
 the paper has one-hot rows. Its operators' faults are not copied: both genes of a pair of down-sampling edges are -1 or
 none is, every edge of a discriminator is sampled, and a crossover of equal parents ends.
 
-A cell of a generator is [up0, up1 | c0, c1 | c2, c3, c4]: node0 = up0(x), node1 = up1(x), node2 = c0(node0) + c1(node1),
-node3 = c2(node0) + c3(node1) + c4(node2). A cell of a discriminator is [c0 | c1, c2 | c3, c4 | down0, down1]:
-node1 = c0(x), node2 = c1(x) + c2(node1), node3 = c3(node1) + c4(x), output = down0(node2) + down1(node3).
+A cell of a generator is [up0, up1 | c0, c1 | c2, c3, c4]: node0 = up0(x), node1 = up1(x),
+node2 = c0(node0) + c1(node1), node3 = c2(node0) + c3(node1) + c4(node2). A cell of a discriminator is
+[c0 | c1, c2 | c3, c4 | down0, down1]: node1 = c0(x), node2 = c1(x) + c2(node1), node3 = c3(node1) + c4(x),
+output = down0(node2) + down1(node3).
 """
 
 from __future__ import annotations
@@ -187,8 +188,8 @@ def parse(space: Space, content: Any, where: str) -> Genes:
         raise UserError(f"{where}: {str(content)[:80]} is no genotype; {wanted}")
     if not space.valid(genes):
         raise UserError(
-            f"{where}: {json.dumps(genes)} is no valid {space.name}: a gene is out of its range, a node has no input, or "
-            "one of two down-sampling edges is -1 alone"
+            f"{where}: {json.dumps(genes)} is no valid {space.name}: a gene is out of its range, a node has no input, "
+            "or one of two down-sampling edges is -1 alone"
         )
     return genes
 

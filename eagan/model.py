@@ -101,7 +101,7 @@ class ConvOp(nn.Module):
 
 
 class UpOp(nn.Module):
-    """Twice the sides: resize, ReLU and 1x1 convolution; or ReLU, depthwise transposed and 1x1 convolution, no biases."""
+    """Twice the sides: resize, ReLU and 1x1 convolution; or ReLU, depthwise transposed and 1x1 without biases."""
 
     written_out = False
 

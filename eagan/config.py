@@ -19,15 +19,16 @@ class DataConfig:
     """Real pictures, without captions or classes.
 
     Args:
-        name: emoji (artwork, embedded), fashion-mnist (`make data-fashion-mnist`), cifar10 or stl10 (binary versions,
-            --data.path), or folder (your own pictures, --data.path; classes are not needed).
+        name: emoji (artwork, embedded), digits (handwritten, 8 pixels, enlarged), fashion-mnist (`make
+            data-fashion-mnist`), cifar10 or stl10 (binary versions, --data.path), or folder (your own pictures,
+            --data.path; classes are not needed).
         path: folder of cifar10, stl10 or folder, or a table with pictures.
         image_column: the column of the pictures in a table; None takes `image`, or the one that may be it.
-        only: of emoji and fashion-mnist: names of the classes that are learned; [] takes all.
+        only: of emoji, digits, fashion-mnist, cifar10: names of the classes that are learned; [] takes all.
         images: at most so many training pictures; 0 takes all.
     """
 
-    name: Literal["emoji", "fashion-mnist", "cifar10", "stl10", "folder"] = "emoji"
+    name: Literal["emoji", "digits", "fashion-mnist", "cifar10", "stl10", "folder"] = "emoji"
     path: str | None = None
     image_column: str | None = None
     only: list[str] = field(default_factory=list)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from common.evolution import front_ranks
-from common.figures import BLUE, bars, over_seeds, panels, save_figure, small_claims
+from common.figures import bars, over_seeds, panels, save_figure, small_claims
+from common.files import read_object
 from common.images import make_grid, open_rgb, save_png
 
 
@@ -32,21 +33,28 @@ def draw_sheet(folder: Path, rows: Sequence[Mapping[str, Any]], path: Path) -> P
     return save_png(make_grid(tiles, columns, captions, tile=max(height, 64 // height * height), caption_lines=1), path)
 
 
-def draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """FID against IS and against size; filled: kept; ringed: of the front in all three."""
-    alive = [row for row in rows if "failed_because" not in row]
-    table = np.array([[row["inception_score"] or 1.0, row["fid"], row["size"] / 1e6] for row in alive])
-    front = front_ranks(np.stack([1 / table[:, 0], table[:, 1], table[:, 2]], 1)) == 0
-    kept = np.array([row["kept"] for row in alive])
+def draw_fronts(folder: Path, path: Path) -> Path:
+    """FID against IS and against size of all individuals, by round; ringed: the last round's front in all three.
+
+    Args:
+        folder: with the rounds' records.
+    """
     figure, axes = panels(2)
-    for axis, column, name in zip(axes, (0, 2), ("Inception Score", "parameters, millions")):
-        axis.scatter(table[kept, column], table[kept, 1], color=BLUE, label="kept")
-        axis.scatter(table[~kept, column], table[~kept, 1], facecolors="none", edgecolors=BLUE, label="replaced")
-        axis.scatter(table[front, column], table[front, 1], s=110, facecolors="none", edgecolors="C1", label="front")
+    files = sorted(folder.glob("*.json"))
+    for number, file in enumerate(files):
+        rows = read_object(file, kinds={"individuals": list})["individuals"]
+        alive = [row for row in rows if "failed_because" not in row]
+        table = np.array([[row["inception_score"] or 1.0, row["fid"], row["size"] / 1e6] for row in alive])
+        for axis, column in zip(axes, (0, 2)):
+            axis.scatter(table[:, column], table[:, 1], color=f"C{number % 10}", s=14, label=f"round {number}")
+            if number == len(files) - 1:
+                front = table[front_ranks(np.stack([1 / table[:, 0], table[:, 1], table[:, 2]], 1)) == 0]
+                axis.scatter(front[:, column], front[:, 1], s=110, facecolors="none", edgecolors="black", label="front")
+    for axis, name in zip(axes, ("Inception Score", "parameters, millions")):
         axis.set_xlabel(name)
         axis.set_ylabel("FID")
     axes[0].legend(fontsize=7)
-    return save_figure(figure, path)
+    return save_figure(figure, path, "Individuals of each round by IS, FID and size; ringed: the last round's front.")
 
 
 def draw_rounds(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
@@ -59,7 +67,7 @@ def draw_rounds(history: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     axis.set_ylabel("FID")
     axis.set_title(title)
     axis.legend(fontsize=7)
-    return save_figure(figure, path)
+    return save_figure(figure, path, "Mean and best FID of the population over the rounds.")
 
 
 def draw_figures(ledger: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from common.training import LAST_CHECKPOINT
 from common.weights import save_weights
 from eagan.config import EvaluationConfig, NetworkConfig, SearchOptions, StageOptions
 from eagan.data import Real, RealBatches
-from eagan.figures import draw_pareto, draw_rounds, draw_sheet
+from eagan.figures import draw_fronts, draw_rounds, draw_sheet
 from eagan.genotypes import DISCRIMINATOR, GENERATOR, Genes, breed, fresh
 from eagan.model import Discriminator, Generator, SimpleDiscriminator, inherit, sizes
 from eagan.selection import FAILED, Fitness, best, select
@@ -264,7 +264,7 @@ class Search(Loop):
         kept: Sequence[int],
         first: int,
     ) -> None:
-        """Write down the round: everybody's genes, parents and scores, a sheet of samples, the front."""
+        """Write down the round: everybody's genes, parents and scores, and a sheet of samples."""
         rows = [
             {**asdict(one), **scores, "size": f.parameters, "kept": i in kept, "best": i == first}
             for i, (one, scores, f) in enumerate(zip(self.population, found, fitness))
@@ -277,7 +277,7 @@ class Search(Loop):
                 "fid_mean": fmean(f.fid for f in alive),
                 "fid_best": fitness[first].fid,
                 "inception_score_mean": fmean(f.inception_score for f in alive),
-                "size_mean": fmean(f.parameters for f in alive),
+                "size_median": median(f.parameters for f in alive),
                 "best": first,
                 "failed": len(fitness) - len(alive),
                 "seconds": self.clock.seconds,
@@ -287,8 +287,6 @@ class Search(Loop):
         folder = self.folder / "rounds"
         write_json(folder / f"{number:02d}.json", {"round": number, "individuals": rows})
         draw_sheet(self.folder / "evaluated", rows, folder / f"{number:02d}.png")
-        draw_pareto(rows, folder / f"{number:02d}_front.png")
-        draw_rounds(self.history, self.folder / "rounds.png", self.folder.name)
 
     def _breed(self, kept: Sequence[int], first: int, random: Random) -> None:
         """The next population: the kept ones, then children that were never there before (section 4.3)."""
@@ -316,6 +314,13 @@ class Search(Loop):
             if reset:
                 for one in following:
                     one.failed = False
+            self.history[-1]["spread"] = self._spread()
+
+    def _spread(self) -> float:
+        """How far apart the pairs' generators are: the largest difference of a weight from the first pair's."""
+        first = dict(self.pairs[0][0].named_parameters())
+        every = (pair for generator, _ in self.pairs for pair in generator.named_parameters())
+        return max(float((parameter - first[name]).detach().abs().max()) for name, parameter in every)
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -337,6 +342,8 @@ class Search(Loop):
             else:
                 weights[name] = network.state_dict()
         write_json(self.folder / "history.json", {"rounds": self.history})
+        draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
+        draw_rounds(self.history, self.folder / "rounds.png", self.folder.name)
         shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
         return Found(
             winner.generator or self.generator.genotype, winner.discriminator or self.discriminator.genotype, weights

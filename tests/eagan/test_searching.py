@@ -97,7 +97,8 @@ def test_nsga2_agrees_with_pymoo() -> None:
     for seed in range(5):
         table = objectives(random_fitness(14, seed))
         people = Population.create(*[Individual(F=row) for row in table])
-        left = RankAndCrowdingSurvival().do(Problem(n_var=1, n_obj=3), people, n_survive=7, random_state=np.random.default_rng(seed))
+        draws = np.random.default_rng(seed)
+        left = RankAndCrowdingSurvival().do(Problem(n_var=1, n_obj=3), people, n_survive=7, random_state=draws)
         ranks, crowding = ranks_and_crowding(table)
         ours = sorted((ranks[i], crowding[i]) for i in select(random_fitness(14, seed), 7, "nsga2", Random(0)))
         theirs = sorted((one.get("rank"), one.get("crowding")) for one in left)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from common.cli import Parser
 from common.errors import UserError, run_main
@@ -108,11 +108,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, help="a finished run of eagan/train.py")
     parser.add_argument("--model", type=Path, help="a trained pair's folder instead")
-    parser.add_argument("--data.name", dest="name", default="emoji", help="with --model: the real pictures")
+    parser.add_argument(
+        "--data.name",
+        dest="name",
+        choices=get_args(get_type_hints(DataConfig)["name"]),
+        default="emoji",
+        help="with --model: the real pictures",
+    )
     parser.add_argument("--data.path", dest="path", help="with --model: folder of the real pictures")
     parser.add_argument("--judge", default="lite0", help="with --model: lite0, classes:FILE or inception:FILE")
     parser.add_argument(
-        "--images", type=Annotated[int, Range(20)], default=2000, help="pictures of each side, as many as there are"
+        "--images", type=Annotated[int, Range(20)], help="pictures of each side (default: the run's; 2000 with --model)"
     )
     parser.add_argument(
         "--batch_norm", choices=get_args(BatchNorm), default="genotype", help="statistics that are used"
@@ -121,11 +127,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     if (options.run_dir is None) == (options.model is None):
         raise UserError("expected either --run_dir, a finished run, or --model, a trained pair's folder")
-    settings = EvaluationConfig(images=options.images, batch_norm=options.batch_norm)
     if options.run_dir is not None:
-        content = measure_folder(options.run_dir, settings, options.images, options.device)
+        from eagan.run import Run
+
+        settings = replace(Run.finished(options.run_dir).evaluation, batch_norm=options.batch_norm)
+        content = measure_folder(options.run_dir, settings, options.images or settings.final_images, options.device)
     else:
-        content = _against(options, settings)
+        content = _against(options, EvaluationConfig(batch_norm=options.batch_norm))
     report(content)
     print(json.dumps(content, indent=1))
     return content
@@ -141,13 +149,10 @@ def _against(options: Any, settings: EvaluationConfig) -> dict[str, Any]:
     from eagan.measuring import Reference
     from eagan.retraining import load_generator
 
-    known = DataConfig.__dataclass_fields__["name"].type
-    if options.name not in get_args(eval(str(known))):
-        raise UserError(f"--data.name {options.name}: expected one of {known}")
     generator, _ = load_generator(options.model)
     real = open_pictures(DataConfig(name=options.name, path=options.path), generator.config.side)
     judge = open_judge(options.judge, options.device)
-    count = min(options.images, len(real.train))
+    count = min(options.images or 2000, len(real.train))
     parts = ((real.train, count), (real.held_out, min(count, len(real.held_out))))
     features = [extract(take(part, torch.arange(n)), judge) for part, n in parts]
     reference = Reference.__new__(Reference)

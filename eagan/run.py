@@ -29,6 +29,7 @@ from eagan.model import Discriminator, Generator
 from eagan.searching import Found, Judging, Search, Searched, new_discriminator
 from eagan.training import STREAMS, AnyDiscriminator, open_device
 
+SIMPLE_SIDE = 32  # pixels, which five convolutions of stride 2 need
 PLACES = {"data": ["data.path"]}
 JUDGE, REFERENCE, GENOTYPE = "judge.safetensors", "reference.safetensors", "genotype.json"
 
@@ -53,8 +54,13 @@ class Run:
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, PLACES)
         device = open_device(config.device, config.precision, config.threads)
-        given_pair(config)
-        fixed_genes(config.search.fixed)
+        pair = given_pair(config)
+        fixed = fixed_genes(config.search.fixed) if pair is None else pair[1]
+        if fixed is None and config.network.side < SIMPLE_SIDE:
+            option = "--search.fixed" if pair is None else "--genotype"
+            raise UserError(
+                f"{option} simple: expected pictures of at least {SIMPLE_SIDE} pixels, not {config.network.side}"
+            )
         open_genes(GENERATOR, config.search.first_generator, "--search.first_generator")
         real = open_pictures(config.data, config.network.side)
         for name, options in (("stage_g", config.stage_g), ("stage_d", config.stage_d), ("train", config.train)):

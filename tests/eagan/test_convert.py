@@ -53,11 +53,8 @@ def test_what_is_no_checkpoint_of_theirs_is_named(tmp_path: Path) -> None:
     refused("it has no avg_gen_state_dict; it has weights", main, ["--checkpoint", str(file), *out])
     state = to_authors(generator.state_dict())
     torch.save({"avg_gen_state_dict": state, "dis_state_dict": discriminator.state_dict()}, file)
-    refused(
-        "does not fit --genotype best_G,stl10_D",
-        main,
-        ["--checkpoint", str(file), "--genotype", "best_G,stl10_D", *out],
-    )
+    other = ["--genotype", "best_G,stl10_D"]
+    refused("does not fit --genotype best_G,stl10_D", main, ["--checkpoint", str(file), *other, *out])
     state["cell1.c2.ops.0.op.1.bias"] = torch.ones(6)
     refused("cell1.c2.ops.0.op.1.bias differs from the convolution", from_authors, state)
     torch.save({"avg_gen_state_dict": [len]}, file)

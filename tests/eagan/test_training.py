@@ -73,7 +73,7 @@ def test_a_finished_run_is_only_measured_again(whole: Path, monkeypatch: pytest.
 
 def test_programs_read_the_folder_alone(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eagan.data.open_pictures", lambda *_: pytest.fail("opened the data"))
-    content = evaluate(["--run_dir", str(whole), "--images", "24"])
+    content = evaluate(["--run_dir", str(whole)])
     metrics = json.loads((whole / "metrics.json").read_text())
     assert content["ways_of_normalising"]["running"]["fid"] == metrics["ways_of_normalising"]["running"]["fid"]
     model = ["--model", str(whole / "model"), "--seed", "3"]
@@ -100,6 +100,7 @@ def test_programs_read_the_folder_alone(whole: Path, tmp_path: Path, monkeypatch
         ({"evaluation__images": 100}, "--evaluation.images 100: digits has 60 training pictures"),
         ({"evaluation__judge": "nobody"}, 'unknown feature extractor "nobody"'),
         ({"stage_g__batch_real": 10**6}, "--stage_g.batch_real 1000000: expected at most"),
+        ({"search__fixed": "simple"}, "--search.fixed simple: expected pictures of at least 32 pixels, not 16"),
         ({"search__population": 1}, "--search.population 1: expected a whole number"),
     ],
 )
@@ -133,9 +134,10 @@ def test_the_variants_of_section_5_3_are_orders_of_stages() -> None:
     assert given_pair(run("--genotype", "best_G,simple")) == (PUBLISHED["best_G"], None)
 
 
-@pytest.mark.parametrize(
-    "options", [{"search__order": "d_first"}, {"search__order": "g_only", "search__fixed": "simple"}]
-)
+SIMPLE = {"search__order": "g_only", "search__fixed": "simple", "network__bottom_width": 4}
+
+
+@pytest.mark.parametrize("options", [{"search__order": "d_first"}, SIMPLE])
 def test_other_orders_end_with_a_trained_pair(options: dict[str, Any], cache: None, tmp_path: Path) -> None:
     metrics = train(tmp_path / "run", **options, stage_g__rounds=1, stage_d__rounds=1, search__selection="cars")
     if options["search__order"] == "g_only":
@@ -190,17 +192,8 @@ def test_gradients_are_clipped_by_their_norm(cache: None) -> None:
 
 
 def test_the_average_has_the_live_networks_statistics(cache: None, tmp_path: Path) -> None:
-    training = Training(
-        replace(TRAIN, ema_decay=0.5),
-        NETWORK,
-        PUBLISHED["best_G"],
-        PUBLISHED["base_D"],
-        digits(),
-        tmp_path,
-        0,
-        RUN,
-        CPU,
-    )
+    pair = PUBLISHED["best_G"], PUBLISHED["base_D"]
+    training = Training(replace(TRAIN, ema_decay=0.5), NETWORK, *pair, digits(), tmp_path, 0, RUN, CPU)
     averaged, _ = training.run()
     live = training.generator
     assert torch.equal(averaged.to_rgb[0].running_mean, live.to_rgb[0].running_mean)
@@ -210,16 +203,13 @@ def test_the_average_has_the_live_networks_statistics(cache: None, tmp_path: Pat
 def test_a_training_that_diverges_stops_and_keeps_its_checkpoint(
     cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = Training(TRAIN, NETWORK, PUBLISHED["best_G"], None, digits(), tmp_path, 0, RUN, CPU)
+    pair = PUBLISHED["best_G"], PUBLISHED["base_D"]
+    training = Training(TRAIN, NETWORK, *pair, digits(), tmp_path, 0, RUN, CPU)
     training.train(stop_after=4)
     monkeypatch.setattr("eagan.training.discriminator_loss", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(Diverged):
-        game(GameOptions(4, 4))[0].discriminator_step(
-            0, training.generator, training.discriminator, training.d_optimiser
-        )
-    sentence = refused(
-        "the loss or a gradient became nan at step 5: stopped; the last good checkpoint is", training.train
-    )
+        training.game.discriminator_step(0, training.generator, training.discriminator, training.d_optimiser)
+    sentence = refused("the loss or a gradient became nan at step 5: stopped; the last good", training.train)
     assert str(tmp_path / "last.ckpt") in sentence
 
 

@@ -27,7 +27,7 @@ from eagan.genotypes import DISCRIMINATOR, GENERATOR, Genes, parse
 from eagan.losses import decayed
 from eagan.model import Generator
 from eagan.searching import new_discriminator
-from eagan.training import STREAMS, AnyDiscriminator, Diverged, Game, Loop, adam
+from eagan.training import STREAMS, AnyDiscriminator, Diverged, Game, Loop, adam, placed
 
 
 class Training(Loop):
@@ -56,11 +56,8 @@ class Training(Loop):
         super().__init__(folder, options.steps, run, device)
         self.options, self.look = options, look
         torch.manual_seed(derive_seed(seed, STREAMS["start"], 1))
-        self.generator = Generator(network, generator).to(device)
-        self.discriminator = new_discriminator(network, discriminator).to(device)
-        if device.type == "cuda":
-            self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator = placed(Generator(network, generator), device)
+        self.discriminator = placed(new_discriminator(network, discriminator), device)
         self.g_optimiser = adam(self.generator, options.lr_g)
         self.d_optimiser = adam(self.discriminator, options.lr_d)
         self.average = Ema(self.generator, options.ema_decay, warmup=options.ema_warmup).to(device)

@@ -39,7 +39,7 @@ from eagan.figures import draw_fronts, draw_rounds, draw_sheet
 from eagan.genotypes import DISCRIMINATOR, GENERATOR, Genes, breed, fresh
 from eagan.model import Discriminator, Generator, SimpleDiscriminator, inherit, sizes
 from eagan.selection import FAILED, Fitness, best, select
-from eagan.training import STREAMS, AnyDiscriminator, Diverged, Game, Loop, adam, flat_tensors
+from eagan.training import STREAMS, AnyDiscriminator, Diverged, Game, Loop, adam, flat_tensors, placed
 
 Searched = Literal["generator", "discriminator", "both"]
 
@@ -118,7 +118,7 @@ class Search(Loop):
         self.evaluation, self.judging, self.seed = evaluation, judging, seed
         batches = RealBatches(real.train, stage.batch_real, self.total, derive_seed(seed, STREAMS["real"]))
         self.game = Game(stage, batches, network.latent_dim, seed, device, bf16)
-        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
+        self.generator, self.discriminator = placed(generator, device), placed(discriminator, device)
         self.optimisers = {"generator": adam(generator, stage.lr_g), "discriminator": adam(discriminator, stage.lr_d)}
         self.population: list[Individual] = []
         # Stage 2: a generator and its optimiser for every individual.

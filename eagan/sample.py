@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained pair: a run's model/")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     parser.add_argument("--folder", type=Path, help="write each picture into this folder instead")
-    parser.add_argument("--count", type=Count, default=64, help="pictures; rows of a walk")
+    parser.add_argument("--count", type=Count, default=64, help="how many pictures, or rows of a walk")
     parser.add_argument("--seed", type=Seed, default=0, help="of the z")
     parser.add_argument("--walk", type=Whole, default=0, help="pictures of a row that goes from one z to another")
     parser.add_argument(

@@ -170,7 +170,8 @@ class EvaluationConfig:
         batch_norm: statistics of the generator's normalisation: genotype (estimated anew for each individual), running
             (those of the supernet, as the released code), or batch.
         batch_size: pictures drawn at once.
-        engine: what evaluates individuals: here, processes (of this machine) or ray (a cluster); equal results.
+        engine: what evaluates individuals, with equal results: here, processes (of this machine) or ray (a cluster that
+            sees run_dir).
         workers: of the engine processes; 0 is one for each core.
         sheet: pictures of each individual on the sheet of a population.
     """

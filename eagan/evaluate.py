@@ -10,6 +10,7 @@ its count: every number names its judge, its preprocessing, its count and how th
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,10 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _against(options: Any, settings: EvaluationConfig) -> dict[str, Any]:
     """A trained pair's folder against pictures of the user's choice."""
-    import torch
-
-    from common.metrics.features import extract
-    from eagan.data import open_pictures, take
+    from eagan.data import open_pictures
     from eagan.judge import open_judge
     from eagan.measuring import Reference
     from eagan.retraining import load_generator
@@ -153,10 +151,8 @@ def _against(options: Any, settings: EvaluationConfig) -> dict[str, Any]:
     real = open_pictures(DataConfig(name=options.name, path=options.path), generator.config.side)
     judge = open_judge(options.judge, options.device)
     count = min(options.images or 2000, len(real.train))
-    parts = ((real.train, count), (real.held_out, min(count, len(real.held_out))))
-    features = [extract(take(part, torch.arange(n)), judge) for part, n in parts]
-    reference = Reference.__new__(Reference)
-    reference.judge, (reference.train_ND, reference.other_ND) = judge.name, features
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference.of(Path(folder) / "reference.safetensors", real, judge, count)
     return measured(generator.to(options.device), judge, reference, settings, count)
 
 

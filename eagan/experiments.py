@@ -15,11 +15,11 @@ import torch
 
 from common.data.sampling import derive_seed
 from common.files import locked
-from common.metrics.features import Extractor, extract
+from common.metrics.features import Extractor
 from common.options import RunOptions
 from common.study import Study as CommonStudy
 from eagan.config import DataConfig, EvaluationConfig, NetworkConfig, SearchOptions, StageOptions, TrainOptions
-from eagan.data import Real, open_pictures, take
+from eagan.data import Real, open_pictures
 from eagan.genotypes import GENERATOR, PUBLISHED, Genes
 from eagan.judge import judge_file, open_judge
 from eagan.measuring import Reference, draw, latents, score
@@ -86,12 +86,7 @@ class Study(CommonStudy[Sizes]):
         assert self.real.classed is not None
         name = f"classes:{judge_file(self.real.classed, self.sizes.judge_steps)}"
         path = self.folder / "reference.safetensors"
-        if not path.is_file():
-            judge = open_judge(name)
-            order = torch.randperm(len(self.real.train), generator=torch.Generator().manual_seed(0))
-            rows = order[: self.sizes.final_images], torch.arange(min(len(self.real.held_out), self.sizes.final_images))
-            parts = zip((self.real.train, self.real.held_out), rows)
-            Reference.write(path, judge.name, *(extract(take(part, some), judge) for part, some in parts))
+        Reference.of(path, self.real, open_judge(name), self.sizes.final_images)
         return Judging(name, path)
 
     @cached_property

@@ -57,17 +57,20 @@ def draw_fronts(folder: Path, path: Path) -> Path:
     return save_figure(figure, path, "Individuals of each round by IS, FID and size; ringed: the last round's front.")
 
 
-def draw_rounds(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
-    """Mean and best FID of the population over the rounds."""
+def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, title: str) -> Path:
+    """Mean and best FID of the population over the rounds, and that of real pictures."""
     figure, (axis,) = panels()
     numbers = [row["round"] for row in history]
     axis.plot(numbers, [row["fid_mean"] for row in history], marker="o", label="mean of the population")
     axis.plot(numbers, [row["fid_best"] for row in history], marker="o", label="best")
+    axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="real against real")
     axis.set_xlabel("round")
     axis.set_ylabel("FID")
     axis.set_title(title)
     axis.legend(fontsize=7)
-    return save_figure(figure, path, "Mean and best FID of the population over the rounds.")
+    return save_figure(
+        figure, path, "Mean and best FID of the population over the rounds; dashed: real against real pictures."
+    )
 
 
 def draw_figures(ledger: Path, folder: Path) -> None:

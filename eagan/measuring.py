@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from common.costs import parameter_count
+from common.data.classes import Pictures
 from common.images import make_grid, save_png, to_uint8
 from common.metrics.distribution import fid, inception_score
 from common.metrics.features import Extractor, class_probabilities, extract
 from common.metrics.measures import fixed_noise
 from common.weights import read_weights, save_weights
 from eagan.config import BatchNorm, NetworkConfig
+from eagan.data import Real, take
 from eagan.genotypes import Genes
 from eagan.judge import open_judge
 from eagan.model import Generator, inherit
@@ -132,9 +134,24 @@ class Reference:
         tensors, notes = read_weights(path)
         self.judge, self.train_ND, self.other_ND = notes["judge"], tensors["train"], tensors["other"]
 
-    @staticmethod
-    def write(path: Path, judge: str, train_ND: Tensor, other_ND: Tensor) -> None:
-        save_weights(path, {"train": train_ND, "other": other_ND}, {"judge": judge})
+    @classmethod
+    def of(cls, path: Path, real: Real, judge: Extractor, count: int) -> Reference:
+        """The one in a file, or made: `count` training pictures in an order of their own, and as many others, held out
+        or of the rest, of which there may be fewer. The first ones are the same for every count.
+        """
+        if path.is_file() and len((found := cls(path)).train_ND) >= min(count, len(real.train)):
+            return found
+        order = torch.randperm(len(real.train), generator=torch.Generator().manual_seed(0))
+        held_out = torch.arange(min(len(real.held_out), count))
+        rest = order[count:][: count - len(held_out)]
+
+        def features(pictures: Pictures, rows: Tensor) -> Tensor:
+            return torch.cat([extract(take(pictures, some), judge) for some in rows.split(500)])
+
+        other = [features(p, rows) for p, rows in ((real.held_out, held_out), (real.train, rest)) if len(rows)]
+        tensors = {"train": features(real.train, order[:count]), "other": torch.cat(other)}
+        save_weights(path, tensors, {"judge": judge.name})
+        return cls(path)
 
     def floor(self, judge: Extractor, splits: int, count: int) -> Scores:
         """Real against real, at this count or as many as there are."""

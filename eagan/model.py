@@ -182,11 +182,9 @@ class Cell(nn.Module):
     def __init__(self, edges: Mapping[str, Callable[[int], nn.Module]], genes: tuple[int, ...] | None) -> None:
         super().__init__()
         for position, (name, make) in enumerate(edges.items()):
-            if name.startswith("up"):
-                known, without = range(3), ()
-            else:
-                known, without = (range(6), (KEEP,)) if name.startswith("down") else (range(2, 7), (NONE, SKIP))
-            held = known if genes is None else [g for g in genes[position : position + 1] if g not in without]
+            known = range(3) if name.startswith("up") else range(6) if name.startswith("down") else range(2, 7)
+            # An edge that is none, skips or keeps has no module.
+            held = known if genes is None else [gene for gene in genes[position : position + 1] if gene in known]
             self.add_module(name, Edge(held, make, genes is not None, "ups" if name.startswith("up") else "ops"))
 
     def edge(self, name: str) -> Edge:

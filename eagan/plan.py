@@ -103,9 +103,10 @@ def plan(config: RunConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]:
             for form, thrifty in ((written, False), (done, True))
         ]
         days = PAPER_DAYS.get(name) if published else None
-        mega = [value / 1e6 for value in written]
-        numbers = (flop[0] / 1e15, flop[1] / 1e15, cluster.gpu_days(flop[1]))
-        found.append(Plan(name, *parameters, *mega, steps, *numbers, days))
+        mmac_g, mmac_d = written[0] / 1e6, written[1] / 1e6
+        pflop, gpu_days = [value / 1e15 for value in flop], cluster.gpu_days(flop[1])
+        sizes = parameters[0], parameters[1]
+        found.append(Plan(name, *sizes, mmac_g, mmac_d, steps, pflop[0], pflop[1], gpu_days, days))
     return found
 
 

@@ -16,11 +16,11 @@ from common.cli import read_run_config
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
-from common.metrics.features import Extractor, extract
+from common.metrics.features import Extractor
 from common.options import refuse_large_batch
 from common.training import open_run_folder
 from eagan.config import FREE_OPTIONS, RunConfig, StageOptions
-from eagan.data import Real, open_pictures, take
+from eagan.data import Real, open_pictures
 from eagan.drawing import draw_genes
 from eagan.genotypes import DISCRIMINATOR, GENERATOR, PUBLISHED, SIMPLE, Genes, open_genes, save_genes
 from eagan.judge import judge_file, open_judge
@@ -118,21 +118,9 @@ class Run:
         return open_judge(self.judge_name, str(self.device))
 
     def reference(self) -> Path:
-        """Features of as many real pictures as the largest measurement needs, and of others for the floor.
-
-        They are taken once: of training pictures in an order of its own, then of held-out pictures.
-        """
-        path = self.folder / REFERENCE
-        if not path.is_file():
-            count = min(len(self.real.train), self.final_images)
-            order = torch.randperm(len(self.real.train), generator=torch.Generator().manual_seed(0))[:count]
-            others = torch.arange(min(len(self.real.held_out), count))
-            parts = ((self.real.train, order), (self.real.held_out, others))
-            features = [
-                torch.cat([extract(take(p, some), self.judge) for some in rows.split(500)]) for p, rows in parts
-            ]
-            Reference.write(path, self.judge.name, *features)
-        return path
+        """Features of as many real pictures as the largest measurement needs, and of others for the floor."""
+        Reference.of(self.folder / REFERENCE, self.real, self.judge, self.final_images)
+        return self.folder / REFERENCE
 
     @property
     def final_images(self) -> int:
@@ -200,7 +188,12 @@ def stages(config: RunConfig) -> list[tuple[str, Searched]]:
     """(name of the folder, what is searched) of one repeat."""
     g: tuple[str, Searched] = ("stage_g", "generator")
     d: tuple[str, Searched] = ("stage_d", "discriminator")
-    orders = {"g_first": [g, d], "g_only": [g], "d_first": [d, g], "coupled": [("coupled", "both")]}
+    orders: dict[str, list[tuple[str, Searched]]] = {
+        "g_first": [g, d],
+        "g_only": [g],
+        "d_first": [d, g],
+        "coupled": [("coupled", "both")],
+    }
     return orders[config.search.order]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from eagan.config import EvaluationConfig, NetworkConfig, SearchOptions, StageOp
 from eagan.data import Real, RealBatches
 from eagan.figures import draw_fronts, draw_rounds, draw_sheet
 from eagan.genotypes import DISCRIMINATOR, GENERATOR, Genes, breed, fresh
+from eagan.judge import open_judge
+from eagan.measuring import Reference
 from eagan.model import Discriminator, Generator, SimpleDiscriminator, inherit, sizes
 from eagan.selection import FAILED, Fitness, best, select
 from eagan.training import STREAMS, AnyDiscriminator, Diverged, Game, Loop, adam, flat_tensors, placed
@@ -62,11 +65,11 @@ class Individual:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Individual:
         """From `asdict`, whose tuples a file may have made lists."""
-        genes = {
-            name: None if content[name] is None else tuple(tuple(cell) for cell in content[name])
-            for name in ("generator", "discriminator")
-        }
-        return cls(**genes, parent=content["parent"], failed=content["failed"])
+
+        def genes(name: str) -> Genes | None:
+            return None if content[name] is None else tuple(tuple(cell) for cell in content[name])
+
+        return cls(genes("generator"), genes("discriminator"), content["parent"], content["failed"])
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Search(Loop):
             if self.searched in (name, "both"):
                 made[name] = genes = fresh(space, random, self.seen[name])
                 self.seen[name].add(genes)
-        return Individual(**made)
+        return Individual(made["generator"], made["discriminator"])
 
     def _one_step(self) -> None:
         random = self._random("individual", self.step)
@@ -284,6 +287,13 @@ class Search(Loop):
                 "cpu_seconds": self.clock.cpu_seconds,
             }
         )
+        if self.run_options.progress:
+            row = self.history[-1]
+            print(
+                f"{self.folder.name}, round {number}: mean FID {row['fid_mean']:.4g}, best {row['fid_best']:.4g}; "
+                f"{row['failed']} failed; {row['seconds']:.0f} s",
+                file=sys.stderr,
+            )
         folder = self.folder / "rounds"
         write_json(folder / f"{number:02d}.json", {"round": number, "individuals": rows})
         draw_sheet(self.folder / "evaluated", rows, folder / f"{number:02d}.png")
@@ -305,7 +315,7 @@ class Search(Loop):
                 self.seen[name].add(child)
                 made[name] = child
                 origin = kept[parent] if parent is not None else origin
-            following.append(Individual(**made, parent=origin))
+            following.append(Individual(made["generator"], made["discriminator"], origin))
         self.population = following
         if pairs:
             reset = self.options.weight_resetting
@@ -341,9 +351,11 @@ class Search(Loop):
                 weights[name] = alone.state_dict()
             else:
                 weights[name] = network.state_dict()
-        write_json(self.folder / "history.json", {"rounds": self.history})
+        judge, evaluation = open_judge(self.judging.judge), self.evaluation
+        floor = Reference(self.judging.reference).floor(judge, evaluation.splits, evaluation.images)
+        write_json(self.folder / "history.json", {"rounds": self.history, "floor": asdict(floor)})
         draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
-        draw_rounds(self.history, self.folder / "rounds.png", self.folder.name)
+        draw_rounds(self.history, floor.fid, self.folder / "rounds.png", self.folder.name)
         shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
         return Found(
             winner.generator or self.generator.genotype, winner.discriminator or self.discriminator.genotype, weights

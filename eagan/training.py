@@ -70,7 +70,7 @@ def open_device(device: str, precision: str, threads: int) -> torch.device:
 
 def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
     """Of all parameters; those without a gradient (operations that were not part of the step) are left alone."""
-    return torch.optim.Adam(network.parameters(), lr, BETAS)
+    return torch.optim.Adam(network.parameters(), lr, BETAS, fused=True)
 
 
 N = TypeVar("N", bound=nn.Module)

@@ -10,7 +10,7 @@ import torch
 
 from common.options import RunOptions
 from eagan.config import DataConfig, EvaluationConfig, NetworkConfig, SearchOptions, StageOptions, TrainOptions
-from eagan.data import Real, open_pictures, take
+from eagan.data import Real, open_pictures
 from eagan.genotypes import PUBLISHED, Genes
 from eagan.judge import judge_file, open_judge
 from eagan.measuring import Reference
@@ -74,10 +74,7 @@ def judging(folder: Path) -> Judging:
     real = digits()
     assert real.classed is not None
     name = f"classes:{judge_file(real.classed, EVALUATION.judge_steps)}"
-    judge = open_judge(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    features = [judge(take(part, torch.arange(24))) for part in (real.train, real.held_out)]
-    Reference.write(folder / "reference.safetensors", judge.name, *features)
+    Reference.of(folder / "reference.safetensors", real, open_judge(name), 24)
     return Judging(name, folder / "reference.safetensors")
 
 

@@ -153,7 +153,9 @@ class Edge(nn.Module):
         return "0" if self.alone else str(gene)
 
     def forward(self, x_BCHW: Tensor, gene: int) -> Tensor:
-        return self.get_submodule(f"{self.place}.{self.key(gene)}")(x_BCHW)
+        operations = self._modules[self.place]
+        assert isinstance(operations, nn.ModuleDict)
+        return operations[self.key(gene)](x_BCHW)
 
 
 def _term(edge: Edge, x_BCHW: Tensor, gene: int) -> Tensor | None:
@@ -188,7 +190,7 @@ class Cell(nn.Module):
             self.add_module(name, Edge(held, make, genes is not None, "ups" if name.startswith("up") else "ops"))
 
     def edge(self, name: str) -> Edge:
-        found = self.get_submodule(name)
+        found = self._modules[name]
         assert isinstance(found, Edge)
         return found
 

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument(
         "--batch_norm",
         choices=get_args(BatchNorm),
-        default="running",
-        help="statistics of the generator's normalisation: those of its training, estimated anew, or of each batch",
+        default="genotype",
+        help="statistics of the generator's normalisation: estimated anew, of its training (running), or of each batch",
     )
     options = parser.parse_args(argv)
     if options.walk == 1:

@@ -335,7 +335,7 @@ class Search(Loop):
     # Results ----------------------------------------------------------------------------------------------------------
 
     def run(self) -> Found:
-        """Search to the end; what was found stays in `genotype.json`, `generator.safetensors` and `history.json`."""
+        """Search to the end; the rounds stay in `rounds/` and `history.json`, with drawings."""
         self.train()
         position = int(self.history[-1]["best"])
         winner = self.population[position]

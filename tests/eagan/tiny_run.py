@@ -32,13 +32,13 @@ stage_g: {warmup_steps: 2, round_steps: 2, rounds: 2, batch_real: 4, batch_fake:
 stage_d: {warmup_steps: 1, round_steps: 2, rounds: 2, batch_real: 4, batch_fake: 4}
 train:
   {steps: 4, d_steps: 2, batch_real: 4, batch_fake: 4, augment: [colour, translation, cutout], sample_every: 2}
-evaluation: {images: 20, final_images: 24, judge_steps: 3, sheet: 2, splits: 2, batch_size: 10}
+evaluation: {images: 20, final_images: 24, judge_steps: 3, sheet: 2, splits: 2}
 """
 
 NETWORK = NetworkConfig(4, 4, 6, 2)
 STAGE = StageOptions(warmup_steps=3, round_steps=4, rounds=2, batch_real=4, batch_fake=4)
 OPTIONS = SearchOptions(population=4)
-EVALUATION = EvaluationConfig(images=20, splits=2, batch_size=10, sheet=2, judge_steps=3)
+EVALUATION = EvaluationConfig(images=20, splits=2, sheet=2, judge_steps=3)
 TRAIN = TrainOptions(steps=6, d_steps=2, batch_real=4, batch_fake=4, sample_every=0, ema_decay=0.9)
 RUN = RunOptions(checkpoint_every=2, log_every=1, progress=False)
 CPU = torch.device("cpu")

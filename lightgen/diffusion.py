@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def noise_levels(schedule: str = "cosine", steps: int = STEPS) -> Tensor:
     if schedule != "cosine":
         raise UserError(f"noise schedule {schedule!r}: expected cosine or linear")
     bar = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
-    return torch.tensor([min(1 - after / before, MAX_BETA) for before, after in zip(bar, bar[1:])], dtype=torch.float64)
+    return torch.tensor([min(1 - after / before, MAX_BETA) for before, after in pairwise(bar)], dtype=torch.float64)
 
 
 def respacing(steps: int, wanted: str) -> list[int]:

@@ -451,13 +451,13 @@ def dpo_model(case: Case) -> None:
             found[f"{name}_{side}"] = errors()
     recorded = [wanted[f"{name}_{side}_eps_mse"] for name in ("policy", "ref") for side in ("w", "l")]
     of_record = preference(*recorded, config["beta"])
-    terms = preference(found["policy_w"], found["policy_l"], found["ref_w"], found["ref_l"], config["beta"])
+    through = preference(found["policy_w"], found["policy_l"], found["ref_w"], found["ref_l"], config["beta"])
     # Float32 sums in another order differ in the last two bits, and beta multiplies those of the four errors.
     rounding = 0.5 * config["beta"] * sum(float(error.max()) for error in recorded) * 2.0**-22
     for part in ("inside", "loss"):
         assert_close(getattr(of_record, part), wanted[part], part, argument_error=rounding)
-        assert_close(getattr(terms, part), wanted[part], f"{part} through the model", argument_error=rounding)
-    assert_close((terms.inside > 0).float().mean(), wanted["implicit_acc"], "accuracy")
+        assert_close(getattr(through, part), wanted[part], f"{part} through the model", argument_error=rounding)
+    assert_close((through.inside > 0).float().mean(), wanted["implicit_acc"], "accuracy")
 
 
 CHECKS = [

@@ -74,7 +74,9 @@ class Autoencoder:
             return
         folder = Path(where) / "vae"
         if not (folder / "config.json").is_file():
-            raise UserError(f"--autoencoder {where}: no vae/config.json there; expected a diffusers directory or pixels")
+            raise UserError(
+                f"--autoencoder {where}: no vae/config.json there; expected a diffusers directory or pixels"
+            )
         with quiet_libraries():
             from diffusers import AutoencoderKL
 
@@ -218,9 +220,7 @@ def evaluation_prompts(config: LightgenConfig) -> tuple[list[str], list[Spec] | 
     return held_out.captions, None, held_out.images(list(range(len(held_out))))
 
 
-def latents(
-    pictures: Captioned, size: int, autoencoder: Autoencoder, flip: bool, progress: bool = True
-) -> Table:
+def latents(pictures: Captioned, size: int, autoencoder: Autoencoder, flip: bool, progress: bool = True) -> Table:
     """Latents at a size, beside them those of the mirrored pictures, with their captions' numbers.
 
     Columns: latent [N, 1 or 2, C, H, W], prompt [N]. Encoded once and kept, by autoencoder, pictures, size and flip.

@@ -32,9 +32,7 @@ RECORD, METADATA = "provenance.json", "metadata.jsonl"
 Draw = Callable[[Sequence[int], Sequence[str]], "Tensor"]  # numbers and captions -> uint8 [B, 3, H, W]
 
 
-def distil(
-    draw: Draw, identity: dict[str, Any], captions: Sequence[str], folder: Path, progress: bool = True
-) -> Path:
+def distil(draw: Draw, identity: dict[str, Any], captions: Sequence[str], folder: Path, progress: bool = True) -> Path:
     """Make what `folder` lacks of a set; returns it when all of it is there, in every process.
 
     Args:
@@ -191,7 +189,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--teacher", required=True, help=f"a diffusers text-to-image directory, or {RENDERER}")
     parser.add_argument("--captions", required=True, help="shapes, emoji, or a file with one prompt a line or a table")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=Count, default=4000, help="pictures; captions are repeated where they are fewer")
+    parser.add_argument(
+        "--count", type=Count, default=4000, help="pictures; captions are repeated where they are fewer"
+    )
     parser.add_argument("--steps", type=Count, default=10, help="sampling steps of the teacher")
     parser.add_argument("--guidance", type=Annotated[float, Range(1, 100)], default=2.0, help="the teacher's scale")
     parser.add_argument("--size", type=Count, help="side in pixels; default: the teacher's own")
@@ -220,9 +220,7 @@ def main(argv: list[str] | None = None) -> Path:
         teacher = Teacher.load(folder, device)
         draw, identity = unet_teacher(teacher, options.steps, options.guidance, options.seed)
     else:
-        draw, identity = pipeline_teacher(
-            folder, options.steps, options.guidance, options.seed, options.size, device
-        )
+        draw, identity = pipeline_teacher(folder, options.steps, options.guidance, options.seed, options.size, device)
     print(distil(draw, identity, captions, options.out))
     return options.out
 

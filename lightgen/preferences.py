@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from common.data.cache import FeatureCache, fingerprint_module, fingerprint_strings
-from common.data.sampling import TensorTable
+from common.data.sampling import TensorTable, step_generator
 from common.errors import UserError
 from common.images import resize_uint8
 from lightgen.data import Captioned
+from lightgen.diffusion import STEPS
+from lightgen.losses import noise_errors, preference
+from lightgen.model import Fluid, patchify
 from lightgen.painter import Painter
+from lightgen.schedules import mask_law, masked_count
 
 SHARD = 128
 LOSER_SEED = 5113  # of the samples that lose: none that is measured
@@ -78,3 +82,39 @@ def build_pairs(
         raise UserError("the filter of preferences keeps none of the given pictures")
     table = TensorTable({**{name: column[kept] for name, column in columns.items()}, "prompt": torch.arange(len(kept))})
     return Pairs([given.captions[row] for row in kept.tolist()], table)
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    policy: Fluid, reference: Fluid, pairs: Pairs, states: Callable[[Tensor], Tensor], seed: int, times: int = 4
+) -> dict[str, float]:
+    """How a policy judges pairs: implicit accuracy over pairs, and how both raw errors moved.
+
+    Args:
+        times: masks, times and noises that each pair's errors are the mean of.
+    """
+    generator = step_generator(seed, 0)
+    patch, columns = policy.config.patch, pairs.table.columns
+    grid = (columns["winner"].shape[2] // patch, columns["winner"].shape[3] // patch)
+    sides = {name: patchify(columns[name].float(), patch) for name in ("winner", "loser")}
+    rows, tokens, width = sides["winner"].shape
+    law, text = mask_law(), states(columns["prompt"])
+    sums = {(name, side): torch.zeros(rows) for name in ("policy", "reference") for side in sides}
+    for _ in range(times):
+        count = masked_count(tokens, float(law.ppf(torch.rand((), generator=generator).item())))
+        order = torch.rand(rows, tokens, generator=generator).argsort(1)
+        t = (torch.rand(rows, 1, generator=generator) * STEPS).long().expand(-1, count)
+        noise = torch.randn(rows, count, width, generator=generator)
+        for name, model in (("policy", policy), ("reference", reference)):
+            aligned = model.text(text)
+            for side, found in sides.items():
+                sums[name, side] += noise_errors(model, found, order, count, aligned, t, noise, grid) / times
+    change = {side: sums["policy", side] - sums["reference", side] for side in sides}
+    found = preference(*(sums[name, side] for name in ("policy", "reference") for side in sides), beta=1.0)
+    return {
+        "held_out_accuracy": float(found.accuracy),
+        "winner_change": float(change["winner"].mean()),
+        "loser_change": float(change["loser"].mean()),
+        "winner_error": float(sums["reference", "winner"].mean()),
+        "loser_error": float(sums["reference", "loser"].mean()),
+    }

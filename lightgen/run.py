@@ -1,9 +1,9 @@
 """A run folder: the stages, the preference pairs, and the models that come out of them.
 
-    stage1/, stage2/, ...   checkpoints, logs, sample grids, weights.safetensors (trained and averaged)
-    pairs/                  latents of winners and losers
-    dpo/, sft/              the same after preferences, and after as many steps on the winners
-    model/                  what sample.py draws with: after DPO, or of the last stage where there are no preferences
+stage1/, stage2/, ...   checkpoints, logs, sample grids, weights.safetensors (trained and averaged)
+pairs/                  latents of winners and losers
+dpo/, sft/              the same after preferences, and after as many steps on the winners
+model/                  what sample.py draws with: after DPO, or of the last stage where there are no preferences
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class Run:
         """
         config = read_run_config(LightgenConfig, folder, "--run_dir")
         run = cls(config, folder, Autoencoder(config.autoencoder, device_of(config)), text_of(config))
-        refuse_other_inputs(
-            folder, {"autoencoder": run.autoencoder.fingerprint, "text encoder": run.text.fingerprint}
-        )
+        refuse_other_inputs(folder, {"autoencoder": run.autoencoder.fingerprint, "text encoder": run.text.fingerprint})
         return run
 
     @cached_property
@@ -157,7 +155,9 @@ class Run:
         """
         found = self.restore(name)
         if found is None:
-            raise UserError(f"{self.folder / name} is not finished; run lightgen/train.py --run_dir {self.folder} first")
+            raise UserError(
+                f"{self.folder / name} is not finished; run lightgen/train.py --run_dir {self.folder} first"
+            )
         return found[1].eval()
 
     @property
@@ -211,5 +211,6 @@ def check_options(config: LightgenConfig) -> None:
         refuse_large_batch("preferences.batch_size", preferences.batch_size, preferences.pairs, "preference pairs")
         if config.network.head == "regression" or config.network.order == "raster":
             raise UserError(
-                "--network.head regression and --network.order raster have no preferences: expected --preferences.pairs 0"
+                "--network.head regression and --network.order raster have no preferences: expected "
+                "--preferences.pairs 0"
             )

@@ -3,7 +3,7 @@
     python lightgen/train.py                                    # configs/small.yaml: minutes, on a laptop
     python lightgen/train.py --config lightgen/configs/emoji.yaml                 # real artwork
     python lightgen/train.py --data.name folder --data.path PICTURES --run_dir runs/lightgen-mine
-    python lightgen/train.py --config lightgen/configs/paper.yaml --data.path SET --text.encoder FLAN_T5 --autoencoder SD35
+    python lightgen/train.py --config lightgen/configs/paper.yaml --data.path SET --autoencoder SD35
     torchrun --nnodes 2 --nproc-per-node 8 ... lightgen/train.py --trainer.num_nodes 2 --trainer.devices 8 \\
         --trainer.strategy ddp
 

@@ -73,7 +73,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out_BANV = attention(q, k, v, mask, dropout=self.dropout if self.training else 0.0)
+        # Of no tokens there is nothing to attend to; the weights stay part of the graph, as other processes expect.
+        out_BANV = attention(q, k, v, mask, dropout=self.dropout if self.training else 0.0) if len(x_BND[0]) else v
         return F.dropout(self.proj(out_BANV.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -230,15 +231,16 @@ class Fluid(nn.Module):
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""
         x_BKD = self.token_in(gathered(tokens_BNP, known_BK))
         x_BKD = self.token_norm(x_BKD + gathered(resized_positions(self.encoder_positions, grid), known_BK))
-        return self.encoder_norm(self._run(self.encoder, x_BKD) if known_BK.shape[1] else x_BKD)
+        if known_BK.shape[1] or torch.is_grad_enabled():
+            x_BKD = self._run(self.encoder, x_BKD)
+        return self.encoder_norm(x_BKD)
 
     def decode(self, features_BKD: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, N, D] of all positions, mask tokens where nothing is known."""
         batch, tokens = len(features_BKD), grid[0] * grid[1]
         x_BKD = self.decoder_in(features_BKD)
         x_BND = self.mask_token.to(x_BKD.dtype).expand(batch, tokens, -1)
-        if known_BK.shape[1]:
-            x_BND = x_BND.scatter(1, known_BK[:, :, None].expand_as(x_BKD), x_BKD)
+        x_BND = x_BND.scatter(1, known_BK[:, :, None].expand_as(x_BKD), x_BKD)
         x_BND = self._run(self.decoder, x_BND + resized_positions(self.decoder_positions, grid))
         return self.decoder_norm(x_BND)
 

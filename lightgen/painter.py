@@ -107,7 +107,7 @@ class Painter:
         draws = Randomness(seed, range(first, first + len(prompts)))
         orders = draws.orders(len(cells))
         inside = cells[orders]  # the hole's positions first, in the drawn order
-        orders = orders.gather(1, (~inside).long().argsort(1, stable=True))
+        orders = orders.gather(1, (~inside).long().argsort(dim=1, stable=True))
         text_BLD = model.text(self.text(prompts).to(self.device))
         known = known_1NP.expand(len(prompts), -1, -1)
         tokens = decode_tokens(model, text_BLD, grid, self.sampling, orders, draws.noises(), known, hole)

@@ -61,6 +61,7 @@ class Run:
         folder = Path(config.run_dir)
         opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         run = cls(config, folder, Autoencoder(config.autoencoder, device_of(config)), text_of(config))
+        run.text.check()
         run.check_network()
         run.begin(opened)
         return run

@@ -40,6 +40,10 @@ class TextStates:
         """Of the encoder and the length."""
         return fingerprint_strings([self.encoder.fingerprint, f"whole, {self.config.length} tokens"])
 
+    def check(self) -> None:
+        """Refuse, before any work, a length that the encoder does not read."""
+        self.encoder.encode([], self.config.length)
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """[B, L, E] float32 on the device."""
         wanted = list(dict.fromkeys(texts))

@@ -68,6 +68,7 @@ class MaskedTraining(pl.LightningModule):
         decay = optimiser.ema_decay
         self.ema = Ema(average or model, decay, warmup=average is None) if decay else None
         self.law, self.means = mask_law(stages.mask_min), BatchMeans()
+        model.train()  # Lightning leaves the mode as it is, and what comes from an earlier part does not drop out
 
     def configure_optimizers(self) -> Any:
         options = self.options

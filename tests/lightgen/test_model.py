@@ -109,6 +109,17 @@ def test_a_masked_tokens_condition_does_not_see_masked_tokens() -> None:
     assert not torch.allclose(model.masked(known, order, 9, text, GRID), before)
 
 
+def test_with_nothing_known_every_weight_still_has_a_gradient() -> None:
+    """Processes that train together wait for the gradient of every weight, and weights without one would not decay."""
+    model = tiny()
+    tokens, order = torch.randn(2, 16, 16), torch.rand(2, 16).argsort(1)
+    text = model.dropped(model.text(torch.randn(2, 5, 12)), torch.tensor([False, False]))
+    t, noise = torch.randint(1000, (1, 2, 16)), torch.randn(1, 2, 16, 16)
+    masked_loss(model, tokens, order, 16, text, t, noise, GRID).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert not bool(model.token_in.weight.grad.any()) and bool(model.mask_token.grad.any())  # type: ignore[union-attr]
+
+
 def test_raster_order_sees_only_what_stands_before() -> None:
     model = tiny(order="raster")
     tokens, text = torch.randn(1, 16, 16), torch.randn(1, 5, 16)

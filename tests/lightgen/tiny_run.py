@@ -15,7 +15,7 @@ data: {name: teacher, captions: shapes, world: small, images: 24, teacher_steps:
 text: {length: 6}
 network: {width: 16, encoder_depth: 1, decoder_depth: 1, cross_depth: 1, text_depth: 1, encoder_heads: 2,
   decoder_heads: 2, cross_heads: 2, dropout: 0.1, grid: 2, head_width: 16, head_depth: 1}
-stages: {sizes: [8, 16], steps: [3, 3], lr: [0.002, 0.001], batch_mul: 2}
+stages: {sizes: [8, 16], steps: [3, 4], lr: [0.002, 0.001], batch_mul: 2}
 preferences: {pairs: 12, steps: 3, batch_size: 4, lr: 0.001, beta: 100}
 optimiser: {warmup: 1, ema_decay: 0.9}
 sampling: {iterations: 3, head_steps: 2, clip: 3.0}

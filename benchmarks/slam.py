@@ -45,6 +45,7 @@ from common.costs import flop
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
+from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.solvers import stock_pipeline
 from common.stable_diffusion import stable_diffusion_unet
@@ -93,14 +94,13 @@ def batches(teacher: Teacher, arm: Arm) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def ours(arm: Arm) -> Step:
     """The trainer's own step, without Lightning around it."""
     teacher = teacher_of(arm)
-    teacher.unet.to(memory_format=torch.channels_last)
     student = make_student(teacher, StudentConfig(), PATHS).to(arm.device)
     target = averaged_copy(student)
     x1, noise, index, states = batches(teacher, arm)
     null, gamma = states.flip(0), torch.linspace(0, 1, len(x1), device=arm.device)
     w = torch.full((len(x1),), W, device=arm.device)
     parameters = list(student.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, foreach=True)
+    optimiser = adamw(parameters, LR)
 
     def step(_: int) -> Tensor:
         with mixed(arm.device, arm.bf16):
@@ -118,9 +118,13 @@ def ours(arm: Arm) -> Step:
 
 def peer(arm: Arm) -> Step:
     """The example's loop at gamma = 1 (its only form), written as it is written there."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
     teacher = teacher_of(arm)
     schedule, networks = teacher.schedule, teacher.unet
+    networks.set_attn_processor(AttnProcessor2_0())
     student = make_student(teacher, StudentConfig(), PATHS).unet.to(arm.device, memory_format=torch.contiguous_format)
+    student.set_attn_processor(AttnProcessor2_0())
     target = copy.deepcopy(student).requires_grad_(False)
     paths = make_student(teacher, StudentConfig(), PATHS).paths
     if arm.compiled:

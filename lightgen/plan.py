@@ -90,7 +90,7 @@ def step_flop(
 def plan(config: LightgenConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]:
     """The stages of a run."""
     channels, stride = latents_of(config.autoencoder)
-    width = text_width(config.text.encoder) if config.text.encoder or not _is_paper(config) else T5_WIDTH
+    width = text_width(config.text.encoder)
     network, stages, length = config.network, config.stages, config.text.length
     parameters = costs.parameter_count(model_of(network, channels, width))
     lines = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.ema import Ema
+from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
 from lightgen.diffusion import STEPS
@@ -34,9 +35,7 @@ def optimiser_of(model: nn.Module, options: OptimiserConfig, lr: float, law: Cal
         {"params": [p for name, p in named if name not in still], "weight_decay": options.weight_decay},
         {"params": [p for name, p in named if name in still], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, options.beta2), foreach=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, law)
-    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return scheduled(adamw(groups, lr, betas=(0.9, options.beta2)), law)
 
 
 class MaskedTraining(pl.LightningModule):

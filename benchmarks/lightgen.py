@@ -194,11 +194,11 @@ def released_decoding(
         if not at.shape[1]:
             continue
         scale = guidance_at(options.guidance, options.guidance_schedule, total, after)
-        start, noise = noises(step, len(chain), at.shape[1], head.token)
+        ddim, device = options.sampler == "ddim", text.device
+        start, noise = noises(step, 0 if ddim else len(chain), at.shape[1], head.token)
+        start, noises_of = start.flatten(0, 1).to(device), None if ddim else noise.flatten(1, 2).to(device)
         rows = gathered(z, at.repeat(2, 1)).flatten(0, 1)
-        device = text.device
-        start, noise = start.flatten(0, 1).to(device), noise.flatten(1, 2).to(device)
-        drawn = head.sample(rows, chain, start, noise, scale, options.temperature, options.clip)
+        drawn = head.sample(rows, chain, start, noises_of, scale, options.temperature, options.clip)
         drawn = drawn.view(batch, -1, head.token)
         tokens, now = tokens.scatter(1, at[:, :, None].expand_as(drawn), drawn), drawn_to
     return tokens

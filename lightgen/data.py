@@ -5,6 +5,7 @@ Shape suffixes: N pictures, C channels, H, W sides.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from common.errors import UserError
 from common.images import resize_uint8, to_uint8, to_unit
 from common.paths import cache_dir
 from common.pretrained import quiet_libraries, read_network, refuse_not_finite
+from common.teacher import Teacher
 from lightgen.config import DataConfig, LightgenConfig
+from lightgen.synthesis import distil, unet_teacher
 
 Part = Literal["train", "test"]
 PIXELS = "pixels"
@@ -135,8 +138,6 @@ def open_pictures(config: LightgenConfig, part: Part) -> Captioned:
     if data.name == "shapes":
         return scenes(part, limit, size, data.world)
     if data.name == "teacher":
-        from lightgen.distil import distilled
-
         return folder_pictures(str(distilled(config)), size, config.seed)
     if data.name == "emoji":
         return emoji_pictures(part, size, limit)
@@ -194,6 +195,17 @@ def captions_to_draw(data: DataConfig, part: Part = "train") -> list[str]:
         return list(Shapes(part, data.images, 32, **WORLDS[data.world]).captions)
     found = prompt_list(data.captions, data.images, part)
     return [found[i % len(found)] for i in range(data.images)] if part == "train" else found
+
+
+def distilled(config: LightgenConfig) -> Path:
+    """The set that a run's teacher draws, in the cache: runs with equal teacher, captions and seed share it."""
+    data = config.data
+    cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    teacher = Teacher.load(config.teacher, "cpu" if cpu else "cuda")
+    draw, identity = unet_teacher(teacher, data.teacher_steps, data.teacher_guidance, config.seed)
+    captions = captions_to_draw(data)
+    key = fingerprint_strings([json.dumps(identity, sort_keys=True), *captions])[:16]
+    return distil(draw, identity, captions, cache_dir("lightgen", "distilled", key), config.trainer.progress)
 
 
 def given_pictures(config: LightgenConfig, pictures: Captioned, count: int) -> Captioned:

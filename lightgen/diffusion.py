@@ -50,11 +50,10 @@ def respacing(steps: int, wanted: str) -> list[int]:
         size = steps // len(counts) + (number < steps % len(counts))
         if not 1 <= count <= size:
             raise UserError(f"{wanted}: cannot make {count} steps of {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        at = 0.0
+        gap, at = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
         for _ in range(count):
             kept.append(start + round(at))
-            at += stride
+            at += gap
         start += size
     return sorted(set(kept))
 

@@ -291,8 +291,6 @@ class Fluid(nn.Module):
 
 # Presets of the released code, and how its weights are named -----------------------------------------------------
 
-_HEAD = {"head_width": 1536, "head_depth": 8}
-
 
 def preset(name: str) -> NetworkConfig:
     """base, large (the released model) or huge.
@@ -304,9 +302,15 @@ def preset(name: str) -> NetworkConfig:
     if name not in sizes:
         raise UserError(f"preset {name!r}: expected {', '.join(sizes)}")
     width, depth, heads = sizes[name]
-    deep = dict.fromkeys(("encoder_depth", "decoder_depth", "cross_depth"), depth)
-    many = dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), heads)
-    return NetworkConfig(width=width, **deep, **many, **_HEAD)
+    return NetworkConfig(
+        width=width,
+        encoder_depth=depth,
+        decoder_depth=depth,
+        cross_depth=depth,
+        encoder_heads=heads,
+        decoder_heads=heads,
+        cross_heads=heads,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from lightgen.losses import masked_loss, noise_errors, preference
 from lightgen.model import (
     Fluid,
     Mar,
-    gathered,
     mar_preset,
     official,
     ours,
@@ -27,7 +27,7 @@ from lightgen.model import (
     unpatchify,
 )
 from lightgen.sampler import Randomness, decode_tokens, head_steps_at
-from lightgen.schedules import guidance_at, learning_rate, mask_law, masked_count, remaining_after
+from lightgen.schedules import learning_rate, mask_law, masked_count, remaining_after
 from tests.refusals import refused
 
 TINY = NetworkConfig(
@@ -178,45 +178,22 @@ def test_distilled_batches_have_an_unbiased_gradient() -> None:
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_the_shortcuts_of_decoding_are_exact(sampler: str, schedule: str) -> None:
+def test_the_shortcuts_of_decoding_are_exact(
+    sampler: Literal["ancestral", "ddim"], schedule: Literal["constant", "linear"]
+) -> None:
     """Against the network as the released code runs it: both halves whole, every position, every iteration."""
+    from benchmarks.lightgen import released_decoding
+
     model = tiny()
     options = SamplingConfig(
         iterations=20, head_steps=3, guidance=2.0, guidance_schedule=schedule, sampler=sampler, clip=2.0
-    )  # type: ignore[arg-type]
-    pictures = [4, 9]
-    draws = Randomness(1, pictures)
+    )
+    draws = Randomness(1, [4, 9])
     text, orders = model.text(torch.randn(2, 5, 12)), draws.orders(16)
-    found = decode_tokens(model, text, GRID, options, orders, draws.noises())
-
-    noises, tokens, now = draws.noises(), torch.zeros(2, 16, 16), 16
-    both = torch.cat([text, model.null(2, 5)])
-    every = torch.arange(16).expand(4, -1)
-    with torch.no_grad():
-        for step, after in enumerate(remaining_after(16, options.iterations)):
-            drawn_to = 0 if step == options.iterations - 1 else after
-            known = orders[:, now:].sort(1)[0].repeat(2, 1)
-            x = model.decode(model.encode(torch.cat([tokens, tokens]), known, GRID), known, GRID)
-            z = model.conditions(x, every, both, GRID)
-            at = orders[:, drawn_to:now].sort(1)[0]
-            if at.shape[1] == 0:
-                continue
-            scale = guidance_at(options.guidance, schedule, 16, after)
-            rows = gathered(z, at.repeat(2, 1)).flatten(0, 1)
-            start, noise = noises(step, 0 if sampler == "ddim" else 3, at.shape[1], 16)
-            assert isinstance(model.head, DiffusionHead)
-            new = model.head.sample(
-                rows,
-                short_chain("3"),
-                start.flatten(0, 1),
-                None if sampler == "ddim" else noise.flatten(1, 2),
-                scale,
-                clip=2.0,
-            ).view(2, -1, 16)
-            tokens = tokens.scatter(1, at[:, :, None].expand_as(new), new)
-            now = drawn_to
-    assert now == 0
-    torch.testing.assert_close(found, tokens, rtol=1e-4, atol=1e-4)
+    ours, theirs = (
+        decode(model, text, GRID, options, orders, draws.noises()) for decode in (decode_tokens, released_decoding)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
@@ -320,3 +297,10 @@ def test_a_policy_that_is_its_reference_has_no_margin() -> None:
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     refused("--network.cross_heads 3 does not divide --network.width 16", tiny, cross_heads=3)
+
+
+def test_both_sides_of_the_benchmark_compute_the_same() -> None:
+    from benchmarks import lightgen as bench
+
+    losses = [side(bench.Arm("", "small", "cpu", bf16=False))(0) for side in (bench.ours, bench.peer)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)

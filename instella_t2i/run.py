@@ -1,0 +1,160 @@
+"""A run folder: the tokenizer after each stage, and what is trained on its codes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from common.cli import read_run_config
+from common.errors import UserError
+from common.options import free_options, refuse_large_batch
+from common.processes import is_main_process
+from common.training import check_trainer, open_run_folder
+from instella_t2i.config import InstellaConfig
+from instella_t2i.data import Pictures, open_pictures
+from instella_t2i.tokenizer import ABOUT, Tokenizer, check_network, load_tokenizer, multiple_of, save_tokenizer
+
+# What two starts of one run may disagree on; the options of a stage that is not trained now are read by nothing.
+FREE_OPTIONS = free_options("evaluation", "stages", "data.eval_images")
+PLACES = {"data": ["data.path"], "tokenizer": ["tokenizer_from"]}  # options that only say where an input lies
+TOKENIZERS = ("tokenizer", "decoder")  # the stages that make one, the later the better
+
+
+@dataclass
+class Run:
+    """One run; `seconds` holds the wall times of what was done in this process."""
+
+    config: InstellaConfig
+    folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: InstellaConfig, config_yaml: str) -> Run:
+        """Create or continue `config.run_dir`; everything is looked at before anything is written.
+
+        Raises:
+            UserError: the folder holds another run or cannot be written, an option is wrong, or the data are.
+        """
+        check_options(config)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        run = cls(config, Path(config.run_dir))
+        opened = open_run_folder(run.folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
+        inputs = {"data": run.pictures.fingerprint}
+        if config.tokenizer_from:
+            inputs["tokenizer"] = fingerprint_of(Path(config.tokenizer_from))
+        for name in stages_of(config):
+            refuse_large_batch(f"{name}.batch_size", getattr(config, name).batch_size, len(run.pictures))
+        opened.begin(inputs)
+        return run
+
+    @classmethod
+    def existing(cls, folder: Path) -> Run:
+        """A run that train.py has begun; writes nothing.
+
+        Raises:
+            UserError: no run there.
+        """
+        return cls(read_run_config(InstellaConfig, folder, "--run_dir"), folder)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The training pictures."""
+        return open_pictures(self.config.data, "train", seed=self.config.seed)
+
+    @cached_property
+    def held_out(self) -> Pictures:
+        """Those that are measured on."""
+        return open_pictures(self.config.data, "test", seed=self.config.seed)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has left its weights."""
+        return self.config.resume != "never" and (self.folder / stage / ABOUT).is_file()
+
+    def new_tokenizer(self) -> Tokenizer:
+        """As it starts."""
+        torch.manual_seed(self.config.seed)
+        return Tokenizer(self.config.network, self.config.data.size)
+
+    def tokenizer_folder(self) -> Path:
+        """Where the best tokenizer of the run lies.
+
+        Raises:
+            UserError: none is finished.
+        """
+        if self.config.tokenizer_from:
+            return Path(self.config.tokenizer_from)
+        for name in reversed(TOKENIZERS):
+            if (self.folder / name / ABOUT).is_file():
+                return self.folder / name
+        raise UserError(f"{self.folder} has no finished tokenizer: add tokenizer to --stages, or give --tokenizer_from")
+
+    def load_tokenizer(self, stage: str | None = None) -> Tokenizer:
+        """The tokenizer of a stage, by default the best."""
+        return load_tokenizer(self.tokenizer_folder() if stage is None else self.folder / stage)
+
+    def save_tokenizer(self, tokenizer: Tokenizer, stage: str) -> None:
+        """Keep a finished stage's weights."""
+        if is_main_process():
+            save_tokenizer(tokenizer, self.folder / stage, {"stage": stage, "data": self.config.data.name})
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Book the block's wall time."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def stages_of(config: InstellaConfig) -> list[str]:
+    """The stages to train, in the order of the table in train.py."""
+    return [config.stages] if isinstance(config.stages, str) else list(config.stages)
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Of a tokenizer's weights, read whole.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from common.data.cache import fingerprint_tensors
+
+    return fingerprint_tensors(load_tokenizer(folder, option="--tokenizer_from").state_dict())
+
+
+def check_options(config: InstellaConfig) -> None:
+    """Refuse what would fail after work has begun.
+
+    Raises:
+        UserError: naming the option.
+    """
+    check_trainer(
+        config.trainer,
+        {f"{name}.batch_size": getattr(config, name).batch_size for name in stages_of(config)},
+        resume=config.resume,
+        grad_clip=config.tokenizer.grad_clip,
+    )
+    check_network(config.network)
+    multiple = multiple_of(config.network)
+    sizes = {"data.size": [config.data.size], "decoder.sizes": config.decoder.sizes}
+    for name, sides in sizes.items():
+        for side in sides:
+            if side % multiple or (config.network.scale is not None and side < 2 * multiple):
+                raise UserError(
+                    f"--{name} {side}: expected a multiple of {multiple} (a patch at the coarsest grid), "
+                    f"at least {2 * multiple if config.network.scale is not None else multiple}"
+                )
+    if not config.decoder.sizes:
+        raise UserError("--decoder.sizes []: expected at least one side")
+    if config.data.name == "shapes" and config.data.images == 0:
+        raise UserError("--data.images 0: expected a number of at least 1 for --data.name shapes, which draws them")
+    if not stages_of(config):
+        raise UserError("--stages []: expected at least one stage")
+    if config.tokenizer_from and set(stages_of(config)) & set(TOKENIZERS):
+        raise UserError("--tokenizer_from is a finished tokenizer: leave tokenizer and decoder out of --stages")

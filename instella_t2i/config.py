@@ -139,6 +139,8 @@ class DecoderConfig:
         lr: learning rate after warm-up, then a cosine to a tenth at the last step.
         warmup: steps over which the learning rate rises linearly.
         sizes: sides of the pictures that are decoded; a step takes one of them.
+        gan_start: share of the steps after which a new discriminator joins.
+        gan_warmup: steps over which the adversarial weight rises from 0 after that.
     """
 
     steps: Count = 1000
@@ -146,6 +148,8 @@ class DecoderConfig:
     lr: NotNegative = 3e-4
     warmup: Whole = 50
     sizes: list[Side] = field(default_factory=lambda: [32, 48, 64, 96])
+    gan_start: Share = 0.1
+    gan_warmup: Whole = 100
 
 
 @dataclass

@@ -79,7 +79,9 @@ class BinaryQuantizer(Quantizer):
         loss = (p_BLD * (1 - p_BLD)).mean()
         uncertain = ((p_BLD - 0.5).abs() < 0.4).float().mean()
         values_BLE = self.values(straight_through(codes_BLD, p_BLD))
-        return Quantized(values_BLE, codes_BLD, loss, {"code_loss": loss.detach(), "uncertain_bits": uncertain.detach()})
+        return Quantized(
+            values_BLE, codes_BLD, loss, {"code_loss": loss.detach(), "uncertain_bits": uncertain.detach()}
+        )
 
     def values(self, codes_BLD: Tensor) -> Tensor:
         return codes_BLD.to(self.embed.dtype) @ self.embed

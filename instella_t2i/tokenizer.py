@@ -1,7 +1,8 @@
 """The one-dimensional binary tokenizer (1D-BIT): pictures to k tokens of bits and back, at any size.
 
 Parameters bear the names of the released weights. Shape suffixes: B batch, C channels, H height, W width of pictures in
-pixels; h, w of the grid of image tokens; L tokens, K latent tokens, D bits, E width of a network, A heads, N head width.
+pixels; h, w of the grid of image tokens; L tokens, K latent tokens, D bits, E width of a network, A heads, N their
+width.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the grid: a strided convolution beside 2 x 2 pixels laid into channels, of which groups of 4 are averaged."""
+    """Half the grid: a strided convolution beside 2 x 2 places laid into channels, averaged in groups of 4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -176,9 +177,7 @@ class _Trunk(nn.Module):
 
     def table(self, latents: int, rows: int, columns: int, scale: float | None, like: Tensor) -> Table:
         config = self.config
-        return _table(
-            latents, rows, columns, scale, config.layout, tuple(config.axes), config.theta, str(like.device)
-        )
+        return _table(latents, rows, columns, scale, config.layout, tuple(config.axes), config.theta, str(like.device))
 
     def resized(self, x_BLE: Tensor, latents: int, rows: int, columns: int, layer: nn.Module) -> Tensor:
         """The tokens with the image part through `layer`."""
@@ -369,9 +368,7 @@ def check_network(config: NetworkConfig) -> None:
         name = "down_after" if side == "encoder" else "up_after"
         after = getattr(config, name)
         if sorted(set(after)) != after or any(number >= layers for number in after):
-            raise UserError(
-                f"--network.{name} {after}: expected rising numbers below --network.{side}_layers {layers}"
-            )
+            raise UserError(f"--network.{name} {after}: expected rising numbers below --network.{side}_layers {layers}")
     if config.layout == "grid" and int(config.tokens**0.5) ** 2 != config.tokens:
         raise UserError(f"--network.tokens {config.tokens}: --network.layout grid needs a square number")
     most = {"vq": 16, "lfq": 14}.get(config.quantizer)

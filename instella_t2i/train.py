@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,11 @@ from common.errors import run_main
 from instella_t2i.config import InstellaConfig
 
 if TYPE_CHECKING:
+    from instella_t2i.config import TrainerConfig
+    from instella_t2i.data import Pictures
     from instella_t2i.run import Run
+    from instella_t2i.tokenizer import Tokenizer
+    from instella_t2i.trainer import TokenizerTraining
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -43,10 +48,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from instella_t2i.run import Run, stages_of
 
     run = Run.open(config, text)
-    for name, train_stage in STAGES.items():
+    for name, make in STAGES.items():
         if name in stages_of(config) and not run.is_finished(name):
             with run.timed(name):
-                train_stage(run)
+                make(run)
     if not is_main_process():
         return {}
     metrics = evaluate_run(run)
@@ -55,31 +60,38 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def train_tokenizer(run: Run) -> None:
     """Stage 1: reconstruction, perceptual and adversarial loss; the bits' noise falls."""
-    from instella_t2i.trainer import TokenizerTraining
-
-    options = run.config.tokenizer
-    module = TokenizerTraining(run.new_tokenizer(), options, run.config.data.flip, run.config.trainer, run.config.seed)
-    fit(run, "tokenizer", module, run.pictures.table(), options.batch_size, options.steps)
-    run.save_tokenizer(module.tokenizer, "tokenizer")
+    train_stage(run, "tokenizer", run.new_tokenizer(), run.pictures)
 
 
 def train_decoder(run: Run) -> None:
     """Stage 2: the decoder alone, on several sizes."""
     from instella_t2i.data import open_pictures
-    from instella_t2i.trainer import DecoderTraining
 
-    config, options = run.config, run.config.decoder
-    tokenizer = run.load_tokenizer("tokenizer")
-    largest = open_pictures(config.data, "train", max(config.data.size, *options.sizes), config.seed)
-    module = DecoderTraining(
-        tokenizer, options, config.tokenizer, config.data, config.trainer, config.seed
-    )
-    fit(run, "decoder", module, largest.table(), options.batch_size, options.steps)
-    run.save_tokenizer(module.tokenizer, "decoder")
+    config = run.config
+    largest = max(config.data.size, *config.decoder.sizes)
+    pictures = open_pictures(config.data, "train", largest, config.seed)
+    train_stage(run, "decoder", run.load_tokenizer("tokenizer"), pictures)
 
 
-def fit(run: Run, stage: str, module: Any, table: Any, batch_size: int, steps: int) -> None:
-    """Train a stage on a table, with pictures on the way."""
+def train_stage(run: Run, stage: str, tokenizer: Tokenizer, pictures: Pictures) -> None:
+    """Train a tokenizer as the options of a stage say, and keep it."""
+    from instella_t2i.trainer import TokenizerTraining
+
+    config = run.config
+    options = config.tokenizer if stage == "tokenizer" else config.decoder
+    module = TokenizerTraining(tokenizer, config.tokenizer, options, config.data, config.trainer, config.seed)
+    trainer_options = config.trainer
+    if module.discriminator is not None and trainer_options.strategy == "ddp":
+        # Tokenizer and discriminator take turns: in every backward pass one of them has no gradients.
+        trainer_options = replace(trainer_options, strategy="ddp_find_unused_parameters_true")
+    fit(run, stage, module, pictures.table(), options.batch_size, options.steps, trainer_options)
+    run.save_tokenizer(tokenizer.cpu().eval(), stage)
+
+
+def fit(
+    run: Run, stage: str, module: TokenizerTraining, table: Any, batch_size: int, steps: int, options: TrainerConfig
+) -> None:
+    """Train a tokenizer on a table, with pictures on the way."""
     from common.data.sampling import StepDataModule
     from common.training import EveryNSteps, train
     from instella_t2i.evaluate import sheet
@@ -88,21 +100,20 @@ def fit(run: Run, stage: str, module: Any, table: Any, batch_size: int, steps: i
     shown = run.held_out.images(range(min(config.evaluation.grid, len(run.held_out))))
 
     def show(step: int) -> None:
-        module.eval()
-        sheet(module.tokenizer, shown, run.folder / stage / "samples" / f"step_{step:06d}.png")
-        module.train()
+        module.tokenizer.eval()
+        sheet({"": module.tokenizer}, shown, run.folder / stage / "samples" / f"step_{step:06d}.png")
+        module.tokenizer.train()
 
-    every = config.trainer.sample_every
     train(
         run.folder / stage,
         module,
         StepDataModule(table, batch_size, steps, config.seed),
-        config.trainer,
+        options,
         steps=steps,
         batch_size=batch_size,
         resume=config.resume,
-        optimisers=2,
-        callbacks=[EveryNSteps(every, show)] if every else [],
+        optimisers=1 if module.discriminator is None else 2,
+        callbacks=[EveryNSteps(options.sample_every, show)] if options.sample_every else [],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from common.options import Count, NotNegative, Portion, Positive, Range, Seed, Share, TrainerOptions, Whole
 
@@ -169,12 +169,14 @@ class EvaluationConfig:
     """What is measured at the end.
 
     Args:
-        features: network of r-KID's features: lite0, or inception:FILE.
+        features: network of the features of KID and r-KID: lite0, or inception:FILE.
+        generated: pictures that each generator draws to be measured.
         batch_size: pictures at once.
         grid: pictures shown side by side.
     """
 
     features: str = "lite0"
+    generated: Annotated[int, Range(2)] = 256
     batch_size: Count = 64
     grid: Count = 12
 
@@ -291,7 +293,7 @@ class SamplingConfig:
     ar_temperature: NotNegative = 1.0
 
 
-Stage = Literal["tokenizer", "decoder"]
+Stage = Literal["tokenizer", "decoder", "diffusion", "autoregression"]
 
 
 @dataclass
@@ -306,7 +308,7 @@ class InstellaConfig:
         tokenizer_from: a finished tokenizer's folder to build on, in place of training one.
     """
 
-    stages: Stage | list[Stage] = field(default_factory=lambda: ["tokenizer", "decoder"])
+    stages: Stage | list[Stage] = field(default_factory=lambda: list(get_args(Stage)))
     run_dir: str = "runs/instella"
     seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
@@ -315,5 +317,11 @@ class InstellaConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    autoregression: GeneratorConfig = field(default_factory=GeneratorConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

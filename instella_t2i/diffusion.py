@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -115,7 +116,7 @@ def sample(
     """
     times = [*sampling_times(len(uniform_NBKD), rho).tolist(), 0.0]
     z_BKD = draw(torch.full_like(uniform_NBKD[0], 0.5), uniform_NBKD[0])
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         logits = net(torch.cat([z_BKD, z_BKD]), torch.full((2 * len(z_BKD),), t, device=z_BKD.device))
         if trace is not None:
             trace(z_BKD, logits)

@@ -1,13 +1,13 @@
-"""Checks for the recorded cases of the generators and of their ancestor; sizes and options come from each case itself."""
+"""Checks for the recorded cases of the generators and of their ancestor; options come from each case itself."""
 
 from __future__ import annotations
 
 import torch
+from instella_t2i.convert import without_unused
 from torch import Tensor
 
 from instella_t2i import autoregression, diffusion
 from instella_t2i.config import StreamConfig
-from instella_t2i.convert import without_unused
 from instella_t2i.generators import Autoregressor, Denoiser, Generator, Shape, Text
 from tests.golden_case import Case, Check, assert_close, kind
 

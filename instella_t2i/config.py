@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from common.options import Count, NotNegative, Portion, Positive, Range, Seed, Share, TrainerOptions, Whole
 
@@ -171,17 +171,131 @@ class EvaluationConfig:
     """What is measured at the end.
 
     Args:
-        features: network of r-KID's features: lite0, or inception:FILE.
+        features: network of the features of KID and r-KID: lite0, or inception:FILE.
+        generated: pictures that each generator draws to be measured.
         batch_size: pictures at once.
         grid: pictures shown side by side.
     """
 
     features: str = "lite0"
+    generated: Annotated[int, Range(2)] = 256
     batch_size: Count = 64
     grid: Count = 12
 
 
-Stage = Literal["tokenizer", "decoder"]
+@dataclass
+class StreamConfig:
+    """The network of both generators, by default as they were released (1.29B and 0.88B parameters).
+
+    Args:
+        layers: blocks; each reads one layer of the language model.
+        heads: heads of the attention.
+        head_dim: width of a head.
+        recompute: compute each block again for the backward pass, for less memory; the same losses.
+    """
+
+    layers: Layers = 16
+    heads: Heads = 16
+    head_dim: HeadWidth = 128
+    recompute: bool = False
+
+
+@dataclass
+class TextConfig:
+    """What reads the captions; it stays as it is.
+
+    Args:
+        encoder: folder of a causal language model that transformers has written.
+        length: tokens of a caption at most; longer ones are cut at their end.
+        layers: each (block i reads layer i, the paper) or last (all blocks read the last layer, the baseline).
+        cache_gb: memory for features of captions, each encoded once; what does not fit is encoded in every step.
+    """
+
+    encoder: str = "instella_t2i/pretrained/captions"
+    length: Annotated[int, Range(1, 4096)] = 128
+    layers: Literal["each", "last"] = "each"
+    cache_gb: NotNegative = 1.0
+
+
+@dataclass
+class CodesConfig:
+    """Codes of the training pictures, made once, and the second set of pictures of the later data stage.
+
+    Args:
+        folder: where they are kept, to be shared by runs; None keeps them in the run folder.
+        synthetic: image folder with captions, for example of `instella_t2i/synthesize.py`; None has one data stage.
+        synthetic_share: of the samples once the second stage has begun (3 : 1 in the paper).
+        synthetic_from: share of the steps after which it begins.
+    """
+
+    folder: str | None = None
+    synthetic: str | None = None
+    synthetic_share: Share = 0.25
+    synthetic_from: Share = 0.5
+
+
+@dataclass
+class GeneratorConfig:
+    """How a generator is trained: the released example, but for the number of steps, which is not known.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: samples of a step, over all processes and micro-batches.
+        lr: learning rate after warm-up.
+        warmup: steps over which the learning rate rises linearly.
+        schedule: constant (released) or cosine to a tenth.
+        weight_decay: of AdamW.
+        grad_clip: largest norm of the gradient; 0 does not clip.
+        uncond: share of the captions that are replaced by the empty one.
+    """
+
+    steps: Count = 100_000
+    batch_size: Count = 256
+    lr: NotNegative = 1e-4
+    warmup: Whole = 1000
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: NotNegative = 0.0
+    grad_clip: NotNegative = 1.0
+    uncond: Share = 0.1
+
+
+@dataclass
+class DiffusionConfig(GeneratorConfig):
+    """Binary diffusion.
+
+    Args:
+        target: epsilon (the network says which bits were flipped) or x (which are set).
+        times: law of t: logistic_normal or uniform.
+    """
+
+    target: Literal["epsilon", "x"] = "epsilon"
+    times: Literal["logistic_normal", "uniform"] = "logistic_normal"
+
+
+@dataclass
+class SamplingConfig:
+    """How pictures are drawn.
+
+    Args:
+        steps: evaluations of the denoiser.
+        guidance: w of binary diffusion; the usual guidance scale is 1 + w.
+        temperature: that the denoiser's logits are divided by; 0 takes the likelier bit.
+        rho: exponent of the denoiser's times, above 1 for smaller steps at the end.
+        protocol: renoise (the released protocol 1), approximate (2), or exact, the posterior of the process.
+        ar_guidance: w of autoregression.
+        ar_temperature: that its logits are divided by.
+    """
+
+    steps: Annotated[int, Range(1, 10_000)] = 20
+    guidance: NotNegative = 7.5
+    temperature: NotNegative = 1.0
+    rho: Positive = 1.0
+    protocol: Literal["renoise", "approximate", "exact"] = "renoise"
+    ar_guidance: NotNegative = 7.5
+    ar_temperature: NotNegative = 1.0
+
+
+Stage = Literal["tokenizer", "decoder", "diffusion", "autoregression"]
 
 
 @dataclass
@@ -196,7 +310,7 @@ class InstellaConfig:
         tokenizer_from: a finished tokenizer's folder to build on, in place of training one.
     """
 
-    stages: Stage | list[Stage] = field(default_factory=lambda: ["tokenizer", "decoder"])
+    stages: Stage | list[Stage] = field(default_factory=lambda: list(get_args(Stage)))
     run_dir: str = "runs/instella"
     seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
@@ -205,5 +319,11 @@ class InstellaConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    autoregression: GeneratorConfig = field(default_factory=GeneratorConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

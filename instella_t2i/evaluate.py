@@ -120,9 +120,27 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "lpips_trunk": yardstick.distance.name,
         "arms": arms,
     }
-    write_atomically(run.folder / "table.md", lambda temporary: temporary.write_text(table(arms) + "\n"))
+    if generators := generated(run):
+        metrics["generators"] = generators
+    tables = [table(found) for found in (arms, metrics.get("generators")) if found]
+    write_atomically(run.folder / "table.md", lambda temporary: temporary.write_text("\n\n".join(tables) + "\n"))
     report(metrics)
     return metrics
+
+
+def generated(run: Run) -> dict[str, dict[str, float]]:
+    """Measures of the finished generators on the same prompts; their pictures go to `samples.png`."""
+    from common.images import comparison_grid
+    from instella_t2i.generation import KINDS, PromptYardstick, measure_generators
+    from instella_t2i.tokenizer import ABOUT
+
+    if not any((run.folder / kind / ABOUT).is_file() for kind in KINDS):
+        return {}
+    config, painter = run.config, run.painter()
+    yardstick = PromptYardstick(config.data, run.held_out, config.evaluation.generated, config.evaluation.features)
+    found, pictures = measure_generators(painter, yardstick, config.sampling)
+    comparison_grid(pictures, yardstick.prompts, config.evaluation.grid, run.folder / "samples.png")
+    return found
 
 
 def table(arms: Mapping[str, Mapping[str, float]]) -> str:
@@ -138,7 +156,7 @@ def table(arms: Mapping[str, Mapping[str, float]]) -> str:
 def report(metrics: Mapping[str, Any]) -> None:
     """Print one line an arm, and what stage 2 did to stage 1's pictures."""
     print(f"{metrics['images']} held-out pictures; features {metrics['features']}, LPIPS form {metrics['lpips_trunk']}")
-    for arm, values in metrics["arms"].items():
+    for arm, values in (metrics["arms"] | metrics.get("generators", {})).items():
         print(f"  {arm}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     if {"tokenizer", "decoder"} <= metrics["arms"].keys():
         first, second = (metrics["arms"][name] for name in ("tokenizer", "decoder"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from common.cli import read_run_config
 from common.errors import UserError
@@ -20,9 +22,19 @@ from instella_t2i.config import InstellaConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.tokenizer import ABOUT, Tokenizer, check_network, load_tokenizer, multiple_of, save_tokenizer
 
+if TYPE_CHECKING:
+    from instella_t2i.generation import Painter
+    from instella_t2i.text import CausalText
+
 # What two starts of one run may disagree on; the options of a stage that is not trained now are read by nothing.
-FREE_OPTIONS = free_options("evaluation", "stages", "data.eval_images")
-PLACES = {"data": ["data.path"], "tokenizer": ["tokenizer_from"]}  # options that only say where an input lies
+FREE_OPTIONS = free_options("evaluation", "sampling", "stages", "data.eval_images", "text.cache_gb", "stream.recompute")
+PLACES = {
+    "data": ["data.path"],
+    "tokenizer": ["tokenizer_from"],
+    "text": ["text.encoder"],
+    "synthetic": ["codes.synthetic"],
+    "codes": ["codes.folder"],
+}  # options that only say where an input lies
 TOKENIZERS = ("tokenizer", "decoder")  # the stages that make one, the later the better
 
 
@@ -49,6 +61,10 @@ class Run:
         inputs = {"data": run.pictures.fingerprint}
         if config.tokenizer_from:
             inputs["tokenizer"] = fingerprint_of(Path(config.tokenizer_from))
+        if generators_of(config):
+            inputs["text"] = run.reader().fingerprint
+            if config.codes.synthetic:
+                inputs["synthetic"] = run.synthetic.fingerprint
         for name in stages_of(config):
             refuse_large_batch(f"{name}.batch_size", getattr(config, name).batch_size, len(run.pictures))
         opened.begin(inputs)
@@ -72,6 +88,47 @@ class Run:
     def held_out(self) -> Pictures:
         """Those that are measured on."""
         return open_pictures(self.config.data, "test", seed=self.config.seed)
+
+    @cached_property
+    def synthetic(self) -> Pictures:
+        """The pictures of the second data stage."""
+        data = replace(self.config.data, name="folder", path=self.config.codes.synthetic, images=0)
+        return open_pictures(data, "train", seed=self.config.seed)
+
+    def reader(self) -> CausalText:
+        """What reads the captions."""
+        from instella_t2i.text import CausalText
+
+        return CausalText(self.config.text, self.config.stream.layers)
+
+    def codes(self, tokenizer: Tokenizer) -> list[Tensor]:
+        """Packed codes of the training pictures, and of the second set where there is one."""
+        from instella_t2i.codes import encode_pictures
+
+        config = self.config
+        place = Path(config.codes.folder) if config.codes.folder else self.folder / "codes"
+        sets = {"pictures": self.pictures, **({"synthetic": self.synthetic} if config.codes.synthetic else {})}
+        again = config.resume == "never" and config.codes.folder is None
+        return [
+            encode_pictures(tokenizer, pictures, place / name, again, config.trainer.progress)
+            for name, pictures in sets.items()
+        ]
+
+    def painter(self, kind: str | None = None, device: str | torch.device = "cpu") -> Painter:
+        """The finished generators (or one of them), ready to draw.
+
+        Raises:
+            UserError: there is none.
+        """
+        from instella_t2i.generation import KINDS, open_painter
+
+        wanted = KINDS if kind is None else (kind,)
+        folders = {name: self.folder / name for name in wanted if (self.folder / name / ABOUT).is_file()}
+        if not folders:
+            raise UserError(
+                f"{self.folder} has no finished {' or '.join(wanted)}: run instella_t2i/train.py with it among --stages"
+            )
+        return open_painter(self.load_tokenizer(), self.config.text, folders, device)
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has left its weights."""
@@ -115,6 +172,11 @@ class Run:
 def stages_of(config: InstellaConfig) -> list[str]:
     """The stages to train, in the order of the table in train.py."""
     return [config.stages] if isinstance(config.stages, str) else list(config.stages)
+
+
+def generators_of(config: InstellaConfig) -> list[str]:
+    """The generators among the stages."""
+    return [name for name in stages_of(config) if name not in TOKENIZERS]
 
 
 def fingerprint_of(folder: Path) -> str:

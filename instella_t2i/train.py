@@ -117,7 +117,75 @@ def fit(
     )
 
 
-STAGES: dict[str, Callable[[Run], None]] = {"tokenizer": train_tokenizer, "decoder": train_decoder}
+def train_diffusion(run: Run) -> None:
+    """Binary diffusion over the tokens."""
+    train_generator(run, "diffusion")
+
+
+def train_autoregression(run: Run) -> None:
+    """Autoregression over the tokens."""
+    train_generator(run, "autoregression")
+
+
+def train_generator(run: Run, kind: str) -> None:
+    """Encode pictures and captions once, train a generator on them, and keep it."""
+    import torch
+
+    from common.processes import is_main_process
+    from common.training import train
+    from instella_t2i.codes import MixedData, code_table, fingerprint
+    from instella_t2i.generation import Trained, save_generator
+    from instella_t2i.generator_trainer import GeneratorTraining
+    from instella_t2i.generators import Shape, make_generator
+    from instella_t2i.text import FeatureTable
+
+    config, tokenizer, reader = run.config, run.load_tokenizer(), run.reader()
+    options = config.diffusion if kind == "diffusion" else config.autoregression
+    captions = list(run.pictures.captions)
+    with run.timed("codes"):
+        codes = run.codes(tokenizer)
+        if config.codes.synthetic:
+            captions += run.synthetic.captions
+        texts = FeatureTable(reader, captions)
+    torch.manual_seed(config.seed)
+    shape = Shape(tokenizer.config.tokens, tokenizer.config.bits, reader.width)
+    network = make_generator(kind, config.stream, shape)
+    trainer = config.trainer
+    if trainer.compile:
+        network.compile()
+    module = GeneratorTraining(network, texts, options, seed=config.seed, accumulate=trainer.accumulate)
+    begins = round(config.codes.synthetic_from * options.steps) if config.codes.synthetic else options.steps
+    data = MixedData(
+        code_table(codes),
+        len(codes[0]),
+        config.codes.synthetic_share,
+        begins,
+        options.batch_size,
+        options.steps,
+        config.seed,
+        accumulate=trainer.accumulate,
+    )
+    train(
+        run.folder / kind,
+        module,
+        data,
+        trainer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        resume=config.resume,
+        grad_clip=options.grad_clip,
+    )
+    if is_main_process():
+        trained = Trained(network, getattr(options, "target", "epsilon"), reader.fingerprint, fingerprint(tokenizer))
+        save_generator(trained, run.folder / kind)
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "tokenizer": train_tokenizer,
+    "decoder": train_decoder,
+    "diffusion": train_diffusion,
+    "autoregression": train_autoregression,
+}
 
 if __name__ == "__main__":
     run_main(main)

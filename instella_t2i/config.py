@@ -89,9 +89,10 @@ class TokenizerConfig:
     Args:
         steps: optimiser steps.
         batch_size: pictures of a step, over all processes and micro-batches.
+        optimiser: adamw, or muon: the blocks' matrices by orthogonal steps as long as AdamW's, the rest by AdamW.
         lr: learning rate after warm-up, then a cosine to a tenth at the last step.
         warmup: steps over which the learning rate rises linearly.
-        weight_decay: of AdamW.
+        weight_decay: of the optimiser.
         grad_clip: largest norm of the gradient; 0 does not clip.
         pixel_beta: of the smooth-L1 distance, below which it is quadratic.
         perceptual: weight of the perceptual distance; 0 leaves it out.
@@ -110,6 +111,7 @@ class TokenizerConfig:
 
     steps: Count = 3000
     batch_size: Count = 32
+    optimiser: Literal["adamw", "muon"] = "adamw"
     lr: NotNegative = 1e-3
     warmup: Whole = 100
     weight_decay: NotNegative = 0.0

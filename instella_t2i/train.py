@@ -112,7 +112,7 @@ def fit(
         steps=steps,
         batch_size=batch_size,
         resume=config.resume,
-        optimisers=1 if module.discriminator is None else 2,
+        optimisers=3,  # at most; the module ends training by its own count
         callbacks=[EveryNSteps(options.sample_every, show)] if options.sample_every else [],
     )
 

@@ -90,12 +90,21 @@ class TokenizerTraining(pl.LightningModule):
         self.trainer.should_stop = self.step_count >= self.stage.steps
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        adam: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": self.losses.weight_decay, "foreach": True}
-        optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(trained, lr=self.stage.lr, **adam)]
+        """AdamW; with `optimiser: muon` the blocks' matrices have Muon, by steps as long as AdamW's. The
+        discriminator's comes last."""
+        trained = {name: p for name, p in self.tokenizer.named_parameters() if p.requires_grad}
+        muon = self.losses.optimiser == "muon"
+        matrices = [p for name, p in trained.items() if muon and ".transformer_blocks." in name and p.dim() == 2]
+        others = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
+        lr, decay = self.stage.lr, self.losses.weight_decay
+        optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
+        ]
+        if matrices:
+            optimisers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         if self.discriminator is not None:
-            adam = {"betas": (0.5, 0.9), "weight_decay": 0.0, "foreach": True}
-            optimisers.append(torch.optim.AdamW(self.discriminator.parameters(), lr=self.losses.gan_lr, **adam))
+            weights, lr = self.discriminator.parameters(), self.losses.gan_lr
+            optimisers.append(torch.optim.AdamW(weights, lr=lr, betas=(0.5, 0.9), weight_decay=0.0, foreach=True))
         return optimisers
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -108,26 +117,26 @@ class TokenizerTraining(pl.LightningModule):
         config = self.tokenizer.config
         uniform_bKD = draws.uniform(config.tokens * config.bits).T.unflatten(1, (config.tokens, config.bits))
         pieces = list(zip(image_bCHW.chunk(parts), uniform_bKD.chunk(parts)))
-        optimisers: Any = self.optimizers()
-        optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
+        given: Any = self.optimizers()
+        optimisers = given if isinstance(given, list) else [given]
+        against = optimisers.pop() if self.discriminator is not None else None
         weight = 0.0
         if self.discriminator is not None:
             weight = self.losses.gan * gan_weight(step, self.gan_start, self.stage.gan_warmup)
             self.discriminator.requires_grad_(False)  # takes no part in the tokenizer's step
         sums: Logs = {}
         fakes, codes = [], []
-        optimisers[0].zero_grad()
+        self.zero_grad()
         for piece_bCHW, piece_bKD in pieces:
             loss, y_bCHW, codes_bKD, logs = self.tokenizer_loss(piece_bCHW, piece_bKD, size, step, weight)
             self.manual_backward(loss / parts)
             fakes.append(y_bCHW.detach())
             codes.append(codes_bKD)
             sums = {name: sums.get(name, 0.0) + value.detach() / parts for name, value in logs.items()}
-        self._update(optimisers[0], step, self.stage.lr, self.tokenizer.parameters())
+        self._update(optimisers, step, self.stage.lr, self.tokenizer.parameters())
         self.tokenizer.quantizer.after_step(draws.generator)
         if self.discriminator is not None and step >= self.gan_start:
             self.discriminator.requires_grad_(True)
-            optimisers[1].zero_grad()
             for (piece_bCHW, _), y_bCHW in zip(pieces, fakes):
                 real = self.discriminator(self._target(piece_bCHW, size)).float()
                 fake = self.discriminator(y_bCHW).float()
@@ -135,7 +144,7 @@ class TokenizerTraining(pl.LightningModule):
                 self.manual_backward(loss / parts)
                 found = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
                 sums |= {name: sums.get(name, 0.0) + value.detach() / parts for name, value in found.items()}
-            self._update(optimisers[1], step, self.losses.gan_lr, self.discriminator.parameters())
+            self._update([against], step, self.losses.gan_lr, self.discriminator.parameters())
         self._steps += 1
         self._log(sums, torch.cat(codes), step)
         if self.step_count >= self.stage.steps:
@@ -180,12 +189,13 @@ class TokenizerTraining(pl.LightningModule):
         """uint8 pictures at a size, in [-1, 1]."""
         return to_unit(resize_clean(image_bCHW, size))
 
-    def _update(self, optimiser: Any, step: int, lr: float, parameters: Iterable[nn.Parameter]) -> None:
-        for group in optimiser.param_groups:
-            group["lr"] = lr * learning_rate(step, self.stage.steps, self.stage.warmup)
+    def _update(self, optimisers: Sequence[Any], step: int, lr: float, parameters: Iterable[nn.Parameter]) -> None:
         if self.losses.grad_clip > 0:
             nn.utils.clip_grad_norm_([p for p in parameters if p.requires_grad], self.losses.grad_clip)
-        optimiser.step()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * learning_rate(step, self.stage.steps, self.stage.warmup)
+            optimiser.step()
 
     def _log(self, values: Logs, codes_BKD: Tensor, step: int) -> None:
         many = self.trainer.world_size > 1

@@ -1,0 +1,100 @@
+"""What the released tokenizer and generators cost, worked out before anything runs: parameters, FLOP, GPU-days.
+
+    make instella_t2i-plan                                        # the released sizes
+    python instella_t2i/plan.py --gpu h100 --gpus 64 --utilisation 0.5
+    python instella_t2i/plan.py --config instella_t2i/configs/small.yaml
+
+Nothing is allocated: the networks are built on the meta device. A training step of the tokenizer is taken as three
+forward passes; its perceptual network and discriminator are left out (the authors published neither).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import costs
+from common.cli import parse_config
+from common.errors import run_main
+from instella_t2i.config import InstellaConfig
+from instella_t2i.tokenizer import Tokenizer
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = costs.Cluster("a100", 8, 0.4)
+BYTES = 4  # of a float32 number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage. Gigabytes are those of weights, gradients and AdamW, without activations."""
+
+    stage: str
+    parameters: int
+    trained: int
+    samples: int
+    tflop_a_sample: float
+    weights_gb: float
+    gpu_days: float
+
+
+def plan(config: InstellaConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]:
+    """The two stages of the tokenizer."""
+    with torch.device("meta"), torch.no_grad():
+        tokenizer = Tokenizer(config.network)
+        pictures = torch.empty(1, 3, config.data.size, config.data.size)
+        encoding = costs.flop(lambda: tokenizer.quantizer(tokenizer.encoder(pictures)))
+        codes = torch.empty(1, config.network.tokens, config.network.bits)
+        decoding = {
+            side: costs.flop(lambda side=side: tokenizer.paint(tokenizer.quantizer.values(codes), side))
+            for side in {config.data.size, *config.decoder.sizes}
+        }
+    whole = costs.parameter_count(tokenizer)
+    decoder = costs.parameter_count(tokenizer.decoder, tokenizer.to_pixel)
+    mean = sum(decoding[side] for side in config.decoder.sizes) / len(config.decoder.sizes)
+    rows = [
+        ("tokenizer", whole, config.tokenizer, 3 * (encoding + decoding[config.data.size])),
+        ("decoder", decoder, config.decoder, encoding + 3 * mean),
+    ]
+    plans = []
+    for stage, trained, options, each in rows:
+        samples = options.steps * options.batch_size
+        state = BYTES * (whole + 3 * trained) / 1e9
+        plans.append(Plan(stage, whole, trained, samples, each / 1e12, state, cluster.gpu_days(each * samples)))
+    return plans
+
+
+def table(plans: Sequence[Plan], cluster: costs.Cluster) -> str:
+    """The plan as aligned text."""
+    head = f"stage|parameters|trained|samples|TFLOP a sample|weights GB|{cluster.gpu}-days".split("|")
+    rows = [
+        [
+            line.stage,
+            f"{line.parameters:,}",
+            f"{line.trained:,}",
+            f"{line.samples:,}",
+            f"{line.tflop_a_sample:,.3g}",
+            f"{line.weights_gb:.3g}",
+            f"{line.gpu_days:,.3g}",
+        ]
+        for line in plans
+    ]
+    return costs.aligned([head, *rows]) + f"\n{cluster.describe()}"
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = costs.plan_parser(__doc__, DEFAULT)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml", help="a run's options")
+    options = parser.parse_args(argv)
+    config, _ = parse_config(InstellaConfig, None, "", ["--config", str(options.config)])
+    cluster = costs.cluster_of(options)
+    plans = plan(config, cluster)
+    costs.show(plans, table(plans, cluster), options.json)
+    return [asdict(line) for line in plans]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -60,7 +60,7 @@ def diffusion_loss(net_BKD: Tensor, x_BKD: Tensor, x0_BKD: Tensor, target: Targe
 
 def guided(net: Tensor, w: float, temperature: float) -> Tensor:
     """Probabilities from logits of rows [conditional; unconditional]: divided by the temperature first, then
-    (1 + w) c - w u (so the usual guidance scale is 1 + w), then the sigmoid; temperature 0 is its limit, a threshold."""
+    (1 + w) c - w u (so the usual guidance scale is 1 + w), then the sigmoid; temperature 0 is its limit, a step."""
     c, u = (net.float() / (temperature or 1.0)).chunk(2)
     logits = (1 + w) * c - w * u
     return torch.sigmoid(logits) if temperature else (logits > 0).float()

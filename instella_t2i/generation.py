@@ -6,7 +6,7 @@ Shape suffixes: N pictures, K tokens, D bits, S steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,12 @@ class Trained:
     target: diffusion.Target
     text: str
     tokenizer: str
+
+
+def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released weights without the time embedding that the autoregressive ones hold and nothing reads."""
+    causal = "split_token" in state
+    return {name: tensor for name, tensor in state.items() if not (causal and name.startswith("time_embed."))}
 
 
 def save_generator(trained: Trained, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 Block i of the stream reads layer i of a frozen language model: text tokens enter as further keys and values, they
 neither attend nor change, so that they are read once for all evaluations (`read_text`). Parameters bear the names of
-the released weights. Shape suffixes: B batch, K image tokens, n of them, D bits, E width, A heads, N their width, L text
-tokens, S layers of text features, F their width.
+the released weights. Shape suffixes: B batch, K image tokens, n of them, D bits, E width, A heads, N their width, L
+text tokens, S layers of text features, F their width.
 """
 
 from __future__ import annotations

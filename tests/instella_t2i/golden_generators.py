@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from instella_t2i.convert import without_unused
+from instella_t2i.generation import without_unused
 from torch import Tensor
 
 from instella_t2i import autoregression, diffusion

@@ -98,6 +98,8 @@ class TokenizerConfig:
         perceptual: weight of the perceptual distance; 0 leaves it out.
         perceptual_trunk: trained (this repository's), random, or official LPIPS weights: a file, or two with a comma.
         code: weight of the quantizer's own loss: p (1 - p) of binary codes, commitment and entropy of the others.
+        logit: weight of the mean square of binary codes' logits: a bit that is sure for all pictures has no gradient, and
+            this leads it back (ours).
         tau_start: temperature of the bits' Bernoulli noise at the first step.
         tau_end: temperature after `tau_share` of the steps.
         tau_share: share of the steps over which the temperature falls linearly.
@@ -120,6 +122,7 @@ class TokenizerConfig:
     perceptual: NotNegative = 1.0
     perceptual_trunk: str = "trained"
     code: NotNegative = 0.1
+    logit: NotNegative = 1e-3
     tau_start: NotNegative = 1.0
     tau_end: NotNegative = 0.1
     tau_share: Portion = 0.6

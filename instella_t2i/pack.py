@@ -87,24 +87,17 @@ def grouped(tokenizer: Tokenizer, files: list[Path]) -> Iterator[tuple[list[int]
         yield batch(entries)
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Of its weights: codes mean something to these alone."""
-    from common.data.cache import fingerprint_tensors
-
-    return fingerprint_tensors({name: value.cpu() for name, value in tokenizer.state_dict().items()})
-
-
 def pack(tokenizer: Tokenizer, folder: Path, out: Path | None) -> dict[str, float]:
     """Encode a folder; returns what the codes keep, as means over its pictures.
 
     Args:
         out: file of codes; None measures only.
     """
-    import numpy as np
     import torch
 
     from common.images import image_files
     from common.weights import save_weights
+    from instella_t2i.codes import fingerprint, pack_bits
     from instella_t2i.evaluate import Yardstick, reconstruct
 
     files = image_files(folder)
@@ -114,7 +107,7 @@ def pack(tokenizer: Tokenizer, folder: Path, out: Path | None) -> dict[str, floa
     sums: dict[str, list[float]] = {}
     for numbers, pixels, own in grouped(tokenizer, files):
         found, codes = reconstruct(tokenizer, pixels)
-        packed[numbers] = torch.from_numpy(np.packbits(codes.flatten(1).byte().numpy(), axis=1))
+        packed[numbers] = pack_bits(codes)
         sizes[numbers] = torch.tensor(own, dtype=torch.int32)
         for name, value in Yardstick(pixels, features=None).measure(found).items():
             sums.setdefault(name, []).append(value * len(numbers))
@@ -135,12 +128,12 @@ def unpack(tokenizer: Tokenizer, codes: Path, out: Path, size: int | None = None
     Raises:
         UserError: the file is damaged, of another tokenizer, or names pictures outside of the folder.
     """
-    import numpy as np
     import torch
     from PIL import Image
 
     from common.images import save_png, to_uint8
     from common.weights import read_weights
+    from instella_t2i.codes import fingerprint, unpack_bits
 
     tensors, notes = read_weights(codes, "--codes")
     config = tokenizer.config
@@ -162,8 +155,8 @@ def unpack(tokenizer: Tokenizer, codes: Path, out: Path, size: int | None = None
     for number, name in enumerate(names):
         own = (int(sizes[number, 0]), int(sizes[number, 1]))
         working = working_size(*own, size or tokenizer.size, tokenizer.multiple, least_side(tokenizer))
-        code = torch.from_numpy(np.unpackbits(packed[number].numpy(), count=bits)).float()
-        pixels = to_uint8(tokenizer.decode(code.view(1, config.tokens, config.bits), working))[0]
+        code_1KD = unpack_bits(packed[number : number + 1], config.tokens, config.bits)
+        pixels = to_uint8(tokenizer.decode(code_1KD, working))[0]
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         save_png(picture.resize((own[1], own[0]), Image.Resampling.BICUBIC), out / f"{name}.png")
     return len(names)

@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
     values_BLE: Tensor  # what the decoder is given; gradients pass to the states
     codes_BLD: Tensor  # 0 or 1, float32
     loss: Tensor  # the quantizer's own term
-    terms: dict[str, Tensor]  # its parts, for the log
+    terms: dict[str, Tensor]  # its parts, for the log; of binary codes the mean square of the logits, with gradients
 
 
 class Quantizer(nn.Module):

@@ -166,6 +166,8 @@ class TokenizerTraining(pl.LightningModule):
             y_bCHW, quantized = tokenizer(x_bCHW, uniform_bKD if losses.noise else None, tau)
             codes_bKD, loss, terms = quantized.codes_BLD, losses.code * quantized.loss, dict(quantized.terms)
             terms["tau"] = x_bCHW.new_tensor(tau)
+            if "logits" in terms:
+                loss = loss + losses.logit * terms["logits"]
         y_bCHW = y_bCHW.float()
         terms["pixel_loss"] = pixel_loss(x_bCHW, y_bCHW, losses.pixel_beta)
         loss = loss + terms["pixel_loss"]

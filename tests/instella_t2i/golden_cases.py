@@ -1,6 +1,6 @@
 """Checks for the recorded tokenizer cases; sizes and options come from each case itself.
 
-Those of the generators stand in `generator_cases.py`.
+Those of the generators stand in `golden_generators.py`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.golden_case import run_matching_check
-from tests.instella_t2i.golden_cases import CHECKS
+from tests.instella_t2i import golden_cases, golden_generators
 
 
 def test_golden(golden_path: Path) -> None:
-    run_matching_check(golden_path, CHECKS)
+    run_matching_check(golden_path, [*golden_cases.CHECKS, *golden_generators.CHECKS])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from common.data.cache import FeatureCache, fingerprint_tensors
 from common.data.sampling import StepBatchSampler, StepDataModule, TensorTable, derive_seed
@@ -95,7 +96,7 @@ class MixedSampler(StepBatchSampler):
 
 
 class MixedData(StepDataModule):
-    """`StepDataModule` over two sets in one table.
+    """`StepDataModule` over two sets in one table, or over one.
 
     Args:
         first: rows of the first set.
@@ -116,7 +117,9 @@ class MixedData(StepDataModule):
         super().__init__(table, batch_size, steps, seed, **options)
         self.first, self.share, self.begins = first, share, begins
 
-    def sampler(self, batch_size: int, steps: int, seed: int, **place: Any) -> MixedSampler:
+    def sampler(self, batch_size: int, steps: int, seed: int, **place: Any) -> Sampler[list[int]]:
         others = len(self.dataset) - self.first  # type: ignore[arg-type]
+        if not others:
+            return super().sampler(batch_size, steps, seed, **place)
         begins = self.begins * self.batch_size
         return MixedSampler(self.first, others, self.share, begins, batch_size, steps, seed, **place)

@@ -109,6 +109,11 @@ class Run:
         from instella_t2i.codes import encode_pictures
 
         config = self.config
+        if tokenizer.size != config.data.size:
+            raise UserError(
+                f"--data.size {config.data.size}: the tokenizer was trained on pictures of {tokenizer.size} px; take "
+                "that size"
+            )
         place = Path(config.codes.folder) if config.codes.folder else self.folder / "codes"
         sets = {"pictures": self.pictures, **({"synthetic": self.synthetic} if config.codes.synthetic else {})}
         again = config.resume == "never" and config.codes.folder is None

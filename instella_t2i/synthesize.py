@@ -109,7 +109,7 @@ def draw_missing(teacher: Path, prompts: Sequence[str], todo: list[int], out: Pa
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
-        pipeline = from_folder(DiffusionPipeline, teacher, torch_dtype=dtype).to(device)
+        pipeline = from_folder(DiffusionPipeline, teacher, dtype=dtype).to(device)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--teacher {teacher}: no pipeline that diffusers can read ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -168,7 +168,9 @@ def test_noise_is_a_fair_coin_in_the_end_and_nothing_at_first() -> None:
     assert torch.equal(diffusion.add_noise(x0, torch.zeros(1), u), x0)
     noisy = diffusion.add_noise(x0, torch.ones(1), u)
     assert float((noisy == x0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    assert float((diffusion.add_noise(x0, torch.full((1,), 0.4), u) == x0).float().mean()) == pytest.approx(0.8, abs=0.02)
+    assert float((diffusion.add_noise(x0, torch.full((1,), 0.4), u) == x0).float().mean()) == pytest.approx(
+        0.8, abs=0.02
+    )
 
 
 @pytest.mark.parametrize(("t", "t_next"), [(1.0, 0.95), (0.6, 0.3), (0.2, 0.01)])
@@ -179,9 +181,7 @@ def test_the_exact_step_is_bayes_rule_over_both_paths(t: float, t_next: float) -
 
     for x, p0 in itertools.product((0, 1), (0.0, 0.3, 1.0)):
         weight = {
-            z: sum(
-                (p0 if x0 else 1 - p0) * transition(0, t_next, x0, z) * transition(t_next, t, z, x) for x0 in (0, 1)
-            )
+            z: sum((p0 if x0 else 1 - p0) * transition(0, t_next, x0, z) * transition(t_next, t, z, x) for x0 in (0, 1))
             for z in (0, 1)
         }
         expected = weight[1] / (weight[0] + weight[1])
@@ -284,7 +284,7 @@ def test_the_last_layer_can_stand_for_all(model_folder: Path) -> None:
 
 
 def test_folders_that_hold_no_causal_model_are_refused(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json there"):
+    with pytest.raises(UserError, match=r"no config.json there"):
         reader_of(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(UserError, match="holds BertModel; expected a causal language model"):

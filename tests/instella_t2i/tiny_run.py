@@ -7,6 +7,7 @@ from typing import Any
 
 from common.training import read_logs
 from tests.drills import words
+from tests.instella_t2i.tiny_text import save_language_model
 
 CONFIG = """
 stages: [tokenizer, decoder]
@@ -17,8 +18,14 @@ tokenizer: {steps: 6, batch_size: 8, lr: 2.0e-3, warmup: 2, perceptual: 0.1, gan
   gan_width: 4}
 decoder: {steps: 4, batch_size: 8, warmup: 1, sizes: [16, 24], gan_start: 0.25, gan_warmup: 1}
 trainer: {precision: 32-true, accelerator: cpu, checkpoint_every: 2, sample_every: 0, log_every: 1, progress: false}
-evaluation: {grid: 4}
+evaluation: {grid: 4, generated: 12}
+stages: [tokenizer, decoder]
+stream: {layers: 2, heads: 1, head_dim: 16}
+diffusion: {steps: 6, batch_size: 8, lr: 5.0e-3, warmup: 2}
+autoregression: {steps: 6, batch_size: 8, lr: 5.0e-3, warmup: 2}
+sampling: {steps: 3, guidance: 1, ar_guidance: 1}
 """
+ALL = "[tokenizer, decoder, diffusion, autoregression]"
 
 
 def arguments(folder: Path, **options: Any) -> list[str]:
@@ -26,12 +33,13 @@ def arguments(folder: Path, **options: Any) -> list[str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.parent / "tiny.yaml"
     config.write_text(CONFIG)
-    return ["--config", str(config), "--run_dir", str(folder), *words(**options)]
+    encoder = save_language_model(folder.parent / "language_model")
+    return ["--config", str(config), "--run_dir", str(folder), "--text.encoder", str(encoder), *words(**options)]
 
 
 def command(folder: Path) -> list[str]:
     """A whole run, for `tests.drills`."""
-    return arguments(folder)
+    return arguments(folder, stages=ALL)
 
 
 def train(folder: Path, **options: Any) -> Path:

@@ -25,6 +25,8 @@ def save_language_model(folder: Path, layers: int = 2, width: int = 16) -> Path:
             num_attention_heads=2,
             max_position_embeddings=64,
             pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
             initializer_range=0.2,
         )
         OlmoForCausalLM(config).save_pretrained(folder)

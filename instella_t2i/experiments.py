@@ -51,16 +51,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gan": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"gan": 0.1}},
 }
 ABLATIONS = (
-    "binary_10",
-    "lfq_10",
-    "bsq_10",
-    "bsq",
-    "tokens_4",
-    "tokens_32",
-    "threshold",
-    "no_code_loss",
-    "pairs",
-    "gan",
+    *("binary_10", "lfq_10", "bsq_10", "bsq", "tokens_4", "tokens_32"),
+    *("threshold", "no_code_loss", "no_logit_loss", "pairs", "gan"),
 )
 PAGE = ("binary", "line", "tokens_32", "grid", "grid_36")  # of the rate-distortion page
 

@@ -57,6 +57,9 @@ class Run:
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         run = cls(config, Path(config.run_dir))
+        if "tokenizer" not in stages_of(config):
+            run.tokenizer_folder()  # what the stages build on
+        refuse_unreadable(config)
         opened = open_run_folder(run.folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
         inputs = {"data": run.pictures.fingerprint}
         if config.tokenizer_from:
@@ -193,6 +196,20 @@ def fingerprint_of(folder: Path) -> str:
     from common.data.cache import fingerprint_tensors
 
     return fingerprint_tensors(load_tokenizer(folder, option="--tokenizer_from").state_dict())
+
+
+def refuse_unreadable(config: InstellaConfig) -> None:
+    """Read the files that networks of loss and metrics come from, which would fail after the training otherwise.
+
+    Raises:
+        UserError: one is missing or not what it should be.
+    """
+    from common.metrics.features import load_extractor
+    from common.metrics.perceptual import perceptual_distance
+
+    if set(stages_of(config)) & set(TOKENIZERS) and config.tokenizer.perceptual > 0:
+        perceptual_distance(config.tokenizer.perceptual_trunk)
+    load_extractor(config.evaluation.features)
 
 
 def check_options(config: InstellaConfig) -> None:

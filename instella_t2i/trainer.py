@@ -118,7 +118,7 @@ class TokenizerTraining(pl.LightningModule):
         uniform_bKD = draws.uniform(config.tokens * config.bits).T.unflatten(1, (config.tokens, config.bits))
         pieces = list(zip(image_bCHW.chunk(parts), uniform_bKD.chunk(parts)))
         given: Any = self.optimizers()
-        optimisers = given if isinstance(given, list) else [given]
+        optimisers = [*given] if isinstance(given, list) else [given]  # a list of its own, from which one is taken
         against = optimisers.pop() if self.discriminator is not None else None
         weight = 0.0
         if self.discriminator is not None:

@@ -10,6 +10,7 @@ from tests.drills import words
 from tests.instella_t2i.tiny_text import save_language_model
 
 CONFIG = """
+stages: [tokenizer, decoder]
 data: {name: shapes, size: 16, images: 48, eval_images: 12}
 network: {patch: 4, tokens: 4, bits: 8, encoder_layers: 1, encoder_heads: 1, encoder_head_dim: 16, decoder_layers: 1,
   decoder_heads: 1, decoder_head_dim: 16, down_after: [0], up_after: [0], axes: [4, 6, 6], scale: 32}

@@ -1,12 +1,12 @@
 """Released weights of the generators to folders of this program, and back.
 
-    python instella_t2i/convert_generator.py --released diffusion.pt --tokenizer tokenizer --text AMD-OLMo-1B --out diffusion
-    python instella_t2i/convert_generator.py --released ar.pt --tokenizer tokenizer --text AMD-OLMo-1B --out ar
+    python instella_t2i/convert_generator.py --released diffusion.pt --tokenizer TOKENIZER --text OLMO --out diffusion
+    python instella_t2i/convert_generator.py --released ar.pt --tokenizer TOKENIZER --text OLMO --out ar
     python instella_t2i/convert_generator.py --model diffusion --out released.safetensors
 
-Parameters bear the same names in both; which generator it is, and every size, is read from the tensors. `tokenizer` is
-a folder made by convert.py; a generator's codes mean something to that one alone. The released weights are under a
-research licence, which a conversion does not change.
+Parameters bear the same names in both; which generator it is, and every size, is read from the tensors. TOKENIZER is a
+folder made by convert.py, whose codes alone mean something to the generator, OLMO that of AMD-OLMo-1B. The released
+weights are under a research licence, which a conversion does not change.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokenizer = load_tokenizer(options.tokenizer, option="--tokenizer")
     if (tokenizer.config.tokens, tokenizer.config.bits) != (shape.tokens, shape.bits):
         raise UserError(
-            f"--tokenizer {options.tokenizer} makes {tokenizer.config.tokens} tokens of {tokenizer.config.bits} bits, the "
-            f"generator {shape.tokens} of {shape.bits}"
+            f"--tokenizer {options.tokenizer} makes {tokenizer.config.tokens} tokens of {tokenizer.config.bits} bits, "
+            f"the generator {shape.tokens} of {shape.bits}"
         )
     reader = CausalText(TextConfig(encoder=options.text), stream.layers)
     if reader.width != shape.text_width:

@@ -9,6 +9,7 @@ text tokens, S layers of text features, F their width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -237,7 +238,9 @@ class Denoiser(Generator):
     def forward(self, x_BKD: Tensor, t_B: Tensor, text: Text | Memory) -> Tensor:
         """Logits [B, K, D] of noisy bits (0 or 1) at t in [0, 1]."""
         memory = self.read_text(text) if isinstance(text, Text) else text
-        with torch.autocast(x_BKD.device.type, enabled=False):  # t has more digits than bf16
+        device = x_BKD.device.type
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else nullcontext():  # t has more digits than bf16
             t_BE = self.time_embed(t_B.float())
         x_BKE = self.x_embedder(x_BKD)
         mask = memory.mask(None, x_BKE.shape[1], x_BKE.shape[1], x_BKE)

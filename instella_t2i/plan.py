@@ -20,12 +20,17 @@ import torch
 from common import costs
 from common.cli import parse_config
 from common.errors import run_main
+from common.files import read_object
 from instella_t2i.config import InstellaConfig
+from instella_t2i.generators import Shape, Text, make_generator
 from instella_t2i.tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = costs.Cluster("a100", 8, 0.4)
 BYTES = 4  # of a float32 number
+OLMO = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}  # AMD-OLMo-1B
+# Abstract: trained within 200 GPU-days; AMD's blog: over 220 images a second and GPU. What each part took is not said.
+PAPER = "the paper: 200 MI300X-days in all, over 220 images/s a GPU (3.8e9 images at most)"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,40 @@ def plan(config: InstellaConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]
     return plans
 
 
+def generator_plans(config: InstellaConfig, cluster: costs.Cluster) -> list[Plan]:
+    """Both generators; a sample's picture is encoded and its caption read once each time that it is learned from."""
+    network, options = config.network, {"diffusion": config.diffusion, "autoregression": config.autoregression}
+    width, read = language_model(config)
+    with torch.device("meta"), torch.no_grad():
+        tokenizer = Tokenizer(network)
+        pictures = torch.empty(1, 3, config.data.size, config.data.size)
+        encoding = costs.flop(lambda: tokenizer.quantizer(tokenizer.encoder(pictures)))
+        code = torch.empty(1, network.tokens, network.bits)
+        mask = torch.ones(1, config.text.length, dtype=torch.bool, device="cpu")  # looked at, not computed with
+        text = Text(torch.empty(config.stream.layers, 1, config.text.length, width), mask)
+    plans = []
+    for kind, stage in options.items():
+        with torch.device("meta"), torch.no_grad():
+            generator = make_generator(kind, config.stream, Shape(network.tokens, network.bits, width))
+            given = (code, torch.empty(1), text) if kind == "diffusion" else (code[:, 1:], text)
+            forward = costs.flop(lambda generator=generator, given=given: generator(*given))
+        count, samples = costs.parameter_count(generator), stage.steps * stage.batch_size
+        each = 3 * forward + encoding + read
+        plans.append(
+            Plan(kind, count, count, samples, each / 1e12, BYTES * 4 * count / 1e9, cluster.gpu_days(each * samples))
+        )
+    return plans
+
+
+def language_model(config: InstellaConfig) -> tuple[int, float]:
+    """(width, FLOP of reading a caption of full length) of the run's language model; AMD-OLMo-1B's without a folder."""
+    about = Path(config.text.encoder) / "config.json"
+    found = read_object(about) if about.is_file() else OLMO
+    width, inner = found["hidden_size"], found["intermediate_size"]
+    weights = found["num_hidden_layers"] * (4 * width**2 + 3 * width * inner)
+    return width, 2.0 * weights * config.text.length
+
+
 def table(plans: Sequence[Plan], cluster: costs.Cluster) -> str:
     """The plan as aligned text."""
     head = f"stage|parameters|trained|samples|TFLOP a sample|weights GB|{cluster.gpu}-days".split("|")
@@ -82,7 +121,7 @@ def table(plans: Sequence[Plan], cluster: costs.Cluster) -> str:
         ]
         for line in plans
     ]
-    return costs.aligned([head, *rows]) + f"\n{cluster.describe()}"
+    return costs.aligned([head, *rows]) + f"\n{cluster.describe()}\n{PAPER}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -91,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(argv)
     config, _ = parse_config(InstellaConfig, None, "", ["--config", str(options.config)])
     cluster = costs.cluster_of(options)
-    plans = plan(config, cluster)
+    plans = [*plan(config, cluster), *generator_plans(config, cluster)]
     costs.show(plans, table(plans, cluster), options.json)
     return [asdict(line) for line in plans]
 

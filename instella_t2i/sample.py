@@ -3,7 +3,7 @@
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a red star" --out star.png
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --by diffusion --steps 50 --guidance 4
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --size 96 128       # other sizes
-    python instella_t2i/sample.py --model DIFFUSION AR --tokenizer TOKENIZER --text OLMO --prompt "a fox"   # any folders
+    python instella_t2i/sample.py --model DIFFUSION AR --tokenizer TOKENIZER --text OLMO --prompt "a fox"
 
 Picture i of a run depends on (--seed, i) and its prompt alone. One code decodes at any size: --size changes neither the
 code nor the time that it takes to find it. A guidance of w is the usual guidance scale less 1.

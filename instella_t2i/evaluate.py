@@ -113,7 +113,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     yardstick = Yardstick(images, config.evaluation.features)
     arms = {name: measure_tokenizer(t, yardstick, config.evaluation.batch_size) for name, t in tokenizers.items()}
     sheet(tokenizers, images[: config.evaluation.grid], run.folder / "reconstructions.png")
-    metrics = {
+    metrics: dict[str, Any] = {
         "images": len(images),
         "data": config.data.name,
         "features": config.evaluation.features,

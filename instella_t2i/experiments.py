@@ -19,6 +19,7 @@ from common.study import Study as CommonStudy
 from instella_t2i.config import DataConfig, DecoderConfig, NetworkConfig, TokenizerConfig, TrainerConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.evaluate import Yardstick, reconstruct
+from instella_t2i.generator_experiments import Generators, GeneratorSizes
 from instella_t2i.losses import code_usage
 from instella_t2i.quantizers import index_of
 from instella_t2i.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ class Sizes:
         batch: pictures of a step; steps: of an arm.
         images: held out; training_images: at most, 0 for all.
         tune: choose each arm's learning rate on LEARNING_RATES with equal tries; else `lr` is taken.
+        generators: of the other claims.
     """
 
     size: int
@@ -78,10 +80,20 @@ class Sizes:
     tune: bool
     lr: float
     steps: int
+    generators: GeneratorSizes
 
 
 class Study(CommonStudy[Sizes]):
     """Arms by (name, seed)."""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:  # type: ignore[override]
+        return {key: value for key, value in super().settings.items() if key != "generators"}
+
+    @cached_property
+    def generators(self) -> Generators:
+        """What the claims C, D, F, G, H are measured on."""
+        return Generators(self, self.sizes.generators)
 
     @cached_property
     def data(self) -> DataConfig:

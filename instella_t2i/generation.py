@@ -6,7 +6,7 @@ Shape suffixes: N pictures, K tokens, D bits, S steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,9 @@ class Trained:
     text: str
     tokenizer: str
 
-
-def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released weights without the time embedding that the autoregressive ones hold and nothing reads."""
-    causal = "split_token" in state
-    return {name: tensor for name, tensor in state.items() if not (causal and name.startswith("time_embed."))}
+    @property
+    def kind(self) -> str:
+        return "diffusion" if isinstance(self.network, Denoiser) else "autoregression"
 
 
 def save_generator(trained: Trained, folder: Path) -> None:
@@ -60,7 +58,7 @@ def save_generator(trained: Trained, folder: Path) -> None:
     save_weights(folder / WEIGHTS, network.state_dict())
     about = {
         "format": FORMAT,
-        "kind": "diffusion" if isinstance(network, Denoiser) else "autoregression",
+        "kind": trained.kind,
         "target": trained.target,
         "stream": asdict(network.config),
         "shape": asdict(network.shape),
@@ -169,15 +167,13 @@ class Painter:
 
 
 def open_painter(
-    tokenizer: Tokenizer, text: TextConfig, folders: dict[str, Path], device: str | torch.device = "cpu"
+    tokenizer: Tokenizer, text: TextConfig, folders: Sequence[Path], device: str | torch.device = "cpu"
 ) -> Painter:
-    """Generators from disk, ready to draw."""
-    found = {kind: load_generator(folder, device) for kind, folder in folders.items()}
+    """Generators from disk, ready to draw; of each kind the last one."""
+    found = {trained.kind: trained for trained in (load_generator(folder, device) for folder in folders)}
     blocks = {trained.network.config.layers for trained in found.values()}
     if len(blocks) != 1:
-        raise UserError(
-            f"{', '.join(map(str, folders.values()))}: streams of {sorted(blocks)} blocks; expected one number"
-        )
+        raise UserError(f"{', '.join(map(str, folders))}: streams of {sorted(blocks)} blocks; expected one number")
     return Painter(tokenizer.to(device), CausalText(text, blocks.pop(), device), found)
 
 

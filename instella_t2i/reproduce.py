@@ -47,6 +47,53 @@ def e(study: Study, seed: int) -> dict[str, float]:
     return {"psnr_gain": found["psnr_whole"] - found["psnr_scaled_up"], **found}
 
 
+def c(study: Study, seed: int) -> dict[str, float]:
+    """Binary diffusion against autoregression: same tokenizer, blocks, steps and tuning."""
+    return {**against(study, seed, "diffusion", "autoregression"), "accuracy_ceiling": study.generators.ceiling()}
+
+
+def d(study: Study, seed: int) -> dict[str, float]:
+    """The network says which bits were flipped, or which are set."""
+    return against(study, seed, "diffusion", "x")
+
+
+def f(study: Study, seed: int) -> dict[str, float]:
+    """Every block reads its own layer of the language model, or all read the last."""
+    return against(study, seed, "diffusion", "last")
+
+
+def g(study: Study, seed: int) -> dict[str, float]:
+    """A training step of the generator with 8 tokens against the 64 of a grid, same width and batch."""
+    found = study.generators.seconds_a_step()
+    return {"speedup": found["seconds_64"] / found["seconds_8"], **found}
+
+
+def h(study: Study, seed: int) -> dict[str, float]:
+    """Accuracy over the number of steps, in three protocols."""
+    generators, found = study.generators, {}
+    for protocol in ("renoise", "approximate", "exact"):
+        for steps in (1, 5, 20, 50):
+            accuracy = generators.measures("diffusion", seed, steps=steps, protocol=protocol)["accuracy"]
+            found[f"accuracy_{protocol}_{steps}"] = accuracy
+    twenty = found["accuracy_renoise_20"]
+    return {
+        "lost_to_50": found["accuracy_renoise_50"] - twenty,
+        "gained_on_1": twenty - found["accuracy_renoise_1"],
+        **found,
+    }
+
+
+def against(study: Study, seed: int, ours: str, other: str) -> dict[str, float]:
+    """Accuracy gained over another arm, the six columns of both, what was chosen for each."""
+    generators = study.generators
+    found = {name: generators.measures(name, seed) for name in (ours, other)}
+    result = {"accuracy_gain": found[ours]["accuracy"] - found[other]["accuracy"]}
+    for name, values in found.items():
+        result |= labelled(values, name) | {f"guidance_{name}": generators.guidance(name, seed)}
+        result[f"held_out_loss_{name}"] = float(generators.generator(name, seed).record["held_out_loss"])
+    return result
+
+
 def ablations(study: Study, given: argparse.Namespace) -> bool:
     """With --ablations: quantizers at equal bits and the recipe's switches, one seed, equal tuning."""
     if not given.ablations:
@@ -81,7 +128,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "instella_t2i",
         __doc__,
-        (a, b, e),
+        (a, b, c, d, e, f, g, h),
         open_study,
         figures=draw,
         options=options,

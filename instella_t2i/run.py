@@ -131,7 +131,7 @@ class Run:
         from instella_t2i.generation import KINDS, open_painter
 
         wanted = KINDS if kind is None else (kind,)
-        folders = {name: self.folder / name for name in wanted if (self.folder / name / ABOUT).is_file()}
+        folders = [self.folder / name for name in wanted if (self.folder / name / ABOUT).is_file()]
         if not folders:
             raise UserError(
                 f"{self.folder} has no finished {' or '.join(wanted)}: run instella_t2i/train.py with it among --stages"

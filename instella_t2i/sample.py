@@ -3,6 +3,7 @@
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a red star" --out star.png
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --by diffusion --steps 50 --guidance 4
     python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --size 96 128       # other sizes
+    python instella_t2i/sample.py --model DIFFUSION AR --tokenizer TOKENIZER --text OLMO --prompt "a fox"   # any folders
 
 Picture i of a run depends on (--seed, i) and its prompt alone. One code decodes at any size: --size changes neither the
 code nor the time that it takes to find it. A guidance of w is the usual guidance scale less 1.
@@ -19,7 +20,10 @@ from common.options import Count, NotNegative, Positive, Seed
 
 def main(argv: list[str] | None = None) -> Path:
     parser = Parser(description=__doc__)
-    parser.add_argument("--run_dir", type=Path, required=True, help="a run of instella_t2i/train.py with a generator")
+    parser.add_argument("--run_dir", type=Path, help="a run of instella_t2i/train.py with a generator")
+    parser.add_argument("--model", type=Path, nargs="+", help="folders of generators instead, one of each kind at most")
+    parser.add_argument("--tokenizer", type=Path, help="with --model: folder of their tokenizer")
+    parser.add_argument("--text", help="with --model: folder of their language model")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
     parser.add_argument(
         "--by", choices=("both", "diffusion", "autoregression"), default="both", help="which generators"
@@ -39,18 +43,30 @@ def main(argv: list[str] | None = None) -> Path:
     options = parser.parse_args(argv)
     if not options.prompt:
         raise UserError('--prompt is missing, for example --prompt "a red star"')
+    if (options.run_dir is None) == (options.model is None):
+        raise UserError("expected either --run_dir, a run, or --model, folders of generators")
+    if options.model and not (options.tokenizer and options.text):
+        raise UserError("--model needs --tokenizer and --text, the folders of what the generators work with")
     if options.size and len(options.size) > 2:
         raise UserError(f"--size {options.size}: expected a side, or height and width")
 
     import torch
 
     from common.images import save_grid
+    from instella_t2i.config import SamplingConfig, TextConfig
+    from instella_t2i.generation import open_painter
     from instella_t2i.run import Run
+    from instella_t2i.tokenizer import load_tokenizer
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run.existing(options.run_dir)
-    painter = run.painter(None if options.by == "both" else options.by, device)
-    sampling = run.config.sampling
+    if options.run_dir:
+        run = Run.existing(options.run_dir)
+        sampling = run.config.sampling
+        painter = run.painter(None if options.by == "both" else options.by, device)
+    else:
+        sampling = SamplingConfig()
+        tokenizer = load_tokenizer(options.tokenizer, option="--tokenizer")
+        painter = open_painter(tokenizer, TextConfig(encoder=options.text), options.model, device)
     for name in ("steps", "guidance", "temperature", "rho", "protocol"):
         if getattr(options, name) is not None:
             setattr(sampling, name, getattr(options, name))

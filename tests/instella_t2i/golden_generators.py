@@ -7,7 +7,7 @@ from torch import Tensor
 
 from instella_t2i import autoregression, diffusion
 from instella_t2i.config import StreamConfig
-from instella_t2i.generation import without_unused
+from instella_t2i.convert_generator import without_unused
 from instella_t2i.generators import Autoregressor, Denoiser, Generator, Shape, Text
 from tests.golden_case import Case, Check, assert_close, kind
 

@@ -98,8 +98,8 @@ class TokenizerConfig:
         perceptual: weight of the perceptual distance; 0 leaves it out.
         perceptual_trunk: trained (this repository's), random, or official LPIPS weights: a file, or two with a comma.
         code: weight of the quantizer's own loss: p (1 - p) of binary codes, commitment and entropy of the others.
-        logit: weight of the mean square of binary codes' logits: a bit that is sure for all pictures has no gradient, and
-            this leads it back (ours).
+        logit: weight of the mean square of binary codes' logits, which leads back bits that are the same for all
+            pictures and so have no gradient left (ours).
         tau_start: temperature of the bits' Bernoulli noise at the first step.
         tau_end: temperature after `tau_share` of the steps.
         tau_share: share of the steps over which the temperature falls linearly.

@@ -7,7 +7,8 @@
 Training: equal networks, pictures, uniforms and losses (pixels, perceptual, adversarial). The peer is the loop as one
 writes it: tables of positions made in every pass, discriminator with gradients of its own in the tokenizer's step, one
 AdamW for all; eager as users run it (float32 on a CPU), and at its best (same precision, compiled). Encoding and
-decoding: pictures a second beside diffusers' AutoencoderKL of as many parameters, reported without a target.
+decoding: pictures a second beside diffusers' AutoencoderKL of as many parameters, reported without a target. The rows
+of the generators: `benchmarks.instella_generators`, part of the same run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import instella_generators
 from benchmarks.arms import (
     Pace,
     Step,
@@ -182,6 +184,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
         )
     yield rows
     yield throughput_rows(arm, device, max(5, pace.rounds))
+    yield from instella_generators.parts(size, device, folder, pace)
 
 
 def kl_autoencoder(parameters: int, patch: int) -> Any:

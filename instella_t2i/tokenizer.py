@@ -97,6 +97,16 @@ def rotate(x_BALN: Tensor, table: Table, pairs: bool) -> Tensor:
     return (x * cos_LN + turned * sin_LN).to(x_BALN.dtype)
 
 
+class RmsNorm(nn.RMSNorm):
+    """In float32 whatever the precision: half precision sums squares too coarsely, and has no fused kernel here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+
+
 class Attention(nn.Module):
     """Full attention with an RMS norm of every head's queries and keys before the rotation; no biases."""
 
@@ -105,7 +115,7 @@ class Attention(nn.Module):
         width = heads * head_dim
         self.heads, self.pairs = heads, pairs
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
+        self.norm_q, self.norm_k = RmsNorm(head_dim), RmsNorm(head_dim)
 
     def forward(self, x_BLE: Tensor, table: Table) -> Tensor:
         def heads(projected_BLE: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ class Block(nn.Module):
     def __init__(self, heads: int, head_dim: int, pairs: bool = False) -> None:
         super().__init__()
         width = heads * head_dim
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.input_layernorm, self.post_attention_layernorm = RmsNorm(width), RmsNorm(width)
         self.attn, self.mlp = Attention(heads, head_dim, pairs), GatedMlp(width)
 
     def forward(self, x_BLE: Tensor, table: Table) -> Tensor:
@@ -173,7 +183,7 @@ class _Trunk(nn.Module):
         self.config, self.width = config, heads * head_dim
         pairs = config.rotary == "pairs"
         self.transformer_blocks = nn.ModuleList(Block(heads, head_dim, pairs) for _ in range(layers))
-        self.norm_out = nn.RMSNorm(self.width, EPS)
+        self.norm_out = RmsNorm(self.width)
 
     def table(self, latents: int, rows: int, columns: int, scale: float | None, like: Tensor) -> Table:
         config = self.config
@@ -247,7 +257,7 @@ class Decoder(_Trunk):
         super().__init__(config, config.decoder_layers, config.decoder_heads, config.decoder_head_dim)
         inner = config.encoder_heads * config.encoder_head_dim
         self.mask_tokens = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
-        self.input_layer = nn.Sequential(nn.RMSNorm(inner, EPS), nn.Linear(inner, self.width))
+        self.input_layer = nn.Sequential(RmsNorm(inner), nn.Linear(inner, self.width))
         self.up_layers = nn.ModuleList(Upsample(self.width) for _ in config.up_after)
 
     def forward(self, z_BKE: Tensor, size: tuple[int, int]) -> Tensor:

@@ -40,9 +40,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return fingerprint_tensors(tokenizer.state_dict())
 
 
-def encode_pictures(
-    tokenizer: Tokenizer, pictures: Pictures, folder: Path, rebuild: bool = False, progress: bool = False
-) -> Tensor:
+def encode_pictures(tokenizer: Tokenizer, pictures: Pictures, folder: Path, progress: bool = False) -> Tensor:
     """Packed codes uint8 [n, P] of all pictures, read from `folder` where they are there.
 
     Raises:
@@ -63,7 +61,6 @@ def encode_pictures(
         SHARD,
         progress,
         reading="loaded",
-        rebuild=rebuild,
     )
     return cache[:]["code"]
 

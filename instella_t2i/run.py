@@ -16,7 +16,7 @@ from torch import Tensor
 from common.cli import read_run_config
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
+from common.processes import is_main_process, say_once
 from common.training import check_trainer, open_run_folder
 from instella_t2i.config import InstellaConfig
 from instella_t2i.data import Pictures, open_pictures
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from instella_t2i.text import CausalText
 
 # What two starts of one run may disagree on; the options of a stage that is not trained now are read by nothing.
-FREE_OPTIONS = free_options("evaluation", "sampling", "stages", "data.eval_images", "text.cache_gb", "stream.recompute")
+FREE_OPTIONS = free_options(
+    "evaluation", "sampling", "stages", "data.eval_images", "text.cache_gb", "codes.folder", "stream.recompute"
+)
 PLACES = {
     "data": ["data.path"],
     "tokenizer": ["tokenizer_from"],
     "text": ["text.encoder"],
     "synthetic": ["codes.synthetic"],
-    "codes": ["codes.folder"],
 }  # options that only say where an input lies
 TOKENIZERS = ("tokenizer", "decoder")  # the stages that make one, the later the better
 
@@ -66,6 +67,8 @@ class Run:
             inputs["tokenizer"] = fingerprint_of(Path(config.tokenizer_from))
         if generators_of(config):
             inputs["text"] = run.reader().fingerprint
+            if not any(run.pictures.captions):
+                say_once("no picture has a caption: the generators learn to draw without one")
             if config.codes.synthetic:
                 inputs["synthetic"] = run.synthetic.fingerprint
         for name in stages_of(config):
@@ -116,9 +119,8 @@ class Run:
             )
         place = Path(config.codes.folder) if config.codes.folder else self.folder / "codes"
         sets = {"pictures": self.pictures, **({"synthetic": self.synthetic} if config.codes.synthetic else {})}
-        again = config.resume == "never" and config.codes.folder is None
         return [
-            encode_pictures(tokenizer, pictures, place / name, again, config.trainer.progress)
+            encode_pictures(tokenizer, pictures, place / name, config.trainer.progress)
             for name, pictures in sets.items()
         ]
 
@@ -222,7 +224,7 @@ def check_options(config: InstellaConfig) -> None:
         config.trainer,
         {f"{name}.batch_size": getattr(config, name).batch_size for name in stages_of(config)},
         resume=config.resume,
-        grad_clip=config.tokenizer.grad_clip,
+        grad_clip=max(getattr(config, name).grad_clip for name in ("tokenizer", *generators_of(config))),
     )
     check_network(config.network)
     multiple = multiple_of(config.network)

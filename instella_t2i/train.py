@@ -6,13 +6,15 @@
     python instella_t2i/train.py --network.tokens 8 --run_dir runs/instella-8                     # fewer tokens
     python instella_t2i/train.py --network.quantizer vq --network.bits 10 --run_dir runs/vq       # a baseline
     python instella_t2i/train.py --trainer.devices 2 --trainer.strategy ddp                       # two processes
+    python instella_t2i/train.py --stages diffusion --tokenizer_from FOLDER --run_dir runs/again  # on a given tokenizer
 
 Stages: `tokenizer` trains encoder, quantizer and decoder at one size; `decoder` trains the decoder alone on several
-sizes, from the frozen encoder's codes. Started again after an interruption, a run continues where it stopped, with the
+sizes, from the frozen encoder's codes; `diffusion` and `autoregression` train a generator each, on codes and features
+of captions that are made once. Started again after an interruption, a run continues where it stopped, with the
 same losses as without the interruption; finished stages are not repeated.
 
-A run folder holds config.yaml, a folder a stage (checkpoints, logs, sample pictures, config.json and model.safetensors
-of the tokenizer), metrics.json, table.md and reconstructions.png.
+A run folder holds config.yaml, a folder a stage (checkpoints, logs, sample pictures, config.json and model.safetensors),
+codes/, metrics.json, table.md, reconstructions.png and samples.png, where both generators stand side by side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What codes keep of pictures: of a training run, or of any tokenizers on any pictures.
 
     python instella_t2i/evaluate.py --run_dir runs/instella-small                 # a finished run: its metrics again
-    python instella_t2i/evaluate.py --model instella_t2i/pretrained/emoji64       # held-out emoji
+    python instella_t2i/evaluate.py --model TOKENIZER                            # held-out emoji
     python instella_t2i/evaluate.py --model FOLDER OTHER --data.name folder --data.path PICTURES
 
 Every tokenizer sees the same held-out pictures. PSNR and SSIM are means over pictures (equal pictures count 99 dB), the

@@ -1,7 +1,7 @@
 """What a picture keeps at so many bits: tokenizers beside autoencoders, JPEG and WebP, on the same held-out pictures.
 
     python instella_t2i/rate.py --model RUN8/decoder RUN16/decoder RUN32/decoder GRID16/decoder
-    python instella_t2i/rate.py --model instella_t2i/pretrained/emoji64 --autoencoder ldm/pretrained/emoji64/vae
+    python instella_t2i/rate.py --model TOKENIZER --autoencoder ldm/pretrained/emoji64/vae
     python instella_t2i/rate.py --data.name folder --data.path PICTURES --size 64 --output results/rate_mine.md
 
 Autoencoders are diffusers folders (AutoencoderKL at its mean, VQModel). Numbers of a continuous latent count 16 bits

@@ -47,7 +47,7 @@ def infer_network(state: Mapping[str, Tensor], **said: object) -> NetworkConfig:
         ]
         return max(numbers, default=-1) + 1
 
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in ("encoder", "decoder"):
         head_dim = tensor(f"{part}.transformer_blocks.0.attn.norm_q.weight").shape[0]
         width = tensor(f"{part}.transformer_blocks.0.attn.q_proj.weight").shape[0]

@@ -33,11 +33,11 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor, batch: int = 64) -> tuple[
 
     from common.images import to_uint8, to_unit
 
-    device = next(tokenizer.parameters()).device
+    device, (height, width) = next(tokenizer.parameters()).device, images.shape[-2:]
     found, codes = [], []
     for part in images.split(batch):
         codes.append(tokenizer.encode(to_unit(part.to(device))))
-        found.append(to_uint8(tokenizer.decode(codes[-1], tuple(images.shape[-2:]))).cpu())
+        found.append(to_uint8(tokenizer.decode(codes[-1], (height, width))).cpu())
     return torch.cat(found), torch.cat(codes).cpu()
 
 

@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{folder}: {found['pictures']:.0f} pictures, {found['bits']:.0f} bits each ({label(tokenizer)}), {shown}"
         )
     if options.png:
-        write_sheet(dict(zip(map(label, tokenizers), tokenizers)), options.images, options.png, options.count)
+        names = [f"{label(tokenizer)}, {folder}" for folder, tokenizer in zip(options.model, tokenizers)]
+        write_sheet(dict(zip(names, tokenizers)), options.images, options.png, options.count)
     return results
 
 

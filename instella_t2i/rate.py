@@ -112,8 +112,8 @@ def rows_of(yardstick: Yardstick, models: Sequence[Path], autoencoders: Sequence
     for folder in models:
         tokenizer = load_tokenizer(folder, option="--model")
         family = "tokens in a line" if tokenizer.config.layout == "line" else "tokens in a grid"
-        bits = tokenizer.config.tokens * tokenizer.config.bits
-        add(family, label(tokenizer), reconstruct(tokenizer, images)[0], float(bits))
+        own = float(tokenizer.config.tokens * tokenizer.config.bits)
+        add(family, label(tokenizer), reconstruct(tokenizer, images)[0], own)
     for folder in autoencoders:
         for name, found, bits in autoencoder(folder, images):
             add("autoencoders", name, found, bits)

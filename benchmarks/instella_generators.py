@@ -121,7 +121,7 @@ def ours(arm: Arm) -> Step:
         x = add_noise(x0, training_times(t, "logistic_normal"), uniform)
         with mixed(arm.device, arm.bf16):
             net = network(x, training_times(t, "logistic_normal"), table(numbers).to(arm.device))
-            loss, _ = diffusion_loss(net, x, x0, "epsilon")
+            loss = diffusion_loss(net, x, x0, "epsilon")[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
@@ -147,7 +147,7 @@ def peer(arm: Arm) -> Step:
             text = reader.encode(prompts).to(arm.device)
             x = add_noise(x0, torch.sigmoid(torch.special.ndtri(t)), uniform)
             net = call(x, torch.sigmoid(torch.special.ndtri(t)), text)
-            loss, _ = diffusion_loss(net, x, x0, "epsilon")
+            loss = diffusion_loss(net, x, x0, "epsilon")[0]
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -191,7 +191,7 @@ class StreamConfig:
     """The network of both generators, by default as they were released (1.29B and 0.88B parameters).
 
     Args:
-        layers: blocks; each reads one layer of the language model.
+        layers: number of blocks, each of which reads one layer of the language model.
         heads: heads of the attention.
         head_dim: width of a head.
         recompute: compute each block again for the backward pass, for less memory; the same losses.

@@ -1,7 +1,7 @@
 """Released tokenizer weights to a folder of this program, and back.
 
-    python instella_t2i/convert.py --released bae/model.safetensors --out tokenizer
-    python instella_t2i/convert.py --model tokenizer --out released.safetensors
+    python instella_t2i/convert.py --released WEIGHTS.safetensors --out TOKENIZER
+    python instella_t2i/convert.py --model TOKENIZER --out RELEASED.safetensors
 
 Parameters bear the same names in both. Widths, layers, tokens, bits and the patch are read from the tensors; what they
 do not say (after which blocks the grid is resized, the axes of the coordinates, the scale) is taken as released unless
@@ -47,7 +47,7 @@ def infer_network(state: Mapping[str, Tensor], **said: object) -> NetworkConfig:
         ]
         return max(numbers, default=-1) + 1
 
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in ("encoder", "decoder"):
         head_dim = tensor(f"{part}.transformer_blocks.0.attn.norm_q.weight").shape[0]
         width = tensor(f"{part}.transformer_blocks.0.attn.q_proj.weight").shape[0]

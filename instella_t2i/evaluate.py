@@ -1,7 +1,7 @@
 """What codes keep of pictures: of a training run, or of any tokenizers on any pictures.
 
     python instella_t2i/evaluate.py --run_dir runs/instella-small                 # a finished run: its metrics again
-    python instella_t2i/evaluate.py --model instella_t2i/pretrained/emoji64       # held-out emoji
+    python instella_t2i/evaluate.py --model TOKENIZER                            # held-out emoji
     python instella_t2i/evaluate.py --model FOLDER OTHER --data.name folder --data.path PICTURES
 
 Every tokenizer sees the same held-out pictures. PSNR and SSIM are means over pictures (equal pictures count 99 dB), the
@@ -33,11 +33,11 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor, batch: int = 64) -> tuple[
 
     from common.images import to_uint8, to_unit
 
-    device = next(tokenizer.parameters()).device
+    device, (height, width) = next(tokenizer.parameters()).device, images.shape[-2:]
     found, codes = [], []
     for part in images.split(batch):
         codes.append(tokenizer.encode(to_unit(part.to(device))))
-        found.append(to_uint8(tokenizer.decode(codes[-1], tuple(images.shape[-2:]))).cpu())
+        found.append(to_uint8(tokenizer.decode(codes[-1], (height, width))).cpu())
     return torch.cat(found), torch.cat(codes).cpu()
 
 

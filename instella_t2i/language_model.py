@@ -1,6 +1,6 @@
 """Train the small causal language model that reads captions here, in place of AMD-OLMo-1B.
 
-    python instella_t2i/language_model.py --out instella_t2i/pretrained/captions2       # some minutes on one core
+    python instella_t2i/language_model.py --out CAPTIONS                              # some minutes on one core
     python instella_t2i/language_model.py --captions mine.txt --out my-captions          # one caption a line
 
 The architecture is OLMo's, the tokenizer byte-level BPE in lower case, both learned from captions alone: training

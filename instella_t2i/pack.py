@@ -1,7 +1,7 @@
 """A folder of pictures to packed codes and back, and what that keeps of them.
 
-    python instella_t2i/pack.py --model instella_t2i/pretrained/emoji64 --images PICTURES --out codes.safetensors
-    python instella_t2i/pack.py --model instella_t2i/pretrained/emoji64 --codes codes.safetensors --out PICTURES2
+    python instella_t2i/pack.py --model TOKENIZER --images PICTURES --out codes.safetensors
+    python instella_t2i/pack.py --model TOKENIZER --codes codes.safetensors --out PICTURES2
     python instella_t2i/pack.py --model RUN8/tokenizer RUN16/tokenizer RUN32/tokenizer --images PICTURES --png sheet.png
 
 Pictures may have any size and aspect (transparency is laid on white): each is scaled to about the area that the
@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{folder}: {found['pictures']:.0f} pictures, {found['bits']:.0f} bits each ({label(tokenizer)}), {shown}"
         )
     if options.png:
-        write_sheet(dict(zip(map(label, tokenizers), tokenizers)), options.images, options.png, options.count)
+        names = [f"{label(tokenizer)}, {folder}" for folder, tokenizer in zip(options.model, tokenizers)]
+        write_sheet(dict(zip(names, tokenizers)), options.images, options.png, options.count)
     return results
 
 

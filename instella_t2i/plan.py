@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from common import costs
 from common.cli import parse_config
 from common.errors import run_main
 from common.files import read_object
-from instella_t2i.config import InstellaConfig
+from instella_t2i.config import DecoderConfig, InstellaConfig, TokenizerConfig
 from instella_t2i.generators import Shape, Text, make_generator
 from instella_t2i.tokenizer import Tokenizer
 
@@ -53,14 +54,16 @@ def plan(config: InstellaConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]
         pictures = torch.empty(1, 3, config.data.size, config.data.size)
         encoding = costs.flop(lambda: tokenizer.quantizer(tokenizer.encoder(pictures)))
         codes = torch.empty(1, config.network.tokens, config.network.bits)
-        decoding = {
-            side: costs.flop(lambda side=side: tokenizer.paint(tokenizer.quantizer.values(codes), side))
-            for side in {config.data.size, *config.decoder.sizes}
-        }
+
+        def decoded(side: int) -> object:
+            return tokenizer.paint(tokenizer.quantizer.values(codes), side)
+
+        sides = {config.data.size, *config.decoder.sizes}
+        decoding = {side: costs.flop(partial(decoded, side)) for side in sides}
     whole = costs.parameter_count(tokenizer)
     decoder = costs.parameter_count(tokenizer.decoder, tokenizer.to_pixel)
     mean = sum(decoding[side] for side in config.decoder.sizes) / len(config.decoder.sizes)
-    rows = [
+    rows: list[tuple[str, int, TokenizerConfig | DecoderConfig, float]] = [
         ("tokenizer", whole, config.tokenizer, 3 * (encoding + decoding[config.data.size])),
         ("decoder", decoder, config.decoder, encoding + 3 * mean),
     ]
@@ -88,7 +91,7 @@ def generator_plans(config: InstellaConfig, cluster: costs.Cluster) -> list[Plan
         with torch.device("meta"), torch.no_grad():
             generator = make_generator(kind, config.stream, Shape(network.tokens, network.bits, width))
             given = (code, torch.empty(1), text) if kind == "diffusion" else (code[:, 1:], text)
-            forward = costs.flop(lambda generator=generator, given=given: generator(*given))
+            forward = costs.flop(partial(generator, *given))
         count, samples = costs.parameter_count(generator), stage.steps * stage.batch_size
         each = 3 * forward + encoding + read
         plans.append(

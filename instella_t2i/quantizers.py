@@ -105,7 +105,7 @@ def index_of(codes_BLD: Tensor) -> Tensor:
 
 class VqResult(NamedTuple):
     z_q: Tensor  # straight-through, [..., W]
-    index: Tensor
+    entry: Tensor  # numbers of the entries, [...]
     loss: Tensor
 
 
@@ -149,11 +149,11 @@ class VectorQuantizer(Quantizer):
         found = vector_quantize(z_BLW, self.codebook)
         if self.training:
             with torch.no_grad():
-                self.chosen += torch.bincount(found.index.flatten(), minlength=len(self.chosen))
+                self.chosen += torch.bincount(found.entry.flatten(), minlength=len(self.chosen))
                 latest = z_BLW.flatten(0, 1)[-len(self.recent) :]
                 self.recent = torch.cat([self.recent[len(latest) :], latest.to(self.recent.dtype)])
         return Quantized(
-            found.z_q @ self.embed, bits_of(found.index, self.bits), found.loss, {"vq_loss": found.loss.detach()}
+            found.z_q @ self.embed, bits_of(found.entry, self.bits), found.loss, {"vq_loss": found.loss.detach()}
         )
 
     def values(self, codes_BLD: Tensor) -> Tensor:

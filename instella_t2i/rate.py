@@ -1,7 +1,7 @@
 """What a picture keeps at so many bits: tokenizers beside autoencoders, JPEG and WebP, on the same held-out pictures.
 
     python instella_t2i/rate.py --model RUN8/decoder RUN16/decoder RUN32/decoder GRID16/decoder
-    python instella_t2i/rate.py --model instella_t2i/pretrained/emoji64 --autoencoder ldm/pretrained/emoji64/vae
+    python instella_t2i/rate.py --model TOKENIZER --autoencoder ldm/pretrained/emoji64/vae
     python instella_t2i/rate.py --data.name folder --data.path PICTURES --size 64 --output results/rate_mine.md
 
 Autoencoders are diffusers folders (AutoencoderKL at its mean, VQModel). Numbers of a continuous latent count 16 bits
@@ -112,8 +112,8 @@ def rows_of(yardstick: Yardstick, models: Sequence[Path], autoencoders: Sequence
     for folder in models:
         tokenizer = load_tokenizer(folder, option="--model")
         family = "tokens in a line" if tokenizer.config.layout == "line" else "tokens in a grid"
-        bits = tokenizer.config.tokens * tokenizer.config.bits
-        add(family, label(tokenizer), reconstruct(tokenizer, images)[0], float(bits))
+        own = float(tokenizer.config.tokens * tokenizer.config.bits)
+        add(family, label(tokenizer), reconstruct(tokenizer, images)[0], own)
     for folder in autoencoders:
         for name, found, bits in autoencoder(folder, images):
             add("autoencoders", name, found, bits)

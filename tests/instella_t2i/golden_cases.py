@@ -199,7 +199,7 @@ def vq(case: Case) -> None:
     found = vector_quantize(z.movedim(1, -1), codebook, config["commitment_cost"], config["use_l2_norm"])
     z_q = found.z_q.movedim(-1, 1)
     assert_close(z_q, wanted["z_q"], "values")
-    assert_close(found.index, wanted["indices"], "indices")
+    assert_close(found.entry, wanted["indices"], "indices")
     assert_close(found.loss, wanted["quantizer_loss"], "loss")
     ((z_q * given["w"]).sum() + found.loss).backward()
     assert z.grad is not None and codebook.grad is not None

@@ -257,8 +257,8 @@ def test_the_quantizers_are_those_of_the_library() -> None:
     torch.testing.assert_close(bsq(z)[0], spherical(sphere, group=6).z_q)
     cosine = library.VectorQuantize(dim=6, codebook_size=8, use_cosine_sim=True).eval()
     found = vector_quantize(z, cosine.codebook)
-    assert torch.equal(cosine(z)[1], found.index)
-    torch.testing.assert_close(cosine(z)[0], torch.nn.functional.normalize(cosine.codebook, dim=-1)[found.index])
+    assert torch.equal(cosine(z)[1], found.entry)
+    torch.testing.assert_close(cosine(z)[0], torch.nn.functional.normalize(cosine.codebook, dim=-1)[found.entry])
 
 
 def test_codes_that_die_are_counted_and_said() -> None:

@@ -13,7 +13,7 @@ sizes, from the frozen encoder's codes; `diffusion` and `autoregression` train a
 of captions that are made once. Started again after an interruption, a run continues where it stopped, with the
 same losses as without the interruption; finished stages are not repeated.
 
-A run folder holds config.yaml, a folder a stage (checkpoints, logs, samples, config.json and model.safetensors),
+A run folder holds config.yaml, a folder a stage (checkpoints, logs, sample pictures, config.json, model.safetensors),
 codes/, metrics.json, table.md, reconstructions.png and samples.png, where both generators stand side by side.
 """
 

@@ -90,7 +90,7 @@ class TokenizerConfig:
         steps: optimiser steps.
         batch_size: pictures of a step, over all processes and micro-batches.
         optimiser: adamw, or muon: the blocks' matrices by orthogonal steps as long as AdamW's, the rest by AdamW.
-        lr: learning rate after warm-up, then a cosine to a tenth at the last step.
+        lr: learning rate after warm-up, then a cosine to zero at the last step.
         warmup: steps over which the learning rate rises linearly.
         weight_decay: of the optimiser.
         grad_clip: largest norm of the gradient; 0 does not clip.
@@ -141,7 +141,7 @@ class DecoderConfig:
     Args:
         steps: optimiser steps.
         batch_size: pictures of a step, over all processes and micro-batches.
-        lr: learning rate after warm-up, then a cosine to a tenth at the last step.
+        lr: learning rate after warm-up, then a cosine to zero at the last step.
         warmup: steps over which the learning rate rises linearly.
         sizes: sides of the pictures that are decoded; a step takes one of them.
         gan_start: share of the steps after which a new discriminator joins.
@@ -246,7 +246,7 @@ class GeneratorConfig:
         batch_size: samples of a step, over all processes and micro-batches.
         lr: learning rate after warm-up.
         warmup: steps over which the learning rate rises linearly.
-        schedule: constant (released) or cosine to a tenth.
+        schedule: constant (released) or cosine to zero at the last step.
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient; 0 does not clip.
         uncond: share of the captions that are replaced by the empty one.

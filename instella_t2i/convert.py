@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import UserError, run_main
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 REPA = "decoder.repa_proj."  # supervision of the released training; no part of the tokenizer
 
 
-def infer_network(state: Mapping[str, Tensor], **said: object) -> NetworkConfig:
+def infer_network(state: Mapping[str, Tensor], **said: Any) -> NetworkConfig:
     """The network that released tensors belong to.
 
     Args:
@@ -47,7 +47,7 @@ def infer_network(state: Mapping[str, Tensor], **said: object) -> NetworkConfig:
         ]
         return max(numbers, default=-1) + 1
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for part in ("encoder", "decoder"):
         head_dim = tensor(f"{part}.transformer_blocks.0.attn.norm_q.weight").shape[0]
         width = tensor(f"{part}.transformer_blocks.0.attn.q_proj.weight").shape[0]
@@ -62,7 +62,7 @@ def infer_network(state: Mapping[str, Tensor], **said: object) -> NetworkConfig:
         tokens=tensor("encoder.latent_tokens").shape[1],
         bits=tensor("quantizer.embed").shape[0],
         **sizes,
-        **given,  # type: ignore[arg-type]
+        **given,
     )
 
 

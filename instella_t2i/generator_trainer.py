@@ -6,7 +6,6 @@ micro-batch on this process, P bytes, K tokens, D bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,20 +13,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from instella_t2i.autoregression import autoregression_loss
 from instella_t2i.codes import unpack_bits
 from instella_t2i.config import DiffusionConfig, GeneratorConfig
 from instella_t2i.diffusion import add_noise, diffusion_loss, training_times
 from instella_t2i.generators import Autoregressor, Denoiser, Text
-
-
-def learning_rate(step: int, options: GeneratorConfig) -> float:
-    """Factor of the learning rate: a linear warm-up, then constant, or a cosine to a tenth."""
-    rise = min(1.0, (step + 1) / max(1, options.warmup))
-    if options.schedule == "constant":
-        return rise
-    return rise * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / options.steps)))
 
 
 class GeneratorTraining(pl.LightningModule):
@@ -55,11 +47,8 @@ class GeneratorTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        optimiser = torch.optim.AdamW(
-            self.generator.parameters(), lr=options.lr, weight_decay=options.weight_decay, foreach=True
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, options))
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimiser = adamw(self.generator.parameters(), options.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, options.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         options, shape = self.options, self.generator.shape

@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from common.kernels.attention import attention
 from instella_t2i.config import StreamConfig
+from instella_t2i.tokenizer import RmsNorm
 
 EPS = 1e-6  # of every norm
 
@@ -67,7 +68,7 @@ class CrossedAttention(nn.Module):
         width = heads * head_dim
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
+        self.norm_q, self.norm_k = RmsNorm(head_dim), RmsNorm(head_dim)
 
     def _heads(self, x_BnE: Tensor) -> Tensor:
         return x_BnE.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -156,7 +157,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         width = config.heads * config.head_dim
         self.pos_emb = nn.Parameter(torch.zeros(1, tokens + 1, width))
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.input_layernorm, self.post_attention_layernorm = RmsNorm(width), RmsNorm(width)
         self.proj_cond = nn.Linear(text_width, width)
         self.attn, self.mlp = CrossedAttention(config.heads, config.head_dim), Mlp(width)
 
@@ -259,7 +260,7 @@ class Autoregressor(Generator):
         self.transformer_blocks = nn.ModuleList(
             CausalBlock(config, shape.tokens, shape.text_width) for _ in range(config.layers)
         )
-        self.norm_out = nn.RMSNorm(self.width, EPS)
+        self.norm_out = RmsNorm(self.width)
         self.start()
 
     def forward(self, code_BnD: Tensor, text: Text | Memory) -> Tensor:

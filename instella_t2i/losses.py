@@ -53,12 +53,6 @@ def temperature(step: int, steps: int, start: float, end: float, share: float) -
     return start + (end - start) * min(1.0, step / max(1.0, share * steps))
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: a linear warm-up, then a cosine to a tenth."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    return rise * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
-
-
 @torch.no_grad()
 def code_usage(codes_NLD: Tensor) -> dict[str, float]:
     """How many of the bits carry something, over N pictures.

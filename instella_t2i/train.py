@@ -13,7 +13,7 @@ sizes, from the frozen encoder's codes; `diffusion` and `autoregression` train a
 of captions that are made once. Started again after an interruption, a run continues where it stopped, with the
 same losses as without the interruption; finished stages are not repeated.
 
-A run folder holds config.yaml, a folder a stage (checkpoints, logs, samples, config.json and model.safetensors),
+A run folder holds config.yaml, a folder a stage (checkpoints, logs, sample pictures, config.json, model.safetensors),
 codes/, metrics.json, table.md, reconstructions.png and samples.png, where both generators stand side by side.
 """
 
@@ -30,6 +30,8 @@ from common.errors import run_main
 from instella_t2i.config import InstellaConfig
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from instella_t2i.config import TrainerConfig
     from instella_t2i.data import Pictures
     from instella_t2i.run import Run
@@ -86,14 +88,15 @@ def train_stage(run: Run, stage: str, tokenizer: Tokenizer, pictures: Pictures) 
     if module.discriminator is not None and trainer_options.strategy == "ddp":
         # Tokenizer and discriminator take turns: in every backward pass one of them has no gradients.
         trainer_options = replace(trainer_options, strategy="ddp_find_unused_parameters_true")
-    fit(run, stage, module, pictures.table(), options.batch_size, options.steps, trainer_options)
+    trainer = fit(run, stage, module, pictures.table(), options.batch_size, options.steps, trainer_options)
     run.save_tokenizer(tokenizer.cpu().eval(), stage)
+    trainer.strategy.barrier()  # the next stage of every process reads what this one has written
 
 
 def fit(
     run: Run, stage: str, module: TokenizerTraining, table: Any, batch_size: int, steps: int, options: TrainerConfig
-) -> None:
-    """Train a tokenizer on a table, with pictures on the way."""
+) -> Trainer:
+    """Train a tokenizer on a table, with pictures on the way; returns what trained it."""
     from common.data.sampling import StepDataModule
     from common.training import EveryNSteps, train
     from instella_t2i.evaluate import sheet
@@ -106,7 +109,7 @@ def fit(
         sheet({"": module.tokenizer}, shown, run.folder / stage / "samples" / f"step_{step:06d}.png")
         module.tokenizer.train()
 
-    train(
+    return train(
         run.folder / stage,
         module,
         StepDataModule(table, batch_size, steps, config.seed),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.data.sampling import derive_seed
 from common.images import resize_clean, to_unit
 from common.metrics.perceptual import perceptual_distance
+from common.optimisers import adamw, rise_then
 from common.steps import StepDraws
 from instella_t2i.config import DataConfig, DecoderConfig, TokenizerConfig, TrainerConfig
 from instella_t2i.losses import (
@@ -26,7 +27,6 @@ from instella_t2i.losses import (
     dying,
     gan_weight,
     hinge_loss,
-    learning_rate,
     pixel_loss,
     temperature,
 )
@@ -97,14 +97,11 @@ class TokenizerTraining(pl.LightningModule):
         matrices = [p for name, p in trained.items() if muon and ".transformer_blocks." in name and p.dim() == 2]
         others = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
         lr, decay = self.stage.lr, self.losses.weight_decay
-        optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
-        ]
+        optimisers: list[torch.optim.Optimizer] = [adamw(others, lr, decay, betas=(0.9, 0.99))]
         if matrices:
             optimisers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         if self.discriminator is not None:
-            weights, lr = self.discriminator.parameters(), self.losses.gan_lr
-            optimisers.append(torch.optim.AdamW(weights, lr=lr, betas=(0.5, 0.9), weight_decay=0.0, foreach=True))
+            optimisers.append(adamw(self.discriminator.parameters(), self.losses.gan_lr, betas=(0.5, 0.9)))
         return optimisers
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -194,9 +191,10 @@ class TokenizerTraining(pl.LightningModule):
     def _update(self, optimisers: Sequence[Any], step: int, lr: float, parameters: Iterable[nn.Parameter]) -> None:
         if self.losses.grad_clip > 0:
             nn.utils.clip_grad_norm_([p for p in parameters if p.requires_grad], self.losses.grad_clip)
+        rate = rise_then("cosine", self.stage.warmup, self.stage.steps)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = lr * learning_rate(step, self.stage.steps, self.stage.warmup)
+                group["lr"] = lr * rate(step)
             optimiser.step()
 
     def _log(self, values: Logs, codes_BKD: Tensor, step: int) -> None:

@@ -226,6 +226,15 @@ def check_options(config: InstellaConfig) -> None:
         resume=config.resume,
         grad_clip=max(getattr(config, name).grad_clip for name in ("tokenizer", *generators_of(config))),
     )
+    if set(stages_of(config)) & set(TOKENIZERS):  # which step two optimisers by hand
+        options = config.trainer
+        if options.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+            raise UserError(
+                f"--trainer.strategy {options.strategy} shards one optimiser, the stages tokenizer and decoder have "
+                "several: expected auto or ddp (train the generators in a run of their own, with --tokenizer_from)"
+            )
+        if options.precision == "16-mixed":
+            raise UserError("--trainer.precision 16-mixed: the tokenizer trains in bf16-mixed or 32-true")
     check_network(config.network)
     multiple = multiple_of(config.network)
     sizes = {"data.size": [config.data.size], "decoder.sizes": config.decoder.sizes}

@@ -125,6 +125,13 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     tables = [table(found) for found in (arms, metrics.get("generators")) if found]
     write_atomically(run.folder / "table.md", lambda temporary: temporary.write_text("\n\n".join(tables) + "\n"))
     report(metrics)
+    print(f"the tokenizer: {run.tokenizer_folder()}; what it keeps of pictures: {run.folder / 'reconstructions.png'}")
+    if generators:
+        print(
+            f"the generators: {', '.join(str(run.folder / kind) for kind in generators)}; both side by side: "
+            f"{run.folder / 'samples.png'}; "
+            f'more: python instella_t2i/sample.py --run_dir {run.folder} --prompt "..."'
+        )
     return metrics
 
 
@@ -136,10 +143,12 @@ def generated(run: Run) -> dict[str, dict[str, float]]:
 
     if not any((run.folder / kind / ABOUT).is_file() for kind in KINDS):
         return {}
-    config, painter = run.config, run.painter()
+    config, painter = run.config, run.painter(device=run.device)
     yardstick = PromptYardstick(config.data, run.held_out, config.evaluation.generated, config.evaluation.features)
     found, pictures = measure_generators(painter, yardstick, config.sampling)
-    comparison_grid(pictures, yardstick.prompts, config.evaluation.grid, run.folder / "samples.png")
+    assert yardstick.prompts.reference is not None
+    rows = {"held out": yardstick.prompts.reference, **pictures}
+    comparison_grid(rows, yardstick.prompts.prompts, config.evaluation.grid, run.folder / "samples.png")
     return found
 
 

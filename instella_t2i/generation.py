@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.images import to_uint8
-from common.metrics.measures import EVALUATION_SEED
+from common.metrics.measures import EVALUATION_SEED, PromptSet, shapes_prompts, variety
 from common.options import check_ranges
 from common.weights import load_weights, save_weights
 from instella_t2i import autoregression, diffusion
@@ -177,15 +176,13 @@ def open_painter(
     return Painter(tokenizer.to(device), CausalText(text, blocks.pop(), device), found)
 
 
-def evaluation_prompts(data: DataConfig, held_out: Pictures, count: int) -> tuple[list[str], list[Any] | None]:
-    """Prompts of held-out pictures, with what each must show where a verifier can tell (Shapes)."""
+def evaluation_prompts(data: DataConfig, held_out: Pictures, count: int) -> PromptSet:
+    """Prompts of held-out pictures with these pictures, and what each must show where a verifier can tell (Shapes)."""
     if data.name == "shapes":
-        from common.data.shapes import Shapes
-
-        scenes = Shapes("test", count, held_out.size, seed=EVALUATION_SEED)
-        return list(scenes.captions), [scenes.spec(i) for i in range(count)]
+        return shapes_prompts(count, (1,), held_out.size)
     count = min(count, len(held_out))
-    return [held_out.captions[i * len(held_out) // count] for i in range(count)], None
+    rows = [i * len(held_out) // count for i in range(count)]
+    return PromptSet([held_out.captions[row] for row in rows], torch.empty(count, 0), held_out.images(rows))
 
 
 class PromptYardstick:
@@ -198,10 +195,10 @@ class PromptYardstick:
     def __init__(self, data: DataConfig, held_out: Pictures, count: int, features: str = "lite0") -> None:
         from common.metrics.features import extract, load_extractor
 
-        self.prompts, self.specs = evaluation_prompts(data, held_out, count)
+        self.prompts = evaluation_prompts(data, held_out, count)
         self.extractor = load_extractor(features)
         self.features = extract(held_out.all(), self.extractor)
-        self.captioned = self.specs is None and data.name == "emoji"
+        self.captioned = data.name == "emoji"
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """`kid`; of Shapes `accuracy` with the six columns of GenEval and `entropy`; of emoji `alignment`, the share of
@@ -211,17 +208,16 @@ class PromptYardstick:
 
         found = extract(images, self.extractor)
         result = {"kid": kid(self.features, found).value}
-        if self.specs is not None:
+        if self.prompts.specs is not None:
             from common.data.shapes_verifier import score
-            from common.metrics.measures import variety
 
-            scores = score(images.numpy(), self.specs[: len(images)])
+            scores = score(images.numpy(), self.prompts.specs[: len(images)])
             result |= {"accuracy": scores.pop("mean"), "entropy": variety(images)}
             result |= {name: value for name, value in scores.items() if not name.endswith(("_low", "_high"))}
         elif self.captioned:
             from common.metrics.alignment import AlignmentScorer
 
-            scores = AlignmentScorer().score(images, self.prompts[: len(images)])
+            scores = AlignmentScorer().score(images, self.prompts.prompts[: len(images)])
             result["alignment"] = scores["right_beats_random"]
         return result
 
@@ -233,7 +229,7 @@ def measure_generators(
     found, pictures = {}, {}
     for kind in painter.generators:
         started = time.perf_counter()
-        pictures[kind] = painter.draw(kind, yardstick.prompts, sampling, derive_seed(EVALUATION_SEED, 1))
+        pictures[kind] = painter.draw(kind, yardstick.prompts.prompts, sampling, derive_seed(EVALUATION_SEED, 1))
         seconds = (time.perf_counter() - started) / len(pictures[kind])
         found[kind] = {**yardstick.measure(pictures[kind]), "seconds_per_image": seconds}
     return found, pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.cli import read_run_config
+from common.data.cache import fingerprint_strings, fingerprint_tensors
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
@@ -67,10 +69,11 @@ class Run:
             inputs["tokenizer"] = fingerprint_of(Path(config.tokenizer_from))
         if generators_of(config):
             inputs["text"] = run.reader().fingerprint
+            inputs["captions"] = fingerprint_strings(run.pictures.captions)
             if not any(run.pictures.captions):
                 say_once("no picture has a caption: the generators learn to draw without one")
             if config.codes.synthetic:
-                inputs["synthetic"] = run.synthetic.fingerprint
+                inputs["synthetic"] = fingerprint_strings([run.synthetic.fingerprint, *run.synthetic.captions])
         for name in stages_of(config):
             refuse_large_batch(f"{name}.batch_size", getattr(config, name).batch_size, len(run.pictures))
         opened.begin(inputs)
@@ -101,11 +104,17 @@ class Run:
         data = replace(self.config.data, name="folder", path=self.config.codes.synthetic, images=0)
         return open_pictures(data, "train", seed=self.config.seed)
 
+    @property
+    def device(self) -> torch.device:
+        """Of what is frozen, in this process."""
+        gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+
     def reader(self) -> CausalText:
         """What reads the captions."""
         from instella_t2i.text import CausalText
 
-        return CausalText(self.config.text, self.config.stream.layers)
+        return CausalText(self.config.text, self.config.stream.layers, self.device)
 
     def codes(self, tokenizer: Tokenizer) -> list[Tensor]:
         """Packed codes of the training pictures, and of the second set where there is one."""
@@ -195,8 +204,6 @@ def fingerprint_of(folder: Path) -> str:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    from common.data.cache import fingerprint_tensors
-
     return fingerprint_tensors(load_tokenizer(folder, option="--tokenizer_from").state_dict())
 
 

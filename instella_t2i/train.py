@@ -144,7 +144,7 @@ def train_generator(run: Run, kind: str) -> None:
     from instella_t2i.generators import Shape, make_generator
     from instella_t2i.text import FeatureTable
 
-    config, tokenizer, reader = run.config, run.load_tokenizer(), run.reader()
+    config, tokenizer, reader = run.config, run.load_tokenizer().to(run.device), run.reader()
     options = config.diffusion if kind == "diffusion" else config.autoregression
     captions = list(run.pictures.captions)
     with run.timed("codes"):

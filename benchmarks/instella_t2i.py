@@ -46,6 +46,7 @@ from benchmarks.arms import (
 from common.cli import parse_config
 from common.costs import flop, parameter_count
 from common.cpu import tune_allocator
+from common.data.sampling import derive_seed
 from common.errors import run_main
 from common.images import to_unit
 from common.ledger import bench_row
@@ -126,6 +127,7 @@ def peer(arm: Arm) -> Step:
     config = recipe(arm)
     torch.manual_seed(0)
     network = Tokenizer(config.network, config.data.size).to(arm.device)
+    torch.manual_seed(derive_seed(0, 1))  # the trainer's
     discriminator = Discriminator(config.tokenizer.gan_width).to(arm.device)
     distance = perceptual_distance("trained").to(arm.device)
     call = torch.compile(network) if arm.compiled else network

@@ -77,11 +77,10 @@ class BinaryQuantizer(Quantizer):
             uniform = torch.zeros_like(p_BLD) if uniform_BLD is None else uniform_BLD
             codes_BLD = bernoulli_codes(logits_BLD, uniform, 0.0 if uniform_BLD is None else tau)
         loss = (p_BLD * (1 - p_BLD)).mean()
-        uncertain = ((p_BLD - 0.5).abs() < 0.4).float().mean()
+        uncertain = ((p_BLD.detach() - 0.5).abs() < 0.4).float().mean()
         values_BLE = self.values(straight_through(codes_BLD, p_BLD))
-        return Quantized(
-            values_BLE, codes_BLD, loss, {"code_loss": loss.detach(), "uncertain_bits": uncertain.detach()}
-        )
+        terms = {"code_loss": loss.detach(), "uncertain_bits": uncertain, "logits": logits_BLD.square().mean()}
+        return Quantized(values_BLE, codes_BLD, loss, terms)
 
     def values(self, codes_BLD: Tensor) -> Tensor:
         return codes_BLD.to(self.embed.dtype) @ self.embed

@@ -197,6 +197,17 @@ def test_the_straight_through_gradient_knows_no_tau() -> None:
     assert torch.equal(*gradients)
 
 
+def test_a_bit_that_is_sure_has_no_gradient_but_that_of_its_logit() -> None:
+    torch.manual_seed(0)
+    quantizer, h = BinaryQuantizer(6, 5), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        quantizer.proj[0].bias += 200
+    found = quantizer(h.requires_grad_(), torch.rand(2, 3, 5), 1.0)
+    (gone,) = torch.autograd.grad(found.values_BLE.sum() + found.loss, h, retain_graph=True)
+    (left,) = torch.autograd.grad(found.terms["logits"], h)
+    assert float(gone.abs().max()) == 0 and float(left.abs().min()) > 0
+
+
 def test_noise_at_tau_zero_is_the_threshold_and_half_of_the_bits_flip_at_a_high_tau() -> None:
     torch.manual_seed(0)
     quantizer, h, u = BinaryQuantizer(8, 64), torch.randn(8, 16, 8), torch.rand(8, 16, 64)

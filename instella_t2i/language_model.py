@@ -9,6 +9,7 @@ captions of the emoji and of Shapes, unless there is a file. It writes a transfo
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 LONGEST = 128  # tokens
 HELD_OUT = 20  # one caption in so many is not trained on
 LEARNING_RATE, BATCH = 2e-3, 64
+DEFAULT = "training captions of the emoji and of Shapes (sparse, dense and canonical), see common/README.md"
 
 
 def default_captions() -> list[str]:
@@ -113,6 +115,28 @@ def train(
     return model, tokenizer, held
 
 
+def card(name: str, source: str, parameters: int, options: argparse.Namespace, held: float) -> str:
+    """README.md of the folder."""
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the features
+of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
+
+| | |
+|---|---|
+| data | {source}; one different caption in {HELD_OUT} held out |
+| architecture | OLMo, {options.layers} layers, {options.width} wide, {parameters:,} parameters, float16 on disk |
+| tokenizer | byte-level BPE in lower case, at most {options.entries} entries, at most {LONGEST} tokens; a prompt begins with {BEGIN} |
+| training | {options.steps} steps of {BATCH} captions, AdamW, one cycle up to {LEARNING_RATE}, seed {options.seed} |
+| held-out cross-entropy | {held:.3f} nats a token |
+"""
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -140,12 +164,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         captions, options.layers, options.width, options.entries, options.steps, options.seed
     )
 
+    parameters = sum(p.numel() for p in model.parameters())
+    source = f"the lines of {options.captions.name}" if options.captions else DEFAULT
+    text = card(options.out.name, source, parameters, options, held)
+
     def write(place: Path) -> None:
         model.to(torch.float16).save_pretrained(place)
         tokenizer.save_pretrained(place)
+        (place / "README.md").write_text(text, encoding="utf-8")
 
     replace_folder(options.out, write)
-    parameters = sum(p.numel() for p in model.parameters())
     print(f"{options.out}: {parameters:,} parameters, {held:.3f} nats a token on held-out captions")
     return {"parameters": parameters, "held_out_nats": held}
 

@@ -1,0 +1,88 @@
+"""Everything a run of `scenesplat/train.py` can be told, as plain dataclasses; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from common.options import Count, NotNegative, Positive, Range, Share
+
+Patch = Annotated[int, Range(1, 65536)]
+
+
+@dataclass
+class NetworkConfig:
+    """The Point Transformer; defaults are the released language model (91,712,800 weights).
+
+    Args:
+        in_channels: 11 (colour, opacity, quaternion, scale) or 14 (and the normal).
+        orders: curves that blocks follow in turn.
+        strides: of the poolings between stages.
+        enc_depths: blocks of each stage of the encoder.
+        enc_channels: their widths.
+        enc_heads: their heads of attention.
+        enc_patch: voxels that attend to each other.
+        dec_depths: blocks of each stage of the decoder, the finest first.
+        dec_channels: their widths; the first is that of the output.
+        dec_heads: their heads of attention.
+        dec_patch: voxels that attend to each other in the decoder.
+        mlp_ratio: width of the hidden layer over that of the block.
+        drop_path: stochastic depth of the last block, rising from 0.
+        pre_norm: normalise before attention and MLP, not after them.
+        patches: variable (small clouds form short patches: what the released weights were trained with) or shrinking
+            (all patches as small as the smallest cloud).
+        rpe: learned relative positions (for shrinking patches only).
+        pooling: mean (language model) or max (self-supervised).
+        shuffle: draw anew in each training step which curve comes first.
+        norm_momentum: of batch normalisation's averages; 0.01 in the released code.
+        mask_token: a learned token for masked voxels (self-supervised).
+        convolution: gather (ours) or spconv (the library, inference only on CPUs).
+    """
+
+    in_channels: Annotated[int, Range(1, 1024)] = 11
+    orders: list[Literal["z", "z-trans", "hilbert", "hilbert-trans"]] = field(
+        default_factory=lambda: ["z", "z-trans", "hilbert", "hilbert-trans"]
+    )
+    strides: list[Annotated[int, Range(1, 64)]] = field(default_factory=lambda: [2, 2, 2])
+    enc_depths: list[Count] = field(default_factory=lambda: [2, 2, 2, 6])
+    enc_channels: list[Count] = field(default_factory=lambda: [32, 64, 128, 256])
+    enc_heads: list[Count] = field(default_factory=lambda: [2, 4, 8, 16])
+    enc_patch: list[Patch] = field(default_factory=lambda: [1024, 1024, 1024, 1024])
+    dec_depths: list[Count] = field(default_factory=lambda: [2, 2, 2])
+    dec_channels: list[Count] = field(default_factory=lambda: [768, 512, 256])
+    dec_heads: list[Count] = field(default_factory=lambda: [16, 16, 16])
+    dec_patch: list[Patch] = field(default_factory=lambda: [1024, 1024, 1024])
+    mlp_ratio: Positive = 4.0
+    drop_path: Annotated[float, Range(0, 0.99)] = 0.3
+    pre_norm: bool = True
+    patches: Literal["variable", "shrinking"] = "variable"
+    rpe: bool = False
+    pooling: Literal["mean", "max"] = "mean"
+    shuffle: bool = True
+    norm_momentum: Annotated[float, Range(0, 1)] = 0.01
+    mask_token: bool = False
+    convolution: Literal["gather", "spconv"] = "gather"
+
+
+@dataclass
+class LossConfig:
+    """Vision-language losses; the sum is cosine + l2 + contrastive.
+
+    Args:
+        cosine: weight of 1 - cos.
+        l2: weight of the squared distance, which for unit vectors is twice the cosine loss.
+        contrastive: weight of the aggregated contrastive loss.
+        schedule: when the contrastive loss counts: all, skip (never), or the last percent of the steps.
+        temperature: of the contrastive loss, fixed.
+        least: Gaussians of a class in a batch, below which it takes no part; 100 in the released code.
+        classes: whose classes the contrastive loss goes by: truth (the released code) or pseudo, the nearest text to
+            each target, which needs no labels.
+    """
+
+    cosine: NotNegative = 1.0
+    l2: NotNegative = 1.0
+    contrastive: NotNegative = 0.02
+    schedule: Literal["all", "skip", "last_75", "last_50", "last_25"] = "last_75"
+    temperature: Positive = 0.2
+    least: Annotated[int, Range(2)] = 100
+    classes: Literal["truth", "pseudo"] = "truth"

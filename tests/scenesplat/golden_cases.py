@@ -1,0 +1,240 @@
+"""Checks for the recorded SceneSplat cases; sizes, options and the draws of a case come from the case itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scenesplat import losses
+from scenesplat.config import LossConfig, NetworkConfig
+from scenesplat.model import Block, Pooling, PointTransformer, SerializedAttention, SparseConv, Stem, Unpooling, grouped
+from scenesplat.model import unit
+from scenesplat.serialization import ORDERS, encode
+from scenesplat.structure import Level, Structure, padding
+from tests.golden_case import Case, Check, assert_close, kind, load
+
+CODE = "SceneSplat"
+IGNORED = {"sizes", "n", "effective_patch_size", "upcast_attention", "upcast_softmax"}  # float32 has nothing to upcast
+NAMES = {
+    "order": "orders",
+    "stride": "strides",
+    "enc_num_head": "enc_heads",
+    "dec_num_head": "dec_heads",
+    "enc_patch_size": "enc_patch",
+    "dec_patch_size": "dec_patch",
+    "shuffle_orders": "shuffle",
+    "do_mask": "mask_token",
+    "pooling_reduce": "pooling",
+    "enable_rpe": "rpe",
+}
+
+
+def network_of(config: dict[str, Any], *others: str) -> NetworkConfig:
+    """The network's options, every one of the case's; `others` are read elsewhere."""
+    known = {field.name for field in dataclasses.fields(NetworkConfig)}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "enable_flash":
+            found["patches"] = "variable" if value else "shrinking"
+        elif NAMES.get(key, key) in known:
+            found[NAMES.get(key, key)] = value
+        elif key not in {*IGNORED, *others}:
+            raise AssertionError(f"config {key!r}: an option that the network does not have")
+    return NetworkConfig(**found)
+
+
+def permutations(case: Case, stages: int) -> list[Tensor]:
+    """The recorded draws: of serialization, unless that was not shuffled, and of each pooling."""
+    given = case.group("in", "order_perm_")
+    drawn = [given[str(i)] for i in range(len(given))]
+    same = torch.arange(len(drawn[0]) if drawn else len(case.config.get("order", ORDERS)))
+    return [same] * (stages - len(drawn)) + drawn
+
+
+def first_level(given: dict[str, Tensor], orders: Sequence[str] = ORDERS) -> Level:
+    return Structure.of(given["grid_coord"], given["offset"], orders, []).levels[0]
+
+
+def codes(case: Case) -> None:
+    given, wanted = case.group("in"), case.group("out")
+    for depth in case.config["depths"]:
+        for order in case.config["orders"]:
+            found = encode(given[f"grid_coord_d{depth}"], given[f"batch_d{depth}"], depth, order)
+            assert_close(found, wanted[f"code_d{depth}_{order}"], f"{order}, depth {depth}")
+
+
+def patches(case: Case) -> None:
+    for number, config in enumerate(case.config["cases"]):
+        given, wanted = case.group("in", f"c{number}/"), case.group("out", f"c{number}/")
+        level = first_level(given)
+        assert level.depth == config["depth"] and level.sizes == config["sizes"]
+        orders = torch.stack([level.order(row) for row in range(len(ORDERS))])
+        assert_close(level.codes_ON, wanted["serialized_code"], "codes")
+        assert_close(orders, wanted["serialized_order"], "orders")
+        assert_close(orders.argsort(), wanted["serialized_inverse"], "inverse")
+        for name, found in zip(("pad", "unpad", "cu_seqlens"), padding(level.sizes, config["patch_size"])):
+            assert_close(found, wanted[name], name)
+
+
+def convolution(case: Case) -> None:
+    for number, config in enumerate(case.config["cases"]):
+        given, weights = case.group("in", f"c{number}/"), case.group("param", f"c{number}/")
+        module = SparseConv(config["in_channels"], config["out_channels"], config["kernel_size"], config["bias"])
+        module.load_state_dict(weights)
+        found = module(given["feat"], first_level(given))
+        assert_close(found, case.group("out", f"c{number}/")["feat"], f"convolution {number}")
+
+
+def stem(case: Case) -> None:
+    given, config = case.group("in"), case.config
+    module = Stem(NetworkConfig(in_channels=config["in_channels"], enc_channels=[config["embed_channels"]]))
+    module.load_state_dict(case.group("param"), strict=False)  # without the count of batches
+    assert_close(module.eval()(given["feat"], first_level(given)), case.group("out")["feat"], "stem")
+
+
+def attention(case: Case) -> None:
+    for number, config in enumerate(case.config["cases"]):
+        given = case.group("in", f"c{number}/")
+        module = SerializedAttention(
+            config["channels"],
+            config["num_heads"],
+            config["patch_size"],
+            config["order_index"],
+            config["enable_flash"],
+            config["enable_rpe"],
+        )
+        module.load_state_dict(case.group("param", f"c{number}/"))
+        found = module(given["feat"], first_level(given, case.config["order"]))
+        assert_close(found, case.group("out", f"c{number}/")["feat"], f"attention {number}")
+
+
+def block(case: Case) -> None:
+    given, config = case.group("in"), case.config
+    own = ("channels", "num_heads", "patch_size", "order_index", "cpe_indice_key", "drop_path")
+    options = network_of({k: v for k, v in config.items() if k not in own})
+    module = Block(
+        config["channels"],
+        config["num_heads"],
+        config["patch_size"],
+        config["order_index"],
+        config["drop_path"],
+        options,
+    )
+    load(module, case)
+    found = module.eval()(given["feat"], first_level(given, config["order"]))
+    assert_close(found, case.group("out")["feat"], "block")
+
+
+def pooling(case: Case) -> None:
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    options = NetworkConfig(pooling=config["reduce"])
+    level, cluster = first_level(given).pooled(config["stride"])
+    down = Pooling(config["in_channels"], config["out_channels"], options)
+    up = Unpooling(config["out_channels"], config["skip"], config["up_out"], options)
+    for name, module in (("down", down), ("up", up)):
+        module.load_state_dict(case.group("param", f"{name}."), strict=False)
+        module.eval()
+    rows = given["order_perm"]
+    pooled = down(given["feat"], cluster, len(level.batch_N))
+    found = {
+        "cluster": cluster,
+        "coord": grouped(given["coord"], cluster, len(level.batch_N), "mean"),
+        "feat": pooled,
+        "grid_coord": level.grid_N3,
+        "offset": torch.tensor(level.sizes).cumsum(0),
+        "serialized_code": level.codes_ON[rows],
+        "serialized_order": torch.stack([level.order(int(row)) for row in rows]),
+    }
+    for name, value in found.items():
+        assert_close(value, wanted[f"down/{name}"], f"pooled {name}")
+    assert_close(up(given["up/feat"], given["feat"], cluster)[0], wanted["up/feat"], "unpooled")
+
+
+def backbone(case: Case) -> None:
+    given, config = case.group("in"), case.config
+    options = network_of(config, "l2_normalized_output")
+    network = PointTransformer(options).eval()
+    weights = network.state_dict() | case.group("param")  # without the counts of batches
+    network.load_state_dict(weights)
+    drawn = permutations(case, len(options.enc_depths))
+    structure = network.structure(given["grid_coord"], given["offset"], drawn)
+    found = network(given["feat"], structure)
+    wanted = case.group("out")["feat"]
+    assert_close(unit(found) if config["l2_normalized_output"] else found, wanted, "features", 1e-5)
+
+
+def language_losses(case: Case) -> None:
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    assert config["reduction"] in ("mean", "sum"), f"reduction {config['reduction']!r}: only mean and sum are here"
+    pred = given["pred"].clone().requires_grad_(True)
+    valid = given["valid_feat_mask"]
+    mine, target = pred[valid], given["target"][valid]
+    drawn = {int(k.removeprefix("split_perm_class")): v for k, v in given.items() if k.startswith("split_perm_class")}
+    order = iter([drawn[k] for k in sorted(drawn)])
+    classes, halves = losses.halves_of(given["segment"][valid], lambda n: next(order))
+    assert classes == config["classes_used"]
+    found = {
+        "cosine": losses.cosine_loss(mine, target, config["reduction"]),
+        "l2": losses.l2_loss(mine, target, config["reduction"]),
+        "contrastive": losses.contrastive_loss(mine, halves, config["temperature"], config["reduction"]),
+    }
+    for (name, value), weight in zip(found.items(), config["loss_weight"], strict=True):
+        assert_close(weight * value, wanted[name], name)
+        if f"grad_{name}_wrt_pred" in wanted:
+            (gradient,) = torch.autograd.grad(weight * value, pred, retain_graph=True)
+            assert_close(gradient, wanted[f"grad_{name}_wrt_pred"], f"gradient of {name}")
+    for place, active in config["schedule_active"].items():
+        schedule, _, progress = place.partition("@")
+        assert losses.is_active(schedule, float(progress)) == active, place
+
+
+def training_step(case: Case) -> None:
+    """A step in training mode: losses, gradients, and what batch normalisation keeps."""
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    options = network_of(config, "epoch_progress", "grad_norms")
+    network = PointTransformer(options).train()
+    network.load_state_dict(network.state_dict() | case.group("param"))
+    structure = network.structure(given["grid_coord"], given["offset"])
+    features = unit(network(given["feat"], structure))
+    assert_close(features, wanted["feat"], "features")
+    valid = given["valid_feat_mask"]
+    parts = losses.language_losses(
+        features[valid],
+        given["lang_feat"][valid],
+        given["segment"][valid],
+        LossConfig(contrastive=0.02, schedule="last_75"),
+        config["epoch_progress"],
+        torch.arange,
+    )
+    assert_close(parts["loss"], wanted["loss"], "loss")
+    for name in ("cosine", "l2"):
+        assert_close(parts[name], wanted[f"loss_{name}"], name)
+    assert_close(0.02 * parts["contrastive"], wanted["loss_contrastive_weighted"], "contrastive")
+    parts["loss"].backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    for name, value in case.group("out", "grad/").items():
+        assert_close(gradients[name], value, f"gradient of {name}")
+    for name, norm in config["grad_norms"].items():
+        assert_close(gradients[name].norm(), torch.tensor(norm), f"norm of {name}'s gradient")
+    state = network.state_dict()
+    for name, value in case.group("out", "after/").items():
+        assert_close(state[name], value, f"{name} afterwards")
+
+
+CHECKS = [
+    Check("codes", kind("ptv3_codes", CODE), codes),
+    Check("patches", kind("ptv3_padding", CODE), patches),
+    Check("sparse convolution", kind("subm_conv", "SubMConv3d"), convolution),
+    Check("stem", kind("ptv3_stem", CODE), stem),
+    Check("attention", kind("ptv3_attention", CODE), attention),
+    Check("block", kind("ptv3_block", CODE), block),
+    Check("pooling", kind("ptv3_pool_unpool", CODE), pooling),
+    Check("backbone", lambda case: kind("ptv3_", "PointTransformerV3")(case), backbone),
+    Check("training step", kind("lang_train_step", CODE), training_step),
+    Check("language losses", kind("vl_losses", CODE), language_losses),
+]

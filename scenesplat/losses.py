@@ -54,11 +54,10 @@ def contrastive_loss(
 ) -> Tensor:
     """Aggregated contrastive loss: the two halves of a class resemble each other more than other classes' halves.
 
-    Features are summed over each half; symmetric cross-entropy of their cosines over the temperature.
+    Unit features are summed over each half; symmetric cross-entropy of their cosines over the temperature.
     """
     if not halves:
         return pred_VD.sum() * 0
-    pred_VD = F.normalize(pred_VD, dim=1)
     a_KD, b_KD = (F.normalize(torch.stack([pred_VD[half[i]].sum(0) for half in halves]), dim=1) for i in (0, 1))
     logits_KK = a_KD @ b_KD.t() / temperature
     right_K = torch.arange(len(halves), device=pred_VD.device)

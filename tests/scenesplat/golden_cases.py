@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scenesplat import losses
+from scenesplat import losses, protocol
 from scenesplat.config import LossConfig, NetworkConfig
 from scenesplat.model import Block, Pooling, PointTransformer, SerializedAttention, SparseConv, Stem, Unpooling, grouped
 from scenesplat.model import unit
@@ -226,6 +226,32 @@ def training_step(case: Case) -> None:
         assert_close(state[name], value, f"{name} afterwards")
 
 
+def zero_shot(case: Case) -> None:
+    """Features to classes, votes, and both sets of metrics."""
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    classes, ignored = config["num_classes"], config["ignore_index"]
+    assert ignored == protocol.IGNORED, f"ignore_index {ignored}: only {protocol.IGNORED} is here"
+    assert config["query"] in ("gaussians", "point cloud"), f"query {config['query']!r}: unknown"
+    asked = given["pc_coord"] if config["query"] == "point cloud" else given["gs_coord"]
+    found = protocol.classify(given["gs_feat"], given["text_emb"], config["confidence_threshold"])
+    assert_close(found, wanted["pred_before_vote"], "classes")
+    voted = protocol.neighbour_vote(
+        found, given["gs_coord"], asked, classes, config["vote_k"], given["valid_feat_mask"]
+    )
+    assert_close(voted, wanted["pred_voted"], "votes of neighbours")
+    together = protocol.instance_vote(voted, given["instance"], classes)
+    assert_close(together, wanted["pred_clustered"], "votes of instances")
+    counts = protocol.Counts.of(voted, given["gt_segment"], classes)
+    for name in ("intersection", "union", "target"):
+        assert_close(getattr(counts, f"{name}_K"), wanted[name], name)
+    names = {"mIoU": "miou", "mAcc": "macc", "fg_mIoU": "f_miou", "fg_mAcc": "f_macc", "allAcc": "accuracy"}
+    names |= {"mean_class_acc": "macc", "global_acc": "accuracy"}
+    for which in ("tester", "hook"):
+        metrics = counts.metrics(config["excluded_classes"], present_only=which == "hook")
+        for name, value in case.group("out", f"{which}/").items():
+            assert_close(torch.tensor([metrics[names[name]]]), value, f"{which} {name}")
+
+
 CHECKS = [
     Check("codes", kind("ptv3_codes", CODE), codes),
     Check("patches", kind("ptv3_padding", CODE), patches),
@@ -236,5 +262,6 @@ CHECKS = [
     Check("pooling", kind("ptv3_pool_unpool", CODE), pooling),
     Check("backbone", lambda case: kind("ptv3_", "PointTransformerV3")(case), backbone),
     Check("training step", kind("lang_train_step", CODE), training_step),
+    Check("zero-shot protocol", kind("zeroshot_eval", CODE), zero_shot),
     Check("language losses", kind("vl_losses", CODE), language_losses),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from common.options import Count, NotNegative, Positive, Range, Share
+from common.options import Count, NotNegative, Portion, Positive, Range, Seed, TrainerOptions, Whole
 
 Patch = Annotated[int, Range(1, 65536)]
 
@@ -86,3 +86,81 @@ class LossConfig:
     temperature: Positive = 0.2
     least: Annotated[int, Range(2)] = 100
     classes: Literal["truth", "pseudo"] = "truth"
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW under one cycle.
+
+    Args:
+        lr: highest rate of what is no block.
+        block_lr: highest rate of the blocks; a tenth in the released code.
+        weight_decay: of AdamW.
+        rise: share of the steps over which the rates rise; they fall over the rest.
+        grad_clip: largest norm of the gradient; 0 does not clip.
+    """
+
+    lr: Positive = 0.006
+    block_lr: Positive = 0.0006
+    weight_decay: NotNegative = 0.05
+    rise: Portion = 0.05
+    grad_clip: NotNegative = 1.0
+
+
+@dataclass
+class TextConfig:
+    """The space of the text features.
+
+    Args:
+        encoder: a transformers folder (SigLIP2 is the paper's; any sentence encoder), or a table of names
+            (.safetensors); None: the packaged MiniLM.
+        width: directions of centred names that are kept; None: the encoder's own space. The network's output has as
+            many channels.
+    """
+
+    encoder: str | None = None
+    width: Annotated[int, Range(2, 4096)] | None = None
+
+
+@dataclass
+class TrainerConfig(TrainerOptions):
+    """How to run.
+
+    Args:
+        max_steps: optimiser steps.
+        batch_size: scenes of a step, over all processes and accumulated micro-batches.
+    """
+
+    max_steps: Count = 600
+    batch_size: Count = 2
+    checkpoint_every: Count = 50
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured at the end, on rooms that were never seen.
+
+    Args:
+        neighbours: nearest Gaussians whose majority a point takes; the paper's 25.
+        fragments: passes over a scene, each with another Gaussian of every voxel; 0 takes as many as it needs to see
+            every Gaussian.
+        queries: texts that are asked of the first unseen room, for the pictures.
+    """
+
+    neighbours: Count = 25
+    fragments: Whole = 0
+    queries: list[str] = field(default_factory=lambda: ["a chair", "a lamp", "somewhere to sleep"])
+
+
+# The released segmentation and self-supervised encoder (46,186,272 weights with 11 attributes).
+FIVE_STAGES = NetworkConfig(
+    strides=[2, 2, 2, 2],
+    enc_depths=[2, 2, 2, 6, 2],
+    enc_channels=[32, 64, 128, 256, 512],
+    enc_heads=[2, 4, 8, 16, 32],
+    enc_patch=[1024] * 5,
+    dec_depths=[2, 2, 2, 2],
+    dec_channels=[64, 64, 128, 256],
+    dec_heads=[4, 4, 8, 16],
+    dec_patch=[1024] * 4,
+)

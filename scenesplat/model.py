@@ -318,7 +318,7 @@ def _blocks(stage: Any, x: Tensor, level: Level, seen: Tensor | None = None) -> 
 
 def _drops(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth of each block: from 0 up to `last` over all of them."""
-    values = torch.linspace(0, last, sum(depths)).tolist()
+    values = [last * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
     return [values[sum(depths[:s]) : sum(depths[: s + 1])] for s in range(len(depths))]
 
 

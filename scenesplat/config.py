@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from common.options import Count, NotNegative, Portion, Positive, Range, Seed, TrainerOptions, Whole
+from common.options import Count, NotNegative, Portion, Positive, Range, TrainerOptions, Whole
 
 Patch = Annotated[int, Range(1, 65536)]
 

@@ -1,8 +1,8 @@
 """A trained encoder as a folder that stands alone: network, text space, and how scenes are read for it.
 
-    config.json           the network's options, the voxel's side, the classes it was trained with
-    model.safetensors     its weights, by the names of the released checkpoints
-    text.safetensors      the directions of a projected text space, where there are any
+config.json           the network's options, the voxel's side, the classes it was trained with
+model.safetensors     its weights, by the names of the released checkpoints
+text.safetensors      the directions of a projected text space, where there are any
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class SceneModel:
             UserError: it is none, or a part is missing or damaged.
         """
         if not (folder / CARD).is_file():
-            raise UserError(f"{option} {folder}: no {CARD} there; expected the model/ folder of a run, or a converted one")
+            raise UserError(
+                f"{option} {folder}: no {CARD} there; expected the model/ folder of a run, or a converted one"
+            )
         card = read_object(folder / CARD, kinds={"network": dict, "voxel": float, "classes": list})
         options = network_options(card["network"], folder / CARD)
         network = PointTransformer(options)

@@ -101,7 +101,7 @@ class TextSpace:
             for name in bare:
                 if name not in self._names:
                     raise UserError(
-                        f"{self.source}: no features of {name!r}; a table knows its own {len(self._names)} names only, a "
+                        f"{self.source}: no features of {name!r}; a table knows its {len(self._names)} names only, a "
                         "text encoder's folder any text"
                     )
             return torch.stack([self._names[name] for name in bare])

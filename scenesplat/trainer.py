@@ -89,5 +89,3 @@ def optimiser_of(network: PointTransformer, options: OptimiserConfig, steps: int
         final_div_factor=1000.0,
     )
     return optimiser, schedule
-
-

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 
 from scenesplat import losses, protocol
-from scenesplat.config import LossConfig, NetworkConfig
-from scenesplat.model import Block, Pooling, PointTransformer, SerializedAttention, SparseConv, Stem, Unpooling, grouped
-from scenesplat.model import unit
+from scenesplat.config import LossConfig, NetworkConfig, OptimiserConfig
+from scenesplat.convert import encoder_tensors, options_of
+from scenesplat.model import (
+    Block,
+    PointTransformer,
+    Pooling,
+    SerializedAttention,
+    SparseConv,
+    Stem,
+    Unpooling,
+    grouped,
+    unit,
+)
 from scenesplat.serialization import ORDERS, encode
 from scenesplat.structure import Level, Structure, padding
+from scenesplat.text import TextSpace, label_sets
+from scenesplat.trainer import optimiser_of
 from tests.golden_case import Case, Check, assert_close, kind, load
 
 CODE = "SceneSplat"
@@ -46,6 +60,23 @@ def network_of(config: dict[str, Any], *others: str) -> NetworkConfig:
         elif key not in {*IGNORED, *others}:
             raise AssertionError(f"config {key!r}: an option that the network does not have")
     return NetworkConfig(**found)
+
+
+def tiny_network(**changes: Any) -> NetworkConfig:
+    """Two stages of a few weights."""
+    options = NetworkConfig(
+        strides=[2],
+        enc_depths=[1, 1],
+        enc_channels=[8, 16],
+        enc_heads=[1, 2],
+        enc_patch=[16, 16],
+        dec_depths=[1],
+        dec_channels=[12],
+        dec_heads=[2],
+        dec_patch=[16],
+        drop_path=0.1,
+    )
+    return dataclasses.replace(options, **changes)
 
 
 def permutations(case: Case, stages: int) -> list[Tensor]:
@@ -252,6 +283,61 @@ def zero_shot(case: Case) -> None:
             assert_close(torch.tensor([metrics[names[name]]]), value, f"{which} {name}")
 
 
+def published(case: Case) -> None:
+    """Every tensor of the released networks, and what the converter takes them for."""
+    for name, layout in case.config.items():
+        if not isinstance(layout, dict):
+            continue
+        state = {key: torch.empty(shape, device="meta") for key, shape in layout["state_dict"].items()}
+        found, others = encoder_tensors(state)
+        options = options_of(found, name)
+        for key, value in dataclasses.asdict(network_of(layout["config"], "cls_mode")).items():
+            assert getattr(options, key) == value or key in ("drop_path", "shuffle", "in_channels"), (name, key)
+        with torch.device("meta"):
+            network = PointTransformer(options)
+        wanted = network.state_dict()
+        assert not others and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+        assert sum(p.numel() for p in network.parameters()) == layout["n_parameters"]
+
+
+def text_features(case: Case) -> None:
+    """The table of real SigLIP2 features: our label sets, unit rows, and a space that reads it."""
+    labels = json.loads(safe_open(str(case.path), "pt").metadata()["labels"])
+    assert label_sets() == labels
+    space = TextSpace(str(case.path))
+    for name, rows in case.tensors.items():
+        assert_close(rows.float().norm(dim=1), torch.ones(len(rows)), name, 1e-3)
+        assert_close(space.embed(labels[name]), F.normalize(rows.float(), dim=1), name, 1e-3)  # float16, names repeat
+
+
+def segmentation_losses(case: Case) -> None:
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    logits = given["logits"].clone().requires_grad_(True)
+    known = given["segment"] != config["ignore_index"]
+    assert logits.shape[1] == config["num_classes"]
+    entropy = F.cross_entropy(logits[known], given["segment"][known])
+    lovasz = losses.lovasz_loss(logits.softmax(1)[known], given["segment"][known])
+    assert_close(entropy, wanted["cross_entropy"], "cross-entropy")
+    assert_close(lovasz, wanted["lovasz"], "Lovasz")
+    (entropy + lovasz).backward()
+    assert_close(logits.grad, wanted["grad_sum"], "gradient")
+
+
+def schedules(case: Case) -> None:
+    wanted, config = case.group("out"), case.config
+    steps, (lr, block_lr) = config["total_steps"], config["max_lr"]
+    network = PointTransformer(tiny_network())
+    optimiser, schedule = optimiser_of(network, OptimiserConfig(lr=lr, block_lr=block_lr), steps)
+    rates, betas = [], []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in optimiser.param_groups])
+        betas.append([group["betas"][0] for group in optimiser.param_groups])
+        optimiser.step()
+        schedule.step()
+    assert_close(torch.tensor(rates), wanted["onecycle_lr"], "rates")
+    assert_close(torch.tensor(betas), wanted["onecycle_beta1"], "beta 1")
+
+
 CHECKS = [
     Check("codes", kind("ptv3_codes", CODE), codes),
     Check("patches", kind("ptv3_padding", CODE), patches),
@@ -263,5 +349,9 @@ CHECKS = [
     Check("backbone", lambda case: kind("ptv3_", "PointTransformerV3")(case), backbone),
     Check("training step", kind("lang_train_step", CODE), training_step),
     Check("zero-shot protocol", kind("zeroshot_eval", CODE), zero_shot),
+    Check("layout of the released weights", lambda case: "lang_pretrainer" in case.config, published),
+    Check("text features", kind("siglip2_text_embeddings", "text_embeddings"), text_features),
+    Check("segmentation losses", kind("semseg_losses", CODE), segmentation_losses),
+    Check("schedules", kind("schedules", CODE), schedules),
     Check("language losses", kind("vl_losses", CODE), language_losses),
 ]

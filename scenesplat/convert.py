@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="released weights, .pth or .safetensors")
-    source.add_argument(
-        "--model", type=Path, help="a folder of ours, to be written as the released code reads it"
-    )
+    source.add_argument("--model", type=Path, help="a folder of ours, to be written as the released code reads it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; with --model a .safetensors file")
     parser.add_argument("--text", help="the SigLIP2 folder that texts are to be encoded with; a table of names")
     parser.add_argument("--voxel", type=Portion, default=0.02, help="side of a voxel in metres that the weights expect")

@@ -68,9 +68,7 @@ class SceneModel:
             UserError: it is none, or a part is missing or damaged.
         """
         if not (folder / CARD).is_file():
-            raise UserError(
-                f"{option} {folder}: no {CARD} there; expected the model/ folder of a run, or a converted one"
-            )
+            raise UserError(f"{option} {folder}: no {CARD} there; expected a run's model/ folder, or a converted one")
         card = read_object(folder / CARD, kinds={"network": dict, "voxel": float, "classes": list})
         options = network_options(card["network"], folder / CARD)
         network = PointTransformer(options)

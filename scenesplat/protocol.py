@@ -1,4 +1,4 @@
-"""The zero-shot protocol: features to classes by text, votes of neighbours and of instances, and the two sets of metrics.
+"""The zero-shot protocol: features to classes by text, votes of neighbours and of instances, two sets of metrics.
 
 Shape suffixes: N Gaussians, Q points that are asked about, K classes, D width of the text space.
 """

@@ -43,7 +43,7 @@ class Level:
         return self._once(("order", self.rows[row]), lambda: self.codes_ON[self.rows[row]].argsort(stable=True))
 
     def pairs(self, size: int) -> Pairs:
-        """Neighbours for a kernel of `size`^3, x outermost; the middle place is everyone with itself and stays empty."""
+        """Neighbours for a kernel of `size`^3, x outermost; the middle place, everyone with itself, stays empty."""
         return self._once(("pairs", size), lambda: neighbour_pairs(self.grid_N3, self.batch_N, size))
 
     def patches(self, row: int, size: int, flash: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> Path:
             f"--text {options.text}: its texts have {text.width} numbers, these weights answer with "
             f"{shape.dec_channels[0]}; expected google/siglip2-base-patch16-512 (768)"
         )
-    return SceneModel(network, text, options.voxel, []).save(options.out)
+    attributes = ["colour", "opacity", "quaternion", "scale"] + ["normal"] * (shape.in_channels == 14)
+    return SceneModel(network, text, options.voxel, attributes, []).save(options.out)
 
 
 if __name__ == "__main__":

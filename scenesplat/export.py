@@ -30,12 +30,14 @@ class SceneModel:
 
     Args:
         voxel: side of a voxel in metres.
+        attributes: of a Gaussian that the network sees, by the names of `gaussians.ATTRIBUTES`.
         classes: names it was trained with; [] for converted weights.
     """
 
     network: PointTransformer
     text: TextSpace
     voxel: float
+    attributes: list[str]
     classes: list[str]
 
     def save(self, folder: Path, half: bool = False, **facts: Any) -> Path:
@@ -49,6 +51,7 @@ class SceneModel:
                 "network": asdict(self.network.options),
                 "text_encoder": self.text.source,
                 "voxel": self.voxel,
+                "attributes": self.attributes,
                 "classes": self.classes,
                 **facts,
             }
@@ -69,12 +72,12 @@ class SceneModel:
         """
         if not (folder / CARD).is_file():
             raise UserError(f"{option} {folder}: no {CARD} there; expected a run's model/ folder, or a converted one")
-        card = read_object(folder / CARD, kinds={"network": dict, "voxel": float, "classes": list})
+        card = read_object(folder / CARD, kinds={"network": dict, "voxel": float, "attributes": list, "classes": list})
         options = network_options(card["network"], folder / CARD)
         network = PointTransformer(options)
         load_weights(network, folder / WEIGHTS, against=f"the network of {folder / CARD}", option=option)
         text = TextSpace.read(folder / TEXT, encoder or card.get("text_encoder"))
-        return cls(network.eval().requires_grad_(False), text, card["voxel"], card["classes"])
+        return cls(network.eval().requires_grad_(False), text, card["voxel"], card["attributes"], card["classes"])
 
 
 def network_options(given: dict[str, Any], where: Path) -> NetworkConfig:

@@ -152,6 +152,30 @@ class EvaluationConfig:
     queries: list[str] = field(default_factory=lambda: ["a chair", "a lamp", "somewhere to sleep"])
 
 
+@dataclass
+class SceneSplatConfig:
+    """One run: scenes with lifted labels, vision-language pre-training, queries and metrics on unseen scenes.
+
+    Args:
+        run_dir: folder of this run's checkpoints, logs, metrics, pictures and model.
+        seed: of the rooms, the order of the data and everything drawn in training.
+        resume: auto continues an unfinished run in run_dir; never refuses a used folder.
+        init_from: a model folder whose weights the network starts from (pre-trained, or converted).
+    """
+
+    run_dir: str = "runs/scenesplat"
+    seed: Seed = 0
+    resume: Literal["auto", "never"] = "auto"
+    init_from: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
 # The released segmentation and self-supervised encoder (46,186,272 weights with 11 attributes).
 FIVE_STAGES = NetworkConfig(
     strides=[2, 2, 2, 2],

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.figures import bars, curve, save_figure, small_claims
+from common.figures import save_figure
 from scenesplat.gaussians import C0, Gaussians
 from scenesplat.rasterize import Camera, render
 
 if TYPE_CHECKING:
-    from scenesplat.experiments import Study
+    pass
 
 SIDE = (320, 240)  # pixels of a view
 OPENED = 2.2  # metres above the floor at which the view from above is cut

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from common.options import Count, NotNegative, Portion, Positive, Range, TrainerOptions, Whole
+from common.options import Count, NotNegative, Portion, Positive, Range, Seed, TrainerOptions, Whole
+from scenesplat.data_config import DataConfig
 
 Patch = Annotated[int, Range(1, 65536)]
 

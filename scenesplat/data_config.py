@@ -15,7 +15,7 @@ class DataConfig:
     """Scenes, the labels that are lifted onto them, and how the network gets them.
 
     Args:
-        name: rooms (furnished from the furniture in the repository, or all of it after `make data-furniture`) or folder.
+        name: rooms, furnished with real models, or folder.
         path: for folder: train/ and test/ with scenes of the user's, .npy folders with lang_feat.npy or .ply files.
         furniture: archive (the samples in the repository) or all (every model that `make data-furniture` fetched).
         rooms: for training.

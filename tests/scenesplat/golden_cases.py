@@ -32,6 +32,7 @@ from scenesplat.structure import Level, Structure, padding
 from scenesplat.text import TextSpace, label_sets
 from scenesplat.trainer import optimiser_of
 from tests.golden_case import Case, Check, assert_close, kind, load
+from tests.scenesplat.golden_scenes import SCENE_CHECKS
 
 CODE = "SceneSplat"
 IGNORED = {"sizes", "n", "effective_patch_size", "upcast_attention", "upcast_softmax"}  # float32 has nothing to upcast
@@ -363,6 +364,7 @@ def later(case: Case) -> None:
 
 
 CHECKS = [
+    *SCENE_CHECKS,
     Check("codes", kind("ptv3_codes", CODE), codes),
     Check("patches", kind("ptv3_padding", CODE), patches),
     Check("sparse convolution", kind("subm_conv", "SubMConv3d"), convolution),

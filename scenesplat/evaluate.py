@@ -1,16 +1,19 @@
 """What a network names right in scenes that it has never seen: of a training run, or of any model folder.
 
-    python scenesplat/evaluate.py --run_dir runs/scenesplat-small                    # a finished run: metrics.json again
+    python scenesplat/evaluate.py --run_dir runs/scenesplat-small                   # a finished run: metrics.json again
     python scenesplat/evaluate.py --model FOLDER --scenes SCENES                     # labelled scenes of the user's
     python scenesplat/evaluate.py --model FOLDER --scenes SCENES --labels scannet200 --exclude wall floor ceiling
 
-f-mIoU and f-mAcc leave out walls, floors and ceilings. The tester's numbers average over the classes that were predicted
-or occur, the hook's over those that occur: both are given, since they differ by many points.
+f-mIoU and f-mAcc leave out walls, floors and ceilings. The tester's numbers average over the classes that were
+predicted or occur, the hook's over those that occur: both are given, since they differ by many points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +24,50 @@ from common.options import Count, Whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from scenesplat.data import SceneData
     from scenesplat.export import SceneModel
     from scenesplat.gaussians import Gaussians
     from scenesplat.protocol import Counts
+    from scenesplat.rooms import Room
     from scenesplat.run import Run
 
 
-def counts_of(found_N: Tensor, scene: Gaussians, classes: int, neighbours: int, instances: bool = False) -> Counts:
-    """Answers of a scene's Gaussians, voted onto its points, beside the truth.
+@dataclass
+class Asked:
+    """Points of a scene whose class is asked for."""
+
+    places_Q3: Tensor
+    labels_Q: Tensor
+    instances_Q: Tensor | None
+
+    @classmethod
+    def of(cls, scene: Room | Gaussians) -> Asked:
+        """Points of a room's surfaces; of a scene without them its labelled Gaussians."""
+        if hasattr(scene, "points_Q3"):
+            return cls(scene.points_Q3, scene.point_labels_Q, scene.point_instances_Q)
+        if scene.labels_N is None:
+            raise UserError("a scene without labels cannot be measured; expected segment.npy, or labels in the .ply")
+        return cls(scene.means_N3, scene.labels_N, scene.instances_N)
+
+
+def counts_of(
+    found_N: Tensor, scene: Gaussians, asked: Asked, classes: int, neighbours: int, instances: bool = False
+) -> Counts:
+    """Answers of a scene's Gaussians, voted onto the points that are asked about, beside the truth.
 
     Args:
         instances: also vote inside the scene's true instances, as the configs for ScanNet do.
     """
     from scenesplat.protocol import Counts, instance_vote, neighbour_vote
 
-    assert scene.labels_N is not None
-    voted = neighbour_vote(found_N, scene.means_N3, scene.means_N3, classes, neighbours, scene.valid_N)
-    if instances and scene.instances_N is not None:
-        voted = instance_vote(voted, scene.instances_N, classes)
-    return Counts.of(voted, scene.labels_N, classes)
+    voted = neighbour_vote(found_N, scene.means_N3, asked.places_Q3, classes, neighbours, scene.valid_N)
+    if instances and asked.instances_Q is not None:
+        voted = instance_vote(voted, asked.instances_Q, classes)
+    return Counts.of(voted, asked.labels_Q, classes)
 
 
 def measured(
     model: SceneModel,
-    scenes: Sequence[Gaussians],
+    scenes: Sequence[tuple[Gaussians, Asked]],
     names: Sequence[str],
     excluded: Sequence[str],
     neighbours: int,
@@ -56,9 +78,12 @@ def measured(
     from scenesplat.protocol import excluded_classes
 
     texts = model.text.embed(names)
-    found = [scene_classes(model, scene, texts, fragments) for scene in scenes]
+    found = [scene_classes(model, scene, texts, fragments) for scene, _ in scenes]
     plain, together = (
-        _sum(counts_of(labels, scene, len(names), neighbours, instances) for labels, scene in zip(found, scenes))
+        summed(
+            counts_of(labels, scene, asked, len(names), neighbours, instances)
+            for labels, (scene, asked) in zip(found, scenes)
+        )
         for instances in (False, True)
     )
     without = excluded_classes(names, excluded)
@@ -70,11 +95,9 @@ def measured(
     return metrics, found
 
 
-def _sum(counts: Any) -> Counts:
-    first, *others = counts
-    for other in others:
-        first = first + other
-    return first
+def summed(counts: Iterable[Counts]) -> Counts:
+    """Counts of several scenes together."""
+    return functools.reduce(operator.add, counts)
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
@@ -90,38 +113,43 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     from scenesplat.query import ask
     from scenesplat.text import NEGATIVES, STRUCTURE
 
-    options = run.config.evaluation
-    data = run.scenes("test")
-    scenes = [data.scene(i) for i in range(len(data))]
+    options, data = run.config.evaluation, run.scenes("test")
+    scenes = [(data.scene(i), data.asked(i)) for i in range(len(data))]
     model = SceneModel.load(run.folder / "model")
-    metrics, found = measured(model, scenes, data.classes, STRUCTURE, options.neighbours, options.fragments)
-    arms = {"network": metrics["tester"], "network, votes of instances": metrics["instances"]}
-    arms["network, hook's average"] = metrics["hook"]
-    arms["lifted labels"] = labels_score(data, scenes, run, options.neighbours)
+    names, first = data.classes, scenes[0][0]
+    metrics, found = measured(model, scenes, names, STRUCTURE, options.neighbours, options.fragments)
+    arms = {
+        "network": metrics["tester"],
+        "network, votes of instances": metrics["instances"],
+        "network, hook's average": metrics["hook"],
+        "lifted labels": labels_score(scenes, model.text.embed(names), names, options.neighbours),
+    }
     keys = list(arms["network"])
     rows = [[arm, *(f"{values[key]:.3f}" for key in keys)] for arm, values in arms.items()]
     text = markdown_table(["arm", *keys], rows)
     write_atomically(run.folder / "table.md", lambda temporary: temporary.write_text(text + "\n"))
     queries = list(options.queries)
-    scores, _ = ask(model, scenes[0], queries, list(NEGATIVES), options.fragments)
-    assert scenes[0].labels_N is not None
-    room_picture(scenes[0], scenes[0].labels_N, found[0], data.classes, scores, queries, run.folder / "room.png")
-    result = {"scenes": len(scenes), "gaussians": sum(map(len, scenes)), "classes": data.classes, "arms": arms}
+    scores, _ = ask(model, first, queries, list(NEGATIVES), options.fragments)
+    assert first.labels_N is not None
+    room_picture(first, first.labels_N, found[0], names, scores, queries, run.folder / "room.png")
+    count = sum(len(scene) for scene, _ in scenes)
+    result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": arms}
     report(result)
     return result
 
 
-def labels_score(data: SceneData, scenes: Sequence[Gaussians], run: Run, neighbours: int) -> dict[str, float]:
-    """What the collected labels of unseen scenes would score by themselves: the network never saw them."""
+def labels_score(
+    scenes: Sequence[tuple[Gaussians, Asked]], texts_KD: Tensor, names: Sequence[str], neighbours: int
+) -> dict[str, float]:
+    """What the labels that were collected for unseen scenes score by themselves: the network never saw them."""
     from scenesplat.protocol import classify, excluded_classes
     from scenesplat.text import STRUCTURE
 
-    texts = run.text.embed(data.classes)
     counts = []
-    for scene in scenes:
+    for scene, asked in scenes:
         assert scene.features_NF is not None
-        counts.append(counts_of(classify(scene.features_NF, texts), scene, len(data.classes), neighbours))
-    return _sum(counts).metrics(excluded_classes(data.classes, STRUCTURE))
+        counts.append(counts_of(classify(scene.features_NF, texts_KD), scene, asked, len(names), neighbours))
+    return summed(counts).metrics(excluded_classes(names, STRUCTURE))
 
 
 def report(metrics: dict[str, Any]) -> None:
@@ -177,9 +205,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     model = SceneModel.load(options.model, encoder=options.text)
     names = class_names(options.labels, model)
-    scenes = read_scenes(options.scenes)
+    scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
     metrics, _ = measured(model, scenes, names, options.exclude, options.neighbours, options.fragments)
-    result = {"scenes": len(scenes), "gaussians": sum(map(len, scenes)), "classes": names, "arms": metrics}
+    count = sum(len(scene) for scene, _ in scenes)
+    result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": metrics}
     report(result)
     return result
 

@@ -42,7 +42,9 @@ class Asked:
     @classmethod
     def of(cls, scene: Room | Gaussians) -> Asked:
         """Points of a room's surfaces; of a scene without them its labelled Gaussians."""
-        if hasattr(scene, "points_Q3"):
+        from scenesplat.rooms import Room
+
+        if isinstance(scene, Room):
             return cls(scene.points_Q3, scene.point_labels_Q, scene.point_instances_Q)
         if scene.labels_N is None:
             raise UserError("a scene without labels cannot be measured; expected segment.npy, or labels in the .ply")
@@ -114,7 +116,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     from scenesplat.text import NEGATIVES, STRUCTURE
 
     options, data = run.config.evaluation, run.scenes("test")
-    scenes = [(data.scene(i), data.asked(i)) for i in range(len(data))]
+    asked = data.rooms or data.scenes
+    scenes = [(scene, Asked.of(points)) for scene, points in zip(data.scenes, asked, strict=True)]
     model = SceneModel.load(run.folder / "model")
     names, first = data.classes, scenes[0][0]
     metrics, found = measured(model, scenes, names, STRUCTURE, options.neighbours, options.fragments)
@@ -179,6 +182,20 @@ def class_names(word: str | None, model: SceneModel) -> list[str]:
     return [line.strip() for _, line in read_lines(word)]
 
 
+def scene_paths(folder: Path) -> list[Path]:
+    """Scenes at any level of a folder: .npy folders and .ply files.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--scenes {folder}: no such folder")
+    found = sorted({*(path.parent for path in folder.rglob("coord.npy")), *folder.rglob("*.ply")})
+    if not found:
+        raise UserError(f"--scenes {folder}: no scene in it; expected .npy folders (coord.npy, ...) or .ply files")
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     from scenesplat.text import STRUCTURE
 
@@ -200,12 +217,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return evaluate_run(Run.existing(options.run_dir))
     if options.scenes is None:
         raise UserError("--scenes is missing: a folder of scenes that have labels")
-    from scenesplat.data import read_scenes
     from scenesplat.export import SceneModel
+    from scenesplat.ply import read_scene
 
     model = SceneModel.load(options.model, encoder=options.text)
     names = class_names(options.labels, model)
-    scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
+    read = [read_scene(path) for path in scene_paths(options.scenes)]
+    scenes = [(scene, Asked.of(scene)) for scene in read]
     metrics, _ = measured(model, scenes, names, options.exclude, options.neighbours, options.fragments)
     count = sum(len(scene) for scene, _ in scenes)
     result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": metrics}

@@ -14,12 +14,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from common.data.sampling import StepDataModule
 from common.options import TrainerOptions
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from scenesplat.config import LossConfig, NetworkConfig, OptimiserConfig
-from scenesplat.data import SceneData, lifted, open_scenes
+from scenesplat.data import SceneData, SceneModule, labelled, open_scenes
 from scenesplat.data_config import DataConfig
 from scenesplat.evaluate import Asked, counts_of, summed
 from scenesplat.export import SceneModel
@@ -27,7 +26,7 @@ from scenesplat.gaussians import ATTRIBUTES
 from scenesplat.inference import scene_classes
 from scenesplat.model import PointTransformer
 from scenesplat.protocol import VOTERS, classify, excluded_classes
-from scenesplat.rooms import CLASSES, STRUCTURE, UNSEEN, Room, degraded, make_room, psnr
+from scenesplat.rooms import SEEN, STRUCTURE, Room, degraded, make_room, psnr
 from scenesplat.text import TextSpace
 from scenesplat.trainer import LanguagePretraining
 
@@ -115,12 +114,12 @@ class Study(CommonStudy[Sizes]):
     def rooms(self) -> list[Room]:
         """The unseen rooms."""
         options = self.data_options("recipe")
-        return [make_room(i, "test", options.density, options.bare) for i in range(self.sizes.eval_rooms)]
+        return open_scenes(options, "test", self.text, 0).rooms
 
     @property
     def names(self) -> list[str]:
         """Classes that are trained and measured."""
-        return [name for name in CLASSES if name not in UNSEEN]
+        return list(SEEN)
 
     def model(self, name: str, network: PointTransformer) -> SceneModel:
         options = self.data_options(name)
@@ -147,7 +146,7 @@ class Study(CommonStudy[Sizes]):
                 batch_size=sizes.batch,
             )
             options = TrainerOptions(precision="32-true", accelerator="cpu", progress=False)
-            data = StepDataModule(self.data(name), sizes.batch, sizes.steps, seed)
+            data = SceneModule(self.data(name), sizes.batch, sizes.steps, seed)
             watch = Watch()
             fit_arm(
                 module,
@@ -191,7 +190,7 @@ class Study(CommonStudy[Sizes]):
         """f-mIoU of the most frequent class, of the nearest mean colour, and of the untrained network."""
 
         def made() -> dict[str, float]:
-            scenes = [self.data("recipe").scene(i) for i in range(len(self.data("recipe")))]
+            scenes = self.data("recipe").scenes
             labels = torch.cat([scene.labels_N for scene in scenes if scene.labels_N is not None])
             colours = torch.cat([scene.colours_NC[:, :3] for scene in scenes])
             inside = labels >= len(STRUCTURE)
@@ -210,7 +209,7 @@ class Study(CommonStudy[Sizes]):
 
         def made() -> dict[str, float]:
             texts, options = self.text.embed(self.names), self.data_options("recipe")
-            scenes = [lifted(room, options, self.text, i) for i, room in enumerate(self.rooms)]
+            scenes = [labelled(room, options, self.text, i) for i, room in enumerate(self.rooms)]
             counts = (
                 counts_of(classify(scene.features_NF, texts), scene, Asked.of(room), len(self.names), VOTERS)
                 for scene, room in zip(scenes, self.rooms)
@@ -251,13 +250,13 @@ def lifting_against_passing(rounds: int = 3, seed: int = 0) -> dict[str, float]:
     torch.manual_seed(seed)
     model = SceneModel(PointTransformer(NETWORK).eval(), text, options.voxel, list(options.inputs), [])
     room = make_room(seed, "test", options.density, options.bare)
-    texts = text.embed([name for name in CLASSES if name not in UNSEEN])
+    texts = text.embed(list(SEEN))
     taken: dict[str, list[float]] = {"lifting": [], "pass": []}
     for _ in range(rounds + 1):
         for name in taken:
             started = time.perf_counter()
             if name == "lifting":
-                lifted(room, options, text, seed)
+                labelled(room, options, text, seed)
             else:
                 scene_classes(model, room.gaussians, texts, limit=1)
             taken[name].append(time.perf_counter() - started)

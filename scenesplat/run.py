@@ -22,6 +22,7 @@ from scenesplat.data import SceneData, open_scenes
 from scenesplat.export import SceneModel
 from scenesplat.gaussians import ATTRIBUTES
 from scenesplat.model import PointTransformer
+from scenesplat.rooms import Part
 from scenesplat.text import TextSpace
 
 FREE_OPTIONS = free_options("evaluation")
@@ -83,7 +84,7 @@ class Run:
     def _scenes(self) -> dict[str, SceneData]:
         return {}
 
-    def scenes(self, part: str) -> SceneData:
+    def scenes(self, part: Part) -> SceneData:
         """The training scenes, or those that are never trained on (`test`)."""
         if part not in self._scenes:
             self._scenes[part] = open_scenes(self.config.data, part, self.text, self.config.seed)
@@ -116,7 +117,7 @@ class Run:
     def model(self, network: PointTransformer) -> SceneModel:
         """The network with what its answers mean."""
         data = self.config.data
-        return SceneModel(network.eval(), self.text, data.voxel, data.inputs, self.scenes("train").classes)
+        return SceneModel(network.eval(), self.text, data.voxel, list(data.inputs), self.scenes("train").classes)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def pretrain(run: Run) -> PointTransformer:
     """Train the network on the training scenes, unless it is finished."""
-    from common.data.sampling import StepDataModule
     from common.training import train
+    from scenesplat.data import SceneModule
     from scenesplat.trainer import LanguagePretraining
 
     config, options = run.config, run.config.trainer
@@ -75,7 +75,7 @@ def pretrain(run: Run) -> PointTransformer:
         batch_size=options.batch_size,
         accumulate=options.accumulate,
     )
-    data = StepDataModule(scenes, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
+    data = SceneModule(scenes, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
     with run.timed("pretraining"):
         train(
             run.folder / "pretraining",

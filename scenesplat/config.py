@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from common.options import Count, NotNegative, Portion, Positive, Range, TrainerOptions, Whole
+from common.errors import UserError
+from common.options import Count, NotNegative, Portion, Positive, Range, Seed, TrainerOptions, Whole
+from scenesplat.data_config import DataConfig
 
 Patch = Annotated[int, Range(1, 65536)]
 
@@ -188,3 +190,28 @@ FIVE_STAGES = NetworkConfig(
     dec_heads=[4, 4, 8, 16],
     dec_patch=[1024] * 4,
 )
+
+
+def check_network(network: NetworkConfig) -> None:
+    """Refuse lists that do not fit each other.
+
+    Raises:
+        UserError: naming the option.
+    """
+    stages = len(network.enc_depths)
+    if stages < 2 or not network.orders:
+        raise UserError("--network.enc_depths, --network.orders: expected two stages and one curve at least")
+    for name, count in {
+        **{"strides": stages - 1, "enc_channels": stages, "enc_heads": stages, "enc_patch": stages},
+        **{"dec_depths": stages - 1, "dec_channels": stages - 1, "dec_heads": stages - 1, "dec_patch": stages - 1},
+    }.items():
+        if len(getattr(network, name)) != count:
+            raise UserError(f"--network.{name}: expected {count} numbers for the {stages} stages of enc_depths")
+    for side in ("enc", "dec"):
+        for channels, heads in zip(getattr(network, f"{side}_channels"), getattr(network, f"{side}_heads")):
+            if channels % heads:
+                raise UserError(f"--network.{side}_heads: {channels} channels cannot be divided among {heads} heads")
+    if network.rpe and network.patches == "variable":
+        raise UserError(
+            "--network.rpe: learned positions need patches of one size; expected --network.patches shrinking"
+        )

@@ -17,7 +17,7 @@ from common.cli import parse_config
 from common.errors import UserError
 from common.files import read_object, replace_folder, write_json
 from common.weights import load_weights, save_weights
-from scenesplat.config import NetworkConfig
+from scenesplat.config import NetworkConfig, check_network
 from scenesplat.model import PointTransformer
 from scenesplat.text import TextSpace
 
@@ -88,6 +88,8 @@ def network_options(given: dict[str, Any], where: Path) -> NetworkConfig:
     """
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     try:
-        return parse_config(NetworkConfig, None, "", words)[0]
+        options = parse_config(NetworkConfig, None, "", words)[0]
+        check_network(options)
+        return options
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

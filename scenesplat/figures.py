@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.figures import save_figure
+from common.figures import bars, curve, panels, save_figure, small_claims
 from scenesplat.gaussians import C0, Gaussians
 from scenesplat.rasterize import Camera, render
 
@@ -162,3 +162,24 @@ def room_picture(
     legend = {names[k]: palette(len(names))[k].tolist() for k in shown}
     caption = "An unseen room of Gaussians: as it is, true classes, predicted classes, and what each query finds."
     return view_sheet(scene, versions, path, legend, caption)
+
+
+def draw_figures(ledger: Path, folder: Path) -> None:
+    """What the ledger allows: the network beside baselines and labels (A, B), votes of neighbours (Gk), inputs (C)."""
+    claims = small_claims(ledger)
+    if "A" in claims:
+        figure, (axis,) = panels()
+        metrics = {
+            "most\nfrequent": "f_miou_most_frequent",
+            "nearest\ncolour": "f_miou_nearest_colour",
+            "untrained": "f_miou_untrained",
+            "network": "f_miou",
+        }
+        bars(axis, claims["A"], metrics, "f-mIoU on unseen rooms")
+        save_figure(figure, folder / "baselines.png", "f-mIoU on unseen rooms: the network and three baselines.")
+    if "Gk" in claims:
+        figure, (axis,) = panels()
+        curve(axis, claims["Gk"], {k: f"f_miou_{k}" for k in (1, 5, 9, 25)})
+        axis.set_xlabel("neighbours that vote")
+        axis.set_ylabel("f-mIoU")
+        save_figure(figure, folder / "neighbours.png", "f-mIoU against the number of neighbours that vote.")

@@ -27,11 +27,13 @@ from scenesplat.model import (
     grouped,
     unit,
 )
+from scenesplat.self_supervision import Head, distillation_loss
 from scenesplat.serialization import ORDERS, encode
 from scenesplat.structure import Level, Structure, padding
 from scenesplat.text import TextSpace, label_sets
 from scenesplat.trainer import optimiser_of
 from tests.golden_case import Case, Check, assert_close, kind, load
+from tests.scenesplat.golden_scenes import SCENE_CHECKS
 
 CODE = "SceneSplat"
 IGNORED = {"sizes", "n", "effective_patch_size", "upcast_attention", "upcast_softmax"}  # float32 has nothing to upcast
@@ -358,11 +360,34 @@ def masked_backbone(case: Case) -> None:
     assert_close(network.decode(found, structure), wanted["dec_feat"], "features")
 
 
+def head(case: Case) -> None:
+    config = case.config
+    assert (config["nlayers"], config["normalize"], config["remove_last_layer"]) == (3, True, True), config
+    assert config["bottleneck_dim"] == config["out_dim"], config
+    module = Head(config["in_dim"], config["hidden_dim"], config["out_dim"])
+    load(module, case)
+    assert_close(module(case.group("in")["x"]), case.group("out")["y"], "head")
+
+
+def coding_rates(case: Case) -> None:
+    for number, config in enumerate(case.config["cases"]):
+        given, wanted = case.group("in", f"c{number}/"), case.group("out", f"c{number}/")
+        student = given["student"].clone().requires_grad_(True)
+        assert config["expa_type"] in (0, 1), f"expa_type {config['expa_type']}: unknown"
+        options = (config["coeff"], config["eps"], config["expa_type"] == 1, config["no_diag"])
+        found = distillation_loss(student, given["teacher"], *options)
+        for name, value in found.items():
+            assert_close(value, wanted[name], f"{name} of {number}")
+        (gradient,) = torch.autograd.grad(found["loss"], student)
+        assert_close(gradient, wanted["grad_student"], f"gradient of {number}")
+
+
 def later(case: Case) -> None:
-    pytest.skip("the self-supervised heads, losses and steps, and fitting, are not here yet")
+    pytest.skip("the self-supervised step with its patch losses, and fitting, are not here yet")
 
 
 CHECKS = [
+    *SCENE_CHECKS,
     Check("codes", kind("ptv3_codes", CODE), codes),
     Check("patches", kind("ptv3_padding", CODE), patches),
     Check("sparse convolution", kind("subm_conv", "SubMConv3d"), convolution),
@@ -378,6 +403,8 @@ CHECKS = [
     Check("segmentation losses", kind("semseg_losses", CODE), segmentation_losses),
     Check("schedules", kind("schedules", CODE), schedules),
     Check("masked backbone", kind("ssl_backbone", CODE), masked_backbone),
+    Check("projection head", kind("ssl_head", CODE), head),
+    Check("coding rate", kind("ssl_mcr_loss", CODE), coding_rates),
     Check("self-supervision", kind("ssl_", CODE), later),
     Check("fitting", kind("mcmc_", ""), later),
     Check("language losses", kind("vl_losses", CODE), language_losses),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from scenesplat import lifting as lift
 from scenesplat import rasterize
+from scenesplat.data import Grid, axis_turn, centre_shift, fnv_hash, mirror, ravel_hash
 from scenesplat.gaussians import ATTRIBUTES, Gaussians, inputs
 from scenesplat.ply import read_scene
 from scenesplat.rasterize import Camera
@@ -147,8 +149,75 @@ def fusion(case: Case) -> None:
     assert_close(lift.fuse(*three), wanted["fused"], "fused")
 
 
+def grids(case: Case) -> None:
+    """Hashes, voxels in their order, one Gaussian of each in training, and fragments that cover all in tests."""
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    coord, side = given["coord"], config["grid_size"]
+    grid = Grid.of(coord, side)
+    assert_close(grid.cells_N3, wanted["grid_coord_all"], "voxels")
+    assert_close(fnv_hash(grid.cells_N3), wanted["fnv_hash_as_int64"], "FNV hash")
+    assert_close(ravel_hash(grid.cells_N3), wanted["ravel_hash"], "ravelled hash")
+    assert_close(grid.voxel_N, wanted["train/inverse"], "voxel of each Gaussian")
+    assert_close(grid.count_V, wanted["train/voxel_counts"], "Gaussians of each voxel")
+    assert_close((grid.low_3 * side)[None], wanted["train/min_coord"], "lowest voxel")
+    assert int(wanted["train/n_voxels"]) == len(grid.count_V)
+    rows = grid.one_each(torch.Generator().manual_seed(0))
+    assert torch.equal(grid.voxel_N[rows], torch.arange(len(rows)))
+    assert_close(grid.cells_N3[rows], wanted["train/grid_coord"], "one of each voxel")
+    chosen = (coord[None] == wanted["train/one_valid_choice_coord"][:, None]).all(2).float().argmax(1)
+    assert_close(coord[chosen], wanted["train/one_valid_choice_coord"], "the record's own choice")
+    assert torch.equal(grid.voxel_N[chosen], torch.arange(len(chosen)))
+    apart = coord[chosen] / side - grid.low_3 - grid.cells_N3[chosen] - 0.5
+    assert_close(
+        apart, wanted["train/displacement"], "displacement", 1e-5 * max(1.0, float((coord / side).abs().max()))
+    )
+    fragments = list(grid.fragments())
+    assert len(fragments) == int(wanted["test/n_fragments"])
+    assert_close(torch.tensor([len(rows) for rows in fragments]), wanted["test/voxels_per_fragment"], "fragments")
+    assert torch.equal(torch.cat(fragments).unique(), torch.arange(len(coord)))
+
+
+def augmentation(case: Case) -> None:
+    """How rotations, mirrors, scales and centring move Gaussians; options are in the records' names."""
+    given = case.group("in")
+    scene = Gaussians(
+        given["coord"],
+        given["scale"].log(),
+        given["quat"],
+        torch.logit(given["opacity"][:, 0].double(), eps=1e-7).float(),
+        given["color"],
+    )
+    assert_close(scene.covariances(), given["cov"], "covariances")
+    moves = {tuple(key.removeprefix("out/").split("/")[:1]) for key in case.tensors if key.startswith("out/")}
+    for (move,) in sorted(moves):
+        wanted = case.group("out", f"{move}/")
+        words = move.split("_")
+        if words[:2] == ["center", "shift"]:
+            found = scene.moved(centre_shift(scene.means_N3, apply_z=words[-1] == "z"))
+        elif words[0] == "scale":
+            found = scene.scaled(float(words[1]))
+        elif words[0] == "flip":
+            found = scene.turned(mirror(*words[1]))
+        elif words[0] == "rotate" and words[-1] == "center":  # about the middle of the box, by the first angle named
+            axis, angle = next(pair for pair in case.config["angles"] if pair[0] == words[1])
+            middle = (scene.means_N3.min(0).values + scene.means_N3.max(0).values) / 2
+            found = scene.moved(-middle).turned(axis_turn(axis, angle * math.pi)).moved(middle)
+        elif words[0] == "rotate":
+            found = scene.turned(axis_turn(words[1], float(words[2]) * math.pi))
+        else:
+            raise AssertionError(f"{move}: a move that is not known")
+        for name, value in (("coord", found.means_N3), ("scale", found.scales_N3.exp()), ("cov", found.covariances())):
+            if name in wanted:
+                assert_close(value, wanted[name], f"{name} after {move}")
+        if "quat" in wanted:
+            sign = (found.quaternions_N4 * wanted["quat"]).sum(1, keepdim=True).sign()
+            assert_close(sign * found.quaternions_N4, wanted["quat"], f"quaternions after {move}")
+
+
 SCENE_CHECKS = [
     Check("files", kind("gs_ply", "preprocess_gs"), files),
+    Check("grids", kind("grid_sample", "GridSample"), grids),
+    Check("augmentation", kind("gs_augment", "RandomRotateTargetAngle"), augmentation),
     Check("drawing", kind("gsplat_render", "gsplat"), drawing),
     Check("lifting", kind("uplift", "OccamLGS"), lifting),
     Check("fusion of labels", kind("label_fusion", "preprocess_siglip2_sam2"), fusion),

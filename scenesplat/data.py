@@ -353,7 +353,10 @@ class SceneModule(StepDataModule):
     dataset: SceneData
 
     def sampler(self, batch_size: int, steps: int, seed: int, **options: Any) -> Sampler[Any]:
-        return SceneBatches(self.dataset.groups, self.dataset.data.shares, batch_size, steps, seed, **options)
+        names, given = sorted(set(self.dataset.groups)), self.dataset.data.shares
+        if given and len(given) != len(names):
+            raise UserError(f"--data.shares: expected {len(names)} numbers, one for each of {', '.join(names)}")
+        return SceneBatches(self.dataset.groups, dict(zip(names, given)), batch_size, steps, seed, **options)
 
 
 # What the options describe ------------------------------------------------------------------------------------------

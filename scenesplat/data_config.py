@@ -18,7 +18,7 @@ class DataConfig:
         name: rooms, furnished with real models, or folder.
         path: for folder: train/ and test/ with scenes of the user's (.npy folders with lang_feat.npy, .ply files) and
             classes.txt. Scenes may lie in folders, one a data set.
-        shares: for folder: steps that each data set gets in every so many, by name; {} gives all as many.
+        shares: for folder: steps that each data set gets in turn, in the order of their names; empty: all as many.
         furniture: archive (the samples in the repository) or all (every model that `make data-furniture` fetched).
         rooms: for training.
         eval_rooms: that are never trained on, of furniture that is in no training room.
@@ -40,7 +40,7 @@ class DataConfig:
 
     name: Literal["rooms", "folder"] = "rooms"
     path: str | None = None
-    shares: dict[str, Count] = field(default_factory=dict)
+    shares: list[Count] = field(default_factory=list)
     furniture: Literal["archive", "all"] = "archive"
     rooms: Count = 60
     eval_rooms: Count = 16

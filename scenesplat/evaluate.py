@@ -182,20 +182,6 @@ def class_names(word: str | None, model: SceneModel) -> list[str]:
     return [line.strip() for _, line in read_lines(word)]
 
 
-def scene_paths(folder: Path) -> list[Path]:
-    """Scenes at any level of a folder: .npy folders and .ply files.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--scenes {folder}: no such folder")
-    found = sorted({*(path.parent for path in folder.rglob("coord.npy")), *folder.rglob("*.ply")})
-    if not found:
-        raise UserError(f"--scenes {folder}: no scene in it; expected .npy folders (coord.npy, ...) or .ply files")
-    return found
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     from scenesplat.text import STRUCTURE
 
@@ -217,13 +203,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return evaluate_run(Run.existing(options.run_dir))
     if options.scenes is None:
         raise UserError("--scenes is missing: a folder of scenes that have labels")
+    from scenesplat.data import read_scenes
     from scenesplat.export import SceneModel
-    from scenesplat.ply import read_scene
 
     model = SceneModel.load(options.model, encoder=options.text)
     names = class_names(options.labels, model)
-    read = [read_scene(path) for path in scene_paths(options.scenes)]
-    scenes = [(scene, Asked.of(scene)) for scene in read]
+    scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
     metrics, _ = measured(model, scenes, names, options.exclude, options.neighbours, options.fragments)
     count = sum(len(scene) for scene, _ in scenes)
     result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": metrics}

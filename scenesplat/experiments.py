@@ -18,7 +18,7 @@ from common.options import TrainerOptions
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from scenesplat.config import LossConfig, NetworkConfig, OptimiserConfig
-from scenesplat.data import SceneData, SceneModule, labelled, open_scenes
+from scenesplat.data import SceneData, SceneModule, lifted, open_scenes
 from scenesplat.data_config import DataConfig
 from scenesplat.evaluate import Asked, counts_of, summed
 from scenesplat.export import SceneModel
@@ -209,7 +209,7 @@ class Study(CommonStudy[Sizes]):
 
         def made() -> dict[str, float]:
             texts, options = self.text.embed(self.names), self.data_options("recipe")
-            scenes = [labelled(room, options, self.text, i) for i, room in enumerate(self.rooms)]
+            scenes = [lifted(room, options, self.text, i) for i, room in enumerate(self.rooms)]
             counts = (
                 counts_of(classify(scene.features_NF, texts), scene, Asked.of(room), len(self.names), VOTERS)
                 for scene, room in zip(scenes, self.rooms)
@@ -256,7 +256,7 @@ def lifting_against_passing(rounds: int = 3, seed: int = 0) -> dict[str, float]:
         for name in taken:
             started = time.perf_counter()
             if name == "lifting":
-                labelled(room, options, text, seed)
+                lifted(room, options, text, seed)
             else:
                 scene_classes(model, room.gaussians, texts, limit=1)
             taken[name].append(time.perf_counter() - started)

@@ -15,7 +15,7 @@ class DataConfig:
     """Scenes, the labels that are lifted onto them, and how the network gets them.
 
     Args:
-        name: rooms, furnished with real models, or folder.
+        name: rooms, furnished with real models, or scenes (own ones, at `path`).
         path: for scenes: train/ and test/ with scenes of the user's (.npy folders with lang_feat.npy, .ply files) and
             classes.txt. Scenes may lie in folders, one a data set.
         shares: for scenes: steps that each data set gets in turn, in the order of their names; empty: all as many.

@@ -146,7 +146,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
 def shown_scene(
     labels: Sequence[Tensor | None], model: SceneModel, names: Sequence[str], queries: Sequence[str]
 ) -> int:
-    """The first scene with the most of the classes whose names are nearest to the queries: there is something to see."""
+    """The first scene with the most of the classes that are nearest to the queries: there is something to see."""
     asked = {int(k) for k in (model.text.embed(queries) @ model.text.embed(names).t()).argmax(1)}
     there = [len(asked & {*labels_N.tolist()}) if labels_N is not None else 0 for labels_N in labels]
     return there.index(max(there))

@@ -146,12 +146,12 @@ class EvaluationConfig:
         neighbours: nearest Gaussians whose majority a point takes; the paper's 25.
         fragments: passes over a scene, each with another Gaussian of every voxel; 0 takes as many as it needs to see
             every Gaussian.
-        queries: texts that are asked of the first unseen room, for the pictures.
+        queries: texts that are asked of an unseen scene, for the pictures.
     """
 
     neighbours: Count = 25
     fragments: Whole = 0
-    queries: list[str] = field(default_factory=lambda: ["a chair", "a lamp", "somewhere to sleep"])
+    queries: list[str] = field(default_factory=lambda: ["a couch", "a plant", "a television"])
 
 
 @dataclass

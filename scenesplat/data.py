@@ -378,7 +378,7 @@ def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, un
     Raises:
         UserError: an option or a file of the user's is wrong.
     """
-    if data.name == "folder":
+    if data.name == "scenes":
         return _open_folder(data, part, text)
     count = data.rooms if part == "train" else data.eval_rooms
     first = seed * 10_000 + (TEST_SEEDS if part == "test" else 0)
@@ -413,7 +413,7 @@ def _cache_key(data: DataConfig, text: TextSpace) -> str:
 def _open_folder(data: DataConfig, part: Part, text: TextSpace) -> SceneData:
     """The user's scenes: PATH/train and PATH/test with scenes, or with a folder of scenes for each data set."""
     if data.path is None:
-        raise UserError("--data.name folder needs --data.path: a folder with train/ and test/, which hold scenes")
+        raise UserError("--data.name scenes needs --data.path: a folder with train/ and test/, which hold scenes")
     root = existing_path(data.path) / part
     names_file = existing_path(data.path) / "classes.txt"
     if not names_file.is_file():

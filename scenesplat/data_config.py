@@ -15,10 +15,10 @@ class DataConfig:
     """Scenes, the labels that are lifted onto them, and how the network gets them.
 
     Args:
-        name: rooms, furnished with real models, or folder.
-        path: for folder: train/ and test/ with scenes of the user's (.npy folders with lang_feat.npy, .ply files) and
+        name: rooms, furnished with real models, or scenes (own ones, at `path`).
+        path: for scenes: train/ and test/ with scenes of the user's (.npy folders with lang_feat.npy, .ply files) and
             classes.txt. Scenes may lie in folders, one a data set.
-        shares: for folder: steps that each data set gets in turn, in the order of their names; empty: all as many.
+        shares: for scenes: steps that each data set gets in turn, in the order of their names; empty: all as many.
         furniture: archive (the samples in the repository) or all (every model that `make data-furniture` fetched).
         rooms: for training.
         eval_rooms: that are never trained on, of furniture that is in no training room.
@@ -38,7 +38,7 @@ class DataConfig:
         largest: voxels of a training scene, beyond which a sphere of so many is cut out.
     """
 
-    name: Literal["rooms", "folder"] = "rooms"
+    name: Literal["rooms", "scenes"] = "rooms"
     path: str | None = None
     shares: list[Count] = field(default_factory=list)
     furniture: Literal["archive", "all"] = "archive"

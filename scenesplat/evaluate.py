@@ -119,7 +119,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     asked = data.rooms or data.scenes
     scenes = [(scene, Asked.of(points)) for scene, points in zip(data.scenes, asked, strict=True)]
     model = SceneModel.load(run.folder / "model")
-    names, first = data.classes, scenes[0][0]
+    names = data.classes
     metrics, found = measured(model, scenes, names, STRUCTURE, options.neighbours, options.fragments)
     arms = {
         "network": metrics["tester"],
@@ -132,13 +132,24 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     text = markdown_table(["arm", *keys], rows)
     write_atomically(run.folder / "table.md", lambda temporary: temporary.write_text(text + "\n"))
     queries = list(options.queries)
-    scores, _ = ask(model, first, queries, list(NEGATIVES), options.fragments)
-    assert first.labels_N is not None
-    room_picture(first, first.labels_N, found[0], names, scores, queries, run.folder / "room.png")
+    number = shown_scene([scene.labels_N for scene, _ in scenes], model, names, queries)
+    scene = scenes[number][0]
+    scores, _ = ask(model, scene, queries, list(NEGATIVES), options.fragments)
+    assert scene.labels_N is not None
+    room_picture(scene, scene.labels_N, found[number], names, scores, queries, run.folder / "room.png")
     count = sum(len(scene) for scene, _ in scenes)
     result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": arms}
     report(result)
     return result
+
+
+def shown_scene(
+    labels: Sequence[Tensor | None], model: SceneModel, names: Sequence[str], queries: Sequence[str]
+) -> int:
+    """The first scene with the most of the classes that are nearest to the queries: there is something to see."""
+    asked = {int(k) for k in (model.text.embed(queries) @ model.text.embed(names).t()).argmax(1)}
+    there = [len(asked & {*labels_N.tolist()}) if labels_N is not None else 0 for labels_N in labels]
+    return there.index(max(there))
 
 
 def labels_score(

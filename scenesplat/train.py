@@ -2,7 +2,7 @@
 
     python scenesplat/train.py                                      # configs/small.yaml: furnished rooms, on a laptop
     python scenesplat/train.py --data.furniture all                 # every model that `make data-furniture` fetched
-    python scenesplat/train.py --data.name folder --data.path SCENES --text.encoder SIGLIP2    # own scenes
+    python scenesplat/train.py --data.name scenes --data.path SCENES --text.encoder SIGLIP2    # own scenes
     python scenesplat/train.py --loss.schedule skip                 # without the contrastive loss
     python scenesplat/train.py --trainer.devices 2 --trainer.strategy ddp          # one machine, two processes
     torchrun --nnodes 2 --nproc-per-node 8 ... scenesplat/train.py --trainer.num_nodes 2 --trainer.devices 8 \\

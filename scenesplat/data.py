@@ -159,11 +159,6 @@ def axis_turn(axis: str, angle: float) -> Tensor:
     return torch.tensor(rows[axis])
 
 
-def mirror(*axes: str) -> Tensor:
-    """The reflection [3, 3] that turns these axes round."""
-    return torch.diag(torch.tensor([-1.0 if axis in axes else 1.0 for axis in "xyz"]))
-
-
 def moved_about(scene: Gaussians, draws: _Draws) -> Gaussians:
     """A training scene turned, scaled, mirrored, jittered and bent; every rotation turns the Gaussians too."""
     scene = scene.moved(centre_shift(scene.means_N3))
@@ -173,10 +168,10 @@ def moved_about(scene: Gaussians, draws: _Draws) -> Gaussians:
     for axis, most in (("z", math.pi), ("x", math.pi / 64), ("y", math.pi / 64)):
         if draws.chance(0.5):
             matrix = axis_turn(axis, draws.uniform(-most, most)) @ matrix
-    for axis in "xy":
-        if draws.chance(0.5):
-            matrix = mirror(axis) @ matrix
     scene = scene.turned(matrix).scaled(draws.uniform(0.9, 1.1))
+    for number in (0, 1):
+        if draws.chance(0.5):
+            scene = scene.mirrored(number)
     scene = scene.moved((0.005 * draws.normal(len(scene), 3)).clamp(-0.01, 0.01))
     if draws.chance(0.95):
         for granularity, magnitude in ((0.2, 0.4), (0.8, 1.6)):

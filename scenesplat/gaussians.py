@@ -90,20 +90,21 @@ class Gaussians:
         return replace(self, means_N3=self.means_N3 * factor, scales_N3=self.scales_N3 + grown, origin_3=origin)
 
     def turned(self, matrix_33: Tensor) -> Gaussians:
-        """Under a rotation, or a mirror, about the origin: centres, axes, normals and the higher bands of colour.
+        """Rotated about the origin: centres, axes, normals and the higher bands of colour."""
+        return self._under(matrix_33, matrix_33.to(self.quaternions_N4) @ rotations(self.quaternions_N4))
 
-        A mirror F takes the rotation R of a Gaussian to F R F, whose covariance is the mirrored one.
-        """
-        matrix_33 = matrix_33.to(self.means_N3)
-        if torch.linalg.det(matrix_33) > 0:
-            turned_N33 = matrix_33 @ rotations(self.quaternions_N4)
-        else:
-            turned_N33 = matrix_33 @ rotations(self.quaternions_N4) @ matrix_33
+    def mirrored(self, axis: int) -> Gaussians:
+        """With x, y or z (0, 1, 2) turned round: the mirror F takes a Gaussian's rotation R to F R F."""
+        mirror_33 = torch.eye(3).to(self.quaternions_N4)
+        mirror_33[axis, axis] = -1
+        return self._under(mirror_33, mirror_33 @ rotations(self.quaternions_N4) @ mirror_33)
+
+    def _under(self, matrix_33: Tensor, turned_N33: Tensor) -> Gaussians:
         return replace(
             self.with_harmonics(turned_harmonics(self.harmonics_NK3, matrix_33)),
-            means_N3=self.means_N3 @ matrix_33.t(),
+            means_N3=self.means_N3 @ matrix_33.to(self.means_N3).t(),
             quaternions_N4=quaternions(turned_N33),
-            normals_N3=None if self.normals_N3 is None else self.normals_N3 @ matrix_33.t(),
+            normals_N3=None if self.normals_N3 is None else self.normals_N3 @ matrix_33.to(self.normals_N3).t(),
             origin_3=None if self.origin_3 is None else matrix_33.to(self.origin_3) @ self.origin_3,
         )
 

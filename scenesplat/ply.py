@@ -129,13 +129,13 @@ def read_ply(path: Path) -> dict[str, NDArray]:
                 columns = {key: table[:, i] for i, (key, _) in enumerate(properties)}
             else:
                 kind = np.dtype([(key, ORDERS[order] + TYPES[kind]) for key, kind in properties])
-                content = file.read(count * kind.itemsize)
-                if len(content) < count * kind.itemsize:
+                left = path.stat().st_size - file.tell()
+                if left < count * kind.itemsize:
                     raise UserError(
                         f"{path}: cut short: {count:,} of element {name} are declared, {kind.itemsize} bytes each, "
-                        f"{len(content) // kind.itemsize if kind.itemsize else 0:,} are there; copy or export it again"
+                        f"{left // kind.itemsize:,} are there; copy or export it again"
                     )
-                table = np.frombuffer(content, kind)
+                table = np.frombuffer(file.read(count * kind.itemsize), kind)
                 columns = {key: table[key] for key, _ in properties}
             if name == "vertex":
                 break
@@ -224,8 +224,8 @@ def _gaussians(columns: Mapping[str, NDArray], path: Path, how: Reading) -> Gaus
     def stacked(names: list[str] | tuple[str, ...], kind: type = np.float32) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(columns[name]).astype(kind) for name in names], 1))
 
-    scales_NS, opacities_N1 = stacked(scales), stacked(["opacity"])
-    _refuse_activated(scales_NS, opacities_N1[:, 0], path, how)
+    means_N3, scales_NS, opacities_N1 = stacked(("x", "y", "z"), np.float64), stacked(scales), stacked(["opacity"])
+    _refuse_activated(means_N3, scales_NS, opacities_N1[:, 0], path, how)
     if how.scales == "values":
         scales_NS = scales_NS.clamp(min=FLAT).log()
     if how.opacity == "values":
@@ -242,7 +242,7 @@ def _gaussians(columns: Mapping[str, NDArray], path: Path, how: Reading) -> Gaus
     normals = [name for name in ("nx", "ny", "nz") if name in columns]
     normals_N3 = stacked(normals) if len(normals) == 3 else None
     return Gaussians(
-        stacked(("x", "y", "z"), np.float64),
+        means_N3,
         scales_NS,
         stacked([f"rot_{i}" for i in range(4)]),
         opacities_N1[:, 0],
@@ -262,15 +262,18 @@ def _looks_like(columns: Mapping[str, NDArray]) -> str:
     return f"it has {', '.join(list(columns)[:12])}: a splat of another kind"
 
 
-def _refuse_activated(scales_NS: Tensor, opacities_N: Tensor, path: Path, how: Reading) -> None:
+def _refuse_activated(means_N3: Tensor, scales_NS: Tensor, opacities_N: Tensor, path: Path, how: Reading) -> None:
     """Raise UserError for values that cannot be what they are read as."""
-    scales_NS, opacities_N = scales_NS[scales_NS.isfinite().all(1)], opacities_N[opacities_N.isfinite()]
-    if not len(scales_NS) or not len(opacities_N):
+    known = means_N3.isfinite().all(1) & scales_NS.isfinite().all(1) & opacities_N.isfinite()
+    means_N3, scales_NS, opacities_N = means_N3[known], scales_NS[known], opacities_N[known]
+    if not len(means_N3):
         return
-    if how.scales == "log" and bool((scales_NS > 0).all()):
+    spread = float(max(_span(axis) for axis in means_N3.unbind(1)))
+    if how.scales == "log" and bool((scales_NS > 0).all()) and float(scales_NS.exp().median()) > 0.05 * spread:
         raise UserError(
             f"{path}: every scale is above 0 ({float(scales_NS.min()):.3g} to {float(scales_NS.max()):.3g}): as "
-            "logarithms they would make each Gaussian larger than one unit; say --scales values if they are lengths"
+            f"logarithms they would make Gaussians as large as the scene, {spread:.3g}; say --scales values if they "
+            "are lengths"
         )
     if how.scales == "values" and bool((scales_NS < 0).any()):
         raise UserError(f"{path}: scales below 0 ({float(scales_NS.min()):.3g}) are no lengths; leave --scales at log")
@@ -326,7 +329,7 @@ def _cleaned(scene: Gaussians, path: Path, how: Reading) -> Gaussians:
             "inch, ft), or --unit m if it is that large"
         )
     lowest = int(spread.argmin())
-    if how.up is None and lowest != 2 and float(spread[lowest]) < 0.6 * float(spread.sort().values[1]):
+    if how.up is None and lowest != 2 and float(spread[lowest]) < 0.75 * float(spread.sort().values[1]):
         raise UserError(
             f"{path}: the scene is lowest along {'xyz'[lowest]} ({float(spread[lowest]):.3g} m), not along z: say "
             "which axis of the file points upwards, --up y or --up -y (or --up z, if z does)"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scenesplat import lifting as lift
 from scenesplat import rasterize
-from scenesplat.data import Grid, axis_turn, centre_shift, fnv_hash, mirror, ravel_hash
+from scenesplat.data import Grid, axis_turn, centre_shift, fnv_hash, ravel_hash
 from scenesplat.gaussians import ATTRIBUTES, Gaussians, inputs
 from scenesplat.ply import read_scene
 from scenesplat.rasterize import Camera
@@ -197,7 +197,9 @@ def augmentation(case: Case) -> None:
         elif words[0] == "scale":
             found = scene.scaled(float(words[1]))
         elif words[0] == "flip":
-            found = scene.turned(mirror(*words[1]))
+            found = scene
+            for axis in words[1]:
+                found = found.mirrored("xyz".index(axis))
         elif words[0] == "rotate" and words[-1] == "center":  # about the middle of the box, by the first angle named
             axis, angle = next(pair for pair in case.config["angles"] if pair[0] == words[1])
             middle = (scene.means_N3.min(0).values + scene.means_N3.max(0).values) / 2

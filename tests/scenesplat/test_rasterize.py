@@ -1,4 +1,4 @@
-"""Pictures and gradients of the rasteriser against the equation written out, pixel by pixel and Gaussian by Gaussian."""
+"""Pictures and gradients of the rasteriser against the equation written out, Gaussian by Gaussian."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.data.sampling import generator_step
+from common.optimisers import adamw
 from common.steps import BatchMeans, StepDraws
 from scenesplat.config import LossConfig, OptimiserConfig
 from scenesplat.losses import language_losses
@@ -78,7 +79,7 @@ def optimiser_of(network: PointTransformer, options: OptimiserConfig, steps: int
         {"params": [p for name, p in named if "block" not in name]},
         {"params": [p for name, p in named if "block" in name]},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    optimiser = adamw(groups, options.lr, options.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         [options.lr, options.block_lr],

@@ -116,7 +116,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     from scenesplat.text import NEGATIVES, STRUCTURE
 
     options, data = run.config.evaluation, run.scenes("test")
-    asked = data.rooms or data.scenes
+    asked: Sequence[Room | Gaussians] = data.rooms or data.scenes
     scenes = [(scene, Asked.of(points)) for scene, points in zip(data.scenes, asked, strict=True)]
     model = SceneModel.load(run.folder / "model")
     names = data.classes
@@ -125,8 +125,9 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "network": metrics["tester"],
         "network, votes of instances": metrics["instances"],
         "network, hook's average": metrics["hook"],
-        "lifted labels": labels_score(scenes, model.text.embed(names), names, options.neighbours),
     }
+    if all(scene.features_NF is not None for scene, _ in scenes):
+        arms["lifted labels"] = labels_score(scenes, model.text.embed(names), names, options.neighbours)
     keys = list(arms["network"])
     rows = [[arm, *(f"{values[key]:.3f}" for key in keys)] for arm, values in arms.items()]
     text = markdown_table(["arm", *keys], rows)

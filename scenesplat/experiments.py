@@ -20,12 +20,12 @@ from common.study import Study as CommonStudy
 from scenesplat.config import LossConfig, NetworkConfig, OptimiserConfig
 from scenesplat.data import SceneData, SceneModule, lifted, open_scenes
 from scenesplat.data_config import DataConfig
-from scenesplat.evaluate import Asked, counts_of, summed
+from scenesplat.evaluate import Asked, counts_of, labels_score, summed
 from scenesplat.export import SceneModel
 from scenesplat.gaussians import ATTRIBUTES
 from scenesplat.inference import scene_classes
 from scenesplat.model import PointTransformer
-from scenesplat.protocol import VOTERS, classify, excluded_classes
+from scenesplat.protocol import VOTERS, excluded_classes
 from scenesplat.rooms import SEEN, STRUCTURE, Room, degraded, make_room, psnr
 from scenesplat.text import TextSpace
 from scenesplat.trainer import LanguagePretraining
@@ -111,10 +111,13 @@ class Study(CommonStudy[Sizes]):
         return self._data[key]
 
     @cached_property
+    def unseen(self) -> SceneData:
+        """The unseen rooms, with the labels that teacher and lifting would collect there."""
+        return open_scenes(self.data_options("recipe"), "test", self.text, 0)
+
+    @property
     def rooms(self) -> list[Room]:
-        """The unseen rooms."""
-        options = self.data_options("recipe")
-        return open_scenes(options, "test", self.text, 0).rooms
+        return self.unseen.rooms
 
     @property
     def names(self) -> list[str]:
@@ -208,13 +211,8 @@ class Study(CommonStudy[Sizes]):
         """Of the labels that teacher and lifting would collect in the unseen rooms."""
 
         def made() -> dict[str, float]:
-            texts, options = self.text.embed(self.names), self.data_options("recipe")
-            scenes = [lifted(room, options, self.text, i) for i, room in enumerate(self.rooms)]
-            counts = (
-                counts_of(classify(scene.features_NF, texts), scene, Asked.of(room), len(self.names), VOTERS)
-                for scene, room in zip(scenes, self.rooms)
-            )
-            return summed(counts).metrics(excluded_classes(self.names, STRUCTURE))
+            scenes = [(scene, Asked.of(room)) for scene, room in zip(self.unseen.scenes, self.rooms)]
+            return labels_score(scenes, self.text.embed(self.names), self.names, VOTERS)
 
         return self.values("score-labels", made, self.settings)
 

@@ -126,7 +126,8 @@ class SerializedAttention(nn.Module):
         scores = None if mask_PK is None else mask_PK[:, None, None]
         if self.rpe is not None:
             scores = self.rpe(level.grid_N3[index_PK])  # patches are all full here
-        y_PHKD = attention(*qkv.unbind(0), mask=scores)
+        q_PHKD, k_PHKD, v_PHKD = qkv.unbind(0)
+        y_PHKD = attention(q_PHKD, k_PHKD, v_PHKD, scores)
         return self.proj(y_PHKD.transpose(1, 2).flatten(2).flatten(0, 1)[place_N])
 
 
@@ -285,7 +286,7 @@ class PointTransformer(nn.Module):
             x = torch.where(mask_N[:, None], self.mask_token.to(x.dtype), x)
         found = []
         for s, level in enumerate(structure.levels):
-            stage = self.enc[f"enc{s}"]
+            stage: Any = self.enc[f"enc{s}"]
             if s:
                 x = stage["down"](x, structure.clusters[s - 1], len(level.batch_N))
             x = _blocks(stage, x, level)
@@ -296,7 +297,7 @@ class PointTransformer(nn.Module):
         """Back to the first stage, from what `encode` found."""
         x = found[-1]
         for s in reversed(range(len(found) - 1)):
-            stage = self.dec[f"dec{s}"]
+            stage: Any = self.dec[f"dec{s}"]
             x, skip = stage["up"](x, found[s], structure.clusters[s])
             x = _blocks(stage, x, structure.levels[s], skip)
         return x

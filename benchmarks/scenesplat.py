@@ -340,11 +340,8 @@ def part_rows(
     }
     rows = [rate(f"{where}{titles[part]} ({what})", part, found["ours"], found["peer"], target)]
     if part == "render":
-        rows.append(
-            leaner(
-                f"{where}memory of a picture's forward and backward ({what})", found["ours"], found["peer"], device, 2.0
-            )
-        )
+        name = f"{where}memory of a picture's forward and backward ({what})"
+        rows.append(leaner(name, found["ours"], found["peer"], device, 2.0 if target else None))
     return rows
 
 

@@ -45,6 +45,7 @@ from common.costs import flop
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
+from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.solvers import stock_pipeline
 from common.stable_diffusion import stable_diffusion_unet
@@ -100,7 +101,7 @@ def ours(arm: Arm) -> Step:
     null, gamma = states.flip(0), torch.linspace(0, 1, len(x1), device=arm.device)
     w = torch.full((len(x1),), W, device=arm.device)
     parameters = list(student.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, foreach=True)
+    optimiser = adamw(parameters, LR)
 
     def step(_: int) -> Tensor:
         with mixed(arm.device, arm.bf16):

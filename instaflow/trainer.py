@@ -5,18 +5,17 @@ Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule
 from common.ema import Ema
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from common.training import EveryNSteps, train
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
@@ -51,16 +50,8 @@ class StudentTrainer(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.options
         trainable = [p for p in self.flow.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trainable, lr=self.stage.lr, weight_decay=options.weight_decay, foreach=True)
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / max(1, options.warmup))
-            if options.schedule == "constant":
-                return rise
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.stage.steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimiser = adamw(trainable, self.stage.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.stage.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(

@@ -7,7 +7,7 @@ nothing. Shape suffixes: B batch, C channels, H and W height and width, K classe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.batch_norm import synchronised_statistics
 from common.ema import Ema
 from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
+from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.config import ClassifierConfig, FirstStageConfig, LdmConfig, TrainerConfig
@@ -29,12 +30,6 @@ from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import EncoderUNet
 from ldm.optimisers import MuonAdam
 from ldm.tasks import raw_condition
-
-
-def scheduled(optimiser: torch.optim.Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
-    """What Lightning wants of an optimiser whose learning rate is multiplied by `factor` of the step."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def draws_of(module: pl.LightningModule, batch_idx: int, options: TrainerConfig, seed: int) -> StepDraws:
@@ -199,7 +194,7 @@ class DiffusionTrainer(pl.LightningModule):
             optimiser = MuonAdam(self.ldm, lr, options.weight_decay)
         else:
             parameters = self.ldm.trainable_parameters()
-            optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=options.weight_decay, foreach=True)
+            optimiser = adamw(parameters, lr, options.weight_decay)
         return scheduled(optimiser, warmup_then(options.schedule, options.warmup, trainer.max_steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -238,7 +233,7 @@ class ClassifierTrainer(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        optimiser = torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+        optimiser = adamw(self.parameters(), config.lr, config.weight_decay)
         return scheduled(optimiser, warmup_then("cosine", config.warmup, config.trainer.max_steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

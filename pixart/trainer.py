@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common.ema import Ema
 from common.errors import UserError
+from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from pixart.config import StageConfig
 from pixart.controlnet import ControlPixArt
@@ -79,11 +80,9 @@ class StageModule(pl.LightningModule):
         # The official code's auto_lr: its base batch is 256.
         lr = options.lr * math.sqrt(batch / 256) if options.auto_lr == "sqrt" else options.lr
         trained = [p for p in self.network.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=options.weight_decay, eps=options.eps, foreach=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, partial(rate_factor, options.warmup, options.cooldown, self.config.trainer.max_steps)
-        )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimiser = adamw(trained, lr, options.weight_decay, options.eps)
+        rate = partial(rate_factor, options.warmup, options.cooldown, self.config.trainer.max_steps)
+        return scheduled(optimiser, rate)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         options = self.config.trainer

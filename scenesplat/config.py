@@ -26,7 +26,7 @@ class NetworkConfig:
         enc_patch: voxels that attend to each other.
         dec_depths: blocks of each stage of the decoder, the finest first.
         dec_channels: their widths; the first is that of the output.
-        dec_heads: their heads of attention.
+        dec_heads: heads of its attention.
         dec_patch: voxels that attend to each other in the decoder.
         mlp_ratio: width of the hidden layer over that of the block.
         drop_path: stochastic depth of the last block, rising from 0.

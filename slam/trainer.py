@@ -5,14 +5,13 @@ Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
+from common.optimisers import adamw, rise_then, scheduled
 from common.steps import BatchMeans, StepDraws
 from common.teacher import Teacher
 from slam.config import LossConfig, OptimiserConfig, SubPathConfig
@@ -52,16 +51,8 @@ class SlamTraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.options
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=options.lr, weight_decay=options.weight_decay, foreach=True)
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / max(1, options.warmup))
-            if options.schedule == "constant":
-                return rise
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimiser = adamw(trained, options.lr, options.weight_decay)
+        return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)

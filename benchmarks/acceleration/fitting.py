@@ -5,17 +5,16 @@ Shape suffixes: B batch (its rows on this process), L text tokens, D text width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule
 from common.ema import Ema
+from common.optimisers import adamw, rise_then, scheduled
 from common.options import TrainerOptions
 from common.paths import cache_dir
 from common.steps import BatchMeans, StepDraws
@@ -51,14 +50,7 @@ class Minimiser(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=WEIGHT_DECAY, foreach=True)
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / WARMUP)
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(adamw(trainable, self.lr, WEIGHT_DECAY), rise_then("cosine", WARMUP, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = StepDraws.of(self, batch_idx, batch_size=self.batch, seed=self.seed)

@@ -303,7 +303,7 @@ def test_lifted_labels_are_made_once_and_rooms_of_both_parts_differ(
 
 def test_a_users_folder_is_read_by_data_set_and_what_it_lacks_is_named(tmp_path: Path) -> None:
     scene = replace(room().gaussians, features_NF=texts()[room().gaussians.labels_N], normals_N3=None)
-    options = DataConfig(name="folder", path=str(tmp_path))
+    options = DataConfig(name="scenes", path=str(tmp_path))
     space = _Space()
     refused("no such folder|classes.txt", scenes.open_scenes, options, "train", space)
     for name in ("halls/one", "halls/two", "flats/three"):
@@ -317,7 +317,7 @@ def test_a_users_folder_is_read_by_data_set_and_what_it_lacks_is_named(tmp_path:
     (tmp_path / "train" / "halls" / "four.ply").unlink()
     space.width = 7
     refused("lang_feat.npy has 32 values", scenes.open_scenes, options, "train", space)
-    refused("needs --data.path", scenes.open_scenes, DataConfig(name="folder"), "train", space)
+    refused("needs --data.path", scenes.open_scenes, DataConfig(name="scenes"), "train", space)
 
 
 def test_a_data_set_without_features_still_makes_examples() -> None:

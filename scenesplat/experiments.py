@@ -23,10 +23,10 @@ from scenesplat.data_config import DataConfig
 from scenesplat.evaluate import Asked, counts_of, labels_score, summed
 from scenesplat.export import SceneModel
 from scenesplat.gaussians import ATTRIBUTES
-from scenesplat.inference import scene_classes
+from scenesplat.inference import scene_classes, scene_features
 from scenesplat.model import PointTransformer
 from scenesplat.protocol import VOTERS, excluded_classes
-from scenesplat.rooms import SEEN, STRUCTURE, Room, degraded, make_room, psnr
+from scenesplat.rooms import CLASSES, SEEN, STRUCTURE, Room, degraded, make_room, psnr
 from scenesplat.text import TextSpace
 from scenesplat.trainer import LanguagePretraining
 
@@ -215,6 +215,31 @@ class Study(CommonStudy[Sizes]):
             return labels_score(scenes, self.text.embed(self.names), self.names, VOTERS)
 
         return self.values("score-labels", made, self.settings)
+
+    def unknown(self, seed: int) -> dict[str, float]:
+        """Ranks of the true names of things of classes that no training room has, among all names.
+
+        0 is what guessing comes to, 1 is always first; each Gaussian of such a thing counts once.
+        """
+
+        def made() -> dict[str, float]:
+            model = self.model("recipe", self.trained("recipe", seed).network)
+            strange = open_scenes(self.data_options("recipe"), "test", self.text, 0, unseen=True)
+            names = [name for name in CLASSES if name not in STRUCTURE]
+            texts = self.text.embed(names)
+            gains, rights = [], []
+            for room in strange.rooms:
+                labels = room.gaussians.labels_N
+                assert labels is not None
+                rows = (labels >= len(SEEN)).nonzero().squeeze(1)
+                score = scene_features(model, room.gaussians, limit=4)[rows] @ texts.t()
+                own = score.gather(1, (labels[rows] - len(STRUCTURE))[:, None])
+                rank = 1 + (score > own).sum(1)
+                gains.append(1 - 2 * (rank - 1) / (len(names) - 1))
+                rights.append(rank == 1)
+            return {"rank_gain": float(torch.cat(gains).mean()), "accuracy": float(torch.cat(rights).float().mean())}
+
+        return self.values(f"unknown-seed{seed}", made, self.settings)
 
     def by_quality(self, seed: int) -> dict[str, float]:
         """Spearman's correlation of PSNR and f-mIoU over the unseen rooms, each of a quality of its own."""

@@ -122,8 +122,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     parser.add_argument("--passes", type=Whole, default=8, help="over the scene at most; 0 sees every Gaussian")
     parser.add_argument("--save", type=Path, help="write the chosen Gaussians as a .ply; one query only")
     parser.add_argument("--out", type=Path, help="write a picture, from above and from the door (.png)")
+    parser.add_argument("--paint", type=Path, help="write the scene with what was found in red (.ply); one query only")
     parser.add_argument(
-        "--features", type=Path, help="write the scene coloured by its features' main directions (.ply)"
+        "--features", type=Path, help="write the features: .safetensors, or .ply for their main directions as colours"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of sentences")
     parser.add_argument("--unit", choices=("m", "cm", "mm", "inch", "ft"), help="of the file's lengths")
@@ -154,12 +155,17 @@ def main(argv: list[str] | None = None) -> list[Any]:
                 f"{float(scores[0].max()):.3f}); lower --threshold, or take the --best K"
             )
         write_scene(options.save, scene.select(rows.sort().values))
-    if options.out or options.features:
-        from scenesplat.figures import answers_picture, feature_colours, painted
+    if options.out or options.features or options.paint:
+        from common.weights import save_weights
+        from scenesplat.figures import answers_picture, by_score, feature_colours, painted
 
         if options.out:
             answers_picture(scene, scores, options.queries, options.threshold, options.out)
-        if options.features:
+        if options.paint:
+            write_scene(options.paint, by_score(scene, scores[0], options.threshold))
+        if options.features and options.features.suffix == ".safetensors":
+            save_weights(options.features, {"features": features})
+        elif options.features:
             write_scene(options.features, painted(scene, feature_colours(features)))
     print(json.dumps(found, indent=2) if options.json else "\n".join(map(sentence, found)))
     return found
@@ -182,12 +188,14 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
-    if options.save and len(options.queries) > 1:
-        raise UserError("--save: expected one query, whose Gaussians are written; ask the others by themselves")
-    for name, suffix in (("save", ".ply"), ("features", ".ply"), ("out", ".png")):
+    for name in ("save", "paint"):
+        if getattr(options, name) and len(options.queries) > 1:
+            raise UserError(f"--{name}: expected one query, whose Gaussians are written; ask the others by themselves")
+    endings = {"save": [".ply"], "paint": [".ply"], "features": [".ply", ".safetensors"], "out": [".png"]}
+    for name, known in endings.items():
         path = getattr(options, name)
-        if path and path.suffix.lower() != suffix:
-            raise UserError(f"--{name} {path}: expected a name that ends in {suffix}")
+        if path and path.suffix not in known:
+            raise UserError(f"--{name} {path}: expected a name that ends in {' or '.join(known)}")
     if options.model is None and not (default_model() / "config.json").is_file():
         raise UserError(
             f"no trained model: run `make scenesplat-train`, which writes {TRAINED}, or give --model FOLDER"

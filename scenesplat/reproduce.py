@@ -122,6 +122,11 @@ def h(study: Study, seed: int) -> dict[str, float]:
     return {"synonym_ratio": values["accuracy_synonyms"] / max(1e-9, values["accuracy_names"]), **values}
 
 
+def hu(study: Study, seed: int) -> dict[str, float]:
+    """Classes that no training room has."""
+    return study.unknown(seed)
+
+
 def open_study(given: argparse.Namespace) -> Study:
     tune_allocator()
     return Study(open_sizes(Sizes, "scenesplat", given.tier, given.rung), given.folder)
@@ -131,7 +136,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "scenesplat",
         __doc__,
-        (a, a45, b, c, d, e, g, gk, gs, h),
+        (a, a45, b, c, d, e, g, gk, gs, h, hu),
         open_study,
         figures=lambda study, ledger: draw_figures(ledger, study.figures),
         argv=argv,

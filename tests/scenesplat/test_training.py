@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from common.images import open_rgb
+from common.weights import read_weights
 from scenesplat.export import SceneModel
 from scenesplat.gaussians import Gaussians
 from scenesplat.inference import fragments, passes, scene_classes, scene_features
@@ -174,8 +175,11 @@ def test_a_query_prints_numbers_and_saves_what_it_found(
     refused("--save: expected one query", query.main, [*words, "a chair", "sofa", "--save", str(chair)])
     refused("--out x.jpg: expected a name that ends in .png", query.main, [*words, "a", "--out", "x.jpg"])
     pca = tmp_path / "pca.ply"
-    query.main([*words, "a chair", "--features", str(pca)])
-    assert len(read_scene(pca)) == len(scene)
+    query.main([*words, "a chair", "--features", str(pca), "--paint", str(tmp_path / "red.ply"), "--threshold", "0"])
+    assert len(read_scene(pca)) == len(read_scene(tmp_path / "red.ply")) == len(scene)
+    query.main([*words, "a chair", "--features", str(tmp_path / "f.safetensors")])
+    kept = read_weights(tmp_path / "f.safetensors")[0]["features"]
+    torch.testing.assert_close(kept.norm(dim=1), torch.ones(len(scene)))
 
 
 def test_a_score_is_the_odds_against_the_hardest_negative() -> None:

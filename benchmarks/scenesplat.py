@@ -158,9 +158,7 @@ def our_sampling(arm: Arm) -> Step:
     places = torch.rand(arm.count, 3) * 4
 
     def step(_: int) -> None:
-        _, voxel = voxels_of(places, 0.1)
-        for _ in fragments(voxel, 8):
-            pass
+        list(fragments(voxels_of(places, 0.1)[1], 8))
 
     return step
 
@@ -197,7 +195,8 @@ def plain_render(arm: Arm) -> Step:
         seen = project(scene.means_N3, covariances(scene.quaternions_N4, scene.scales_N3.exp()), view)
         colours, opacities = colours_from(scene, view), scene.opacities_N.sigmoid()
         with torch.no_grad():
-            owner, starts, _ = tile_pairs(seen.means_N2, seen.radii_N2.float(), seen.depths_N, SIZE[0], SIZE[1], side)
+            reach = seen.radii_N2.float()
+            owner, starts = tile_pairs(seen.means_N2, reach, seen.depths_N, SIZE[0], SIZE[1], side)[:2]
         tiles = []
         for tile in range(across * down):
             rows = owner[starts[tile] : starts[tile + 1]]
@@ -276,7 +275,7 @@ def plain_sampling(arm: Arm) -> Step:
 
     def step(_: int) -> None:
         cells = np.floor((places - places.min(0)) / 0.1).astype(np.int64)
-        _, voxel, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        voxel, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)[1:]
         order = np.argsort(voxel, kind="stable")
         ends = np.cumsum(counts)
         for i in range(8):

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from scenesplat import losses, protocol
 from scenesplat.config import LossConfig
+from scenesplat.model import PointTransformer
+from scenesplat.self_supervision import follow, per_cloud
+from tests.scenesplat.golden_cases import tiny_network
 
 
 def test_of_unit_vectors_the_l2_loss_is_twice_the_cosine_loss() -> None:
@@ -69,3 +72,23 @@ def test_the_released_threshold_on_a_sigmoid_of_a_cosine_never_triggers() -> Non
     features = F.normalize(torch.randn(200, 8), dim=1)
     texts = F.normalize(torch.randn(5, 8), dim=1)
     assert torch.equal(protocol.classify(features, texts, 0.1), (features @ texts.t()).argmax(1))
+
+
+def test_the_teacher_follows_all_but_its_own_mask_token_and_batch_statistics() -> None:
+    options = tiny_network(mask_token=True)
+    student, teacher = PointTransformer(options), PointTransformer(options)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    with torch.no_grad():
+        for value in student.state_dict().values():
+            value.add_(1)
+    follow(teacher, student, 0.75)
+    weight, token = "enc.enc0.block0.attn.qkv.weight", "mask_token"
+    mine, theirs = student.state_dict(), teacher.state_dict()
+    torch.testing.assert_close(theirs[weight], 0.75 * before[weight] + 0.25 * mine[weight])
+    for name in (token, "embedding.stem.norm.running_mean"):
+        assert torch.equal(theirs[name], before[name])
+
+
+def test_a_cloud_without_a_masked_voxel_is_no_division_by_nothing() -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    assert float(per_cloud(torch.tensor([[2.0, 5.0], [7.0, 9.0]]), mask)) == 1.0

@@ -144,5 +144,7 @@ def check_options(config: SceneSplatConfig) -> None:
     if network.in_channels != seen:
         raise UserError(f"--network.in_channels {network.in_channels}: expected {seen}, of {', '.join(data.inputs)}")
     check_network(network)
+    if config.trainer.compile:
+        raise UserError("--trainer.compile: patches and neighbours differ in every batch, so nothing would stay compiled")
     if network.convolution == "spconv":
         raise UserError("--network.convolution spconv: the library has no backward pass on CPUs; expected gather")

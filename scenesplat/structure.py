@@ -9,8 +9,9 @@ Shape suffixes: N voxels of a stage, O orders, K voxels of a patch, P patches, M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Level:
     codes_ON: Tensor
     depth: int
     rows: list[int]
-    _kept: dict[object, object] = field(default_factory=dict, repr=False)
+    _kept: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def order(self, row: int) -> Tensor:
         """Voxels [N] along the curve that stands in `row`."""
@@ -89,7 +90,7 @@ class Level:
         grid = self.grid_N3[head] >> levels
         return Level(grid, batch, sizes, codes[:, head], self.depth - levels, self.rows), cluster_N
 
-    def _once(self, key: object, make):  # type: ignore[no-untyped-def]
+    def _once(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

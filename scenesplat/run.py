@@ -145,6 +145,6 @@ def check_options(config: SceneSplatConfig) -> None:
         raise UserError(f"--network.in_channels {network.in_channels}: expected {seen}, of {', '.join(data.inputs)}")
     check_network(network)
     if config.trainer.compile:
-        raise UserError("--trainer.compile: patches and neighbours differ in every batch, so nothing would stay compiled")
+        raise UserError("--trainer.compile: patches and neighbours differ in every batch, nothing would stay compiled")
     if network.convolution == "spconv":
         raise UserError("--network.convolution spconv: the library has no backward pass on CPUs; expected gather")

@@ -24,6 +24,7 @@ from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
 from common.files import read_object
 from common.pretrained import from_folder, one_line, quiet_libraries, read_network, refuse_code, refuse_not_finite
+from common.unets import quicken
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")  # besides text
@@ -99,7 +100,7 @@ class Teacher:
         folder: Path | None = None,
         distilled: bool = False,
     ) -> None:
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.unet, self.vae, self.text_encoder, self.tokenizer = quicken(unet), vae, text_encoder, tokenizer
         self.scheduler_config, self.folder = dict(scheduler_config), folder
         name = str(folder) if folder else "this teacher"
         check_networks(unet, vae, text_encoder, tokenizer, name)

@@ -8,6 +8,7 @@ Shape suffixes: N Gaussians, V voxels, F width of features, B scenes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from common.data.cache import fingerprint_strings, fingerprint_tensors
+from common.data.cache import fingerprint_files, fingerprint_strings, fingerprint_tensors
 from common.data.sampling import StepBatchSampler, StepDataModule, derive_seed
 from common.errors import UserError
 from common.files import file_sha256, list_files, sweep
@@ -28,10 +29,10 @@ from common.weights import read_weights, save_weights
 from scenesplat.data_config import DataConfig
 from scenesplat.furniture import ARCHIVE
 from scenesplat.gaussians import Gaussians, inputs
-from scenesplat.lifting import lift
+from scenesplat.lifting import Fusion, lift
 from scenesplat.ply import read_scene
 from scenesplat.rooms import CLASSES, SEEN, Part, Room, make_room
-from scenesplat.teacher import SimulatedTeacher
+from scenesplat.teacher import FolderTeacher, SimulatedTeacher, Teacher
 from scenesplat.text import TextSpace
 
 MADE = 1  # of the lifted labels in the cache; a change of rooms, rasteriser, teacher or lifting raises it
@@ -358,15 +359,33 @@ class SceneModule(StepDataModule):
 
 
 def lifted(room: Room, data: DataConfig, text: TextSpace, seed: int) -> Gaussians:
-    """A room's Gaussians with the features that the simulated teacher's answers lift onto them."""
-    teacher = SimulatedTeacher(
-        text.embed(room.names), room.labels_I, data.confusion, data.mask_errors, data.fusion, seed
-    )
+    """A room's Gaussians with the features that a teacher's answers to its pictures lift onto them.
+
+    Raises:
+        UserError: the teacher's features are of another width than the texts.
+    """
+    answers: Teacher
+    if data.segmenter is None or data.image_encoder is None:
+        names = text.embed(room.names)
+        answers = SimulatedTeacher(names, room.labels_I, data.confusion, data.mask_errors, data.fusion, seed)
+    else:
+        answers = real_teacher(data.segmenter, data.image_encoder, data.fusion)
     cameras = room.cameras(data.views, data.view_size, seed)
-    views = [teacher(room.gaussians, camera, number) for number, camera in enumerate(cameras)]
+    views = [answers(room.gaussians, camera, number) for number, camera in enumerate(cameras)]
     found = lift(room.gaussians, views, data.lifting)
     features_NF = F.normalize(found.features(), dim=1)
+    if features_NF.shape[1] != text.width:
+        raise UserError(
+            f"--data.image_encoder {data.image_encoder}: features of {features_NF.shape[1]} values, the texts have "
+            f"{text.width}; give the same model as --text.encoder, and no --text.width"
+        )
     return replace(room.gaussians, features_NF=features_NF, valid_N=found.seen_N & (features_NF != 0).any(1))
+
+
+@functools.cache
+def real_teacher(segmenter: str, encoder: str, fusion: Fusion) -> FolderTeacher:
+    """The models of two folders, read once."""
+    return FolderTeacher(existing_path(segmenter), existing_path(encoder), fusion)
 
 
 def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, unseen: bool = False) -> SceneData:
@@ -378,6 +397,8 @@ def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, un
     Raises:
         UserError: an option or a file of the user's is wrong.
     """
+    if (data.segmenter is None) != (data.image_encoder is None):
+        raise UserError("--data.segmenter and --data.image_encoder: expected both, or neither (the simulated teacher)")
     if data.name == "scenes":
         return _open_folder(data, part, text)
     count = data.rooms if part == "train" else data.eval_rooms
@@ -407,7 +428,9 @@ def _cache_key(data: DataConfig, text: TextSpace) -> str:
     kept = ("density", "bare", "quality", "views", "view_size", "confusion", "mask_errors", "fusion", "lifting")
     options = {name: value for name, value in asdict(data).items() if name in (*kept, "furniture")}
     source = file_sha256(ARCHIVE) if data.furniture == "archive" else "all"
-    return fingerprint_strings([str(MADE), str(sorted(options.items())), source, text.fingerprint])[:16]
+    folders = [existing_path(name) for name in (data.segmenter, data.image_encoder) if name is not None]
+    models = [fingerprint_files(list_files(folder), folder) for folder in folders]
+    return fingerprint_strings([str(MADE), str(sorted(options.items())), source, text.fingerprint, *models])[:16]
 
 
 def _open_folder(data: DataConfig, part: Part, text: TextSpace) -> SceneData:
@@ -434,6 +457,10 @@ def _open_folder(data: DataConfig, part: Part, text: TextSpace) -> SceneData:
                 f"{text.width}; give the --text.encoder and --text.width that it was made with"
             )
     groups = [place.parent.relative_to(root).as_posix() for place in found]
+    if part == "train":  # what is larger than a window is trained on window by window
+        windows = [[scene.select(rows) for rows in chunks(scene)] for scene in scenes]
+        groups = [group for group, parts in zip(groups, windows) for _ in parts]
+        scenes = [scene for parts in windows for scene in parts]
     return SceneData(scenes, names, data, groups)
 
 

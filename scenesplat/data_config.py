@@ -29,6 +29,8 @@ class DataConfig:
         view_size: their width in pixels; the height is three quarters of it.
         confusion: share of objects that the simulated teacher takes for another class, anew in every view.
         mask_errors: share of its masks that are split, merged or dropped.
+        segmenter: transformers folder of SAM or SAM 2; with image_encoder it takes the simulated teacher's place.
+        image_encoder: transformers folder of SigLIP or SigLIP 2, the text encoder's other half.
         fusion: features of a mask: dynamic (the paper's weighting of the three crops), or one crop alone.
         lifting: occam (the paper's), pixels (all pixels of a Gaussian), median over views, or the nearest view.
         inputs: attributes that the network sees.
@@ -51,6 +53,8 @@ class DataConfig:
     view_size: Annotated[int, Range(16, 4096)] = 96
     confusion: Share = 0.2
     mask_errors: Share = 0.1
+    segmenter: str | None = None
+    image_encoder: str | None = None
     fusion: Literal["dynamic", "global", "local", "masked"] = "dynamic"
     lifting: Literal["occam", "pixels", "median", "nearest"] = "occam"
     inputs: list[Attribute] = field(default_factory=lambda: ["colour", "opacity", "quaternion", "scale"])

@@ -77,7 +77,7 @@ class Gaussians:
 
     def _each(self, change: Any) -> Gaussians:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Gaussians(**{name: None if value is None else change(name, value) for name, value in given.items()})
+        return replace(self, **{name: change(name, value) for name, value in given.items() if value is not None})
 
     def moved(self, by_3: Tensor) -> Gaussians:
         """Shifted by metres."""

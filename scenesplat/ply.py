@@ -150,7 +150,9 @@ def _header(start: bytes, path: Path) -> tuple[str, dict[str, tuple[int, list[tu
     newline = start.find(b"\n", end)
     if end < 0 or newline < 0:
         raise UserError(f"{path}: no end_header in its first {LONGEST_HEADER:,} bytes; it is damaged")
-    order, elements, properties = "", {}, []
+    order = ""
+    elements: dict[str, tuple[int, list[tuple[str, str]]]] = {}
+    properties: list[tuple[str, str]] = []
     for number, line in enumerate(start[:end].decode("latin-1").splitlines(), 1):
         words = line.split()
         try:
@@ -206,7 +208,7 @@ def _gaussians(columns: Mapping[str, NDArray], path: Path, how: Reading) -> Gaus
     missing = [name for name in ("x", "y", "z", "opacity") if name not in columns]
     missing += [f"scale_{i}" for i in range(2) if f"scale_{i}" not in columns]
     missing += [f"rot_{i}" for i in range(4) if f"rot_{i}" not in columns]
-    shades = next(
+    shades: tuple[str, ...] = next(
         (
             names
             for names in (("f_dc_0", "f_dc_1", "f_dc_2"), ("red", "green", "blue"), ("r", "g", "b"))
@@ -361,8 +363,7 @@ def write_scene(path: Path, scene: Gaussians) -> None:
     if path.suffix.lower() != ".ply":
         replace_folder(path, lambda place: _write_folder(place, scene))
         return
-    far = scene.origin_3 is not None and bool((scene.origin_3 != 0).any())
-    means_N3 = scene.means_N3 if not far else scene.means_N3.double() + scene.origin_3
+    means_N3 = _places(scene)
     normals_N3 = scene.normals_N3 if scene.normals_N3 is not None else torch.zeros_like(scene.means_N3)
     parts = {
         ("x", "y", "z"): means_N3,
@@ -374,6 +375,13 @@ def write_scene(path: Path, scene: Gaussians) -> None:
         ("rot_0", "rot_1", "rot_2", "rot_3"): scene.quaternions_N4,
     }
     write_ply(path, {name: part[:, i] for names, part in parts.items() for i, name in enumerate(names)})
+
+
+def _places(scene: Gaussians) -> Tensor:
+    """Centres from zero on; in 64 bits where they are far from it."""
+    if scene.origin_3 is None or not bool((scene.origin_3 != 0).any()):
+        return scene.means_N3
+    return scene.means_N3.double() + scene.origin_3
 
 
 def write_ply(path: Path, columns: Mapping[str, Tensor]) -> None:
@@ -442,9 +450,8 @@ def _read_folder(path: Path) -> Gaussians:
 def _write_folder(place: Path, scene: Gaussians) -> None:
     place.mkdir(parents=True, exist_ok=True)
     seen = scene.attributes()
-    far = scene.origin_3 is not None and bool((scene.origin_3 != 0).any())
     found = {
-        "coord": seen["coord"].double() + scene.origin_3 if far else seen["coord"],
+        "coord": _places(scene),
         "color": seen["colour"].to(torch.uint8),
         "opacity": seen["opacity"][:, 0],
         "quat": seen["quaternion"],

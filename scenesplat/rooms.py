@@ -1,5 +1,8 @@
 """Furnished rooms as Gaussians: real models under rules of what stands where, with labels, boxes and surface points.
 
+    python -m scenesplat.rooms room.ply --seed 3              # a room to look at or to ask, of furniture for tests
+    python -m scenesplat.rooms rooms/3 --seed 3               # the same with its labels, as a folder of .npy arrays
+
 A room is a function of its seed. `quality` below 1 changes its Gaussians only, never what stands where, so that the
 same seed at quality 1 is the reference for a PSNR.
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +23,12 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from common.errors import UserError
+from common.cli import Parser
+from common.errors import UserError, run_main
+from common.options import Portion, Positive, Seed
 from scenesplat.furniture import NAMES, UNSEEN, Furniture, furniture
 from scenesplat.gaussians import C0, Gaussians, quaternions
+from scenesplat.ply import write_scene
 from scenesplat.rasterize import Camera, render
 
 STRUCTURE = ("wall", "floor", "ceiling")
@@ -256,7 +263,8 @@ def make_room(
     rng = np.random.default_rng([seed, part == "test", 0])
     kind = sorted(RECIPES)[int(rng.integers(len(RECIPES)))]
     low, high = SIZES[kind]
-    layout = _Layout(*rng.uniform(low, high, 2), rng)
+    width, depth = rng.uniform(low, high, 2)
+    layout = _Layout(float(width), float(depth), rng)
     models: dict[str, list[Furniture]] = {}
     for model in furniture(which):
         if model.held_out == (part == "test") and model.size_3[2] < HEIGHT - 0.1:
@@ -277,7 +285,8 @@ def _filled(layout: _Layout, kind: str, seed: int, density: float, bare: float, 
     rng = np.random.default_rng([seed, 1])
     size_3 = np.array([layout.width, layout.depth, HEIGHT])
     parts: list[tuple[Any, ...]] = []  # points, normals, colours, clearness, whether they become Gaussians, object
-    boxes, labels = [], []
+    boxes: list[list[float]] = []
+    labels: list[int] = []
     openings = [thing.box for thing in layout.things if thing.model.label in ("door", "window")]
     for name, axis, sign in (("floor", 2, -1), ("ceiling", 2, 1), *(("wall", a, s) for a in (0, 1) for s in (-1, 1))):
         parts.append((*_plane(name, axis, sign, size_3, density * bare, openings, rng, layout), len(boxes)))
@@ -458,3 +467,21 @@ def psnr(scene: Gaussians, reference: Gaussians, cameras: list[Camera]) -> float
             for camera in cameras
         ]
     return float(-10 * torch.stack(errors).mean().clamp(min=1e-12).log10())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("out", type=Path, help="a .ply to write, or a folder for .npy arrays")
+    parser.add_argument("--seed", type=Seed, default=0, help="of the room")
+    parser.add_argument("--part", choices=("train", "test"), default="test", help="whose furniture it gets")
+    parser.add_argument("--density", type=Positive, default=400.0, help="Gaussians per square metre of furniture")
+    parser.add_argument("--quality", type=Portion, default=1.0, help="of the reconstruction; 1 is the best")
+    options = parser.parse_args(argv)
+    room = make_room(options.seed, options.part, options.density, quality=options.quality)
+    write_scene(options.out, room.gaussians)
+    things = ", ".join(CLASSES[label] for label in room.labels_I[6:].tolist())
+    print(f"{options.out}: a {room.kind} of {len(room.gaussians):,} Gaussians with {things}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -26,7 +26,10 @@ from scenesplat.rooms import Part
 from scenesplat.text import TextSpace
 
 FREE_OPTIONS = free_options("evaluation")
-PLACES = {"data": ["data.path"], "text": ["text.encoder"]}  # options that only say where an input lies
+PLACES = {  # options that only say where an input lies
+    "data": ["data.path", "data.segmenter", "data.image_encoder"],
+    "text": ["text.encoder"],
+}
 WEIGHTS = Path("pretraining") / "encoder.safetensors"
 
 

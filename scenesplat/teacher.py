@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.sampling import derive_seed
-from common.errors import UserError
+from common.errors import UserError, first_line
+from common.pretrained import from_folder, read_network
 from scenesplat.gaussians import Gaussians
 from scenesplat.lifting import NONE, Fusion, View, fuse
 from scenesplat.rasterize import Camera, render
@@ -28,6 +29,8 @@ from scenesplat.rasterize import Camera, render
 SMALLEST = 10  # pixels of a mask (third-party preprocessing); smaller ones are dropped
 LIKENESS = 0.1  # temperature of the classes that one is taken for
 INSTANCE, NOISE, OFFSET = 0.35, 0.35, 0.5  # lengths beside a text feature's 1: object, view, modality
+SCORE, ALIKE = 0.7, 0.8  # of real masks: least score of the model, overlap of two that are one (third-party)
+GRID, AT_ONCE = 16, 64  # points per side at which masks are asked for, and in one pass
 AROUND = 0.25  # share of its surroundings in a crop with background
 
 
@@ -109,7 +112,7 @@ class SimulatedTeacher:
                 pieces += [(owner, first_HW), (owner, here_HW & ~first_HW)]
                 continue
             pieces.append((owner, here_HW))
-        masks_HW, owners = torch.full_like(objects_HW, NONE), []
+        masks_HW, owners = torch.full_like(objects_HW, NONE), list[int]()
         for owner, here_HW in pieces:
             if int(here_HW.sum()) > SMALLEST:
                 masks_HW[here_HW] = len(owners)
@@ -135,51 +138,73 @@ class SimulatedTeacher:
 
 
 class FolderTeacher:
-    """SAM 2 and SigLIP 2 from transformers folders: masks of a rendered picture, and three crops of each.
+    """SAM or SAM 2 and SigLIP or SigLIP 2 from transformers folders: masks of a picture, and three crops of each.
 
     Args:
-        segmenter, encoder: folders of a SAM or SAM 2 and of a SigLIP model.
+        segmenter, encoder: their folders.
 
     Raises:
         UserError: a folder is none, or holds another kind of model.
     """
 
-    def __init__(self, segmenter: Path, encoder: Path, fusion: Fusion = "dynamic", points: int = 32) -> None:
-        from transformers import AutoImageProcessor, AutoModel, pipeline
+    def __init__(self, segmenter: Path, encoder: Path, fusion: Fusion = "dynamic") -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 
-        for name, folder in (("segmenter", segmenter), ("encoder", encoder)):
+        for name, folder in (("data.segmenter", segmenter), ("data.image_encoder", encoder)):
             if not (folder / "config.json").is_file():
                 raise UserError(f"--{name} {folder}: no config.json there; expected a transformers folder")
-        self.encoder = AutoModel.from_pretrained(encoder, local_files_only=True).eval()
+        self.encoder: Any = read_network(AutoModel, encoder).eval()
         if not hasattr(self.encoder, "get_image_features"):
-            raise UserError(
-                f"--encoder {encoder}: {type(self.encoder).__name__} has no image features; expected SigLIP"
-            )
-        self.processor = AutoImageProcessor.from_pretrained(encoder, local_files_only=True)
-        self.segmenter: Any = pipeline("mask-generation", model=str(segmenter), device="cpu")
-        self.fusion, self.points = fusion, points
+            raise UserError(f"--data.image_encoder {encoder}: a {type(self.encoder).__name__}; expected SigLIP")
+        try:
+            self.segmenter: Any = read_network(AutoModelForMaskGeneration, segmenter).eval()
+        except ValueError as error:
+            raise UserError(f"--data.segmenter {segmenter}: {first_line(error)}; expected SAM or SAM 2") from None
+        self.pixels: Any = from_folder(AutoImageProcessor, encoder)
+        self.prompts: Any = from_folder(AutoProcessor, segmenter)
+        self.fusion = fusion
 
     @torch.inference_mode()
     def __call__(self, scene: Gaussians, camera: Camera, number: int) -> View:
-        from PIL import Image
-
         pixels_HW3 = (render(scene, camera).rgb_HW3.clamp(0, 1) * 255).byte()
-        picture = Image.fromarray(pixels_HW3.numpy())
-        answer = self.segmenter(picture, points_per_batch=self.points)
-        masks = [torch.as_tensor(mask).bool() for mask in answer["masks"]]
-        masks = sorted((mask for mask in masks if int(mask.sum()) > SMALLEST), key=lambda mask: -int(mask.sum()))
+        masks = self.masks(pixels_HW3)
         masks_HW = torch.full(pixels_HW3.shape[:2], NONE)
         for place, mask_HW in enumerate(masks):  # the smaller ones lie upon the larger
             masks_HW[mask_HW] = place
+        whole_1F = self._features([pixels_HW3])
         if not masks:
-            return View(camera, masks_HW, torch.zeros(0, self._features([pixels_HW3]).shape[1]))
+            return View(camera, masks_HW, whole_1F[:0])
         crops = [square_crop(pixels_HW3, mask_HW) for mask_HW in masks]
         cut = [square_crop(pixels_HW3 * mask_HW[..., None], mask_HW) for mask_HW in masks]
-        whole_F = self._features([pixels_HW3])[0]
-        return View(camera, masks_HW, fuse(whole_F, self._features(crops), self._features(cut), self.fusion))
+        return View(camera, masks_HW, fuse(whole_1F[0], self._features(crops), self._features(cut), self.fusion))
+
+    def masks(self, pixels_HW3: Tensor) -> list[Tensor]:
+        """Masks [H, W] at a grid of points, the largest first: sure ones (SCORE), no two alike (ALIKE)."""
+        height, width = pixels_HW3.shape[:2]
+        places = [
+            [[(column + 0.5) * width / GRID, (row + 0.5) * height / GRID]]
+            for row in range(GRID)
+            for column in range(GRID)
+        ]
+        found: list[tuple[float, Tensor]] = []
+        for start in range(0, len(places), AT_ONCE):
+            points = [places[start : start + AT_ONCE]]
+            given = self.prompts(images=pixels_HW3.numpy(), input_points=points, return_tensors="pt")
+            sizes = [given.pop(name) for name in ("original_sizes", "reshaped_input_sizes") if name in given]
+            answer = self.segmenter(**given, multimask_output=True)
+            drawn_PMHW = self.prompts.post_process_masks(answer.pred_masks, *sizes)[0]
+            scores = answer.iou_scores[0].flatten().tolist()
+            found += [pair for pair in zip(scores, drawn_PMHW.flatten(0, 1), strict=True) if pair[0] >= SCORE]
+        kept: list[Tensor] = []
+        for _, mask_HW in sorted(found, key=lambda pair: -pair[0]):
+            if int(mask_HW.sum()) > SMALLEST and all(
+                int((mask_HW & other).sum()) <= ALIKE * int((mask_HW | other).sum()) for other in kept
+            ):
+                kept.append(mask_HW)
+        return sorted(kept, key=lambda mask_HW: -int(mask_HW.sum()))
 
     def _features(self, pictures: Sequence[Tensor]) -> Tensor:
-        given = self.processor(images=[picture.numpy() for picture in pictures], return_tensors="pt")
+        given = self.pixels(images=[picture.numpy() for picture in pictures], return_tensors="pt")
         found = self.encoder.get_image_features(**given)
         return F.normalize(getattr(found, "pooler_output", found).float(), dim=1).clone()
 

@@ -185,6 +185,46 @@ def test_the_crop_of_a_mask_is_square_and_holds_it() -> None:
     assert torch.equal(crop[1:3], pixels[1:3, 2:7]) and not crop[0].any() and not crop[3:].any()
 
 
+def test_real_models_from_folders_answer_for_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny ones with random weights: the masks mean nothing, the way through them is the real one."""
+    from transformers import (
+        SamConfig,
+        SamImageProcessor,
+        SamModel,
+        SamProcessor,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+    )
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"image_size": 64, "patch_size": 16, "output_channels": 8, "global_attn_indexes": [0], "mlp_dim": 32}
+    sam = SamModel(
+        SamConfig(
+            vision_config=small | vision | {"window_size": 2, "num_pos_feats": 4},
+            prompt_encoder_config={"hidden_size": 8, "image_size": 64, "image_embedding_size": 4},
+            mask_decoder_config={"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+            | {"iou_head_hidden_dim": 8},
+        )
+    )
+    sam.save_pretrained(tmp_path / "sam")
+    sizes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    SamProcessor(SamImageProcessor(**sizes)).save_pretrained(tmp_path / "sam")
+    siglip = SiglipModel(SiglipConfig(text_config=small, vision_config=small | {"image_size": 32, "patch_size": 16}))
+    siglip.save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
+    monkeypatch.setattr(teacher, "SCORE", -10.0)
+    monkeypatch.setattr(teacher, "GRID", 3)
+    answers = teacher.FolderTeacher(tmp_path / "sam", tmp_path / "siglip")
+    found = room()
+    view = answers(found.gaussians, found.cameras(1, 48)[0], 0)
+    assert view.masks_HW.shape == (36, 48) and int(view.masks_HW.max()) < len(view.features_MF)
+    torch.testing.assert_close(view.features_MF.norm(dim=1), torch.ones(len(view.features_MF)))
+    refused("no config.json", teacher.FolderTeacher, tmp_path / "none", tmp_path / "siglip")
+    refused("expected SigLIP", teacher.FolderTeacher, tmp_path / "siglip", tmp_path / "sam")
+
+
 # Voxels, augmentation and batches
 
 

@@ -94,7 +94,6 @@ def batches(teacher: Teacher, arm: Arm) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def ours(arm: Arm) -> Step:
     """The trainer's own step, without Lightning around it."""
     teacher = teacher_of(arm)
-    teacher.unet.to(memory_format=torch.channels_last)
     student = make_student(teacher, StudentConfig(), PATHS).to(arm.device)
     target = averaged_copy(student)
     x1, noise, index, states = batches(teacher, arm)
@@ -119,9 +118,13 @@ def ours(arm: Arm) -> Step:
 
 def peer(arm: Arm) -> Step:
     """The example's loop at gamma = 1 (its only form), written as it is written there."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
     teacher = teacher_of(arm)
     schedule, networks = teacher.schedule, teacher.unet
+    networks.set_attn_processor(AttnProcessor2_0())
     student = make_student(teacher, StudentConfig(), PATHS).unet.to(arm.device, memory_format=torch.contiguous_format)
+    student.set_attn_processor(AttnProcessor2_0())
     target = copy.deepcopy(student).requires_grad_(False)
     paths = make_student(teacher, StudentConfig(), PATHS).paths
     if arm.compiled:

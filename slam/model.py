@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.adaptors import add_adaptors
 from common.errors import UserError
 from common.teacher import Teacher
+from common.unets import quicken
 from slam.config import StudentConfig, SubPathConfig
 from slam.subpath import SubPaths, boundary_scalings, column
 
@@ -126,7 +127,7 @@ def make_student(teacher: Teacher, options: StudentConfig, paths: SubPathConfig)
     else:
         add_adaptors(unet, options.targets, options.rank, options.alpha)
         unet.train()
-    return Student(unet.to(memory_format=torch.channels_last), grid, effective, paths.embedding_scale)
+    return Student(quicken(unet), grid, effective, paths.embedding_scale)
 
 
 def copy_unet(teacher: Teacher, embedding_width: int | None) -> Any:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed, step_generator
+from common.errors import UserError
 from common.evolution import fronts, generation_random, hypervolume, spread
 from common.files import read_object, reading, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
@@ -32,7 +33,7 @@ from eeea_net.data import augmentation, open_data
 from eeea_net.drawing import draw_comparison
 from eeea_net.evolution import Member, first_generation
 from eeea_net.once_for_all import DESIGNS, Design, Subnet, SubnetChoice, subnet_cost
-from eeea_net.supernet import Elastic, Supernet, phases, recalibrate, resized
+from eeea_net.supernet import Elastic, Supernet, member_count, phases, recalibrate, resized
 from eeea_net.surrogate import ChoiceSpace, Genes, propose
 from eeea_net.training import Loop
 
@@ -102,6 +103,18 @@ class OnceForAll:
         augment = augmentation(config.data, options.cutout)
         self.batches = Batches(self.data, self.data.train, options.batch_size, stream, augment, device=device)
         self._known: dict[str, dict[str, Any]] = {}
+        wanted = options.initial + options.rounds * options.proposals
+        if wanted > (there := member_count(self.elastic, self.supernet.stages)):
+            raise UserError(
+                f"--elastic.initial {options.initial}, {options.rounds} rounds of {options.proposals}: the space has "
+                f"only {there} members; give fewer, or more choices"
+            )
+        start = EvolutionOptions(population=options.initial, beta=config.evolution.beta)
+        self.first = first_generation(self.space, start, generation_random(config.seed, 0), self.parameters)
+
+    def parameters(self, genes: Genes) -> float:
+        """Of a member, in millions: what early exit compares with beta."""
+        return subnet_cost(self.space.decode(genes), self.design)[0] / 1e6
 
     def say(self, sentence: str) -> None:
         if self.config.progress:
@@ -181,12 +194,7 @@ class OnceForAll:
                 self._known = read_object(path, kinds={"evaluations": dict})["evaluations"]
                 [entry["error"] for entry in self._known.values()]
 
-        def parameters(genes: Genes) -> float:
-            return subnet_cost(self.space.decode(genes), self.design)[0] / 1e6
-
-        start = EvolutionOptions(population=options.initial, beta=config.evolution.beta)
-        first = first_generation(self.space, start, generation_random(config.seed, 0), parameters)
-        measured = self.measure(first.members)
+        measured = self.measure(self.first.members)
         rounds: list[dict[str, Any]] = []
         volumes = [self._volume(measured)]
         for number in range(options.rounds):
@@ -196,9 +204,9 @@ class OnceForAll:
             rounds.append({"surrogate": name, "tau": tau, "hypervolume": volumes[-1]})
             self.say(f"round {number}: {name} (tau {tau:.2f}), HV {volumes[-1]:.4f}")
         blind = EvolutionOptions(population=len(measured), beta=0.0)
-        drawn = first_generation(self.space, blind, generation_random(config.seed, 0), parameters)
+        drawn = first_generation(self.space, blind, generation_random(config.seed, 0), self.parameters)
         random = self.measure(drawn.members) if config.compare.random_search else []
-        return {"measured": measured, "random": random, "rounds": rounds, "volumes": volumes, "first": first}
+        return {"measured": measured, "random": random, "rounds": rounds, "volumes": volumes}
 
     def finish(self, found: dict[str, Any]) -> dict[str, Any]:
         """Choose along the front, export, and write table.md, metrics.json and comparison.png."""
@@ -217,7 +225,8 @@ class OnceForAll:
             row |= {"parameters": parameters, "macs": macs, "choice": choice.__dict__}
             rows.append(row)
             save_weights(self.folder / name / "model.safetensors", network.state_dict())
-            about = {"choice": choice.__dict__, "design": self.design.__dict__, "classes": list(self.data.classes)}
+            about: dict[str, Any] = {"choice": choice.__dict__, "design": self.design.__dict__, "data": self.data.name}
+            about |= {"classes": list(self.data.classes), "size": choice.resolution}
             about |= {"mean": self.data.mean_C.tolist(), "std": self.data.std_C.tolist()}
             write_json(self.folder / name / "model.json", about)
         gains = [_number(entry["error_before"]) - _number(entry["error"]) for entry in self._known.values()]
@@ -226,7 +235,7 @@ class OnceForAll:
         content = {
             "data": {"name": self.data.name, "classes": len(self.data.classes), "test": len(self.data.test)},
             "networks": rows,
-            "accepted": found["first"].accepted,
+            "accepted": self.first.accepted,
             "measured": len(measured),
             "rounds": found["rounds"],
             "hypervolume": found["volumes"][-1],

@@ -36,6 +36,7 @@ from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
+from eeea_net.once_for_all import Design, Subnet, SubnetChoice
 from eeea_net.proxy import EVALUATION_BATCH, compare
 
 STREAM = 2  # of random numbers
@@ -348,17 +349,26 @@ def save_model(network: Network, data: ImageSet, folder: Path) -> None:
     write_json(folder / "model.json", about)
 
 
-def load_model(folder: Path) -> tuple[Network, dict[str, Any]]:
-    """The network of `save_model` in eval mode, and the content of its `model.json`.
+def load_model(folder: Path) -> tuple[Network | Subnet, dict[str, Any]]:
+    """The network of `save_model`, or a member that a run over the once-for-all space exported, in eval mode, and the
+    content of its `model.json`.
 
     Raises:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
     about = read_object(folder / "model.json", f"{folder} holds no network")
+
+    def listed(content: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
     try:
-        network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
+        network: Network | Subnet
+        if "choice" in about:
+            network = Subnet.of(SubnetChoice(**listed(about["choice"])), Design(**listed(about["design"])))
+        else:
+            network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
         len(about["classes"]), len(about["mean"]), int(about["size"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'model.json'} describes no network ({error}); train again") from None
     load_weights(network, folder / "model.safetensors", against="model.json")
     return network.eval(), about

@@ -15,11 +15,12 @@ from eeea_net import convert
 from eeea_net.config import CONFIGS
 from eeea_net.counting import measured
 from eeea_net.evolution import Member
-from eeea_net.once_for_all import DESIGNS, Design, Subnet, SubnetChoice, on_meta, published_subnet, subnet_cost
+from eeea_net.once_for_all import DESIGNS, Design, Subnet, on_meta, published_subnet, subnet_cost
 from eeea_net.shrinking import Shrinking
 from eeea_net.supernet import Elastic
 from eeea_net.surrogate import ChoiceSpace, fit_surrogate, propose
 from eeea_net.train import main
+from eeea_net.training import load_model
 from tests.drills import words
 
 ELASTIC = Elastic((3, 5, 7), (3, 4, 6), (1, 2), (12, 16))
@@ -51,14 +52,8 @@ def test_the_whole_path_trains_all_phases_searches_and_exports(whole: tuple[Path
     recorded = json.loads((folder / "evaluations.json").read_text())["evaluations"]
     assert len({json.dumps(entry["choice"]) for entry in recorded.values()}) == len(recorded) >= 8
     first = content["networks"][0]
-    about = json.loads((folder / first["name"] / "model.json").read_text())
-    choice = SubnetChoice(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["choice"].items()})
-    design = Design(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["design"].items()})
-    network = Subnet.of(choice, design)
-    from common.weights import load_weights
-
-    load_weights(network, folder / first["name"] / "model.safetensors", against="model.json")
-    assert (first["parameters"], first["macs"]) == measured(network, choice.resolution, design.in_channels)
+    network, about = load_model(folder / first["name"])
+    assert (first["parameters"], first["macs"]) == measured(network, about["size"], 1)
     assert "| largest |" in (folder / "table.md").read_text()
 
 
@@ -135,6 +130,14 @@ def test_the_released_weights_of_c2_are_read_under_both_names(tmp_path: Path) ->
         assert torch.equal(convert.load_subnet(path)(x), network(x))
     with pytest.raises(UserError, match="does not fit the network EEEA_C2"):
         convert.main([str(tmp_path / "weights.pt"), str(tmp_path / "x.safetensors"), "--subnet", "EEEA_C2"])
+
+
+def test_more_members_than_there_are_is_a_sentence_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the space has only 8000 members"):
+        main([*ARGUMENTS, "--run_dir", str(tmp_path / "run"), *words(elastic__initial=30_000)])
+    with pytest.raises(UserError, match=r"--evolution\.beta 0\.001"):
+        main([*ARGUMENTS, "--run_dir", str(tmp_path / "run"), *words(evolution__beta=0.001)])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", ["[3, 3]", "[4]", "[]"])

@@ -65,7 +65,7 @@ def test_what_a_training_leaves_is_evaluated_to_the_same_error(tmp_path: Path) -
     assert measured["test_error"] == pytest.approx(found.test_error)
     assert json.loads((tmp_path / "out.json").read_text()) == measured
     network, about = load_model(tmp_path / "model")
-    assert network.genotype == CELL and about["classes"] == list(digits().classes)
+    assert isinstance(network, Network) and network.genotype == CELL and about["classes"] == list(digits().classes)
     again = train(CELL, replace(RETRAIN, epochs=1), digits(), DATA, tmp_path, run=RUN)
     assert again == found  # it is not repeated
     with pytest.raises(UserError, match="is the result of another cell"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,11 +44,18 @@ def pick_device(name: str) -> torch.device:
     """The device of an option.
 
     Raises:
-        UserError: `cuda` was asked for and there is none.
+        UserError: `cuda` was asked for and there is none, or several processes were started.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a run of eeea_net is one process; its networks are trained by several with --engine processes --workers N, or "
+            "on a cluster with --engine ray"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = cuda  # the same few shapes of convolution come again and again
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def random_search(options: EvolutionOptions, evaluations: int) -> EvolutionOptions:

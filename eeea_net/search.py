@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -85,10 +84,7 @@ class Evaluator:
             with reading(path):
                 found = read_object(path, kinds={"evaluations": dict})["evaluations"]
                 self.known = {name: {k: _number(v) for k, v in values.items()} for name, values in found.items()}
-                self.errors(self.known)
-
-    def errors(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
-        return {name: self.known[name]["error"] for name in names}
+                [(values["error"], values["cpu_seconds"]) for values in self.known.values()]
 
     def __call__(self, members: Sequence[NetworkMember], tell: Callable[[int, int], None] | None = None) -> list[float]:
         """Validation errors of members, 0..1; NaN for one that diverged.
@@ -192,9 +188,9 @@ class Search:
                 self.generations.append(Generation.load(path, number))
                 continue
             self.generations.append(self._generation(number))
-            self.generations[-1].save(path)
             if self.after is not None:
                 self.after(self.generations)
+            self.generations[-1].save(path)  # last: what has this file has its drawings too
         return self.generations
 
     def _generation(self, number: int) -> Generation:

@@ -23,8 +23,9 @@ from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype, published
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
+from eeea_net.train import main
 from eeea_net.training import Training, cutmix, cutmix_box, load_model, train
-from tests.eeea_net.tiny_run import DATA, RETRAIN, digits
+from tests.eeea_net.tiny_run import DATA, RETRAIN, command, digits
 
 CELL = published()["EEEA_A"]
 RUN = RunOptions(checkpoint_every=2, log_every=1, progress=False)
@@ -176,3 +177,9 @@ def test_drop_path_leaves_identities_and_evaluation_alone() -> None:
     expected = network(x)
     network.drop_path_probability = 0.9
     assert torch.equal(network(x), expected)
+
+
+def test_several_processes_are_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one process; .* --engine processes --workers N"):
+        main(command(tmp_path / "run"))

@@ -48,8 +48,8 @@ def pick_device(name: str) -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a run of eeea_net is one process; its networks are trained by several with --engine processes --workers N, or "
-            "on a cluster with --engine ray"
+            "a run of eeea_net is one process; its networks are trained by several with --engine processes "
+            "--workers N, or on a cluster with --engine ray"
         )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")

@@ -225,7 +225,9 @@ class ElasticOptions(SgdOptions):
 
     Args:
         design: imagenet (the paper's: five stages, 16 to 160 channels) or small (three stages for small pictures).
-        kernels, expands, depths: of blocks and stages; what may be chosen.
+        kernels: sides of the depthwise kernels that a block may have.
+        expands: how many times wider than its input a block may be inside.
+        depths: numbers of blocks that a stage may have.
         resolutions: sides of the pictures; the largest is the one that they are kept at.
         epochs: of each phase of progressive shrinking.
         members: drawn and trained in each step.

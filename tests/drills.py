@@ -4,7 +4,7 @@
     make drills ARGS="--papers ldm --kinds kill,term"      # --seed draws other moments and bits
 
 A paper takes part by `command(folder)` in tests/<paper>/tiny_run.py: the arguments with which its train.py makes a run
-in `folder` in seconds, from inputs that lie beside it. The programs run in forked processes, so that none of them has
+in `folder` in seconds, from inputs that lie beside it (FIRST_CHECKPOINT: the step by which there is one, if not 3). The programs run in forked processes, so that none of them has
 to import torch and Lightning again; these use one thread: a forked process hangs in its parent's pool of threads.
 """
 
@@ -434,7 +434,7 @@ class Drill:
 
     def bits(self) -> None:
         """One bit of a checkpoint that the run goes on from is another: refused by name."""
-        self.once("bits", at_step(signal.SIGTERM, 3))
+        self.once("bits", at_step(signal.SIGTERM, getattr(self.tiny, "FIRST_CHECKPOINT", 3)))
         found = [*(self.folder / "bits").rglob("last.ckpt"), *(self.folder / "bits").rglob("dense.safetensors")]
         for file in found:
             content = bytearray(file.read_bytes())

@@ -4,8 +4,9 @@
     make drills ARGS="--papers ldm --kinds kill,term"      # --seed draws other moments and bits
 
 A paper takes part by `command(folder)` in tests/<paper>/tiny_run.py: the arguments with which its train.py makes a run
-in `folder` in seconds, from inputs that lie beside it (FIRST_CHECKPOINT: the step by which there is one, if not 3). The programs run in forked processes, so that none of them has
-to import torch and Lightning again; these use one thread: a forked process hangs in its parent's pool of threads.
+in `folder` in seconds, from inputs that lie beside it; FIRST_CHECKPOINT there is the step by which the run has a
+checkpoint, if not the third. The programs run in forked processes, so that none of them has to import torch and
+Lightning again; these use one thread: a forked process hangs in its parent's pool of threads.
 """
 
 from __future__ import annotations

@@ -124,14 +124,14 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the features
-of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
+A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the
+features of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
 
 | | |
 |---|---|
 | data | {source}; one different caption in {HELD_OUT} held out |
 | architecture | OLMo, {options.layers} layers, {options.width} wide, {parameters:,} parameters, float16 on disk |
-| tokenizer | byte-level BPE in lower case, at most {options.entries} entries, at most {LONGEST} tokens; a prompt begins with {BEGIN} |
+| tokenizer | byte-level BPE in lower case, {options.entries} entries and {LONGEST} tokens at most, first {BEGIN} |
 | training | {options.steps} steps of {BATCH} captions, AdamW, one cycle up to {LEARNING_RATE}, seed {options.seed} |
 | held-out cross-entropy | {held:.3f} nats a token |
 """

@@ -1,7 +1,7 @@
 """Train the small causal language model that reads captions here, in place of AMD-OLMo-1B.
 
     python instella_t2i/language_model.py --out CAPTIONS                              # some minutes on one core
-    python instella_t2i/language_model.py --captions mine.txt --out my-captions          # one caption a line
+    python instella_t2i/language_model.py --captions CAPTIONS.txt --out my-captions     # one caption a line
 
 The architecture is OLMo's, the tokenizer byte-level BPE in lower case, both learned from captions alone: training
 captions of the emoji and of Shapes, unless there is a file. It writes a transformers folder for --text.encoder.

@@ -47,9 +47,7 @@ def test_a_run_trains_both_generators_and_measures_them_on_the_same_prompts(
     folder, metrics = finished
     assert list(metrics["generators"]) == ["diffusion", "autoregression"]
     for found in metrics["generators"].values():
-        assert {"kid", "accuracy", "single", "two", "count", "color", "position", "attr", "images_per_second"} <= {
-            *found
-        }
+        assert {"kid", "accuracy", "single", "two", "count", "color", "position", "attr", "image_seconds"} <= {*found}
     assert (folder / "samples.png").is_file() and "accuracy" in (folder / "table.md").read_text()
     for kind in ("diffusion", "autoregression"):
         found = losses(folder, kind)

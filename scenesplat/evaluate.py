@@ -106,7 +106,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     """The run's network on its unseen scenes, the labels that would have been lifted there, and pictures.
 
     Returns:
-        {"arms": {name: metrics}, ...}; `table.md` has them, `room.png` shows the first unseen scene.
+        {"arms": {name: metrics}, ...}; `table.md` has them, `room.png` shows an unseen scene.
     """
     from common.files import write_atomically
     from common.publishing import markdown_table

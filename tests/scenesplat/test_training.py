@@ -190,6 +190,7 @@ def test_a_score_is_the_odds_against_the_hardest_negative() -> None:
     wanted = [1 / (1 + 2.718281828 ** (-10 * (1 - 0.5))), 1 / (1 + 2.718281828**10), 0.5]
     assert score[0].tolist() == pytest.approx(wanted, abs=1e-6)
     assert negatives_for(["the Wall"], ["wall", "floor"]) == ["floor"]
+    refused("--negatives a wall: expected another name", negatives_for, ["wall"], ["a wall"])
 
 
 def test_labelled_scenes_of_the_users_are_measured(reference: Path, tmp_path: Path) -> None:

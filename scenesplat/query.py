@@ -1,10 +1,10 @@
 """Ask a scene of Gaussians for something in words.
 
-    python scenesplat/query.py room.ply "a chair"
-    python scenesplat/query.py room.ply "a chair" "a lamp" --out found.png --json
-    python scenesplat/query.py room.ply "a chair" --save chair.ply      # the chosen Gaussians, as a standard splat
-    python scenesplat/query.py room.ply "a chair" --best 500            # the 500 most similar ones, whatever that is
-    python scenesplat/query.py room.ply "a chair" --negatives table sofa wall --threshold 0.6
+    python scenesplat/query.py ROOM.ply "a chair"
+    python scenesplat/query.py ROOM.ply "a chair" "a lamp" --out found.png --json
+    python scenesplat/query.py ROOM.ply "a chair" --save chair.ply      # the chosen Gaussians, as a standard splat
+    python scenesplat/query.py ROOM.ply "a chair" --best 500            # the 500 most similar ones, whatever that is
+    python scenesplat/query.py ROOM.ply "a chair" --negatives table sofa wall --threshold 0.6
 
 A score is the worst against the negatives: exp(10 cos(query)) over that plus exp(10 cos(negative)),
 as LERF has it. Above 0.5 the query fits better than every negative. Nothing is stretched between the scene's own least

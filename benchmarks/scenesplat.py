@@ -48,7 +48,7 @@ from scenesplat.config import NetworkConfig
 from scenesplat.model import PointTransformer, SparseConv
 from scenesplat.plan import forward_flop
 from scenesplat.serialization import ORDERS, depth_of, encode_all
-from scenesplat.structure import Structure, neighbour_pairs
+from scenesplat.structure import Structure, neighbours_of
 
 PARTS = {
     "render": (20_000, 5.0, "images/s"),
@@ -150,7 +150,7 @@ def our_codes(arm: Arm) -> Step:
 def our_neighbours(arm: Arm) -> Step:
     grid = walls(arm.count).to(arm.device)
     batch = torch.zeros(len(grid), dtype=torch.long, device=arm.device)
-    return lambda _: neighbour_pairs(grid, batch, 3)
+    return lambda _: neighbours_of(grid, batch, 3)
 
 
 def our_sampling(arm: Arm) -> Step:

@@ -154,7 +154,7 @@ def our_neighbours(arm: Arm) -> Step:
 
 
 def our_sampling(arm: Arm) -> Step:
-    from scenesplat.inference import fragments, voxels_of
+    from scenesplat.voxels import fragments, voxels_of
 
     places = torch.rand(arm.count, 3) * 4
 

@@ -14,11 +14,12 @@ from common.images import open_rgb
 from common.weights import read_weights
 from scenesplat.export import SceneModel
 from scenesplat.gaussians import Gaussians
-from scenesplat.inference import fragments, passes, scene_classes, scene_features
+from scenesplat.inference import passes, scene_classes, scene_features
 from scenesplat.ply import Reading, read_scene, write_scene
 from scenesplat.rooms import make_room
 from scenesplat.run import WEIGHTS
 from scenesplat.trainer import LanguagePretraining
+from scenesplat.voxels import fragments
 from tests.drills import kill, same_weights, succeed
 from tests.refusals import refused
 from tests.scenesplat.tiny_run import command, losses, train

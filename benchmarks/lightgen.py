@@ -81,8 +81,10 @@ class Size:
 
 
 _SMALL = NetworkConfig(
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 5),
     width=160,
+    encoder_heads=5,
+    decoder_heads=5,
+    cross_heads=5,
     encoder_depth=2,
     decoder_depth=3,
     cross_depth=2,
@@ -240,9 +242,9 @@ def decoding_rows(name: str, device: str, rounds: int) -> Iterator[dict[str, Any
 def score_rows(model: Path, per_task: int) -> list[dict[str, Any]]:
     """Speed and overall score of a trained model, ours against the released decoding, over seeds."""
     painter = Painter.load(model)
-    specs = prompts(per_task, "test", **WORLDS["small"])  # type: ignore[arg-type]
+    specs = prompts(per_task, "test", **WORLDS["small"])
     captions = [spec.caption for spec in specs]
-    grid, found = painter.grid(painter.size, painter.size), {"ours": [], "peer": []}
+    grid, found = painter.grid(painter.size, painter.size), dict[str, list[float]](ours=[], peer=[])
     fast, official = painter.sampling, replace(OFFICIAL, guidance=painter.sampling.guidance)
     seconds = dict.fromkeys(found, 0.0)
     for seed in range(SEEDS):

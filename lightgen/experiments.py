@@ -16,7 +16,7 @@ from torch import nn
 
 from common.data.cache import fingerprint_strings
 from common.data.sampling import StepDataModule, Table
-from common.data.shapes import Spec, prompts, render, sample_scene, spec_of
+from common.data.shapes import Spec, Split, prompts, render, sample_scene, spec_of
 from common.options import TrainerOptions
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
@@ -37,10 +37,14 @@ TUNING_SHARE = 0.25  # of the steps, for each try
 VALIDATION_SEED, GIVEN_SEED = 17, 7919  # of the prompts that rates are chosen on, of the given pictures
 VOLUME_CAPTIONS, DIVERSE = 24, 800
 NETWORK = NetworkConfig(
-    **dict.fromkeys(("encoder_depth", "decoder_depth", "cross_depth"), 2),
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 4),
     width=128,
+    encoder_depth=2,
+    decoder_depth=2,
+    cross_depth=2,
     text_depth=1,
+    encoder_heads=4,
+    decoder_heads=4,
+    cross_heads=4,
     dropout=0.0,
     grid=4,
     head_width=160,
@@ -87,7 +91,7 @@ class Sizes:
 
 def volume_scenes(count: int, seed: int = 0) -> Captioned:
     """Many pictures of few captions: each caption's objects are drawn again and again, the rest is free."""
-    specs = prompts(VOLUME_CAPTIONS // 6, "train", seed=seed, **WORLDS[WORLD])  # type: ignore[arg-type]
+    specs = prompts(VOLUME_CAPTIONS // 6, "train", seed=seed, **WORLDS[WORLD])
     pixels = np.stack([render(_scene_of(specs[i % len(specs)], seed, i), SIZE) for i in range(count)])
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     captions = [specs[i % len(specs)].caption for i in range(count)]
@@ -119,9 +123,9 @@ class Study(CommonStudy[Sizes]):
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
         return {"autoencoder": self.autoencoder.fingerprint, "text": self.text.fingerprint, **super().settings}
 
-    def specs(self, split: str = "test", seed: int = 0) -> list[Spec]:
+    def specs(self, split: Split = "test", seed: int = 0) -> list[Spec]:
         """Prompts of the six tasks."""
-        return prompts(self.sizes.per_task, split, seed=seed, **WORLDS[WORLD])  # type: ignore[arg-type]
+        return prompts(self.sizes.per_task, split, seed=seed, **WORLDS[WORLD])
 
     def pictures(self, name: str) -> Captioned:
         """The set of an arm: `volume`, `diverse`, or a number of scenes."""

@@ -35,7 +35,7 @@ def columns(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
     from common.data.shapes_verifier import score
 
     found = score(images.numpy(), specs)
-    result = {}
+    result: dict[str, float] = {}
     for task, name in {**TASKS, "mean": "overall"}.items():
         if task in found:
             result |= {f"{name}{end}": found[f"{task}{end}"] for end in ("", "_low", "_high")}

@@ -227,6 +227,11 @@ class Fluid(nn.Module):
             x = checkpoint(block, x, *more, use_reentrant=False) if again else block(x, *more)
         return x
 
+    def compile_blocks(self) -> None:
+        """By torch.compile, for any number of known tokens."""
+        for block in [*self.encoder, *self.decoder, *self.cross]:
+            block.compile(dynamic=True)
+
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""
         x_BKD = self.token_in(gathered(tokens_BNP, known_BK))

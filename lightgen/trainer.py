@@ -19,7 +19,7 @@ from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
 from lightgen.diffusion import STEPS
-from lightgen.losses import anchored, masked_loss, noise_errors, preference
+from lightgen.losses import masked_loss, noise_errors, preference
 from lightgen.model import Fluid, patchify
 from lightgen.schedules import learning_rate, mask_law, masked_count
 
@@ -195,9 +195,8 @@ class PreferenceTraining(pl.LightningModule):
             reference_w, reference_l = errors(self.reference, aligned)
         policy_w, policy_l = errors(self.policy, self.policy.text(states_bLE))
         found = preference(policy_w, policy_l, reference_w, reference_l, options.beta)
-        loss = found.loss + anchored(policy_w, options.anchor)
         logged = {
-            "loss": loss,
+            "loss": found.loss,
             "accuracy": found.accuracy,
             "margin": found.inside.mean(),
             "winner_error": policy_w.mean(),
@@ -206,4 +205,4 @@ class PreferenceTraining(pl.LightningModule):
             "loser_change": (policy_l - reference_l).mean(),
         }
         self.means.log(self, logged, draws.part, self.accumulate)
-        return loss
+        return found.loss

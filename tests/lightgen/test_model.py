@@ -31,8 +31,14 @@ from lightgen.schedules import learning_rate, mask_law, masked_count, remaining_
 from tests.refusals import refused
 
 TINY = NetworkConfig(
-    **dict.fromkeys(("encoder_depth", "decoder_depth", "cross_depth", "text_depth", "head_depth"), 1),
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 2),
+    encoder_depth=1,
+    decoder_depth=1,
+    cross_depth=1,
+    text_depth=1,
+    head_depth=1,
+    encoder_heads=2,
+    decoder_heads=2,
+    cross_heads=2,
     width=16,
     head_width=16,
     grid=4,

@@ -57,6 +57,7 @@ from lightgen.head import DiffusionHead
 from lightgen.losses import masked_loss
 from lightgen.model import Fluid, Grid, gathered, preset, unpatchify
 from lightgen.painter import Painter
+from lightgen.plan import model_of as on_meta
 from lightgen.plan import step_flop
 from lightgen.sampler import Noises, Randomness, decode_tokens
 from lightgen.schedules import guidance_at, remaining_after
@@ -293,7 +294,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
     label = "float32, ours eager against peer compiled"
     rows.append(row(label, timings["ours fp32"], timings["peer compiled fp32"], False))
-    work = round(found.batch * step_flop(found.network, found.channels, found.text, found.length, found.grid))
+    work = round(found.batch * step_flop(on_meta(found.network, found.channels, found.text), found.length, found.grid))
     for precision in ("fp32", "bf16"):
         name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
         rows.append(

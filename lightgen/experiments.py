@@ -25,6 +25,7 @@ from lightgen.data import WORLDS, Autoencoder, Captioned, latents, scenes
 from lightgen.evaluate import scores
 from lightgen.model import Fluid
 from lightgen.painter import Painter
+from lightgen.plan import model_of, step_flop
 from lightgen.preferences import Pairs, build_pairs, held_out_accuracy
 from lightgen.text import TextStates
 from lightgen.trainer import MaskedTraining, PreferenceTraining
@@ -200,9 +201,8 @@ class Study(CommonStudy[Sizes]):
 
     def staged_steps(self, steps: int) -> tuple[int, int]:
         """Steps at half size and at full size that together cost as many FLOP as `steps` at full size: half each."""
-        from lightgen.plan import step_flop
-
-        small, large = (step_flop(NETWORK, 8, self.text.width, 24, grid) for grid in ((2, 2), (4, 4)))
+        model = model_of(NETWORK, self.autoencoder.channels, self.text.width)
+        small, large = (step_flop(model, self.text.config.length, grid) for grid in ((2, 2), (4, 4)))
         return round(0.5 * steps * large / small), round(0.5 * steps)
 
     def _tuned(self, name: str, rates: Sequence[float], attempt: Callable[[float], Fluid]) -> float:

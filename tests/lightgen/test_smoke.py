@@ -33,7 +33,7 @@ def test_the_plan_counts_the_released_model() -> None:
 
 def test_equal_flop_give_the_small_pictures_more_steps() -> None:
     from lightgen.experiments import NETWORK
-    from lightgen.plan import step_flop
+    from lightgen.plan import model_of, step_flop
 
-    small, large = (step_flop(NETWORK, 8, 384, 24, grid) for grid in ((2, 2), (4, 4)))
+    small, large = (step_flop(model_of(NETWORK, 8, 384), 24, grid) for grid in ((2, 2), (4, 4)))
     assert 1.5 < large / small < 4.0

@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> Path:
     from lightgen.data import captions_to_draw, scenes
     from lightgen.synthesis import distil, pipeline_teacher, unet_teacher
 
+    if options.teacher == RENDERER and options.captions != "shapes":
+        raise UserError(f"--teacher {RENDERER} draws --captions shapes only")
     data = DataConfig(captions=options.captions, world=options.world, images=options.count)
     captions = captions_to_draw(data)
     if options.teacher == RENDERER:
-        if options.captions != "shapes":
-            raise UserError(f"--teacher {RENDERER} draws --captions shapes only")
         size = options.size or 32
         rendered = scenes("train", options.count, size, options.world)
         identity: dict[str, Any] = {"teacher": RENDERER, "size": size, "world": options.world}

@@ -207,6 +207,13 @@ def test_inception_score_matches_its_definition_per_split():
     assert score.std == pytest.approx(np.std(expected))
 
 
+def test_inception_score_of_uneven_splits_is_cut_as_its_authors_cut():
+    p = normal(43, 6, 1).softmax(1).double()
+    parts = [p[i * 43 // 10 : (i + 1) * 43 // 10] for i in range(10)]
+    expected = [inception_score(part, splits=1).value for part in parts]
+    assert inception_score(p, splits=10).value == pytest.approx(np.mean(expected), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,0 +1,160 @@
+"""IS and FID of a trained generator, with the distance of real pictures to real ones beside them.
+
+    python eagan/evaluate.py --run_dir runs/eagan-small                          # a finished run, its own judge
+    python eagan/evaluate.py --model MODEL --data.name cifar10 --data.path CIFAR --judge inception:FILE --images 50000
+
+Everybody is drawn from the same z. Only Inception features may be called FID and compared with a paper's, and only at
+its count: every number names its judge, its preprocessing, its count and how the generator normalised.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+from common.cli import Parser
+from common.errors import UserError, run_main
+from common.options import Range
+from eagan.config import BatchNorm, DataConfig, EvaluationConfig
+
+if TYPE_CHECKING:
+    from common.metrics.features import Extractor
+    from eagan.measuring import Reference
+    from eagan.model import Generator
+
+GRID = 64
+
+
+def grid(generator: Generator, path: Path, batch_norm: BatchNorm, seed: int | None = None, count: int = GRID) -> Path:
+    """Samples of a fixed z (by `seed`, or everybody's) in a grid."""
+    import torch
+
+    from common.data.sampling import derive_seed
+    from common.images import save_grid
+    from common.metrics.measures import fixed_noise
+    from eagan.measuring import draw, latents
+
+    width = generator.config.latent_dim
+    z_NZ = latents(count, width) if seed is None else fixed_noise(count, (width,), derive_seed(seed, 1))
+    with torch.no_grad():
+        images = draw(generator, z_NZ, batch_norm, min(count, GRID))
+    return save_grid(images, path, columns=max(1, min(count, round(count**0.5))), tile=max(images.shape[-1], 64))
+
+
+def measured(
+    generator: Generator, judge: Extractor, reference: Reference, options: EvaluationConfig, images: int
+) -> dict[str, Any]:
+    """The scores of a generator in every way of normalising, and the floor."""
+    from eagan.measuring import draw, latents, score
+
+    z_NZ = latents(images, generator.config.latent_dim)
+    ways: tuple[BatchNorm, ...] = ("running", "batch", "genotype")  # the last one changes the running statistics
+    found = {
+        way: asdict(
+            score(draw(generator, z_NZ, way, options.batch_size), reference.train_ND, judge, options.splits, way)
+        )
+        for way in ways
+    }
+    floor = asdict(reference.floor(judge, options.splits, images))
+    return {**found[options.batch_norm], "ways_of_normalising": found, "floor": floor}
+
+
+def measure_folder(folder: Path, options: EvaluationConfig, images: int, device: str = "cpu") -> dict[str, Any]:
+    """What is known of a finished run's generator; draws `samples.png`. Needs the run's folder alone.
+
+    Args:
+        images: that scores are taken over; at most the real ones that were kept.
+    """
+    from common.costs import parameter_count
+    from eagan.judge import open_judge
+    from eagan.measuring import Reference
+    from eagan.retraining import load_discriminator, load_generator
+    from eagan.run import JUDGE, REFERENCE
+
+    generator, about = load_generator(folder / "model")
+    own = folder / JUDGE
+    judge = open_judge(f"classes:{own}" if own.is_file() else options.judge or "lite0", device)
+    reference = Reference(folder / REFERENCE)
+    if reference.judge != judge.name:
+        raise UserError(f"{folder / REFERENCE} holds features of {reference.judge}, the judge is {judge.name}")
+    generator.to(device)
+    images = min(images, len(reference.train_ND))
+    content = measured(generator, judge, reference, options, images)
+    grid(generator, folder / "samples.png", options.batch_norm)
+    accuracy = {"judge_accuracy": judge.accuracy} if hasattr(judge, "accuracy") else {}
+    return {
+        **content,
+        **accuracy,
+        "augment": about.get("augment", []),
+        "parameters_generator": parameter_count(generator),
+        "parameters_discriminator": parameter_count(load_discriminator(folder / "model")),
+    }
+
+
+def report(content: dict[str, Any]) -> None:
+    """Print the scores beside the floor."""
+    floor = content["floor"]
+    print(
+        f"IS {content['inception_score']:.3g}, FID {content['fid']:.4g} of {content['images']} pictures, judged by "
+        f"{content['judge']} (normalised: {content['batch_norm']})\n"
+        f"real against real: IS {floor['inception_score']:.3g}, FID {floor['fid']:.4g} of {floor['images']}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run_dir", type=Path, help="a finished run of eagan/train.py")
+    parser.add_argument("--model", type=Path, help="a trained pair's folder instead")
+    parser.add_argument(
+        "--data.name",
+        dest="name",
+        choices=get_args(get_type_hints(DataConfig)["name"]),
+        default="emoji",
+        help="with --model: the real pictures",
+    )
+    parser.add_argument("--data.path", dest="path", help="with --model: folder of the real pictures")
+    parser.add_argument("--judge", default="lite0", help="with --model: lite0, classes:FILE or inception:FILE")
+    parser.add_argument(
+        "--images", type=Annotated[int, Range(20)], help="pictures of each side (default: the run's; 2000 with --model)"
+    )
+    parser.add_argument(
+        "--batch_norm", choices=get_args(BatchNorm), default="genotype", help="statistics that are used"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is drawn and judged")
+    options = parser.parse_args(argv)
+    if (options.run_dir is None) == (options.model is None):
+        raise UserError("expected either --run_dir, a finished run, or --model, a trained pair's folder")
+    if options.run_dir is not None:
+        from eagan.run import Run
+
+        settings = replace(Run.finished(options.run_dir).evaluation, batch_norm=options.batch_norm)
+        content = measure_folder(options.run_dir, settings, options.images or settings.final_images, options.device)
+    else:
+        content = _against(options, EvaluationConfig(batch_norm=options.batch_norm))
+    report(content)
+    print(json.dumps(content, indent=1))
+    return content
+
+
+def _against(options: Any, settings: EvaluationConfig) -> dict[str, Any]:
+    """A trained pair's folder against pictures of the user's choice."""
+    from eagan.data import open_pictures
+    from eagan.judge import open_judge
+    from eagan.measuring import Reference
+    from eagan.retraining import load_generator
+
+    generator, _ = load_generator(options.model)
+    real = open_pictures(DataConfig(name=options.name, path=options.path), generator.config.side)
+    judge = open_judge(options.judge, options.device)
+    count = min(options.images or 2000, len(real.train))
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference.of(Path(folder) / "reference.safetensors", real, judge, count)
+    return measured(generator.to(options.device), judge, reference, settings, count)
+
+
+if __name__ == "__main__":
+    run_main(main)

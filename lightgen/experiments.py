@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import fingerprint_module, fingerprint_strings
 from common.data.sampling import StepDataModule, Table
-from common.data.shapes import Spec, Split, prompts, render, sample_scene, spec_of
+from common.data.shapes import Scene, Spec, Split, heldout_pairs, prompts, render, sample_scene
 from common.options import TrainerOptions
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
@@ -100,17 +100,17 @@ def volume_scenes(count: int, seed: int = 0) -> Captioned:
     return Captioned(captions, lambda rows: images[rows], name)
 
 
-def _scene_of(spec: Spec, seed: int, index: int) -> Any:
-    """A scene that the caption describes."""
-    world = WORLDS[WORLD]
-    named = tuple(dict.fromkeys(colour for colour, _ in spec.objects if colour))
-    colours = named or world["colours"]
-    shapes = tuple(dict.fromkeys(shape for _, shape in spec.objects))
+def _scene_of(spec: Spec, seed: int, index: int) -> Scene:
+    """A scene that the caption describes: another one's places and sizes, with the caption's shapes and colours."""
     rng = np.random.default_rng([seed, 3, index])
     while True:
-        scene = sample_scene(rng, spec.task, "train", shapes, colours, world["textures"])
-        if spec_of(scene) == spec:
-            return scene
+        drawn = sample_scene(rng, spec.task, "train", **WORLDS[WORLD])
+        if len(drawn.objects) != len(spec.objects) or drawn.relation != spec.relation:
+            continue
+        named = zip(drawn.objects, spec.objects)
+        objects = tuple(replace(o, shape=shape, colour=colour or o.colour) for o, (colour, shape) in named)
+        if not any(o.pair in heldout_pairs() for o in objects):
+            return replace(drawn, objects=objects)
 
 
 class Study(CommonStudy[Sizes]):
@@ -241,7 +241,8 @@ class Study(CommonStudy[Sizes]):
         count = self.sizes.pairs if part == 0 else max(32, self.sizes.pairs // 4)
         given = scenes("train", count, SIZE, WORLD, GIVEN_SEED + part)
         painter = self.painter(self.pretrained(start, seed).network)
-        return build_pairs(painter, given, self.folder / "pairs" / f"{start}-{seed}-{part}", progress=False)
+        name = f"{start}-{seed}-{part}-{fingerprint_module(painter.model)[:8]}"  # trained anew it has other samples
+        return build_pairs(painter, given, self.folder / "pairs" / name, progress=False)
 
     def _prefer(
         self, start: str, kind: str, lr: float, steps: int, seed: int, folder: Path | None = None, watch: Any = None

@@ -139,6 +139,7 @@ class PreferenceTraining(pl.LightningModule):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
+        policy.null_text.requires_grad_(False)  # no caption is dropped here, and processes wait for every gradient
         self.policy, self.states, self.captions = policy, states, captions
         self._reference = [reference.eval().requires_grad_(False)]  # a list: Lightning does not see it
         self.options, self.optimiser, self.seed, self.accumulate = options, optimiser, seed, accumulate

@@ -10,8 +10,8 @@
 
 Started again after an interruption (kill -9 too), a run continues where it stopped, with identical populations and
 weights. A run folder holds config.yaml, stage_g/ and stage_d/ (rounds/ with everybody's genes, scores, samples and
-front), genotype.json with its drawings, train/ (log, sample grids), model/ (the trained pair), metrics.json and
-samples.png.
+front), genotype.json with its drawings, train/ (log, sample grids), model/ (the trained pair), metrics.json,
+table.md and samples.png.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def test_a_run_searches_trains_and_measures(whole: Path) -> None:
     (best,) = [row for row in last if row["best"]]
     assert best["discriminator"] == genes["discriminator"] and best["fid"] == min(row["fid"] for row in last)
     assert open_rgb(whole / "samples.png").shape[1] > 400
+    table = (whole / "table.md").read_text()
+    assert "| stage_d, round 1: mean (best) of the population |" in table and "| real against real |" in table
     assert "generator, cell 3" in (whole / "generator.svg").read_text()
 
 

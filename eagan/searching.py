@@ -228,7 +228,7 @@ class Search(Loop):
 
     def _evaluate(self) -> list[dict[str, Any]]:
         """The scores of every individual's generator, by independent jobs."""
-        folder = self.folder / "evaluated"
+        folder = (self.folder / "evaluated").absolute()
         weights = folder / "generators.safetensors"
         networks = [pair[0].state_dict() for pair in self.pairs] or [self.generator.state_dict()]
         save_weights(weights, flat_tensors({"g": networks}))

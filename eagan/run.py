@@ -62,6 +62,11 @@ class Run:
             raise UserError(
                 f"{option} simple: expected pictures of at least {SIMPLE_SIDE} pixels, not {config.network.side}"
             )
+        if config.network.bottom_width % 2:
+            raise UserError(
+                f"--network.bottom_width {config.network.bottom_width}: expected an even number, since a discriminator "
+                "may halve the sides four times"
+            )
         first = open_genes(GENERATOR, config.search.first_generator, "--search.first_generator")
         real = open_pictures(config.data, config.network.side)
         for name, options in (("stage_g", config.stage_g), ("stage_d", config.stage_d), ("train", config.train)):

@@ -94,6 +94,7 @@ def test_programs_read_the_folder_alone(whole: Path, tmp_path: Path, monkeypatch
     ("options", "sentence"),
     [
         ({"network__latent_dim": 7}, "--network.latent_dim 7: expected a multiple of three"),
+        ({"network__bottom_width": 3}, "--network.bottom_width 3: expected an even number"),
         ({"search__fixed": "nothing"}, "--search.fixed nothing: no such file"),
         ({"genotype": "best_G"}, "--genotype best_G: expected a JSON file, or two names"),
         ({"data__only": "[eleven]"}, "--data.only eleven: digits has the classes 0, 1"),

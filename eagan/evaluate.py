@@ -29,20 +29,13 @@ if TYPE_CHECKING:
 GRID = 64
 
 
-def grid(generator: Generator, path: Path, batch_norm: BatchNorm, seed: int | None = None, count: int = GRID) -> Path:
-    """Samples of a fixed z (by `seed`, or everybody's) in a grid."""
-    import torch
-
-    from common.data.sampling import derive_seed
+def grid(generator: Generator, path: Path, batch_norm: BatchNorm) -> Path:
+    """Samples of the z that everybody is measured with, in a square."""
     from common.images import save_grid
-    from common.metrics.measures import fixed_noise
     from eagan.measuring import draw, latents
 
-    width = generator.config.latent_dim
-    z_NZ = latents(count, width) if seed is None else fixed_noise(count, (width,), derive_seed(seed, 1))
-    with torch.no_grad():
-        images = draw(generator, z_NZ, batch_norm, min(count, GRID))
-    return save_grid(images, path, columns=max(1, min(count, round(count**0.5))), tile=max(images.shape[-1], 64))
+    images = draw(generator, latents(GRID, generator.config.latent_dim), batch_norm, GRID)
+    return save_grid(images, path, columns=round(GRID**0.5), tile=max(images.shape[-1], 64))
 
 
 def measured(
@@ -64,8 +57,9 @@ def measured(
 
 
 def measure_folder(folder: Path, options: EvaluationConfig, images: int, device: str = "cpu") -> dict[str, Any]:
-    """What is known of a finished run's generator; draws `samples.png` and writes
-    `table.md`. Needs the run's folder alone.
+    """What is known of a finished run's generator; draws `samples.png`, writes `table.md`.
+
+    It needs the run's folder alone.
 
     Args:
         images: that scores are taken over; at most the real ones that were kept.

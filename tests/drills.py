@@ -486,8 +486,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_text(""),
 }
 KINDS = ("kill", "term", "interrupt", "rank", "orphans", "restart", "full", "readonly", "bits", "records", "hostile")
-
-
 OF_RANKS = ("rank", "orphans", "restart")  # left out where a paper's tiny_run.py says TWO_RANKS = None
 
 

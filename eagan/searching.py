@@ -351,15 +351,20 @@ class Search(Loop):
                 weights[name] = alone.state_dict()
             else:
                 weights[name] = network.state_dict()
-        judge, evaluation = open_judge(self.judging.judge), self.evaluation
-        floor = Reference(self.judging.reference).floor(judge, evaluation.splits, evaluation.images)
-        write_json(self.folder / "history.json", {"rounds": self.history, "floor": asdict(floor)})
-        draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
-        draw_rounds(self.history, floor.fid, self.folder / "rounds.png", self.folder.name)
-        shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
+        if not (self.folder / "history.json").is_file():
+            self._conclude()
         return Found(
             winner.generator or self.generator.genotype, winner.discriminator or self.discriminator.genotype, weights
         )
+
+    def _conclude(self) -> None:
+        """Draw the stage, and write its rounds beside the distance of real pictures to real ones; this ends it."""
+        judge, evaluation = open_judge(self.judging.judge), self.evaluation
+        floor = Reference(self.judging.reference).floor(judge, evaluation.splits, evaluation.images)
+        draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
+        draw_rounds(self.history, floor.fid, self.folder / "rounds.png", self.folder.name)
+        shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
+        write_json(self.folder / "history.json", {"rounds": self.history, "floor": asdict(floor)})
 
     def _state(self) -> dict[str, Any]:
         networks: dict[str, Any] = {

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import Parser
+from common.cli import Config, Parser, parse_config
 from common.errors import UserError
 from common.options import Count, Portion
 
@@ -206,6 +207,21 @@ def plan_parser(text: str | None, default: Cluster) -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser
+
+
+def plan_options(
+    text: str | None, default: Cluster, config_class: type[Config], config_file: Path, argv: Sequence[str] | None
+) -> tuple[Config, Cluster, bool]:
+    """What a plan of a training run is asked for: the run's options, the cluster, and whether to print JSON."""
+    parser = plan_parser(text, default)
+    parser.add_argument(
+        "--config", type=Path, default=config_file, help="a run's options (default: the published recipe)"
+    )
+    parser.add_argument("--teacher", help="a diffusers directory (default: the config's; absent: Stable Diffusion)")
+    options = parser.parse_args(argv)
+    given = ["--config", str(options.config)] + (["--teacher", options.teacher] if options.teacher else [])
+    config, _ = parse_config(config_class, None, "", given)
+    return config, cluster_of(options), options.json
 
 
 def cluster_of(options: argparse.Namespace, cards: Mapping[str, Gpu] = GPUS) -> Cluster:

@@ -83,8 +83,8 @@ def read_network(kind: Any, folder: Path, **dtype: torch.dtype) -> Any:
     """One network; .safetensors where they exist, else tensors of a .bin (no pickled code).
 
     Raises:
-        UserError: the file lacks some of the network's weights, which the libraries would leave random, or holds some
-            that are not finite.
+        UserError: the file lacks some of the network's weights, which the libraries would leave random, holds some
+            that are not finite, or adaptors, which they would pass over.
     """
     # Directories of which only the half-precision files were downloaded.
     files = [path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"}] if folder.is_dir() else []
@@ -94,6 +94,12 @@ def read_network(kind: Any, folder: Path, **dtype: torch.dtype) -> Any:
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
     if missing:
         raise UserError(f"{folder}: its weights lack {missing[0]} ({len(missing)} tensors in all); download it again")
+    # The libraries pass over what a network has no place for: adaptors beside their base, the base under another name.
+    if surplus := sorted(key for key in info["unexpected_keys"] if "lora_" in key or "base_layer" in key):
+        raise UserError(
+            f"{folder}: it holds {surplus[0]} ({len(surplus)} such tensors in all), that is no weight of this network; "
+            "merge the adaptors, or save them in a file of their own"
+        )
     refuse_not_finite(module, folder)
     return module
 

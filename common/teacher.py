@@ -88,6 +88,8 @@ class Teacher:
         scheduler_config: content of `scheduler_config.json`.
         folder: the directory it was read from, if any.
         distilled: take a consistency model, for what stands around its U-Net; else such a one is refused.
+        pictures: take a U-Net with a picture as its condition beside the noise (inpainting, super-resolution); else
+            such a one is refused.
     """
 
     def __init__(
@@ -99,11 +101,12 @@ class Teacher:
         scheduler_config: dict[str, Any],
         folder: Path | None = None,
         distilled: bool = False,
+        pictures: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = quicken(unet), vae, text_encoder, tokenizer
         self.scheduler_config, self.folder = dict(scheduler_config), folder
         name = str(folder) if folder else "this teacher"
-        check_networks(unet, vae, text_encoder, tokenizer, name)
+        check_networks(unet, vae, text_encoder, tokenizer, name, pictures)
         embedded, kind = unet.config.get("time_cond_proj_dim"), scheduler_config.get("_class_name")
         if (embedded is not None or kind == "LCMScheduler") and not distilled:
             raise UserError(
@@ -125,16 +128,20 @@ class Teacher:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pictures: bool = False,
     ) -> Teacher:
-        """Read a diffusers directory.
+        """Read a diffusers directory; `pictures` as above.
 
         Raises:
             UserError: not such a directory, a missing or damaged part, a kind of model that is not understood.
         """
         folder = Path(folder)
-        config, parts = load_parts(folder, dtype)
-        return cls(*parts, config, folder).to(device)
+        config, parts = load_parts(folder, dtype, pictures=pictures)
+        return cls(*parts, config, folder, pictures=pictures).to(device)
 
     def to(self, device: str | torch.device) -> Teacher:
         """Move every network; returns itself."""
@@ -219,10 +226,10 @@ class Teacher:
 
 
 def latent_shape(unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the latents that a diffusers U-Net was trained on."""
+    """(C, H, W) of the latents that a diffusers U-Net makes."""
     side = unet.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
-    return int(unet.config.in_channels), int(height), int(width)
+    return int(unet.config.out_channels), int(height), int(width)
 
 
 def read_schedule(config: dict[str, Any], name: str = "this teacher") -> NoiseSchedule:
@@ -258,7 +265,9 @@ def read_schedule(config: dict[str, Any], name: str = "this teacher") -> NoiseSc
 
 
 @quiet_libraries()
-def load_parts(folder: Path, dtype: torch.dtype, unet: bool = True) -> tuple[dict[str, Any], tuple[Any, Any, Any, Any]]:
+def load_parts(
+    folder: Path, dtype: torch.dtype, unet: bool = True, pictures: bool = False
+) -> tuple[dict[str, Any], tuple[Any, Any, Any, Any]]:
     """(scheduler config, (unet or None, vae, text encoder, tokenizer)) of a diffusers directory, on the CPU."""
     import diffusers
     import transformers
@@ -296,7 +305,7 @@ def load_parts(folder: Path, dtype: torch.dtype, unet: bool = True) -> tuple[dic
         raise UserError(
             f"{folder / part}: cannot be read ({one_line(error)}); expected config.json and weights"
         ) from None
-    check_networks(network, vae, text_encoder, tokenizer, str(folder))
+    check_networks(network, vae, text_encoder, tokenizer, str(folder), pictures)
     return config, (network, vae, text_encoder, tokenizer)
 
 
@@ -351,12 +360,13 @@ def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
         )
 
 
-def check_networks(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, name: str) -> None:
+def check_networks(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, name: str, pictures: bool = False) -> None:
     """Refuse networks that do not fit each other, or whose configs leave out what drawing needs.
 
     Args:
         unet: or None, where another network takes its place.
         name: of the directory, for messages.
+        pictures: the U-Net may take more channels than the latents have.
     """
     limit = tokenizer.model_max_length
     longest = getattr(text_encoder.config, "max_position_embeddings", None)
@@ -378,7 +388,7 @@ def check_networks(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, name:
     side, channels = unet.config.sample_size, vae.config.latent_channels
     if not (isinstance(side, int) or (isinstance(side, (list, tuple)) and len(side) == 2)):
         raise UserError(f"{file}: sample_size is {json.dumps(side)}; expected the side of its latents, for example 64")
-    if unet.config.in_channels != channels:
+    if unet.config.in_channels != channels and not (pictures and unet.config.in_channels > channels):
         raise UserError(
             f"{file}: in_channels is {unet.config.in_channels}, the autoencoder makes {channels}; expected a plain "
             "text-to-image model (no inpainting or depth input)"

@@ -11,7 +11,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -732,6 +733,21 @@ def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
     if resume == "auto":
         return latest_checkpoint(folder)
     return None if resume == "never" else Path(resume)
+
+
+def accelerator_device(options: TrainerOptions) -> torch.device:
+    """Where a frozen teacher lives: beside its student."""
+    if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def booked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's wall time to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def write_metrics(

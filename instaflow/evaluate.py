@@ -35,23 +35,11 @@ if TYPE_CHECKING:
 
 def evaluation_prompts(run: Run) -> PromptSet:
     """Held-out prompts of a run, with noises and, where there are some, real images of the same prompts."""
-    import torch
+    from common.metrics.measures import held_out_prompts
 
-    from common.data.pairs import prompt_list
-    from common.metrics.measures import PromptSet, fixed_noise, shapes_prompts
-
-    count, shape, side = run.config.evaluation.images, run.teacher.latent_shape, run.teacher.image_size[0]
-    if run.config.pairs.prompts == "shapes":
-        return shapes_prompts(count, shape, side)
-    if run.config.pairs.prompts == "emoji":
-        from common.data.emoji import EmojiCap
-
-        data = EmojiCap("test", size=side)
-        items = [data[i] for i in range(min(count, len(data)))]
-        reference = torch.stack([item["image"] for item in items])
-        return PromptSet([item["caption"] for item in items], fixed_noise(len(items), shape), reference)
-    prompts = prompt_list(run.config.pairs.prompts, count, "test", run.config.pairs.text_column)[:count]
-    return PromptSet(prompts, fixed_noise(len(prompts), shape))
+    pairs, teacher = run.config.pairs, run.teacher
+    shape, size = teacher.latent_shape, teacher.image_size[0]
+    return held_out_prompts(pairs.prompts, run.config.evaluation.images, shape, size, pairs.text_column)
 
 
 def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | None = None) -> dict[str, Any]:
@@ -65,7 +53,7 @@ def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | Non
     """
     from common.data.pairs import PairSource
     from common.images import comparison_grid
-    from common.metrics.judge import ShapesJudge
+    from common.metrics.judge import judge_of
     from common.metrics.measures import Yardstick
     from common.metrics.perceptual import perceptual_distance
     from common.solvers import DiffusionSource
@@ -73,8 +61,7 @@ def evaluate_run(run: Run, flow: UNetFlow | None = None, student: UNetFlow | Non
 
     config, teacher = run.config, run.teacher
     prompts = evaluation_prompts(run)
-    kind = config.evaluation.judge or ("shapes64" if config.pairs.prompts == "shapes" else "lite0")
-    judge: Any = ShapesJudge() if kind == "shapes64" else _extractor(kind)
+    judge = judge_of(config.evaluation.judge, config.pairs.prompts)
     student = student or run.load_student()
     rounds, many, k = config.reflow.rounds, config.pairs.steps, config.distil.k
     arms: dict[str, PairSource] = {
@@ -116,12 +103,6 @@ def report(metrics: dict[str, Any]) -> None:
     print(f"{metrics['images']} images an arm, judged by {metrics['judge']}")
     for arm, values in metrics["arms"].items():
         print(f"  {arm}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-
-def _extractor(kind: str) -> Any:
-    from common.metrics.features import load_extractor
-
-    return load_extractor(kind)
 
 
 def read_captions(path: Path, files: Sequence[str], text: str | None = None) -> list[str]:
@@ -223,6 +204,7 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
 
     from common.images import open_rgb, resize_uint8
     from common.metrics.evaluate import MINIMUM, evaluate_generator, format_report, open_measured
+    from common.metrics.features import load_extractor
     from common.metrics.measures import fixed_noise
 
     found = open_measured(options.images, True, options.image_column, options.text_column, 2 * MINIMUM)
@@ -248,7 +230,7 @@ def evaluate_directory(options: argparse.Namespace) -> dict[str, Any]:
     fake = resize_uint8(fake, side)
     real = torch.cat([resize_uint8(torch.from_numpy(open_rgb(f).copy()).permute(2, 0, 1)[None], side) for f in files])
     result: dict[str, Any] = evaluate_generator(
-        fake, real, _extractor(options.extractor), captions if options.alignment else None
+        fake, real, load_extractor(options.extractor), captions if options.alignment else None
     )
     result |= {"model": str(options.model), "steps": options.steps, "guidance": options.guidance, "size": side}
     result["images_per_second"] = round(speed, 2)

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from common import costs
-from common.cli import parse_config
 from common.errors import run_main
 from common.files import read_object
 from instaflow.config import InstaFlowConfig
@@ -146,15 +145,9 @@ def table(stages: Sequence[Stage], cluster: costs.Cluster) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = costs.plan_parser(__doc__, DEFAULT)
-    parser.add_argument("--config", type=Path, default=CONFIGS / "paper.yaml", help="YAML file of a run")
-    parser.add_argument("--teacher", help="a diffusers directory (default: the config's; absent: Stable Diffusion 1.5)")
-    options = parser.parse_args(argv)
-    given = ["--config", str(options.config)] + (["--teacher", options.teacher] if options.teacher else [])
-    config, _ = parse_config(InstaFlowConfig, None, "", given)
-    cluster = costs.cluster_of(options)
+    config, cluster, as_json = costs.plan_options(__doc__, DEFAULT, InstaFlowConfig, CONFIGS / "paper.yaml", argv)
     stages = plan(config, cluster)
-    costs.show(stages, table(stages, cluster), options.json)
+    costs.show(stages, table(stages, cluster), as_json)
     return [asdict(stage) for stage in stages]
 
 

@@ -9,10 +9,7 @@ Shape suffixes: B batch, L text tokens, D text width.
 from __future__ import annotations
 
 import copy
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +27,9 @@ from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
 from common.teacher import Teacher
-from common.training import check_trainer, open_run_folder, refuse_other_inputs
+from common.training import accelerator_device, booked, check_trainer, open_run_folder, refuse_other_inputs
 from common.weights import load_weights, save_weights
-from instaflow.config import InstaFlowConfig, TrainerConfig
+from instaflow.config import InstaFlowConfig
 from instaflow.flow import FlowSource, UNetFlow
 from instaflow.pipeline import Card, InstaFlowPipeline
 from instaflow.student import make_student, stack, unique_state
@@ -124,7 +121,7 @@ class Run:
 
     def _pairs(self, source: PairSource, count: int, stream: int, folder: Path | None) -> PairDataset:
         options, seed = self.config.pairs, self.config.seed
-        with self.timed("pairs"):
+        with booked(self.seconds, "pairs"):
             return make_pairs(
                 source,
                 prompt_list(options.prompts, options.count, text=options.text_column),
@@ -135,13 +132,6 @@ class Run:
                 folder,
                 self.config.trainer.progress,
             )
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Book the block's wall time."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def new_student(self, flow: UNetFlow) -> UNetFlow:
         """What the distillation trains: a copy of the flow, or a stack of two."""
@@ -236,10 +226,3 @@ def check_options(config: InstaFlowConfig) -> None:
 def load_teacher(config: InstaFlowConfig) -> Teacher:
     """The run's teacher, on the device where the student will be trained."""
     return Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))
-
-
-def accelerator_device(options: TrainerConfig) -> torch.device:
-    """Where the frozen teacher lives: beside the student."""
-    if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")

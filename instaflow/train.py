@@ -151,6 +151,7 @@ def optimise_stage(
     from common.data.sampling import derive_seed
     from common.images import save_grid
     from common.metrics.measures import fixed_noise
+    from common.training import booked
     from instaflow.flow import FlowSource
     from instaflow.trainer import optimise
 
@@ -167,7 +168,7 @@ def optimise_stage(
 
     # Every stage has its own seed stream.
     seed = derive_seed(config.seed, *name.encode())
-    with run.timed(name.split("/")[0]):
+    with booked(run.seconds, name.split("/")[0]):
         optimise(
             flow, loss, data, run.states(prompts), stage, config.optimiser, seed, folder, config.trainer, show=show
         )

@@ -1,4 +1,4 @@
-"""The papers as the front table shows them: what each room's paper.yaml says, planned.yaml for those without a room."""
+"""The papers as the front table shows them: what each room's paper.yaml says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import yaml
 from common.errors import UserError
 from common.paths import REPOSITORY, papers
 
-PLANNED = Path(__file__).parent / "planned.yaml"
-
 
 @dataclass(frozen=True)
 class Paper:
@@ -22,7 +20,7 @@ class Paper:
 
     Args:
         key: the folder in the repository and the name of its results file. arxiv: its number there.
-        idea: the claim in one sentence. start: what `make <key>-train` does; empty for a paper without a room.
+        idea: the claim in one sentence. start: what `make <key>-train` does.
         pictures: those of results/figures/<key> that a visitor sees first, the strongest first.
     """
 
@@ -31,14 +29,14 @@ class Paper:
     venue: str
     arxiv: str
     idea: str
-    start: str = ""
+    start: str
     pictures: tuple[str, ...] = ()
 
 
 def _paper(key: str, content: Any, file: Path) -> Paper:
     names = {field.name for field in fields(Paper)} - {"key", "pictures"}
-    if not isinstance(content, Mapping) or not names - {"start"} <= set(content) - {"pictures"} <= names:
-        raise UserError(f"{file}: expected the texts {', '.join(sorted(names))} of {key} (start once it has a room)")
+    if not isinstance(content, Mapping) or set(content) - {"pictures"} != names:
+        raise UserError(f"{file}: expected the texts {', '.join(sorted(names))} of {key}")
     texts = {name: str(text) for name, text in content.items() if name != "pictures"}
     pictures = content.get("pictures", [])
     if not isinstance(pictures, list) or not all(isinstance(name, str) for name in pictures):
@@ -48,7 +46,7 @@ def _paper(key: str, content: Any, file: Path) -> Paper:
 
 @cache
 def all_papers(root: Path = REPOSITORY) -> tuple[Paper, ...]:
-    """The papers with a room below `root`, by name, then the planned ones.
+    """The papers with a room below `root`, by name.
 
     Raises:
         UserError: a room without paper.yaml, or one that lacks a text.
@@ -59,6 +57,4 @@ def all_papers(root: Path = REPOSITORY) -> tuple[Paper, ...]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; expected the paper's title, venue, arxiv, idea and start")
         found.append(_paper(key, yaml.safe_load(file.read_text(encoding="utf-8")), file))
-    planned = yaml.safe_load(PLANNED.read_text(encoding="utf-8"))
-    built = {paper.key for paper in found}
-    return (*found, *(_paper(key, content, PLANNED) for key, content in planned.items() if key not in built))
+    return tuple(found)

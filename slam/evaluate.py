@@ -47,15 +47,6 @@ def few_step_source(student: Student, steps: int, w: float | None = None) -> Cal
     return draw
 
 
-def judge_of(kind: str | None, data: str) -> Any:
-    """The network whose features pictures are compared by (`EvaluationConfig.judge`)."""
-    from common.metrics.features import load_extractor
-    from common.metrics.judge import ShapesJudge
-
-    kind = kind or ("shapes64" if data == "shapes" else "lite0")
-    return ShapesJudge() if kind == "shapes64" else load_extractor(kind)
-
-
 def evaluate_run(run: Run, students: Mapping[str, Student]) -> dict[str, Any]:
     """Teacher with many and with few steps, LCM, SLAM: same prompts, same noises.
 
@@ -65,6 +56,7 @@ def evaluate_run(run: Run, students: Mapping[str, Student]) -> dict[str, Any]:
     """
     from common.files import write_atomically
     from common.images import comparison_grid
+    from common.metrics.judge import judge_of
     from common.publishing import markdown_table
     from common.solvers import DiffusionSource
     from slam.data import held_out
@@ -148,6 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run = Run.existing(options.run_dir)
         names = [name for name in ("slam", "lcm") if (run.folder / name / "student.safetensors").is_file()]
         return evaluate_run(run, {name: run.load(name) for name in names or ["slam"]})
+    from common.metrics.judge import judge_of
     from common.teacher import Teacher
     from slam.config import DataConfig
     from slam.data import held_out

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.captioned import latents
 from common.data.pairs import StateTable
 from common.data.sampling import StepDataModule, TensorTable
 from common.metrics.judge import ShapesJudge
@@ -23,7 +24,7 @@ from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from common.teacher import Teacher
 from slam.config import DataConfig, LossConfig, OptimiserConfig, StudentConfig, SubPathConfig
-from slam.data import latents, open_pictures
+from slam.data import open_pictures
 from slam.evaluate import few_step_source
 from slam.model import Student, make_student
 from slam.trainer import SlamTraining

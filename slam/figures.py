@@ -53,7 +53,7 @@ def draw_errors(found: Mapping[str, Errors], ends: Mapping[str, Mapping[int, flo
 
 def errors_figure(run: Run, students: Mapping[str, Student], prompts: PromptSet) -> Path:
     """`errors.png` of a run: its students after training, on held-out prompts and training latents."""
-    from slam.data import latents
+    from common.data.captioned import latents
 
     teacher, w = run.teacher, run.config.loss.guidance
     table = latents(run.pictures, teacher, progress=False)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from common import costs
-from common.cli import parse_config
 from common.errors import run_main
 from common.files import read_object
 from common.stable_diffusion import stable_diffusion_unet
@@ -121,17 +120,9 @@ def table(plans: Sequence[Plan], cluster: costs.Cluster) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = costs.plan_parser(__doc__, DEFAULT)
-    parser.add_argument(
-        "--config", type=Path, default=CONFIGS / "paper.yaml", help="a run's options (default: the published recipe)"
-    )
-    parser.add_argument("--teacher", help="a diffusers directory (default: the config's; absent: Stable Diffusion 1.5)")
-    options = parser.parse_args(argv)
-    given = ["--config", str(options.config)] + (["--teacher", options.teacher] if options.teacher else [])
-    config, _ = parse_config(SlamConfig, None, "", given)
-    cluster = costs.cluster_of(options)
+    config, cluster, as_json = costs.plan_options(__doc__, DEFAULT, SlamConfig, CONFIGS / "paper.yaml", argv)
     plans = plan(config, cluster)
-    costs.show(plans, table(plans, cluster), options.json)
+    costs.show(plans, table(plans, cluster), as_json)
     return [asdict(line) for line in plans]
 
 

@@ -127,7 +127,7 @@ def ablations(study: Study, given: argparse.Namespace) -> bool:
         rows.append([name, _in_words(name), f"{study.learning_rate(name):g}", *fd, f"{found[4]['accuracy']:.3f}"])
     head = ["arm", "differs in", "learning rate", "FD, 2 steps", "FD, 4 steps", "accuracy, 4 steps"]
     text = f"{markdown_table(head, rows)}\n\n{study.sizes.steps} steps of {study.sizes.batch}, one seed.\n"
-    path = given.results.with_name("ablations_slam.md")
+    path = study.results / "ablations_slam.md"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)
     return True

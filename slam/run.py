@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +12,16 @@ from torch import Tensor
 
 from common.cli import read_run_config
 from common.data.cache import fingerprint_strings
+from common.data.captioned import Captioned
 from common.data.pairs import StateTable
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.teacher import Teacher
-from common.training import check_trainer, open_run_folder, refuse_other_inputs
+from common.training import accelerator_device, check_trainer, open_run_folder, refuse_other_inputs
 from common.weights import load_weights, save_weights
 from slam.config import SlamConfig, SubPathConfig
-from slam.data import Captioned, open_pictures
+from slam.data import open_pictures
 from slam.model import Student, make_student
 
 FREE_OPTIONS = free_options("evaluation", "baseline", "data.cache_text_gb")
@@ -116,13 +114,6 @@ class Run:
             raise UserError(f"{self.folder / name} is not finished; run slam/train.py --run_dir {self.folder} first")
         return student
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Book the block's wall time."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
 
 def trained_state(student: Student) -> dict[str, Tensor]:
     """What a student has learned: all weights, or its adaptors."""
@@ -162,6 +153,4 @@ def check_options(config: SlamConfig) -> None:
 
 def load_teacher(config: SlamConfig) -> Teacher:
     """The run's teacher, on the device where the student will be trained."""
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    return Teacher.load(config.teacher, device, getattr(torch, config.dtype))
+    return Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))

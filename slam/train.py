@@ -54,16 +54,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def distil(run: Run, name: str) -> Student:
     """Train one student, unless it is finished; returns the averaged one."""
+    from common.data.captioned import latents
     from common.data.sampling import StepDataModule
-    from common.training import EveryNSteps, train
-    from slam.data import latents
+    from common.training import EveryNSteps, booked, train
     from slam.trainer import SlamTraining
 
     config, options = run.config, run.config.trainer
     student = run.new_student(name)
     if run.restore(student, name):
         return student
-    with run.timed("latents"):
+    with booked(run.seconds, "latents"):
         table = latents(run.pictures, run.teacher, options.progress)
     module = SlamTraining(
         student,
@@ -79,7 +79,7 @@ def distil(run: Run, name: str) -> Student:
     )
     grids = [EveryNSteps(options.sample_every, grid_of(run, module.target, name))] if options.sample_every else []
     data = StepDataModule(table, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
-    with run.timed(name):
+    with booked(run.seconds, name):
         train(
             run.folder / name,
             module,

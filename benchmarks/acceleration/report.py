@@ -19,6 +19,7 @@ from common.ledger import bench_row
 # (better, worse, steps): the order that the papers' claims lead one to expect. A violated one is a finding.
 PEERS = ("direct_distillation", "progressive_distillation", "lcm", "rectified_flow", "teacher_ddim", "teacher_dpm")
 EXPECTED = [("instaflow", peer, 1) for peer in PEERS] + [("instaflow_stacked", "instaflow", 1)]
+EXPECTED += [("hipa", peer, 1) for peer in ("progressive_distillation", "teacher_ddim")]
 EXPECTED += [("lcm", "teacher_dpm", steps) for steps in (2, 4)]
 EXPECTED += [("rectified_flow", peer, steps) for steps in (2, 4) for peer in ("teacher_ddim", "teacher_dpm")]
 WITHIN = 1.3  # of the teacher's FD at 25 steps for the rectified flow

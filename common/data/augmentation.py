@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, H W sides in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,10 @@ from torch.nn import functional as F
 from common.data.classes import ImageSet, InMemory, Pictures
 from common.data.sampling import step_generator
 from common.errors import UserError
+
+POLICY_DRAWS = 8
+# uint8 [B, C, H, W] and [B, POLICY_DRAWS] uniform numbers to uint8 pictures: AutoAugment and the like.
+Policy = Callable[[Tensor, Tensor], Tensor]
 
 
 def cutout_mask(height: int, width: int, centre_y: int, centre_x: int, size: int) -> Tensor:
@@ -40,6 +44,7 @@ class Augmentation:
         resized_crop: smallest area share of a random resized crop (ImageNet: 0.08); 0 switches it off.
         jitter: strengths of brightness, contrast, saturation and hue changes (ImageNet: 0.4 0.4 0.4 0.2).
         cutout: side of the square that is blanked out; 0 is off.
+        policy: changes the cropped and flipped picture before it is normalised; None is off.
 
     Raises:
         UserError: strengths that mean nothing.
@@ -50,6 +55,7 @@ class Augmentation:
     resized_crop: float = 0.0
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     cutout: int = 0
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         if self.padding < 0 or self.cutout < 0 or not 0 <= self.resized_crop <= 1:
@@ -148,11 +154,12 @@ def _draw(count: int, data: ImageSet, augment: Augmentation, generator: torch.Ge
         "centre": torch.randint(0, size, (count, 2), generator=generator),
         "box": torch.rand(count, 4, generator=generator),
         "jitter": torch.rand(count, 4, generator=generator) * 2 - 1,
+        "policy": torch.rand(count, POLICY_DRAWS if augment.policy else 0, generator=generator),
     }
 
 
 def _augmented(x_BCHW: Tensor, data: ImageSet, augment: Augmentation, draws: dict[str, Tensor]) -> Tensor:
-    """Crop, flip, jitter, normalise, cutout."""
+    """Crop, flip, policy, jitter, normalise, cutout."""
     x_BCHW = x_BCHW.float() / 255
     size = data.size
     if augment.resized_crop:
@@ -164,6 +171,8 @@ def _augmented(x_BCHW: Tensor, data: ImageSet, augment: Augmentation, draws: dic
             x_BCHW = _padded_crop(x_BCHW, augment.padding, data.background, draws["crop"])
     if augment.flip:
         x_BCHW = torch.where(draws["flip"][:, None, None, None], x_BCHW.flip(3), x_BCHW)
+    if augment.policy is not None:
+        x_BCHW = augment.policy((x_BCHW * 255).round().to(torch.uint8), draws["policy"]).float() / 255
     if any(augment.jitter):
         x_BCHW = _jittered(x_BCHW, augment.jitter, draws["jitter"])
     x_BCHW = normalise(x_BCHW, data)

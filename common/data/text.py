@@ -100,15 +100,18 @@ class TextEncoder:
         text = self.config.get("text_config") or self.config
         return int(text.get("hidden_size") or text["d_model"])
 
-    def encode(self, texts: Sequence[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, texts: Sequence[str], length: int | None = None, whole: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token states and mask of some texts.
 
         Args:
             texts: N captions; the empty string is allowed (the null caption of classifier-free guidance).
             length: L; shorter texts are padded, longer ones cut with a warning. Default: the longest text's.
+            whole: keep what the encoder says at padding, for networks that read padding like text.
 
         Returns:
-            states_NLD float, 0 at padding; mask_NL bool, True at real tokens.
+            states_NLD float, 0 at padding unless `whole`; mask_NL bool, True at real tokens.
         """
         tokens = self._tokenize(texts, length)
         longest = max((len(ids) for ids in tokens), default=0)
@@ -119,7 +122,12 @@ class TextEncoder:
         order = sorted((i for i in range(len(texts)) if tokens[i]), key=lambda i: len(tokens[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            padded = self._tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, padding=True, return_tensors="pt")
+            padded = self._tokenizer.pad(
+                {"input_ids": [tokens[i] for i in rows]},
+                padding="max_length" if whole else True,
+                max_length=out_length if whole else None,
+                return_tensors="pt",
+            )
             mask_nl = padded["attention_mask"].bool()
             with torch.no_grad():
                 states_nlD = self._model(
@@ -128,7 +136,8 @@ class TextEncoder:
                 ).last_hidden_state
             for row, states_lD, mask_l in zip(rows, states_nlD.to("cpu", self.dtype), mask_nl):
                 count = int(mask_l.sum())
-                states_NLD[row, :count] = states_lD[mask_l]
+                kept = slice(None) if whole else mask_l
+                states_NLD[row, : len(states_lD[kept])] = states_lD[kept]
                 mask_NL[row, :count] = True
         return states_NLD, mask_NL
 

@@ -25,6 +25,7 @@ from common.data.sampling import step_generator
 from common.data.shapes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, TEXTURES, Shapes
 from common.errors import UserError, stop_if_not_finite
 from common.images import as_uint8, resize_clean
+from common.metrics.features import Extractor, load_extractor
 from common.weights import save_weights
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -78,6 +79,12 @@ class ShapesJudge:
         parts = as_uint8(images).split(self.batch_size) if len(images) else []
         found = [self.net(resize_clean(part.to(self.device), SIDE) / 127.5 - 1).float().cpu() for part in parts]
         return torch.cat(found) if found else torch.zeros(0, self.dim)
+
+
+def judge_of(kind: str | None, data: str = "") -> Extractor:
+    """The network that judges: shapes64, lite0 or inception:FILE; None: shapes64 for the data `shapes`, else lite0."""
+    kind = kind or ("shapes64" if data == "shapes" else "lite0")
+    return ShapesJudge() if kind == "shapes64" else load_extractor(kind)
 
 
 @cache

@@ -62,6 +62,29 @@ def shapes_prompts(n: int, latent_shape: Sequence[int], size: int = 32, seed: in
     return PromptSet(data.captions, fixed_noise(n, latent_shape, seed), images, [data.spec(i) for i in range(n)])
 
 
+def held_out_prompts(
+    name: str, count: int, latent_shape: Sequence[int], size: int = 32, text: str | None = None
+) -> PromptSet:
+    """Prompts that nothing is trained on, with fixed noises and, where there are some, real images of them.
+
+    Args:
+        name: shapes, emoji, or a file of prompts (`common.data.pairs.prompt_list`); text: its column of prompts.
+    """
+    if name == "shapes":
+        return shapes_prompts(count, latent_shape, size)
+    if name == "emoji":
+        from common.data.emoji import EmojiCap
+
+        data = EmojiCap("test", size=size)
+        items = [data[i] for i in range(min(count, len(data)))]
+        reference = torch.stack([item["image"] for item in items])
+        return PromptSet([item["caption"] for item in items], fixed_noise(len(items), latent_shape), reference)
+    from common.data.pairs import prompt_list
+
+    prompts = prompt_list(name, count, "test", text)[:count]
+    return PromptSet(prompts, fixed_noise(len(prompts), latent_shape))
+
+
 def high_frequency_energy(images: Tensor) -> float:
     """Power of uint8 [N, 3, H, W] (as [0, 1]) above H / 8 cycles per image (HiPA's band): mean over images, colours."""
     x_NCHW = images.double() / 255

@@ -25,6 +25,7 @@ FIRST = {
     "rectified_flow",
     "instaflow",
     "instaflow_stacked",
+    "hipa",
 }
 TINY = 6000  # forward-equivalents
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.acceleration.methods.progressive_distillation import (
-    progressive_grid,
-    progressive_loss,
-    progressive_sample,
-    progressive_target,
-)
+from common.progressive import progressive_grid, progressive_loss, progressive_sample, progressive_target
 from common.solvers import ddim_step, guided_network
 from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
 

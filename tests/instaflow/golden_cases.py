@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.acceleration.methods.progressive_distillation import progressive_target
 from common.ema import Ema
 from common.metrics.lpips import LPIPS
+from common.progressive import progressive_target
 from common.solvers import solve
 from common.teacher import read_schedule
 from instaflow.flow import (

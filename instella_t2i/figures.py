@@ -1,0 +1,45 @@
+"""Plots made by the code that makes the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.figures import bars, panels, save_figure, small_claims
+
+
+def draw_figures(ledger: Path, folder: Path) -> None:
+    """What the ledger allows: PSNR of the arms of claims A, B and E."""
+    claims = small_claims(ledger)
+    if not {"A", "B", "E"} <= claims.keys():
+        return
+    figure, axes = panels(3)
+    shown = (
+        ("A", {"psnr_binary": "8 x 32 bits", "psnr_vq": "8 x VQ 1024"}, "equal number of tokens"),
+        ("B", {"psnr_line": "in a line", "psnr_grid": "4 x 4 grid"}, "16 tokens of 32 bits"),
+        ("E", {"psnr_whole": "decoded whole", "psnr_scaled_up": "scaled up"}, "one code, decoded at"),
+    )
+    for axis, (claim, metrics, title) in zip(axes, shown):
+        bars(axis, claims[claim], metrics, title)
+        axis.set_ylabel("PSNR, dB")
+    caption = "PSNR on held-out emoji: bits against one-hot codes, a line against a grid, one code at two sizes."
+    save_figure(figure, folder / "tokenizer.png", caption)
+
+
+def draw_rates(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Distortion against bits a picture, one curve a family."""
+    figure, axes = panels(3)
+    keys = {"psnr": "PSNR, dB", "lpips": "LPIPS form", "rkid": "r-KID"}
+    for axis, (key, label) in zip(axes, keys.items()):
+        for family in dict.fromkeys(row["family"] for row in rows):
+            points = sorted((row["bits"], row[key]) for row in rows if row["family"] == family)
+            axis.plot(*zip(*points), marker="o", markersize=3, label=family)
+        axis.set_xscale("log")
+        axis.set_xlabel("bits a picture")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    caption = (
+        "What a picture of 64 x 64 pixels keeps at so many bits: tokens in a line, grids, autoencoders, JPEG, WebP."
+    )
+    return save_figure(figure, path, caption)

@@ -1,0 +1,111 @@
+"""A whole scene through the encoder: every Gaussian gets an answer, the same one on every run.
+
+A voxel takes one Gaussian, so a scene is seen in several passes (fragments), each with another Gaussian of every voxel.
+Nothing is drawn: curves keep their order, and their depth is the scene's, so that neither the number of passes that are
+made at once nor where the scene lies changes an answer.
+
+Shape suffixes: N Gaussians, V voxels, n Gaussians of a pass (one a voxel), D width of the text space, T texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from scenesplat.export import SceneModel
+from scenesplat.gaussians import Gaussians, inputs
+from scenesplat.model import unit
+from scenesplat.serialization import depth_of
+
+
+def voxels_of(places_N3: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """(whole coordinates [V, 3] from 0, voxel [N] of each place) of a grid of `side` metres."""
+    cells_N3 = ((places_N3.double() - places_N3.double().min(0).values) / side).floor().long()
+    spans_3 = cells_N3.max(0).values + 1
+    key_N = (cells_N3[:, 0] * spans_3[1] + cells_N3[:, 1]) * spans_3[2] + cells_N3[:, 2]
+    key_V, voxel_N = key_N.unique(return_inverse=True)  # of whole numbers: faster than of rows
+    columns_V = key_V // spans_3[2]
+    return torch.stack([columns_V // spans_3[1], columns_V % spans_3[1], key_V % spans_3[2]], 1), voxel_N
+
+
+def fragments(voxel_N: Tensor, limit: int = 0) -> Iterator[Tensor]:
+    """Gaussians [n] of each pass: pass i takes the i-th of every voxel, beginning again where there are fewer.
+
+    Args:
+        limit: passes at most; 0 makes as many as the fullest voxel has Gaussians.
+    """
+    order_N = voxel_N.argsort(stable=True)
+    count_V = torch.bincount(voxel_N)
+    first_V = count_V.cumsum(0) - count_V
+    passes = int(count_V.max())
+    for i in range(min(passes, limit) if limit else passes):
+        # Where not all can be seen, those that are lie evenly among them.
+        step_V = i * count_V // limit if limit and passes > limit else torch.full_like(count_V, i)
+        yield order_N[first_V + step_V % count_V]
+
+
+@torch.inference_mode()
+def passes(
+    model: SceneModel, scene: Gaussians, limit: int = 0, at_once: int = 1
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(Gaussians [n], voxels [n], unit features [n, D]) of each pass over a scene.
+
+    Args:
+        limit: passes at most; 0 sees every Gaussian.
+        at_once: passes of one forward, which changes no answer.
+    """
+    device = next(model.network.parameters()).device
+    grid_V3, voxel_N = voxels_of(scene.means_N3, model.voxel)
+    depth = depth_of(grid_V3)
+    feat_NC = inputs(scene.attributes(), model.attributes)
+    waiting: list[Tensor] = []
+
+    def forward() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        rows = torch.cat(waiting)
+        ends = torch.tensor([len(part) for part in waiting]).cumsum(0)
+        grid = grid_V3[voxel_N[rows]].to(device)
+        structure = model.network.structure(grid, ends, depth=depth)
+        features = unit(model.network(feat_NC[rows].to(device), structure)).cpu()
+        for part, found in zip(waiting, features.split([len(part) for part in waiting])):
+            yield part, voxel_N[part], found
+        waiting.clear()
+
+    for rows in fragments(voxel_N, limit):
+        waiting.append(rows)
+        if len(waiting) == at_once:
+            yield from forward()
+    if waiting:
+        yield from forward()
+
+
+def scene_features(model: SceneModel, scene: Gaussians, limit: int = 0, at_once: int = 1) -> Tensor:
+    """Unit features [N, D], the mean over the passes that saw a Gaussian."""
+    width = model.network.options.dec_channels[0]
+    return unit(_added_up(model, scene, lambda features: features, width, limit, at_once))
+
+
+def scene_classes(model: SceneModel, scene: Gaussians, texts_TD: Tensor, limit: int = 0, at_once: int = 1) -> Tensor:
+    """The nearest text [N] of each Gaussian: passes add up sigmoid(cos), as the released tester does."""
+
+    def scores(features_nD: Tensor) -> Tensor:
+        return torch.sigmoid(features_nD @ texts_TD.t())
+
+    return _added_up(model, scene, scores, len(texts_TD), limit, at_once).argmax(1)
+
+
+def _added_up(
+    model: SceneModel, scene: Gaussians, of: Callable[[Tensor], Tensor], width: int, limit: int, at_once: int
+) -> Tensor:
+    """Sum [N, width] over the passes that saw a Gaussian; over those of its voxel where none did."""
+    _, voxel_N = voxels_of(scene.means_N3, model.voxel)
+    total_N, seen_N = torch.zeros(len(scene), width), torch.zeros(len(scene), dtype=torch.bool)
+    total_V = torch.zeros(int(voxel_N.max()) + 1, width)
+    for rows, voxels, features in passes(model, scene, limit, at_once):
+        found = of(features)
+        total_N[rows] += found
+        total_V[voxels] += found
+        seen_N[rows] = True
+    total_N[~seen_N] = total_V[voxel_N[~seen_N]]
+    return total_N

@@ -1,0 +1,65 @@
+"""Put a finished run into the repository: `python scenesplat/publish.py --run_dir runs/scenesplat-small --name rooms`.
+
+Copies the model in half precision to pretrained/, where query.py finds it, writes its model card from the run's own
+metrics, and brings its picture to results/figures/scenesplat/. Its numbers come into results/ with
+`python -m report.record_run scenesplat runs/scenesplat-small`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from common import publishing
+from common.errors import run_main
+from common.paths import RESULTS
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+CAPTION = "Default run: a room that was never seen, its true and predicted classes, and what three queries find."
+
+
+def publish(run_dir: Path, name: str) -> Path:
+    """Copy a run's model to pretrained/`name` and its picture to results/.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    config, metrics = publishing.read_run(run_dir, "room.png", "model/config.json")
+    origin = publishing.origin("torch", "transformers")
+
+    from common.costs import parameter_count
+    from scenesplat.export import SceneModel
+
+    model = SceneModel.load(run_dir / "model", "--run_dir")
+    target = model.save(PRETRAINED / name, half=True)
+    shutil.copyfile(run_dir / "room.png", target / "room.png")
+    facts = {
+        "command": "`make scenesplat-train` (scenesplat/configs/small.yaml)",
+        "rooms": f"{config['data']['rooms']} for training, {metrics['scenes']} unseen ones measured",
+        "steps": f"{config['trainer']['max_steps']} of {config['trainer']['batch_size']} rooms",
+        "voxel": f"{model.voxel:g} m",
+        "texts": f"packaged MiniLM, {model.text.width} directions of centred names",
+        "classes": ", ".join(model.classes),
+        "parameters": f"{parameter_count(model.network):,}, float16",
+        **origin,
+    }
+    text = publishing.model_card(
+        name,
+        "pytorch",
+        "An encoder of 3D Gaussians that answers in the space of a text encoder, trained by "
+        "[`scenesplat`](../../README.md) of this repository on furnished rooms with simulated 2D labels.",
+        f"""```bash
+python scenesplat/query.py room.ply "a chair" --model scenesplat/pretrained/{name}
+```""",
+        "![an unseen room](room.png)",
+        publishing.facts_table(facts),
+        (run_dir / "table.md").read_text(),
+    )
+    (target / "README.md").write_text(text.replace("text-to-image", "image-segmentation"))
+    publishing.copy_picture(run_dir / "room.png", RESULTS / "figures" / "scenesplat" / "default_run_room.png", CAPTION)
+    return target
+
+
+if __name__ == "__main__":
+    run_main(partial(publishing.main, __doc__, publish))

@@ -1,0 +1,31 @@
+"""The search's speed benchmark compares the same networks and says what it compared. No test looks at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import eeea_net as bench
+from benchmarks.arms import Pace, Timing
+
+
+def test_all_arms_train_the_same_networks_to_the_same_errors() -> None:
+    errors = {}
+    for side in ("ours", "plain", "best"):
+        step = bench.make_step(bench.Arm(side, "tiny", "cpu"))
+        errors[side] = [float(step(index)) for index in range(2)]  # type: ignore[arg-type]
+    assert errors["ours"] == errors["plain"] == errors["best"]
+
+
+def test_rows_name_size_target_and_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = Timing(1.0, 1.0, 1, [0.5], 1.0)
+    plain = Timing(3.0, 3.0, 1, [0.5], 3.0)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": plain, "best": same})
+    rows = list(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
+    assert [row["target"] for row in rows] == [2.0, None, 1.0, 1.0, 1.0]
+    assert rows[0]["ratio"] == pytest.approx(3.0) and "plain loop" in rows[0]["name"]
+    assert rows[3]["ours"] < 1.0  # ms a network
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1)})
+    with pytest.raises(RuntimeError, match="tiny: errors differ"):
+        next(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))

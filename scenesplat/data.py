@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,67 +34,10 @@ from scenesplat.ply import read_scene
 from scenesplat.rooms import CLASSES, SEEN, Part, Room, make_room
 from scenesplat.teacher import FolderTeacher, SimulatedTeacher, Teacher
 from scenesplat.text import TextSpace
+from scenesplat.voxels import Grid
 
 MADE = 1  # of the lifted labels in the cache; a change of rooms, rasteriser, teacher or lifting raises it
 TEST_SEEDS = 1_000_000  # rooms of the test part have other seeds than any training room
-
-
-# Voxels -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Grid:
-    """Gaussians by voxel.
-
-    Args:
-        cells_N3: voxel of each Gaussian, from 0; low_3: the lowest voxel's number, before they were moved to 0.
-        order_N: Gaussians sorted by voxel; voxel_N: number of each Gaussian's voxel; count_V: Gaussians of a voxel.
-    """
-
-    cells_N3: Tensor
-    low_3: Tensor
-    order_N: Tensor
-    voxel_N: Tensor
-    count_V: Tensor
-
-    @classmethod
-    def of(cls, coord_N3: Tensor, side: float) -> Grid:
-        """Voxels of `side` metres, in the order of the released code: by the unsigned FNV hash of their coordinates."""
-        cells_N3 = (coord_N3 / side).floor().long()
-        low_3 = cells_N3.min(0).values
-        cells_N3 = cells_N3 - low_3
-        unsigned_N = fnv_hash(cells_N3) ^ torch.iinfo(torch.int64).min
-        _, voxel_N, count_V = unsigned_N.unique(return_inverse=True, return_counts=True)
-        return cls(cells_N3, low_3, voxel_N.argsort(stable=True), voxel_N, count_V)
-
-    @property
-    def start_V(self) -> Tensor:
-        return self.count_V.cumsum(0) - self.count_V
-
-    def one_each(self, generator: torch.Generator) -> Tensor:
-        """One Gaussian of every voxel, at random (training)."""
-        draw_V = torch.randint(int(self.count_V.max()), self.count_V.shape, generator=generator)
-        return self.order_N[self.start_V + draw_V % self.count_V]
-
-    def fragments(self) -> Iterator[Tensor]:
-        """As many sets as the fullest voxel has Gaussians, each with one of every voxel; together they are all."""
-        for i in range(int(self.count_V.max())):
-            yield self.order_N[self.start_V + i % self.count_V]
-
-
-def fnv_hash(cells_N3: Tensor) -> Tensor:
-    """64-bit FNV of whole coordinates, as a signed number: multiply, then exclusive or, axis by axis."""
-    hash_N = torch.full_like(cells_N3[:, 0], -3750763034362895579)  # 14695981039346656037 without sign
-    for axis in cells_N3.unbind(1):
-        hash_N = (hash_N * 1099511628211) ^ axis
-    return hash_N
-
-
-def ravel_hash(cells_N3: Tensor) -> Tensor:
-    """Coordinates from their lowest on as one number, the last axis running fastest."""
-    cells_N3 = cells_N3 - cells_N3.min(0).values
-    spans_3 = cells_N3.max(0).values + 1
-    return (cells_N3[:, 0] * spans_3[1] + cells_N3[:, 1]) * spans_3[2] + cells_N3[:, 2]
 
 
 def centre_shift(coord_N3: Tensor, apply_z: bool = True) -> Tensor:

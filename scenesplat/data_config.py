@@ -19,7 +19,7 @@ class DataConfig:
         path: for scenes: train/ and test/ with scenes of the user's (.npy folders with lang_feat.npy, .ply files) and
             classes.txt. Scenes may lie in folders, one a data set.
         shares: for scenes: steps that each data set gets in turn, in the order of their names; empty: all as many.
-        furniture: archive (the samples in the repository) or all (every model that `make data-furniture` fetched).
+        furniture: archive (points in the repository) or all (five times as many, after `make data-furniture`).
         rooms: for training.
         eval_rooms: that are never trained on, of furniture that is in no training room.
         density: Gaussians per square metre of furniture.

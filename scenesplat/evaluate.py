@@ -79,7 +79,7 @@ def measured(
     from scenesplat.inference import scene_classes
     from scenesplat.protocol import excluded_classes
 
-    texts = model.text.embed(names)
+    texts = model.texts(names)
     found = [scene_classes(model, scene, texts, fragments) for scene, _ in scenes]
     plain, together = (
         summed(
@@ -106,7 +106,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     """The run's network on its unseen scenes, the labels that would have been lifted there, and pictures.
 
     Returns:
-        {"arms": {name: metrics}, ...}; `table.md` has them, `room.png` shows the first unseen scene.
+        {"arms": {name: metrics}, ...}; `table.md` has them, `room.png` shows an unseen scene.
     """
     from common.files import write_atomically
     from common.publishing import markdown_table
@@ -127,7 +127,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "network, hook's average": metrics["hook"],
     }
     if all(scene.features_NF is not None for scene, _ in scenes):
-        arms["lifted labels"] = labels_score(scenes, model.text.embed(names), names, options.neighbours)
+        arms["lifted labels"] = labels_score(scenes, model.texts(names), names, options.neighbours)
     keys = list(arms["network"])
     rows = [[arm, *(f"{values[key]:.3f}" for key in keys)] for arm, values in arms.items()]
     text = markdown_table(["arm", *keys], rows)
@@ -148,7 +148,7 @@ def shown_scene(
     labels: Sequence[Tensor | None], model: SceneModel, names: Sequence[str], queries: Sequence[str]
 ) -> int:
     """The first scene with the most of the classes that are nearest to the queries: there is something to see."""
-    asked = {int(k) for k in (model.text.embed(queries) @ model.text.embed(names).t()).argmax(1)}
+    asked = {int(k) for k in (model.texts(queries) @ model.texts(names).t()).argmax(1)}
     there = [len(asked & {*labels_N.tolist()}) if labels_N is not None else 0 for labels_N in labels]
     return there.index(max(there))
 

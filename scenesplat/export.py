@@ -7,11 +7,13 @@ text.safetensors      the directions of a projected text space, where there are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.cli import parse_config
 from common.errors import UserError
@@ -39,6 +41,20 @@ class SceneModel:
     voxel: float
     attributes: list[str]
     classes: list[str]
+
+    def texts(self, names: Sequence[str]) -> Tensor:
+        """Unit vectors [N, D] of names, in the space of the network's answers.
+
+        Raises:
+            UserError: the text encoder is of another width than the answers.
+        """
+        found, wanted = self.text.embed(names), self.network.options.dec_channels[0]
+        if found.shape[1] != wanted:
+            raise UserError(
+                f"the text encoder gives {found.shape[1]} numbers and this model answers with {wanted}; say --text "
+                "FOLDER, that of the encoder which the model was trained with"
+            )
+        return found
 
     def save(self, folder: Path, half: bool = False, **facts: Any) -> Path:
         """Write the folder, whole or not at all; with `half` the weights in 16 bits."""

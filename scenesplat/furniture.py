@@ -301,7 +301,7 @@ def _picture(library: zipfile.ZipFile, inside: str | None) -> NDArray | None:
 # The archive --------------------------------------------------------------------------------------------------------
 
 
-def pack(models: list[Furniture]) -> bytes:
+def pack(models: list[Furniture], preset: int = 9 | lzma.PRESET_EXTREME) -> bytes:
     """Models as one compressed file: positions in STEPS of their box, normals and colours in bytes."""
     parts: dict[str, list[NDArray]] = {"points": [], "normals": [], "colours": [], "clear": []}
     cards = []
@@ -330,7 +330,7 @@ def pack(models: list[Furniture]) -> bytes:
         else:  # a column each: values of one axis resemble each other
             columns |= {f"{name}.{axis}": np.ascontiguousarray(array[:, axis]) for axis in range(3)}
     content = save(columns, {"models": json.dumps(cards)})
-    return lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
+    return lzma.compress(content, preset=preset)
 
 
 def unpack(content: bytes) -> list[Furniture]:
@@ -378,7 +378,7 @@ def furniture(which: str = "archive") -> list[Furniture]:
     """The models that rooms are furnished with.
 
     Args:
-        which: archive (in the repository) or all (every model that was fetched, with more points).
+        which: archive (in the repository) or all (of what was fetched, with five times the points of each model).
 
     Raises:
         UserError: all, and nothing was fetched; or the archive is damaged.
@@ -389,7 +389,7 @@ def furniture(which: str = "archive") -> list[Furniture]:
         root = find_root(LIBRARIES, None, cache_dir("furniture"), "data-furniture")
         path = checked_file(
             cache_dir("furniture") / f"points-{FETCHED}.xz",
-            lambda place: place.write_bytes(pack(list(read_models(root, FETCHED)))),
+            lambda place: place.write_bytes(pack(list(read_models(root, FETCHED)), preset=0)),
         )
     try:
         return unpack(path.read_bytes())

@@ -18,32 +18,7 @@ from scenesplat.export import SceneModel
 from scenesplat.gaussians import Gaussians, inputs
 from scenesplat.model import unit
 from scenesplat.serialization import depth_of
-
-
-def voxels_of(places_N3: Tensor, side: float) -> tuple[Tensor, Tensor]:
-    """(whole coordinates [V, 3] from 0, voxel [N] of each place) of a grid of `side` metres."""
-    cells_N3 = ((places_N3.double() - places_N3.double().min(0).values) / side).floor().long()
-    spans_3 = cells_N3.max(0).values + 1
-    key_N = (cells_N3[:, 0] * spans_3[1] + cells_N3[:, 1]) * spans_3[2] + cells_N3[:, 2]
-    key_V, voxel_N = key_N.unique(return_inverse=True)  # of whole numbers: faster than of rows
-    columns_V = key_V // spans_3[2]
-    return torch.stack([columns_V // spans_3[1], columns_V % spans_3[1], key_V % spans_3[2]], 1), voxel_N
-
-
-def fragments(voxel_N: Tensor, limit: int = 0) -> Iterator[Tensor]:
-    """Gaussians [n] of each pass: pass i takes the i-th of every voxel, beginning again where there are fewer.
-
-    Args:
-        limit: passes at most; 0 makes as many as the fullest voxel has Gaussians.
-    """
-    order_N = voxel_N.argsort(stable=True)
-    count_V = torch.bincount(voxel_N)
-    first_V = count_V.cumsum(0) - count_V
-    passes = int(count_V.max())
-    for i in range(min(passes, limit) if limit else passes):
-        # Where not all can be seen, those that are lie evenly among them.
-        step_V = i * count_V // limit if limit and passes > limit else torch.full_like(count_V, i)
-        yield order_N[first_V + step_V % count_V]
+from scenesplat.voxels import fragments, voxels_of
 
 
 @torch.inference_mode()

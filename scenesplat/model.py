@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.kernels.attention import attention
 from scenesplat.config import NetworkConfig
-from scenesplat.structure import Level, Pairs, Structure
+from scenesplat.structure import Level, Neighbours, Structure
 
 EPSILON = 1e-3  # of batch normalisation, in the released code
 
@@ -31,29 +31,31 @@ class _Gathered(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, x_NC: Tensor, weight: Tensor, neighbours: Neighbours) -> Tensor:
         ctx.save_for_backward(x_NC, weight)
-        ctx.pairs = pairs
-        y_NE = x_NC @ weight[len(pairs) // 2]
-        for (rows, columns), weight_CE in zip(pairs, weight):
+        ctx.neighbours = neighbours
+        x_NC = x_NC.index_select(0, neighbours.order_N)
+        y_NE = x_NC @ weight[len(weight) // 2]
+        for (rows, columns), weight_CE in zip(neighbours.pairs, weight):
             if len(rows):
-                y_NE.index_add_(0, rows, x_NC[columns] @ weight_CE)
-        return y_NE
+                y_NE.index_add_(0, rows, x_NC.index_select(0, columns) @ weight_CE)
+        return y_NE.index_select(0, neighbours.place_N)
 
     @staticmethod
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        x_NC, weight = ctx.saved_tensors
-        pairs, middle = ctx.pairs, len(ctx.pairs) // 2
+        neighbours, (x_NC, weight) = ctx.neighbours, ctx.saved_tensors
+        middle = len(weight) // 2
+        x_NC, grad_NE = (part.index_select(0, neighbours.order_N) for part in (x_NC, grad_NE))
         grad_weight = torch.zeros_like(weight)
         grad_weight[middle] = x_NC.t() @ grad_NE
         grad_x = grad_NE @ weight[middle].t() if ctx.needs_input_grad[0] else None
-        for place, (rows, columns) in enumerate(pairs):
+        for place, (rows, columns) in enumerate(neighbours.pairs):
             if len(rows):
-                given_E = grad_NE[rows]
-                grad_weight[place] = x_NC[columns].t() @ given_E
+                given_E = grad_NE.index_select(0, rows)
+                grad_weight[place] = x_NC.index_select(0, columns).t() @ given_E
                 if grad_x is not None:
                     grad_x.index_add_(0, columns, given_E @ weight[place].t())
-        return grad_x, grad_weight, None
+        return None if grad_x is None else grad_x.index_select(0, neighbours.place_N), grad_weight, None
 
 
 class SparseConv(nn.Module):
@@ -78,7 +80,7 @@ class SparseConv(nn.Module):
         if torch.is_autocast_enabled(x_NC.device.type):  # as a product of torch's own would be
             dtype = torch.get_autocast_dtype(x_NC.device.type)
             x_NC, weight = x_NC.to(dtype), weight.to(dtype)
-        y_NE = _Gathered.apply(x_NC, weight, level.pairs(self.size))
+        y_NE = _Gathered.apply(x_NC, weight, level.neighbours(self.size))
         return y_NE if self.bias is None else y_NE + self.bias.to(y_NE.dtype)
 
     def _by_library(self, x_NC: Tensor, level: Level) -> Tensor:

@@ -40,7 +40,8 @@ UPS = {
     "-y": [[1.0, 0, 0], [0, 0, 1], [0, -1, 0]],
 }
 FAR = 100.0  # metres from zero, beyond which centres are kept relative to an origin
-SMALLEST_ROOM, LARGEST_ROOM = 0.5, 100.0  # metres; what is outside has another unit, or its reader says that it has not
+SMALLEST_THING, LARGEST_ROOM = 0.05, 100.0  # metres; outside it is another unit, or the reader says that it is not
+HIGH, WIDE = (1.8, 3.5), 2.5  # metres: heights of rooms, and what they are wider than
 LARGEST_SHARE = 0.5  # of the scene's extent: a standard deviation beyond it is a sky or a mistake
 FLAT = 1e-6  # metres: the third extent of a Gaussian that has two
 # Formats that splat-transform (PlayCanvas, npm) reads; by ending or first bytes.
@@ -325,13 +326,15 @@ def _cleaned(scene: Gaussians, path: Path, how: Reading) -> Gaussians:
         scene = scene.turned(torch.tensor(UPS[how.up], dtype=torch.float64))
     scene = scene.scaled(UNITS[how.unit or "m"])
     spread = torch.stack([_span(axis) for axis in scene.means_N3.unbind(1)])
-    if how.unit is None and not SMALLEST_ROOM <= float(spread.max()) <= LARGEST_ROOM:
+    if how.unit is None and not SMALLEST_THING <= float(spread.max()) <= LARGEST_ROOM:
         raise UserError(
             f"{path}: the scene spans {float(spread.max()):.3g} units; a room spans metres. Say --unit cm (or mm, "
             "inch, ft), or --unit m if it is that large"
         )
     lowest = int(spread.argmin())
-    if how.up is None and lowest != 2 and float(spread[lowest]) < 0.75 * float(spread.sort().values[1]):
+    low, middle, _ = spread.sort().values.tolist()
+    room = HIGH[0] <= low <= HIGH[1] and middle >= max(WIDE, low / 0.75)  # things that were cut out are not asked about
+    if how.up is None and lowest != 2 and room:
         raise UserError(
             f"{path}: the scene is lowest along {'xyz'[lowest]} ({float(spread[lowest]):.3g} m), not along z: say "
             "which axis of the file points upwards, --up y or --up -y (or --up z, if z does)"

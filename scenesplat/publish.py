@@ -50,7 +50,7 @@ def publish(run_dir: Path, name: str) -> Path:
         "An encoder of 3D Gaussians that answers in the space of a text encoder, trained by "
         "[`scenesplat`](../../README.md) of this repository on furnished rooms with simulated 2D labels.",
         f"""```bash
-python scenesplat/query.py room.ply "a chair" --model scenesplat/pretrained/{name}
+python scenesplat/query.py ROOM.ply "a chair" --model scenesplat/pretrained/{name}
 ```""",
         "![an unseen room](room.png)",
         publishing.facts_table(facts),

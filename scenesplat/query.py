@@ -1,10 +1,10 @@
 """Ask a scene of Gaussians for something in words.
 
-    python scenesplat/query.py room.ply "a chair"
-    python scenesplat/query.py room.ply "a chair" "a lamp" --out found.png --json
-    python scenesplat/query.py room.ply "a chair" --save chair.ply      # the chosen Gaussians, as a standard splat
-    python scenesplat/query.py room.ply "a chair" --best 500            # the 500 most similar ones, whatever that is
-    python scenesplat/query.py room.ply "a chair" --negatives table sofa wall --threshold 0.6
+    python scenesplat/query.py ROOM.ply "a chair"
+    python scenesplat/query.py ROOM.ply "a chair" "a lamp" --out found.png --json
+    python scenesplat/query.py ROOM.ply "a chair" --save chair.ply      # the chosen Gaussians, as a standard splat
+    python scenesplat/query.py ROOM.ply "a chair" --best 500            # the 500 most similar ones, whatever that is
+    python scenesplat/query.py ROOM.ply "a chair" --negatives table sofa wall --threshold 0.6
 
 A score is the worst against the negatives: exp(10 cos(query)) over that plus exp(10 cos(negative)),
 as LERF has it. Above 0.5 the query fits better than every negative. Nothing is stretched between the scene's own least
@@ -44,11 +44,20 @@ def relevance(features_ND: Tensor, queries_QD: Tensor, negatives_MD: Tensor) -> 
 
 
 def negatives_for(queries: list[str], negatives: list[str]) -> list[str]:
-    """The negatives that are none of the queries themselves."""
+    """The negatives that are none of the queries themselves.
+
+    Raises:
+        UserError: none is left.
+    """
     from scenesplat.text import plain
 
     asked = {plain(query).lower() for query in queries}
-    return [name for name in negatives if plain(name).lower() not in asked]
+    left = [name for name in negatives if plain(name).lower() not in asked]
+    if not left:
+        raise UserError(
+            f"--negatives {' '.join(negatives)}: expected another name than the query's own, to compare with"
+        )
+    return left
 
 
 def ask(
@@ -63,9 +72,9 @@ def ask(
 
     from scenesplat.inference import scene_features
 
+    texts = model.texts(queries)
+    others = [model.texts(negatives_for([query], negatives)) for query in queries]
     features = scene_features(model, scene, limit)
-    texts = model.text.embed(queries)
-    others = [model.text.embed(negatives_for([query], negatives)) for query in queries]
     return torch.stack([relevance(features, row[None], no)[0] for row, no in zip(texts, others)]), features
 
 

@@ -1,7 +1,7 @@
 """Furnished rooms as Gaussians: real models under rules of what stands where, with labels, boxes and surface points.
 
-    python -m scenesplat.rooms room.ply --seed 3              # a room to look at or to ask, of furniture for tests
-    python -m scenesplat.rooms rooms/3 --seed 3               # the same with its labels, as a folder of .npy arrays
+    python -m scenesplat.rooms ROOM.ply --seed 3              # a room to look at or to ask, of furniture for tests
+    python -m scenesplat.rooms FOLDER --seed 3                # the same with its labels, as a folder of .npy arrays
 
 A room is a function of its seed. `quality` below 1 changes its Gaussians only, never what stands where, so that the
 same seed at quality 1 is the reference for a PSNR.

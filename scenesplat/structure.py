@@ -18,7 +18,19 @@ from torch import Tensor
 
 from scenesplat.serialization import depth_of, encode_all
 
-Pairs = list[tuple[Tensor, Tensor]]  # for each place in a kernel: (voxels, their neighbours there)
+
+@dataclass
+class Neighbours:
+    """Who is next to whom, counted in the order of places in space, so that memory is read nearly in sequence.
+
+    Args:
+        order_N: voxels in that order; place_N: where each voxel stands in it.
+        pairs: for each place of a kernel (voxels, their neighbours there), both as numbers in that order.
+    """
+
+    order_N: Tensor
+    place_N: Tensor
+    pairs: list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -43,9 +55,9 @@ class Level:
         """Voxels [N] along the curve that stands in `row`."""
         return self._once(("order", self.rows[row]), lambda: self.codes_ON[self.rows[row]].argsort(stable=True))
 
-    def pairs(self, size: int) -> Pairs:
-        """Neighbours for a kernel of `size`^3, x outermost; the middle place, everyone with itself, stays empty."""
-        return self._once(("pairs", size), lambda: neighbour_pairs(self.grid_N3, self.batch_N, size))
+    def neighbours(self, size: int) -> Neighbours:
+        """For a kernel of `size`^3, x outermost; the middle place, everyone with itself, stays empty."""
+        return self._once(("neighbours", size), lambda: neighbours_of(self.grid_N3, self.batch_N, size))
 
     def patches(self, row: int, size: int, flash: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Attention's patches along the curve in `row`.
@@ -148,7 +160,7 @@ class Structure:
         return Structure(levels, self.clusters)
 
 
-def neighbour_pairs(grid_N3: Tensor, batch_N: Tensor, size: int) -> Pairs:
+def neighbours_of(grid_N3: Tensor, batch_N: Tensor, size: int) -> Neighbours:
     """For every place of a kernel of `size`^3: which voxels have a neighbour there, and which one it is.
 
     A column of the kernel needs one search among the sorted voxels: what follows there along z are its other places.
@@ -156,7 +168,7 @@ def neighbour_pairs(grid_N3: Tensor, batch_N: Tensor, size: int) -> Pairs:
     radius = size // 2
     if not len(grid_N3):
         empty = batch_N[:0]
-        return [(empty, empty)] * size**3
+        return Neighbours(empty, empty, [(empty, empty)] * size**3)
     low = grid_N3.min(0).values
     spans = (grid_N3.max(0).values - low + 1 + 2 * radius).tolist()
     moved = grid_N3 - low + radius
@@ -179,17 +191,19 @@ def neighbour_pairs(grid_N3: Tensor, batch_N: Tensor, size: int) -> Pairs:
                 hit &= at_N < total
                 if number < half:
                     rows = hit.nonzero().squeeze(1)
-                    found[number] = order_N[rows], order_N[at_N[rows]]
+                    found[number] = rows, at_N[rows]
                 at_N = at_N + hit.long()
                 number += 1
-    pairs: Pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for place in range(size**3):
         if place == half:
             pairs.append((order_N[:0], order_N[:0]))
         else:  # the place opposite has the same pairs the other way round
             rows, columns = found[min(place, 2 * half - place)]
             pairs.append((rows, columns) if place < half else (columns, rows))
-    return pairs
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(total, device=order_N.device)
+    return Neighbours(order_N, place_N, pairs)
 
 
 def padding(sizes: Sequence[int], width: int) -> tuple[Tensor, Tensor, Tensor]:

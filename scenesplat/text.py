@@ -32,6 +32,7 @@ TOKENS = 64  # that SigLIP2's texts are padded to
 # What a query has to beat (LERF's canonical phrases), and what every room is made of.
 NEGATIVES = ("object", "things", "stuff", "texture", "wall", "floor", "ceiling")
 STRUCTURE = ("wall", "floor", "ceiling")  # left out of f-mIoU
+_VOCABULARIES: dict[str, Tensor] = {}  # by the encoder's fingerprint
 
 
 @cache
@@ -68,8 +69,7 @@ class TextSpace:
         else:
             self._encoder = TextEncoder(source)
         if frame is None and width is not None:
-            known = list(self._names) or vocabulary()
-            frame = _frame(self._raw(known), width)
+            frame = _frame(self._vocabulary(), width)
         self.frame = frame
 
     @cached_property
@@ -109,6 +109,14 @@ class TextSpace:
         if str(self._encoder.config.get("model_type", "")).startswith("siglip"):
             return _siglip(self._encoder.path, texts)
         return self._encoder.sentence(texts)
+
+    def _vocabulary(self) -> Tensor:
+        """Vectors of all names that are known; of an encoder once in a process."""
+        if self._encoder is None:
+            return torch.stack(list(self._names.values()))
+        if (encoder := self._encoder.fingerprint) not in _VOCABULARIES:
+            _VOCABULARIES[encoder] = self._raw(vocabulary())
+        return _VOCABULARIES[encoder]
 
     def save(self, path: Path) -> None:
         """Keep the directions, so that what was trained in this space can be asked without making them again."""

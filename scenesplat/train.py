@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = run.model(network).save(run.folder / "model")
     with run.timed("evaluation"):
         metrics = evaluate_run(run)
-    found = write_metrics(run.folder / "metrics.json", metrics, run.seconds, time.perf_counter() - started)
+    total = time.perf_counter() - started
+    found = write_metrics(run.folder / "metrics.json", metrics, run.seconds, total, "pretraining" in run.seconds)
     print(f"the trained model is {folder}; ask any splat:")
     print(f'  python scenesplat/query.py SCENE.ply "a chair" --model {folder}')
     return found

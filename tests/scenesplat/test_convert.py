@@ -83,6 +83,12 @@ def test_texts_of_another_width_than_the_weights_are_refused(small: PointTransfo
     refused("its texts have 384 numbers, these weights answer with 16", convert.main, arguments)
 
 
+def test_a_model_without_its_text_encoder_asks_for_it(small: PointTransformer, tmp_path: Path) -> None:
+    file = checkpoint(small, tmp_path / "best.pth")
+    model = SceneModel.load(convert.main(["--checkpoint", str(file), "--out", str(tmp_path / "model")]))
+    refused("the text encoder gives 384 numbers and this model answers with 16; say --text", model.texts, ["chair"])
+
+
 def test_a_model_folder_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     network = PointTransformer(tiny_network())
     folder = SceneModel(network, TextSpace(width=12), 0.1, ["colour"], ["chair"]).save(tmp_path / "model")

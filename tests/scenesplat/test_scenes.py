@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scenesplat import data as scenes
 from scenesplat import furniture, lifting, teacher
-from scenesplat.data import Grid, SceneBatches, SceneData, SceneModule, chunks, collate, example
+from scenesplat.data import SceneBatches, SceneData, SceneModule, chunks, collate, example
 from scenesplat.data_config import DataConfig
 from scenesplat.gaussians import Gaussians
 from scenesplat.ply import write_scene
@@ -226,14 +226,6 @@ def test_real_models_from_folders_answer_for_every_mask(tmp_path: Path, monkeypa
 
 
 # Voxels, augmentation and batches
-
-
-def test_fragments_hold_one_of_each_voxel_and_together_everything() -> None:
-    grid = Grid.of(room().gaussians.means_N3, 0.1)
-    parts = list(grid.fragments())
-    assert torch.equal(torch.cat(parts).unique(), torch.arange(len(room().gaussians)))
-    for rows in parts:
-        assert torch.equal(grid.voxel_N[rows], torch.arange(len(grid.count_V)))
 
 
 def test_an_example_is_one_gaussian_a_voxel_with_what_belongs_to_it() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scenesplat.serialization import ORDERS, encode
-from scenesplat.structure import Structure, neighbour_pairs, padding
+from scenesplat.structure import Structure, neighbours_of, padding
 from tests.refusals import refused
 
 
@@ -56,17 +56,18 @@ def test_scenes_beyond_sixteen_levels_are_refused() -> None:
 def test_neighbours_are_those_that_comparing_all_voxels_finds(size: int) -> None:
     grid = torch.cat([some_voxels(60, 6), some_voxels(40, 5, seed=1) + 3])
     batch = torch.tensor([0] * 60 + [1] * 40)
-    pairs = neighbour_pairs(grid, batch, size)
-    radius = size // 2
+    neighbours = neighbours_of(grid, batch, size)
+    order, radius = neighbours.order_N, size // 2
+    assert torch.equal(neighbours.place_N[order], torch.arange(100))
     for place, (move, found) in enumerate(
-        zip(itertools.product(range(-radius, radius + 1), repeat=3), pairs, strict=True)
+        zip(itertools.product(range(-radius, radius + 1), repeat=3), neighbours.pairs, strict=True)
     ):
         same = (grid[None] == (grid + torch.tensor(move))[:, None]).all(2) & (batch[None] == batch[:, None])
         rows, columns = same.nonzero(as_tuple=True)
         if place == size**3 // 2:
             assert not len(found[0])
         else:
-            assert {*zip(rows.tolist(), columns.tolist())} == {*zip(found[0].tolist(), found[1].tolist())}
+            assert {*zip(rows.tolist(), columns.tolist())} == {*zip(*(order[side].tolist() for side in found))}
 
 
 def test_pooling_joins_what_lies_in_one_larger_voxel() -> None:

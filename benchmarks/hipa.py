@@ -93,7 +93,8 @@ def ours(arm: Arm) -> Step:
     """The trainer's own step, without Lightning around it; the pairs' pictures were decoded before training."""
     teacher = teacher_of(arm)
     student = make_student(teacher, ADAPTORS[arm.size]).to(arm.device)
-    spare_memory(teacher.vae)
+    if arm.device == "cuda":  # as the trainer does
+        spare_memory(teacher.vae)
     loss = AdaptationLoss(LossConfig(), teacher.decode_differentiable, teacher.device)
     noise, x1, states = batch_of(teacher, arm)
     with torch.no_grad(), mixed(arm.device, arm.bf16):

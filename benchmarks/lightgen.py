@@ -57,6 +57,7 @@ from lightgen.head import DiffusionHead
 from lightgen.losses import masked_loss
 from lightgen.model import Fluid, Grid, gathered, preset, unpatchify
 from lightgen.painter import Painter
+from lightgen.plan import model_of as on_meta
 from lightgen.plan import step_flop
 from lightgen.sampler import Noises, Randomness, decode_tokens
 from lightgen.schedules import guidance_at, remaining_after
@@ -81,8 +82,10 @@ class Size:
 
 
 _SMALL = NetworkConfig(
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 5),
     width=160,
+    encoder_heads=5,
+    decoder_heads=5,
+    cross_heads=5,
     encoder_depth=2,
     decoder_depth=3,
     cross_depth=2,
@@ -240,9 +243,9 @@ def decoding_rows(name: str, device: str, rounds: int) -> Iterator[dict[str, Any
 def score_rows(model: Path, per_task: int) -> list[dict[str, Any]]:
     """Speed and overall score of a trained model, ours against the released decoding, over seeds."""
     painter = Painter.load(model)
-    specs = prompts(per_task, "test", **WORLDS["small"])  # type: ignore[arg-type]
+    specs = prompts(per_task, "test", **WORLDS["small"])
     captions = [spec.caption for spec in specs]
-    grid, found = painter.grid(painter.size, painter.size), {"ours": [], "peer": []}
+    grid, found = painter.grid(painter.size, painter.size), dict[str, list[float]](ours=[], peer=[])
     fast, official = painter.sampling, replace(OFFICIAL, guidance=painter.sampling.guidance)
     seconds = dict.fromkeys(found, 0.0)
     for seed in range(SEEDS):
@@ -291,7 +294,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
     label = "float32, ours eager against peer compiled"
     rows.append(row(label, timings["ours fp32"], timings["peer compiled fp32"], False))
-    work = round(found.batch * step_flop(found.network, found.channels, found.text, found.length, found.grid))
+    work = round(found.batch * step_flop(on_meta(found.network, found.channels, found.text), found.length, found.grid))
     for precision in ("fp32", "bf16"):
         name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
         rows.append(

@@ -64,7 +64,9 @@ def open_pictures(config: DataConfig, side: int) -> Real:
         UserError: an option or a file of the user's is wrong, or the pictures are too few.
     """
     if config.only and config.name in ("folder", "stl10"):
-        raise UserError(f"--data.only {config.only}: --data.name {config.name} has no classes to choose from")
+        raise UserError(
+            f"--data.only {config.only}: --data.name {config.name} has no classes to choose from; give --data.only '[]'"
+        )
     if config.name == "folder":
         real = _folder(config, side)
     elif config.name == "stl10":

@@ -29,20 +29,13 @@ if TYPE_CHECKING:
 GRID = 64
 
 
-def grid(generator: Generator, path: Path, batch_norm: BatchNorm, seed: int | None = None, count: int = GRID) -> Path:
-    """Samples of a fixed z (by `seed`, or everybody's) in a grid."""
-    import torch
-
-    from common.data.sampling import derive_seed
+def grid(generator: Generator, path: Path, batch_norm: BatchNorm) -> Path:
+    """Samples of the z that everybody is measured with, in a square."""
     from common.images import save_grid
-    from common.metrics.measures import fixed_noise
     from eagan.measuring import draw, latents
 
-    width = generator.config.latent_dim
-    z_NZ = latents(count, width) if seed is None else fixed_noise(count, (width,), derive_seed(seed, 1))
-    with torch.no_grad():
-        images = draw(generator, z_NZ, batch_norm, min(count, GRID))
-    return save_grid(images, path, columns=max(1, min(count, round(count**0.5))), tile=max(images.shape[-1], 64))
+    images = draw(generator, latents(GRID, generator.config.latent_dim), batch_norm, GRID)
+    return save_grid(images, path, columns=round(GRID**0.5), tile=max(images.shape[-1], 64))
 
 
 def measured(
@@ -64,7 +57,9 @@ def measured(
 
 
 def measure_folder(folder: Path, options: EvaluationConfig, images: int, device: str = "cpu") -> dict[str, Any]:
-    """What is known of a finished run's generator; draws `samples.png`. Needs the run's folder alone.
+    """What is known of a finished run's generator; draws `samples.png`, writes `table.md`.
+
+    It needs the run's folder alone.
 
     Args:
         images: that scores are taken over; at most the real ones that were kept.
@@ -85,14 +80,37 @@ def measure_folder(folder: Path, options: EvaluationConfig, images: int, device:
     images = min(images, len(reference.train_ND))
     content = measured(generator, judge, reference, options, images)
     grid(generator, folder / "samples.png", options.batch_norm)
-    accuracy = {"judge_accuracy": judge.accuracy} if hasattr(judge, "accuracy") else {}
-    return {
-        **content,
-        **accuracy,
+    if hasattr(judge, "accuracy"):
+        content["judge_accuracy"] = judge.accuracy
+    content |= {
         "augment": about.get("augment", []),
         "parameters_generator": parameter_count(generator),
         "parameters_discriminator": parameter_count(load_discriminator(folder / "model")),
     }
+    write_table(folder, content)
+    return content
+
+
+def write_table(folder: Path, content: dict[str, Any]) -> Path:
+    """`table.md` of a run: its populations at the first and the last round, the trained generator, real pictures."""
+    from common.files import read_object, write_atomically
+    from common.publishing import markdown_table
+
+    rows = []
+    stages = {path.parent.name: path for path in folder.glob("*/history.json")}
+    for name, path in sorted(stages.items(), key=lambda stage: (stage[0][7:], "_d" in stage[0])):
+        history = read_object(path, kinds={"rounds": list, "floor": dict})
+        for row in (history["rounds"][0], history["rounds"][-1]):
+            of = f"{name}, round {row['round']}: mean (best) of the population"
+            numbers = f"{row['fid_mean']:.4g} ({row['fid_best']:.4g})", f"{row['inception_score_mean']:.3g}"
+            rows.append([of, *numbers, str(history["floor"]["images"])])
+    for of, scores in (("trained generator", content), ("real against real", content["floor"])):
+        rows.append([of, f"{scores['fid']:.4g}", f"{scores['inception_score']:.3g}", str(scores["images"])])
+    text = markdown_table(["", "FID", "IS", "pictures"], rows)
+    text += f"\n\nJudged by {content['judge']}; parameters of the generator {content['parameters_generator']:,}, "
+    text += f"of the discriminator {content['parameters_discriminator']:,}.\n"
+    write_atomically(folder / "table.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return folder / "table.md"
 
 
 def report(content: dict[str, Any]) -> None:

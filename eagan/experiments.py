@@ -93,6 +93,10 @@ class Study(CommonStudy[Sizes]):
     def reference(self) -> Reference:
         return Reference(self.judging.reference)
 
+    def floor(self, count: int) -> float:
+        """FID of so many real pictures to as many others: what a perfect generator would reach."""
+        return self.reference.floor(self.judge, 10, count).fid
+
     def stage(
         self, name: str, searched: Searched, seed: int, before: Found | None = None, rounds: int = 0, **changes: Any
     ) -> Search:

@@ -53,7 +53,13 @@ class SpectralWeight(nn.Module):
         self.register_buffer("weight_v", F.normalize(torch.randn(columns), dim=0, eps=self.EPSILON))
 
     def normalised(self) -> Tensor:
-        """weight_orig / sigma; in training mode after one more power iteration."""
+        """weight_orig / sigma, in float32 also under autocast; in training mode after one more power iteration."""
+        if self.weight_orig.is_meta:  # only counted: there is no autocast
+            return self._divided()
+        with torch.autocast(self.weight_orig.device.type, enabled=False):
+            return self._divided()
+
+    def _divided(self) -> Tensor:
         matrix = self.weight_orig.flatten(1)
         if self.training:
             with torch.no_grad():

@@ -39,7 +39,7 @@ def e1(study: Study, seed: int) -> dict[str, float]:
         "fid_searched": searched,
         "fid_random": fmean(random),
         "best_random": min(random),
-        "floor": study.reference.floor(study.judge, 10, study.sizes.final_images).fid,
+        "floor": study.floor(study.sizes.final_images),
     }
 
 
@@ -50,7 +50,8 @@ def e2(study: Study, seed: int) -> dict[str, float]:
     assert before.generator is not None
     pair = study.retrained("pair", seed, before.generator, found.discriminator)["fid"]
     fixed = study.retrained("searched", seed, before.generator, BASE)["fid"]
-    return {"fid_ratio": pair / fixed, "fid_pair": pair, "fid_fixed": fixed}
+    floor = study.floor(study.sizes.final_images)
+    return {"fid_ratio": pair / fixed, "fid_pair": pair, "fid_fixed": fixed, "floor": floor}
 
 
 def e3(study: Study, seed: int) -> dict[str, float]:
@@ -68,6 +69,7 @@ def e3(study: Study, seed: int) -> dict[str, float]:
     return {
         "fid_ratio": measured["fid_with"] / measured["fid_without"],
         "std_ratio": measured["std_with"] / max(measured["std_without"], 1e-9),
+        "floor": study.floor(study.sizes.images),
         **measured,
     }
 
@@ -86,6 +88,7 @@ def e4(study: Study, seed: int) -> dict[str, float]:
     return {
         "std_ratio": pstdev(last["decoupled"]) / max(pstdev(last["coupled"]), 1e-9),
         "final_ratio": last["decoupled"][-1] / last["coupled"][-1],
+        "floor": study.floor(study.sizes.images),
         **{f"final_{arm}": values[-1] for arm, values in last.items()},
         **curves,
     }
@@ -101,6 +104,8 @@ def e5(study: Study, seed: int) -> dict[str, float]:
     return {
         "size_ratio": found["g"][1] / found["g-fid"][1],
         "fid_ratio": found["g"][0] / found["g-fid"][0],
+        "fid_pareto": found["g"][0],
+        "floor": study.floor(study.sizes.images),
         "size_pareto": found["g"][1],
         "size_fid_only": found["g-fid"][1],
     }

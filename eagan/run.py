@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common.cli import read_run_config
+from common.data.cache import fingerprint_strings
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
@@ -30,7 +31,7 @@ from eagan.searching import Found, Judging, Search, Searched, new_discriminator
 from eagan.training import STREAMS, AnyDiscriminator, open_device
 
 SIMPLE_SIDE = 32  # pixels, which five convolutions of stride 2 need
-PLACES = {"data": ["data.path"]}
+PLACES = {"data": ["data.path"], "judge": ["evaluation.judge"]}
 JUDGE, REFERENCE, GENOTYPE = "judge.safetensors", "reference.safetensors", "genotype.json"
 
 
@@ -61,12 +62,16 @@ class Run:
             raise UserError(
                 f"{option} simple: expected pictures of at least {SIMPLE_SIDE} pixels, not {config.network.side}"
             )
-        open_genes(GENERATOR, config.search.first_generator, "--search.first_generator")
+        if config.network.bottom_width % 2:
+            raise UserError(
+                f"--network.bottom_width {config.network.bottom_width}: expected an even number, since a discriminator "
+                "may halve the sides four times"
+            )
+        first = open_genes(GENERATOR, config.search.first_generator, "--search.first_generator")
         real = open_pictures(config.data, config.network.side)
         for name, options in (("stage_g", config.stage_g), ("stage_d", config.stage_d), ("train", config.train)):
             refuse_large_batch(f"{name}.batch_real", options.batch_real, len(real.train), "training pictures")
-        known = min(len(real.train), len(real.held_out))
-        if known < 2:
+        if len(real.held_out) < 2:
             raise UserError(f"{real.name}: {len(real.held_out)} held-out pictures are too few for a floor; give more")
         if config.evaluation.images > len(real.train):
             raise UserError(
@@ -76,9 +81,12 @@ class Run:
         run = cls(config, folder, real, device)
         if config.evaluation.judge not in (None, "classes", "lite0"):
             open_judge(config.evaluation.judge)
-        judge = run.judge_source()
-        checksum = file_sha256(judge) if isinstance(judge, Path) else judge
-        opened.begin({"data": real.contents, "judge": checksum})
+        # A run that goes on keeps its judge: another machine would round another one.
+        judge = folder / JUDGE if (folder / JUDGE).is_file() else run.judge_source()
+        file = judge if isinstance(judge, Path) else Path(judge.partition(":")[2])
+        genotypes = fingerprint_strings([str(pair), str(fixed), str(first)])
+        checksum = file_sha256(file) if file.is_file() else str(judge)
+        opened.begin({"data": real.contents, "judge": checksum, "genotypes": genotypes})
         if isinstance(judge, Path) and not (folder / JUDGE).is_file():
             write_atomically(folder / JUDGE, lambda temporary: shutil.copyfile(judge, temporary))
         return run
@@ -111,7 +119,11 @@ class Run:
     @property
     def judge_name(self) -> str:
         """As `open_judge` takes it; of the folder's own weights."""
-        return f"classes:{self.folder / JUDGE}" if (self.folder / JUDGE).is_file() else str(self.judge_source())
+        return (
+            f"classes:{(self.folder / JUDGE).absolute()}"
+            if (self.folder / JUDGE).is_file()
+            else str(self.judge_source())
+        )
 
     @cached_property
     def judge(self) -> Extractor:
@@ -119,8 +131,9 @@ class Run:
 
     def reference(self) -> Path:
         """Features of as many real pictures as the largest measurement needs, and of others for the floor."""
-        Reference.of(self.folder / REFERENCE, self.real, self.judge, self.final_images)
-        return self.folder / REFERENCE
+        path = (self.folder / REFERENCE).absolute()
+        Reference.of(path, self.real, self.judge, self.final_images)
+        return path
 
     @property
     def final_images(self) -> int:
@@ -132,7 +145,7 @@ class Run:
 
     def search(self) -> Found:
         """The stages of `search.order`, one after the other; what each finds is drawn and handed on."""
-        options, network = self.config.search, self.config.network
+        options = self.config.search
         first = fixed_genes(options.fixed)
         found = Found(None, first, {})
         if options.order == "d_first":
@@ -144,7 +157,7 @@ class Run:
                 with self.timed(name + suffix):
                     found = self._stage(name + suffix, searched, found, number)
         save_genes(self.folder / GENOTYPE, generator=found.generator, discriminator=found.discriminator)
-        assert found.generator is not None and network is not None
+        assert found.generator is not None
         draw_genes(GENERATOR, found.generator, self.folder / "generator.svg")
         if found.discriminator is not None:
             draw_genes(DISCRIMINATOR, found.discriminator, self.folder / "discriminator.svg")

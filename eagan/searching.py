@@ -228,7 +228,7 @@ class Search(Loop):
 
     def _evaluate(self) -> list[dict[str, Any]]:
         """The scores of every individual's generator, by independent jobs."""
-        folder = self.folder / "evaluated"
+        folder = (self.folder / "evaluated").absolute()
         weights = folder / "generators.safetensors"
         networks = [pair[0].state_dict() for pair in self.pairs] or [self.generator.state_dict()]
         save_weights(weights, flat_tensors({"g": networks}))
@@ -351,15 +351,20 @@ class Search(Loop):
                 weights[name] = alone.state_dict()
             else:
                 weights[name] = network.state_dict()
-        judge, evaluation = open_judge(self.judging.judge), self.evaluation
-        floor = Reference(self.judging.reference).floor(judge, evaluation.splits, evaluation.images)
-        write_json(self.folder / "history.json", {"rounds": self.history, "floor": asdict(floor)})
-        draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
-        draw_rounds(self.history, floor.fid, self.folder / "rounds.png", self.folder.name)
-        shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
+        if not (self.folder / "history.json").is_file():
+            self._conclude()
         return Found(
             winner.generator or self.generator.genotype, winner.discriminator or self.discriminator.genotype, weights
         )
+
+    def _conclude(self) -> None:
+        """Draw the stage, and write its rounds beside the distance of real pictures to real ones; this ends it."""
+        judge, evaluation = open_judge(self.judging.judge), self.evaluation
+        floor = Reference(self.judging.reference).floor(judge, evaluation.splits, evaluation.images)
+        draw_fronts(self.folder / "rounds", self.folder / "fronts.png")
+        draw_rounds(self.history, floor.fid, self.folder / "rounds.png", self.folder.name)
+        shutil.rmtree(self.folder / "evaluated", ignore_errors=True)
+        write_json(self.folder / "history.json", {"rounds": self.history, "floor": asdict(floor)})
 
     def _state(self) -> dict[str, Any]:
         networks: dict[str, Any] = {

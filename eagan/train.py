@@ -2,7 +2,7 @@
 
     python eagan/train.py                                           # configs/small.yaml: emoji, on a laptop
     python eagan/train.py --config eagan/configs/smoke.yaml         # the whole path in a minute
-    python eagan/train.py --data.name folder --data.path PICTURES --run_dir runs/eagan-mine    # your own pictures
+    python eagan/train.py --data.name folder --data.path PICTURES --data.only '[]' --run_dir runs/eagan-mine   # yours
     python eagan/train.py --genotype best_G,cifar10_D --run_dir runs/eagan-published           # no search
     python eagan/train.py --search.order coupled --run_dir runs/eagan-coupled                  # section 5.3
     python eagan/train.py --evaluation.engine processes             # the population on all cores; or ray
@@ -10,8 +10,8 @@
 
 Started again after an interruption (kill -9 too), a run continues where it stopped, with identical populations and
 weights. A run folder holds config.yaml, stage_g/ and stage_d/ (rounds/ with everybody's genes, scores, samples and
-front), genotype.json with its drawings, train/ (log, sample grids), model/ (the trained pair), metrics.json and
-samples.png.
+front), genotype.json with its drawings, train/ (log, sample grids), model/ (the trained pair), metrics.json,
+table.md and samples.png.
 """
 
 from __future__ import annotations

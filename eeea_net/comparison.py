@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +22,14 @@ from eeea_net.counting import count
 from eeea_net.data import open_data
 from eeea_net.drawing import draw_comparison, draw_generation, draw_genotype
 from eeea_net.genotypes import Genotype
+from eeea_net.model import Network
 from eeea_net.proxy import Lesson, Setting
 from eeea_net.search import Evaluator, Generation, Scale, Search
 from eeea_net.space import Space
 from eeea_net.training import Trained, Training, train
 
 OURS = "eeea_net"
+NARROWEST_SE = 16  # channels of a cell's output
 WIDEST = 512  # channels tried for a cell of equal parameters
 
 
@@ -43,11 +46,18 @@ def pick_device(name: str) -> torch.device:
     """The device of an option.
 
     Raises:
-        UserError: `cuda` was asked for and there is none.
+        UserError: `cuda` was asked for and there is none, or several processes were started.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a run of eeea_net is one process; its networks are trained by several with --engine processes "
+            "--workers N, or on a cluster with --engine ray"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = cuda  # the same few shapes of convolution come again and again
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def random_search(options: EvolutionOptions, evaluations: int) -> EvolutionOptions:
@@ -65,7 +75,7 @@ class Comparison:
         known = read_object(metrics, kinds={"seconds": (int, float)}) if metrics.is_file() else {"seconds": 0.0}
         self.started = time.perf_counter() - float(known["seconds"])
         self.data: ImageSet = open_data(config.data, config.seed)
-        self.space = Space.of(config.space)
+        self.space = Space.of(config.cell)
         self.scale = Scale(self.space, config.large)
         self.setting = Setting(config.data, config.proxy, config.seed, str(self.device))
         self._trained: dict[tuple[Genotype, RetrainOptions], Trained] = {}
@@ -84,16 +94,15 @@ class Comparison:
         self._training(cell, config.retrain)
         if config.genotype is None:
             Lesson(self.setting, self.data)
+            if config.proxy.se and config.proxy.channels < NARROWEST_SE:
+                raise UserError(
+                    f"--proxy.se true needs --proxy.channels {NARROWEST_SE} or more: a cell may give out one block"
+                )
             with torch.device("meta"):
-                self._network(cell)
+                Network(cell, config.proxy.network(len(self.data.classes), self.data.channels))
             seeds = [self.space.encode(Genotype.load(name)) for name in config.evolution.seeds]
             if len(seeds) > config.evolution.population:
                 raise UserError(f"--evolution.seeds: {len(seeds)} cells are more than the population")
-
-    def _network(self, cell: Genotype) -> None:
-        from eeea_net.model import Network
-
-        Network(cell, self.config.proxy.network(len(self.data.classes), self.data.channels))
 
     def _training(self, genotype: Genotype, options: RetrainOptions) -> Training:
         config = self.config
@@ -107,7 +116,7 @@ class Comparison:
         """Finish a search in `<run>/<name>`; what another search of the run has trained is not trained again."""
         config = self.config
         evaluations = self.folder / "evaluations.json"
-        evaluator = Evaluator(self.setting, self.space, evaluations, config.engine, config.workers)
+        evaluator = Evaluator(self.setting, self.space, evaluations, config.engine, config.workers, config.progress)
 
         def after(generations: list[Generation]) -> None:
             last = generations[-1]
@@ -127,6 +136,8 @@ class Comparison:
 
         found = Search(options, self.scale, evaluator, self.folder / name, config.seed, after)
         found.run()
+        if not found.chosen():
+            raise UserError(f"{name}: every network diverged; try a lower --proxy.lr")
         self._export(name, found)
         return found
 

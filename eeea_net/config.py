@@ -102,7 +102,7 @@ class NetworkConfig(NetworkShape):
 
 
 @dataclass(frozen=True)
-class SgdOptions(NetworkShape):
+class SgdOptions:
     """How a network is trained.
 
     Args:
@@ -113,7 +113,6 @@ class SgdOptions(NetworkShape):
         weight_decay: of SGD.
         grad_clip: largest norm of the gradient; 0 does not clip.
         cutout: side in pixels of the square that is blanked out; 0 is off.
-        auxiliary: weight of the auxiliary head's loss; 0 builds no such head.
     """
 
     batch_size: Count = 96
@@ -123,6 +122,16 @@ class SgdOptions(NetworkShape):
     weight_decay: NotNegative = 3e-4
     grad_clip: NotNegative = 5.0
     cutout: Whole = 16
+
+
+@dataclass(frozen=True)
+class CellTraining(SgdOptions, NetworkShape):
+    """How a network of cells is trained.
+
+    Args:
+        auxiliary: weight of the auxiliary head's loss; 0 builds no such head.
+    """
+
     auxiliary: NotNegative = 0.4
 
     def network(self, classes: int, in_channels: int) -> NetworkConfig:
@@ -132,7 +141,7 @@ class SgdOptions(NetworkShape):
 
 
 @dataclass(frozen=True)
-class ProxyOptions(SgdOptions):
+class ProxyOptions(CellTraining):
     """How a network of the search is trained from scratch before it is compared (section 4.1.1).
 
     Args:
@@ -147,7 +156,7 @@ class ProxyOptions(SgdOptions):
 
 
 @dataclass(frozen=True)
-class RetrainOptions(SgdOptions):
+class RetrainOptions(CellTraining):
     """How the chosen networks are trained from scratch (section 4.1.2).
 
     Args:
@@ -211,6 +220,41 @@ class EvolutionOptions:
 
 
 @dataclass(frozen=True)
+class ElasticOptions(SgdOptions):
+    """The once-for-all space (`--space once_for_all`, section 4.2): its elastic network and the search over it.
+
+    Args:
+        design: imagenet (the paper's: five stages, 16 to 160 channels) or small (three stages for small pictures).
+        kernels: sides of the depthwise kernels that a block may have.
+        expands: how many times wider than its input a block may be inside.
+        depths: numbers of blocks that a stage may have.
+        resolutions: sides of the pictures; the largest is the one that they are kept at.
+        epochs: of each phase of progressive shrinking.
+        members: drawn and trained in each step.
+        distil: weight of the distance to the largest member's answers, once that is trained.
+        calibration: training pictures that a member's batch norms take their statistics from.
+        initial: members that are measured before the first surrogate is fitted (NSGANetV2: 100).
+        rounds: of fitting a surrogate and measuring what it proposes (30).
+        proposals: members of a round (8).
+    """
+
+    design: Literal["imagenet", "small"] = "imagenet"
+    kernels: list[Annotated[int, Range(1, 15)]] = field(default_factory=lambda: [3, 5, 7])
+    expands: list[Annotated[int, Range(2, 16)]] = field(default_factory=lambda: [3, 4, 6])
+    depths: list[Annotated[int, Range(1, 16)]] = field(default_factory=lambda: [2, 3, 4])
+    resolutions: list[Annotated[int, Range(8, 4096)]] = field(default_factory=lambda: [192, 208, 224, 240, 256])
+    batch_size: Count = 256
+    lr: NotNegative = 0.1
+    epochs: Count = 25
+    members: Count = 2
+    distil: NotNegative = 1.0
+    calibration: Count = 2000
+    initial: Annotated[int, Range(4, 10**5)] = 100
+    rounds: Count = 30
+    proposals: Count = 8
+
+
+@dataclass(frozen=True)
 class CompareOptions:
     """What stands beside the search in the table.
 
@@ -233,6 +277,7 @@ class RunConfig(RunOptions):
         run_dir: everything is written there.
         seed: of the populations, the weights' start, the split and the order of the data.
         resume: auto continues an unfinished run of the same options; never refuses a used folder.
+        space: cells (section 4.1), or once_for_all (section 4.2).
         genotype: no search: train this published cell or genotype file.
         device: auto, cpu or cuda.
         engine: where networks are evaluated: here, in processes of this machine, or on a Ray cluster.
@@ -244,20 +289,29 @@ class RunConfig(RunOptions):
     run_dir: str = "runs/eeea_net"
     seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
+    space: Literal["cells", "once_for_all"] = "cells"
     genotype: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["here", "processes", "ray"] = "here"
     workers: Annotated[int, Range(0, 1024)] = 0
     data: DataConfig = field(default_factory=DataConfig)
-    space: SpaceOptions = field(default_factory=SpaceOptions)
+    cell: SpaceOptions = field(default_factory=SpaceOptions)
     large: LargeOptions = field(default_factory=LargeOptions)
     evolution: EvolutionOptions = field(default_factory=EvolutionOptions)
     proxy: ProxyOptions = field(default_factory=ProxyOptions)
     retrain: RetrainOptions = field(default_factory=RetrainOptions)
+    elastic: ElasticOptions = field(default_factory=ElasticOptions)
     compare: CompareOptions = field(default_factory=CompareOptions)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for name in ("kernels", "expands", "depths", "resolutions"):
+            values = getattr(self.elastic, name)
+            if not values or len(set(values)) < len(values) or (name == "kernels" and not all(v % 2 for v in values)):
+                odd = "odd " if name == "kernels" else ""
+                raise UserError(f"--elastic.{name} {values}: expected different {odd}numbers, at least one")
+        if self.space == "once_for_all" and self.genotype is not None:
+            raise UserError("--genotype trains a cell: it needs --space cells")
         if self.evolution.filter_children and not self.evolution.beta:
             raise UserError("--evolution.filter_children true needs --evolution.beta above 0")
 

@@ -131,11 +131,12 @@ def draw_generation(
     save_figure(figure, path, caption)
 
 
-def draw_comparison(fronts: Mapping[str, Any], path: Path, caption: str) -> None:
+def draw_comparison(fronts: Mapping[str, Any], path: Path, caption: str, size: str = "parameters M (20 cells)") -> None:
     """Hypervolume against networks trained, and the fronts, of several searches.
 
     Args:
         fronts: name to {"evaluations": [...], "hypervolume": [...], "front": objectives}.
+        size: what the second objective is.
     """
     figure, axes = panels(2, width=4.5)
     for number, (name, of) in enumerate(fronts.items()):
@@ -145,7 +146,7 @@ def draw_comparison(fronts: Mapping[str, Any], path: Path, caption: str) -> None
         axes[1].plot([p[1] for p in points], [100 * p[0] for p in points], linestyle="none", **style)
     axes[0].set_xlabel("networks trained")
     axes[0].set_ylabel("normalised hypervolume")
-    axes[1].set_xlabel("parameters M (20 cells)")
+    axes[1].set_xlabel(size)
     axes[1].set_ylabel("validation error %")
     axes[1].legend(fontsize=7)
     save_figure(figure, path, caption)

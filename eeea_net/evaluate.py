@@ -52,8 +52,8 @@ def evaluate_model(folder: Path, name: str | None, path: str | None) -> dict[str
             f"{data.name} has the classes {', '.join(data.classes[:3])}, ...; the network knows "
             f"{', '.join(about['classes'][:3])}, ..."
         )
-    if data.channels != network.config.in_channels:
-        raise UserError(f"{data.name} has {data.channels} channels, the network takes {network.config.in_channels}")
+    if data.channels != len(about["mean"]):
+        raise UserError(f"{data.name} has {data.channels} channels, the network takes {len(about['mean'])}")
     # The network is used with the statistics that it was trained with.
     data = replace(data, mean_C=torch.tensor(about["mean"]), std_C=torch.tensor(about["std"]))
     error, loss = compare(network, list(evaluation_batches(data, data.test, EVALUATION_BATCH)))

@@ -7,15 +7,27 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.files import locked
 from common.study import Study as CommonStudy
 from eeea_net.comparison import random_search
-from eeea_net.config import DataConfig, EvolutionOptions, LargeOptions, ProxyOptions, SpaceOptions
+from eeea_net.config import (
+    DataConfig,
+    ElasticOptions,
+    EvolutionOptions,
+    LargeOptions,
+    ProxyOptions,
+    RunConfig,
+    SpaceOptions,
+)
 from eeea_net.proxy import Setting
 from eeea_net.search import Evaluator, Scale, Search
+from eeea_net.shrinking import OnceForAll
 from eeea_net.space import Space
+from eeea_net.table import SETS, compare
 
+MEMBERS = 10  # of the elastic network, in E5
 DRAWN = 1000  # random networks whose parameters give the percentiles
 # What an arm differs in from the search without a filter; `percentile` stands for beta.
 ARMS: dict[str, dict[str, Any]] = {
@@ -37,6 +49,8 @@ class Sizes:
         data, proxy: of every network that a search trains.
         population, generations, survivors: of every search; random search trains as many networks.
         steps: of training a network.
+        elastic: the network of E5.
+        table_population, table_generations: of the searches over a table.
     """
 
     data: DataConfig
@@ -45,6 +59,9 @@ class Sizes:
     generations: int
     survivors: float
     steps: int
+    elastic: ElasticOptions
+    table_population: int
+    table_generations: int
 
 
 @cache
@@ -86,3 +103,31 @@ class Study(CommonStudy[Sizes]):
         values |= {"accepted": found.generations[0].accepted, **found.costs()}
         self.note(name, seed, {**self.settings, "evolution": asdict(options)}, values)
         return found
+
+    def recalibration(self, seed: int) -> dict[str, float]:
+        """Mean validation error in per cent of an elastic network's random members, before and after re-calibration."""
+
+        def measured() -> dict[str, float]:
+            folder = self.workplace(f"elastic-seed{seed}", self.settings)
+            config = RunConfig(run_dir=str(folder), seed=seed, space="once_for_all", progress=False, device="cpu")
+            config.data, config.elastic = self.sizes.data, self.sizes.elastic
+            parts = OnceForAll(config, torch.device("cpu"))
+            parts.train()
+            random = np.random.default_rng(seed)
+            choices = [parts.elastic.draw(parts.supernet.stages, random) for _ in range(MEMBERS)]
+            part = parts.data.validation
+            before = [100 * parts.error(parts.supernet.extract(choice), choice, part) for choice in choices]
+            after = [100 * parts.error(parts.member(choice), choice, part) for choice in choices]
+            return {"before": float(np.mean(before)), "after": float(np.mean(after))}
+
+        return self.values(f"recalibration-seed{seed}", measured, self.settings)
+
+    def table(self, seed: int) -> dict[str, float]:
+        """Searches over nas-bench-graph's sets (`table.compare`)."""
+        sizes = self.sizes
+        options = EvolutionOptions(sizes.table_population, sizes.table_generations, survivors=0.5, mutation=0.3)
+
+        def measured() -> dict[str, float]:
+            return {key: value for name in SETS for key, value in compare(name, options, 30, seed).items()}
+
+        return self.values(f"table-seed{seed}", measured, self.settings)

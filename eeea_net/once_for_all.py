@@ -8,7 +8,7 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,13 @@ class Design:
     classes: int = 1000
     in_channels: int = 3
     first_stride: int = 2
+
+
+DESIGNS = {
+    "imagenet": Design(),
+    # of `configs/once_for_all.yaml`: pictures of 16 to 32 pixels
+    "small": Design(8, (8, 16, 24), (1, 2, 2), (False, True, True), (False, True, True), 64, 96, first_stride=1),
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,32 @@ def subnet_blocks(
     return blocks
 
 
+def subnet_cost(choice: SubnetChoice, design: Design) -> tuple[int, int]:
+    """(parameters, MACs) of a member at its resolution, from formulas; the same as `counting.measured`."""
+    side = -(-choice.resolution // design.first_stride)
+    parameters = 9 * design.in_channels * design.stem + 2 * design.stem
+    macs = 9 * design.in_channels * design.stem * side * side
+    blocks = subnet_blocks(choice.kernels, choice.expands, choice.depths, design)
+    for block in blocks:
+        middle, after = block.middle, -(-side // block.stride)
+        if block.expand_ratio > 1:
+            parameters += block.in_channels * middle + 2 * middle
+            macs += block.in_channels * middle * side * side
+        depthwise = middle * block.kernel_size**2
+        parameters += depthwise + 2 * middle + middle * block.out_channels + 2 * block.out_channels
+        macs += (depthwise + middle * block.out_channels) * after * after
+        if block.use_se:
+            narrow = divisible(middle // 4)
+            parameters += 2 * middle * narrow + middle + narrow
+            macs += 2 * middle * narrow
+        side = after
+    last = blocks[-1].out_channels
+    parameters += last * design.final + 2 * design.final + design.final * design.mix
+    parameters += (design.mix + 1) * design.classes
+    macs += last * design.final * side * side + design.final * design.mix + design.mix * design.classes
+    return parameters, macs
+
+
 def activation(name: str) -> nn.Module:
     """`relu` or `h_swish`.
 
@@ -133,12 +166,21 @@ class Gate(nn.Module):
         self.fc = nn.ModuleDict({"reduce": nn.Conv2d(channels, narrow, 1), "expand": nn.Conv2d(narrow, channels, 1)})
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BC11 = self.fc["expand"](F.relu(self.fc["reduce"](x_BCHW.mean((2, 3), keepdim=True))))
-        return x_BCHW * F.hardsigmoid(y_BC11)
+        reduce, expand = self.convolutions()
+        return x_BCHW * F.hardsigmoid(expand(F.relu(reduce(x_BCHW.mean((2, 3), keepdim=True)))))
+
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """The narrowing and the widening one."""
+        reduce, expand = self.fc["reduce"], self.fc["expand"]
+        assert isinstance(reduce, nn.Conv2d) and isinstance(expand, nn.Conv2d)
+        return reduce, expand
 
 
 class ConvLayer(nn.Module):
     """A convolution, batch norm (or none), an activation (or none), a gate (or none)."""
+
+    bn: nn.BatchNorm2d | None
+    se: Gate | None
 
     def __init__(
         self,
@@ -181,15 +223,28 @@ class SubnetBlock(nn.Module):
         self.mobile_inverted_conv = nn.ModuleDict(layers)
         self.shortcut = block.shortcut
 
+    def layers(self) -> list[ConvLayer]:
+        """In the order in which they are computed."""
+        return [layer for layer in self.mobile_inverted_conv.values() if isinstance(layer, ConvLayer)]
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = x_BCHW
-        for layer in self.mobile_inverted_conv.values():
+        for layer in self.layers():
             y_BCHW = layer(y_BCHW)
         return x_BCHW + y_BCHW if self.shortcut else y_BCHW
 
 
+class Blocks(nn.ModuleList):
+    """A list of blocks, for type checkers."""
+
+    def __iter__(self) -> Iterator[SubnetBlock]:  # type: ignore[override]
+        return super().__iter__()  # type: ignore[return-value]
+
+
 class Subnet(nn.Module):
     """One network of the space, by itself."""
+
+    blocks: Blocks
 
     def __init__(
         self,
@@ -205,7 +260,7 @@ class Subnet(nn.Module):
     ) -> None:
         super().__init__()
         self.first_conv = ConvLayer(in_channels, first, 3, first_stride, act="h_swish")
-        self.blocks = nn.ModuleList(SubnetBlock(block) for block in blocks)
+        self.blocks = Blocks(SubnetBlock(block) for block in blocks)
         self.final_expand_layer = ConvLayer(blocks[-1].out_channels, final, act="h_swish")
         self.feature_mix_layer = ConvLayer(final, mix, act="h_swish", norm=False)
         self.classifier = nn.ModuleDict({"linear": nn.Linear(mix, classes)})

@@ -73,7 +73,7 @@ def _config() -> RunConfig:
 
 def searched(beta: float, config: RunConfig) -> tuple[int, Counts]:
     """(networks that a search trains, mean counts of its proxies)."""
-    options, space = config.evolution, Space.of(config.space)
+    options, space = config.evolution, Space.of(config.cell)
     kept = max(2, int(options.survivors * options.population))
     networks = options.population + (options.generations - 1) * (options.population - kept)
     scale, random = Scale(space, LargeOptions()), np.random.default_rng(0)

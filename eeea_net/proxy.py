@@ -162,7 +162,7 @@ def fit(network: Network, options: ProxyOptions, lesson: Lesson, fused: bool = T
 
 
 @torch.no_grad()
-def compare(network: Network, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def compare(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """(error 0..1, mean cross-entropy) of a network in eval mode."""
     network.eval()
     wrong, loss, count = 0, 0.0, 0

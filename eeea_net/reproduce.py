@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 from itertools import pairwise
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common import reproduction
@@ -25,6 +27,7 @@ from common.ledger import read_claims
 from common.publishing import markdown_table
 from common.study import open_sizes
 from eeea_net.experiments import Sizes, Study
+from eeea_net.table import INSTALL, SETS, installed
 
 
 def costs_of(study: Study, name: str, seed: int) -> dict[str, float]:
@@ -85,6 +88,36 @@ def e4(study: Study, seed: int) -> dict[str, float]:
     }
 
 
+def e5(study: Study, seed: int) -> dict[str, float]:
+    """Re-calibration of an elastic network's members."""
+    found = study.recalibration(seed)
+    errors_of = {"error_before": found["before"], "error_after": found["after"]}
+    return {"recalibration_gain": found["before"] - found["after"], **errors_of}
+
+
+def table_ratio(found: dict[str, float], what: str, arm: str, other: str) -> float:
+    """Geometric mean over the sets of a table."""
+    return exp(fmean(log(found[f"{what}_{arm}_{name}"] / found[f"{what}_{other}_{name}"]) for name in SETS))
+
+
+def e1t(study: Study, seed: int) -> dict[str, float]:
+    """Parameters of all networks that a search over a table looks at."""
+    found = study.table(seed)
+    return {"parameters_ratio": table_ratio(found, "parameters", "early_exit", "nsga2"), **found}
+
+
+def e2t(study: Study, seed: int) -> dict[str, float]:
+    """Hypervolume with and without the filter, over a table."""
+    found = study.table(seed)
+    return {"hypervolume_kept": table_ratio(found, "hypervolume", "early_exit", "nsga2"), **found}
+
+
+def e4t(study: Study, seed: int) -> dict[str, float]:
+    """Hypervolume against random search, over a table."""
+    found = study.table(seed)
+    return {"hypervolume_ratio": table_ratio(found, "hypervolume", "nsga2", "random"), **found}
+
+
 def official(study: Study, given: argparse.Namespace) -> bool:
     """With --official: hypervolume and best error of the authors' selection beside the paper's, over the seeds."""
     if not given.official:
@@ -117,11 +150,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "eeea_net",
         __doc__,
-        (e1, e1f, e2, e3, e4),
+        (e1, e1f, e2, e3, e4, e5, e1t, e2t, e4t),
         lambda given: Study(open_sizes(Sizes, "eeea_net", given.tier, given.rung), given.folder),
         figures=figures,
         options=options,
         instead=official,
+        without={} if installed() else dict.fromkeys(("E1t", "E2t", "E4t"), f"nas-bench-graph is missing; {INSTALL}"),
         argv=argv,
     )
 

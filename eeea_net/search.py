@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from common.evolution import fronts as fronts_of
 from common.evolution import generation_random, hypervolume, spread
@@ -76,21 +77,28 @@ class Evaluator:
     Args:
         path: of evaluations.json.
         engine, workers: of `common.jobs`.
+        progress: show how many networks of a generation are trained.
     """
 
-    def __init__(self, setting: Setting, space: Space, path: Path, engine: Engine = "here", workers: int = 0) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        space: Space,
+        path: Path,
+        engine: Engine = "here",
+        workers: int = 0,
+        progress: bool = False,
+    ) -> None:
         self.setting, self.space, self.path, self.engine, self.workers = setting, space, path, engine, workers
+        self.progress = progress
         self.known: dict[str, dict[str, float]] = {}
         if path.is_file():
             with reading(path):
                 found = read_object(path, kinds={"evaluations": dict})["evaluations"]
                 self.known = {name: {k: _number(v) for k, v in values.items()} for name, values in found.items()}
-                self.errors(self.known)
+                [(values["error"], values["cpu_seconds"]) for values in self.known.values()]
 
-    def errors(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
-        return {name: self.known[name]["error"] for name in names}
-
-    def __call__(self, members: Sequence[NetworkMember], tell: Callable[[int, int], None] | None = None) -> list[float]:
+    def __call__(self, members: Sequence[NetworkMember]) -> list[float]:
         """Validation errors of members, 0..1; NaN for one that diverged.
 
         Raises:
@@ -98,13 +106,13 @@ class Evaluator:
         """
         new = [member for member in members if member.key not in self.known]
         jobs = [self.setting.job(self.space.decode(member.chromosome)) for member in new]
-        with Steps() as steps:
-            for done, (number, values) in enumerate(run_jobs(jobs, self.engine, self.workers)):
+        show = self.progress and not os.environ.get("CI")
+        with tqdm(total=len(jobs), desc="networks", unit="net", disable=not show) as bar, Steps() as steps:
+            for number, values in run_jobs(jobs, self.engine, self.workers):
                 self.known[new[number].key] = values
                 write_json(self.path, {"evaluations": self.known})
+                bar.update()
                 steps.ended(lambda: f"the last of {len(self.known)} networks is saved in {self.path}")
-                if tell is not None:
-                    tell(done + 1, len(new))
         return [self.known[member.key]["error"] for member in members]
 
 
@@ -175,10 +183,9 @@ class Search:
         folder: Path,
         seed: int,
         after: Callable[[list[Generation]], None] | None = None,
-        tell: Callable[[int, int], None] | None = None,
     ) -> None:
         self.options, self.scale, self.evaluate, self.folder, self.seed = options, scale, evaluator, folder, seed
-        self.after, self.tell = after, tell
+        self.after = after
         self.generations: list[Generation] = []
 
     def _path(self, number: int) -> Path:
@@ -192,9 +199,9 @@ class Search:
                 self.generations.append(Generation.load(path, number))
                 continue
             self.generations.append(self._generation(number))
-            self.generations[-1].save(path)
             if self.after is not None:
                 self.after(self.generations)
+            self.generations[-1].save(path)  # last: what has this file has its drawings too
         return self.generations
 
     def _generation(self, number: int) -> Generation:
@@ -211,7 +218,7 @@ class Search:
             known = {member.key for generation in self.generations for member in generation.members}
             kept, new = next_generation(self.scale.space, self.generations[-1].members, options, random, known)
         skipped = [member.key for member in new if number and not self._fits(member, official)]
-        errors = iter(self.evaluate([member for member in new if member.key not in skipped], self.tell))
+        errors = iter(self.evaluate([member for member in new if member.key not in skipped]))
         measured = [
             member.measured(self.scale.objectives(member.chromosome, 1.0 if member.key in skipped else next(errors)))
             for member in new

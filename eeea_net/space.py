@@ -81,7 +81,7 @@ class Space:
         for cell in (genotype.normal, genotype.reduce):
             if cell.blocks != self.blocks:
                 raise UserError(
-                    f"a cell of {cell.blocks} blocks is no member of a space of {self.blocks} (space.blocks)"
+                    f"a cell of {cell.blocks} blocks is no member of a space of {self.blocks} (cell.blocks)"
                 )
         return tuple(gene for cell in (genotype.normal, genotype.reduce) for pair in cell.pairs for gene in pair)
 

@@ -5,6 +5,7 @@
     python eeea_net/train.py --data.name folder --data.path PHOTOS     # your own pictures, one subfolder per class
     python eeea_net/train.py --genotype EEEA_C                # no search: train a published cell (or a JSON file)
     python eeea_net/train.py --engine processes --workers 8   # networks are trained by eight processes; --engine ray
+    python eeea_net/train.py --space once_for_all --run_dir runs/ofa          # the paper's second space, section 4.2
     python eeea_net/train.py --evolution.beta 3 --evolution.population 20     # any option can be overridden, see --help
 
 Started again after an interruption (kill -9 too), a run goes on where it stopped, with identical generations. A run
@@ -34,17 +35,29 @@ def run(config: RunConfig, text: str) -> dict[str, Any]:
 
     from common.cpu import tune_allocator
     from common.data.cache import names_of
+    from common.data.classes import ImageSet
     from common.training import open_run_folder
-    from eeea_net.comparison import Comparison
+    from eeea_net.comparison import Comparison, pick_device
 
     if config.threads:
         torch.set_num_threads(config.threads)
     tune_allocator()
     folder = Path(config.run_dir)
     opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.path"]})
+
+    def begin(data: ImageSet) -> None:
+        opened.begin({"data": data.contents, "classes": names_of(data.classes)})
+
+    if config.space == "once_for_all":
+        from eeea_net.shrinking import run as run_once_for_all
+
+        content = run_once_for_all(config, pick_device(config.device), begin)
+        if config.progress:
+            print(f"\n{(folder / 'table.md').read_text()}\nmembers: {folder / 'member_0'}, ...", file=sys.stderr)
+        return content
     comparison = Comparison(config)
     comparison.check()
-    opened.begin({"data": comparison.data.contents, "classes": names_of(comparison.data.classes)})
+    begin(comparison.data)
     if config.genotype is not None:
         searches, rows = {}, comparison.given(config.genotype)
     else:

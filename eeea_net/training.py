@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,16 @@ from common.stopping import Steps
 from common.training import LAST_CHECKPOINT, load_checkpoint, of_another_network, save_checkpoint
 from common.weights import load_weights, save_weights
 from eeea_net.autoaugment import cifar_policy
-from eeea_net.config import DataConfig, NetworkConfig, RetrainOptions
+from eeea_net.config import DataConfig, NetworkConfig, RetrainOptions, SgdOptions
 from eeea_net.counting import count
 from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
+from eeea_net.once_for_all import Design, Subnet, SubnetChoice
 from eeea_net.proxy import EVALUATION_BATCH, compare
 
 STREAM = 2  # of random numbers
-KIND = "eeea_net training"
 
 
 @dataclass(frozen=True)
@@ -105,43 +106,36 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, generator: torch.Generator) -> tuple[Ten
     return mixed_BCHW, y_B[order_B], 1 - pasted / (height * width)
 
 
-class Training:
-    """A genotype's network on its way from scratch; `run` finishes it from wherever it was interrupted."""
+class Loop(ABC):
+    """Steps of SGD with a cosine over epochs; `run` finishes them from wherever they were interrupted.
+
+    Args:
+        about: what a checkpoint must agree with to be gone on from.
+    """
+
+    fused = True  # the optimiser's form; these networks have hundreds of small tensors
 
     def __init__(
         self,
-        genotype: Genotype,
-        options: RetrainOptions,
-        data: ImageSet,
-        pictures: DataConfig,
+        network: nn.Module,
+        options: SgdOptions,
+        epochs: int,
+        batches: Batches,
+        about: dict[str, Any],
         folder: Path,
         seed: int,
-        device: torch.device,
         run: RunOptions,
     ) -> None:
-        self.options, self.data, self.folder, self.seed, self.device, self.run_options = (
-            options,
-            data,
-            folder,
-            seed,
-            device,
-            run,
-        )
-        stream = derive_seed(seed, STREAM)
-        torch.manual_seed(stream)
-        self.network = Network(genotype, options.network(len(data.classes), data.channels)).to(device)
-        if device.type == "cuda":
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        augment = augmentation(pictures, options.cutout, cifar_policy if options.autoaugment else None)
-        self.batches = Batches(data, data.train, options.batch_size, stream, augment, device=device)
-        self.weights = list(self.network.parameters())
+        self.network, self.options, self.epochs, self.batches = network, options, epochs, batches
+        self.about, self.folder, self.seed, self.run_options = about, folder, seed, run
+        self.weights = list(network.parameters())
         self.optimiser = torch.optim.SGD(
             self.weights,
             options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
             nesterov=options.nesterov and options.momentum > 0,
-            fused=True,
+            fused=self.fused,
         )
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0
@@ -149,15 +143,23 @@ class Training:
         self.rows: list[dict[str, float]] = []
         self.sums = {"loss": 0.0, "right": 0.0, "seconds": 0.0}  # of the epoch
 
+    @abstractmethod
+    def loss(self, x_BCHW: Tensor, y_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """(loss, logits [B, K]) of a step in training mode."""
+
+    def facts(self) -> dict[str, float]:
+        """What the history says of an epoch beside loss and accuracy."""
+        return {}
+
     @property
     def total_steps(self) -> int:
-        return self.options.epochs * self.batches.steps_per_epoch
+        return self.epochs * self.batches.steps_per_epoch
 
     @property
     def _place(self) -> Path:
         return self.folder / LAST_CHECKPOINT
 
-    def run(self) -> Network:
+    def run(self) -> None:
         """Train to the end.
 
         Raises:
@@ -180,30 +182,23 @@ class Training:
                     self._save()
                 bar.update()
                 steps.ended(self._save)
-        return self.network
 
     def _one_step(self, x_BCHW: Tensor, y_B: Tensor) -> None:
-        options, network = self.options, self.network
+        options = self.options
         epoch = self.step // self.batches.steps_per_epoch
-        lr = options.lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+        lr = options.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         self.optimiser.param_groups[0]["lr"] = lr
-        network.train().drop_path_probability = options.drop_path * epoch / options.epochs
-        others_B, share = None, 1.0
-        if options.cutmix:
-            generator = step_generator(derive_seed(self.seed, STREAM, 1), self.step)
-            if float(torch.rand((), generator=generator)) < options.cutmix:
-                x_BCHW, others_B, share = cutmix(x_BCHW, y_B, generator)
+        self.network.train()
         torch.manual_seed(derive_seed(self.seed, STREAM, 2, self.step))  # dropped paths
         self.optimiser.zero_grad(set_to_none=True)
-        logits_BK, auxiliary_BK = network.with_auxiliary(x_BCHW)
-        loss = training_loss(logits_BK, auxiliary_BK, y_B, options.auxiliary, others_B, share)
+        loss, logits_BK = self.loss(x_BCHW, y_B, epoch)
         loss.backward()
         if options.grad_clip:
             nn.utils.clip_grad_norm_(self.weights, options.grad_clip, foreach=True)
         self.optimiser.step()
         value = float(loss.detach())
         right = float((logits_BK.argmax(1) == y_B).float().mean())
-        stop_if_not_finite(value, self.step + 1, self._place, advice="a lower retrain.lr")
+        stop_if_not_finite(value, self.step + 1, self._place, advice="a lower lr")
         self.sums["loss"] += value
         self.sums["right"] += right
         if (self.step + 1) % self.run_options.log_every == 0:
@@ -214,18 +209,16 @@ class Training:
         row = {
             "epoch": self.step // steps - 1,
             "lr": self.optimiser.param_groups[0]["lr"],
-            "drop_path": self.network.drop_path_probability,
             "loss": self.sums["loss"] / steps,
             "accuracy": self.sums["right"] / steps,
             "seconds": self.seconds - self.sums["seconds"],
         }
-        self.history.append(row)
+        self.history.append({**row, **self.facts()})
         self.sums = {"loss": 0.0, "right": 0.0, "seconds": self.seconds}
 
     def _save(self) -> str:
         kept = ("step", "seconds", "cpu_seconds", "history", "rows", "sums")
-        state: dict[str, Any] = {"kind": KIND, "genotype": self.network.genotype.fields()}
-        state |= {name: getattr(self, name) for name in kept}
+        state: dict[str, Any] = {"about": self.about, **{name: getattr(self, name) for name in kept}}
         state |= {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
         save_checkpoint(self._place, state, state["network"], self.step)
         if self.rows:
@@ -241,8 +234,8 @@ class Training:
     def _open(self) -> None:
         if not self._place.is_file():
             return
-        state = load_checkpoint(self._place, self.device)
-        if state.get("kind") != KIND or state.get("genotype") != self.network.genotype.fields():
+        state = load_checkpoint(self._place, next(self.network.parameters()).device)
+        if state.get("about") != self.about:
             raise UserError(f"{self._place} is of another training; choose another --run_dir, or delete it")
         try:
             self.network.load_state_dict(state["network"])
@@ -251,6 +244,48 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         for name in ("step", "seconds", "cpu_seconds", "history", "rows", "sums"):
             setattr(self, name, state[name])
+
+
+class Training(Loop):
+    """A genotype's network on its way from scratch."""
+
+    network: Network
+    options: RetrainOptions
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        options: RetrainOptions,
+        data: ImageSet,
+        pictures: DataConfig,
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        run: RunOptions,
+    ) -> None:
+        stream = derive_seed(seed, STREAM)
+        torch.manual_seed(stream)
+        network = Network(genotype, options.network(len(data.classes), data.channels)).to(device)
+        if device.type == "cuda":
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        augment = augmentation(pictures, options.cutout, cifar_policy if options.autoaugment else None)
+        batches = Batches(data, data.train, options.batch_size, stream, augment, device=device)
+        about = {"genotype": genotype.fields()}
+        super().__init__(network, options, options.epochs, batches, about, folder, seed, run)
+
+    def loss(self, x_BCHW: Tensor, y_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        options, network = self.options, self.network
+        network.drop_path_probability = options.drop_path * epoch / options.epochs
+        others_B, share = None, 1.0
+        if options.cutmix:
+            generator = step_generator(derive_seed(self.seed, STREAM, 1), self.step)
+            if float(torch.rand((), generator=generator)) < options.cutmix:
+                x_BCHW, others_B, share = cutmix(x_BCHW, y_B, generator)
+        logits_BK, auxiliary_BK = network.with_auxiliary(x_BCHW)
+        return training_loss(logits_BK, auxiliary_BK, y_B, options.auxiliary, others_B, share), logits_BK
+
+    def facts(self) -> dict[str, float]:
+        return {"drop_path": self.network.drop_path_probability}
 
 
 def train(
@@ -280,7 +315,8 @@ def train(
         return found
     run = run or RunOptions(checkpoint_every=200, log_every=20, progress=False)
     training = Training(genotype, options, data, pictures, folder, seed, device, run)
-    network = training.run()
+    training.run()
+    network = training.network
     errors = [
         compare(network, list(evaluation_batches(data, part, EVALUATION_BATCH, device)))[0]
         for part in (data.test, data.validation)
@@ -313,17 +349,26 @@ def save_model(network: Network, data: ImageSet, folder: Path) -> None:
     write_json(folder / "model.json", about)
 
 
-def load_model(folder: Path) -> tuple[Network, dict[str, Any]]:
-    """The network of `save_model` in eval mode, and the content of its `model.json`.
+def load_model(folder: Path) -> tuple[Network | Subnet, dict[str, Any]]:
+    """The network of `save_model`, or a member that a run over the once-for-all space exported, in eval mode, and the
+    content of its `model.json`.
 
     Raises:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
     about = read_object(folder / "model.json", f"{folder} holds no network")
+
+    def listed(content: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
     try:
-        network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
+        network: Network | Subnet
+        if "choice" in about:
+            network = Subnet.of(SubnetChoice(**listed(about["choice"])), Design(**listed(about["design"])))
+        else:
+            network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
         len(about["classes"]), len(about["mean"]), int(about["size"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'model.json'} describes no network ({error}); train again") from None
     load_weights(network, folder / "model.safetensors", against="model.json")
     return network.eval(), about

@@ -42,7 +42,6 @@ from hipa.config import (
 )
 from hipa.data import base_table, evaluation_set, pair_table, teacher_source, training_prompts, with_pictures
 from hipa.evaluate import TRAIN_STEP
-from hipa.frozen import spare_memory
 from hipa.losses import AdaptationLoss
 from hipa.model import OneStep, make_student
 from hipa.run import loss_of
@@ -228,7 +227,6 @@ class Study(CommonStudy[Sizes]):
     def training(self, name: str, seed: int, lr: float, steps: int) -> HipaTraining:
         """The module of an arm; equal seeds give equal pairs in equal order."""
         config = self.config(name)
-        spare_memory(self.base.vae)
         torch.manual_seed(seed)
         return HipaTraining(
             make_student(self.base, config.adaptor, self.time),

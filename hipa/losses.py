@@ -19,7 +19,6 @@ from common.metrics.perceptual import perceptual_distance
 from hipa.config import LossConfig
 from hipa.dists import Dists, dists
 from hipa.frequency import edges, high_pass, radii
-from hipa.frozen import spare_memory
 
 Parts = dict[str, Tensor]  # name -> scalar; "loss" is what is minimised
 
@@ -72,10 +71,8 @@ class AdaptationLoss:
             raise UserError(f"--loss.mask gaussian goes with --loss.fourier mse, not {options.fourier}")
         if options.spatial == "dists" or options.edge == "dists":
             self.perceptual = dists(options.trunk).to(device)
-            spare_memory(self.perceptual)
         if options.spatial == "lpips":
             self.lpips = perceptual_distance(options.trunk).to(device)
-            spare_memory(self.lpips)
 
     def __call__(self, latents_BCHW: Tensor, target_BCHW: Tensor, picture_BCHW: Tensor | None = None) -> Parts:
         """Of one-step latents and the target's latents.

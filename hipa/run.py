@@ -110,7 +110,8 @@ class Run:
 
     def loss(self, arm: str) -> AdaptationLoss:
         """Of an arm: whole, without the high-frequency part, or the squared error of pixels alone."""
-        spare_memory(self.base.vae)
+        if self.base.device.type == "cuda":  # on a CPU new memory at every layer costs more time than it spares
+            spare_memory(self.base.vae)
         return AdaptationLoss(loss_of(arm, self.config.loss), self.base.decode_differentiable, self.base.device)
 
     def new_student(self) -> OneStep:

@@ -2,7 +2,7 @@
 
     python instella_t2i/convert_generator.py --released diffusion.pt --tokenizer TOKENIZER --text OLMO --out diffusion
     python instella_t2i/convert_generator.py --released ar.pt --tokenizer TOKENIZER --text OLMO --out ar
-    python instella_t2i/convert_generator.py --model diffusion --out released.safetensors
+    python instella_t2i/convert_generator.py --model DIFFUSION --out released.safetensors
 
 Parameters bear the same names in both; which generator it is, and every size, is read from the tensors. TOKENIZER is a
 folder made by convert.py, whose codes alone mean something to the generator, OLMO that of AMD-OLMo-1B. The released

@@ -225,11 +225,11 @@ class PromptYardstick:
 def measure_generators(
     painter: Painter, yardstick: PromptYardstick, sampling: SamplingConfig
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Of each generator, on the same prompts: (measures, with `seconds_per_image` on this machine; pictures)."""
+    """Of each generator, on the same prompts: (measures, with `image_seconds` on this machine; pictures)."""
     found, pictures = {}, {}
     for kind in painter.generators:
         started = time.perf_counter()
         pictures[kind] = painter.draw(kind, yardstick.prompts.prompts, sampling, derive_seed(EVALUATION_SEED, 1))
         seconds = (time.perf_counter() - started) / len(pictures[kind])
-        found[kind] = {**yardstick.measure(pictures[kind]), "seconds_per_image": seconds}
+        found[kind] = {**yardstick.measure(pictures[kind]), "image_seconds": seconds}
     return found, pictures

@@ -280,8 +280,8 @@ class Cache:
     """Keys and values of text and of the tokens so far, for `step`: the same logits as a whole pass, token by token."""
 
     def __init__(self, model: Autoregressor, memory: Memory) -> None:
-        self.model, self.memory, self.count = model, memory, 0
-        tokens = model.shape.tokens
+        self.model, self.count, tokens = model, 0, model.shape.tokens
+        self.mask = memory.mask(None, 1, tokens, model.split_token)
         self.keys = [tuple(F.pad(x, (0, 0, 0, tokens)) for x in pair) for pair in memory.keys]
         self.length = memory.keys[0][0].shape[2]
 
@@ -297,7 +297,7 @@ class Cache:
             x_B1E = model.split_token.expand(batch, -1, -1)
         else:
             x_B1E = model.x_embedder(code_BD[:, None])
-        mask = self.memory.mask(None, 1, self.count + 1, x_B1E)
+        mask = None if self.mask is None else self.mask[..., : place + 1]
         for block, (key, value) in zip(model.transformer_blocks, self.keys):
             assert isinstance(block, CausalBlock)
             placed_B1E = block.placed(x_B1E, self.count)

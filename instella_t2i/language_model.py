@@ -1,7 +1,7 @@
 """Train the small causal language model that reads captions here, in place of AMD-OLMo-1B.
 
     python instella_t2i/language_model.py --out CAPTIONS                              # some minutes on one core
-    python instella_t2i/language_model.py --captions mine.txt --out my-captions          # one caption a line
+    python instella_t2i/language_model.py --captions CAPTIONS.txt --out my-captions     # one caption a line
 
 The architecture is OLMo's, the tokenizer byte-level BPE in lower case, both learned from captions alone: training
 captions of the emoji and of Shapes, unless there is a file. It writes a transformers folder for --text.encoder.
@@ -124,14 +124,14 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the features
-of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
+A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the
+features of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
 
 | | |
 |---|---|
 | data | {source}; one different caption in {HELD_OUT} held out |
 | architecture | OLMo, {options.layers} layers, {options.width} wide, {parameters:,} parameters, float16 on disk |
-| tokenizer | byte-level BPE in lower case, at most {options.entries} entries, at most {LONGEST} tokens; a prompt begins with {BEGIN} |
+| tokenizer | byte-level BPE in lower case, {options.entries} entries and {LONGEST} tokens at most, first {BEGIN} |
 | training | {options.steps} steps of {BATCH} captions, AdamW, one cycle up to {LEARNING_RATE}, seed {options.seed} |
 | held-out cross-entropy | {held:.3f} nats a token |
 """

@@ -126,8 +126,6 @@ class PreferenceConfig:
         lr: constant learning rate.
         batch_size: pairs of a step.
         beta: strength of the tie to the reference (5000 in the paper, for its scale of errors).
-        anchor: weight of the winner's own squared error in the loss, an extension that keeps it from rising; 0 is the
-            paper's loss.
         per_token: draw t for every token, as in pre-training; else one t a pair, as the paper has it.
         baseline: train as many steps of the last stage on the winners as well, to compare with.
     """
@@ -137,7 +135,6 @@ class PreferenceConfig:
     lr: NotNegative = 1e-8
     batch_size: Count = 64
     beta: Positive = 5000.0
-    anchor: NotNegative = 0.0
     per_token: bool = False
     baseline: bool = True
 

@@ -32,7 +32,7 @@ Part = Literal["train", "test"]
 PIXELS = "pixels"
 IN_MEMORY = 2**31  # bytes of latents that are held in memory; larger sets stay in the cache's files
 GIVEN_SEED = 7919  # of the scenes that preferences are made of: none that was trained on
-WORLDS: dict[str, dict[str, tuple[str, ...]]] = {
+WORLDS: dict[str, dict[str, Any]] = {
     "full": {},
     "small": {
         "shapes": ("circle", "square", "triangle", "star"),
@@ -223,7 +223,7 @@ def is_shapes(data: DataConfig) -> bool:
 def evaluation_prompts(config: LightgenConfig) -> tuple[list[str], list[Spec] | None, Tensor | None]:
     """(held-out prompts, what their pictures must show or None, held-out pictures or None)."""
     if is_shapes(config.data):
-        specs = prompts(config.evaluation.per_task, "test", **WORLDS[config.data.world])  # type: ignore[arg-type]
+        specs = prompts(config.evaluation.per_task, "test", **WORLDS[config.data.world])
         return [spec.caption for spec in specs], specs, None
     count = 6 * config.evaluation.per_task
     if config.data.name == "teacher":

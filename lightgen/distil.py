@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--captions", required=True, help="shapes, emoji, or a file with one prompt a line or a table")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--count", type=Count, default=4000, help="pictures; captions are repeated where they are fewer"
+        "--count", type=Count, default=4000, help="pictures to draw; captions are repeated where they are fewer"
     )
     parser.add_argument("--steps", type=Count, default=10, help="sampling steps of the teacher")
     parser.add_argument("--guidance", type=Annotated[float, Range(1, 100)], default=2.0, help="the teacher's scale")
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> Path:
     from lightgen.data import captions_to_draw, scenes
     from lightgen.synthesis import distil, pipeline_teacher, unet_teacher
 
+    if options.teacher == RENDERER and options.captions != "shapes":
+        raise UserError(f"--teacher {RENDERER} draws --captions shapes only")
     data = DataConfig(captions=options.captions, world=options.world, images=options.count)
     captions = captions_to_draw(data)
     if options.teacher == RENDERER:
-        if options.captions != "shapes":
-            raise UserError(f"--teacher {RENDERER} draws --captions shapes only")
         size = options.size or 32
         rendered = scenes("train", options.count, size, options.world)
         identity: dict[str, Any] = {"teacher": RENDERER, "size": size, "world": options.world}

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from lightgen.data import WORLDS
     from lightgen.painter import Painter
 
-    specs = prompts(options.per_task, "test", **WORLDS[options.world])  # type: ignore[arg-type]
+    specs = prompts(options.per_task, "test", **WORLDS[options.world])
     found = scores(Painter.load(options.model), specs)
     print(table({options.model.name: {key: found[key] for key in COLUMNS}}))
     return found

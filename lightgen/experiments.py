@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.data.cache import fingerprint_strings
+from common.data.cache import fingerprint_module, fingerprint_strings
 from common.data.sampling import StepDataModule, Table
-from common.data.shapes import Spec, prompts, render, sample_scene, spec_of
+from common.data.shapes import Scene, Spec, Split, heldout_pairs, prompts, render, sample_scene
 from common.options import TrainerOptions
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
@@ -25,6 +25,7 @@ from lightgen.data import WORLDS, Autoencoder, Captioned, latents, scenes
 from lightgen.evaluate import scores
 from lightgen.model import Fluid
 from lightgen.painter import Painter
+from lightgen.plan import model_of, step_flop
 from lightgen.preferences import Pairs, build_pairs, held_out_accuracy
 from lightgen.text import TextStates
 from lightgen.trainer import MaskedTraining, PreferenceTraining
@@ -37,10 +38,14 @@ TUNING_SHARE = 0.25  # of the steps, for each try
 VALIDATION_SEED, GIVEN_SEED = 17, 7919  # of the prompts that rates are chosen on, of the given pictures
 VOLUME_CAPTIONS, DIVERSE = 24, 800
 NETWORK = NetworkConfig(
-    **dict.fromkeys(("encoder_depth", "decoder_depth", "cross_depth"), 2),
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 4),
     width=128,
+    encoder_depth=2,
+    decoder_depth=2,
+    cross_depth=2,
     text_depth=1,
+    encoder_heads=4,
+    decoder_heads=4,
+    cross_heads=4,
     dropout=0.0,
     grid=4,
     head_width=160,
@@ -87,7 +92,7 @@ class Sizes:
 
 def volume_scenes(count: int, seed: int = 0) -> Captioned:
     """Many pictures of few captions: each caption's objects are drawn again and again, the rest is free."""
-    specs = prompts(VOLUME_CAPTIONS // 6, "train", seed=seed, **WORLDS[WORLD])  # type: ignore[arg-type]
+    specs = prompts(VOLUME_CAPTIONS // 6, "train", seed=seed, **WORLDS[WORLD])
     pixels = np.stack([render(_scene_of(specs[i % len(specs)], seed, i), SIZE) for i in range(count)])
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     captions = [specs[i % len(specs)].caption for i in range(count)]
@@ -95,17 +100,17 @@ def volume_scenes(count: int, seed: int = 0) -> Captioned:
     return Captioned(captions, lambda rows: images[rows], name)
 
 
-def _scene_of(spec: Spec, seed: int, index: int) -> Any:
-    """A scene that the caption describes."""
-    world = WORLDS[WORLD]
-    named = tuple(dict.fromkeys(colour for colour, _ in spec.objects if colour))
-    colours = named or world["colours"]
-    shapes = tuple(dict.fromkeys(shape for _, shape in spec.objects))
+def _scene_of(spec: Spec, seed: int, index: int) -> Scene:
+    """A scene that the caption describes: another one's places and sizes, with the caption's shapes and colours."""
     rng = np.random.default_rng([seed, 3, index])
     while True:
-        scene = sample_scene(rng, spec.task, "train", shapes, colours, world["textures"])
-        if spec_of(scene) == spec:
-            return scene
+        drawn = sample_scene(rng, spec.task, "train", **WORLDS[WORLD])
+        if len(drawn.objects) != len(spec.objects) or drawn.relation != spec.relation:
+            continue
+        named = zip(drawn.objects, spec.objects)
+        objects = tuple(replace(o, shape=shape, colour=colour or o.colour) for o, (colour, shape) in named)
+        if not any(o.pair in heldout_pairs() for o in objects):
+            return replace(drawn, objects=objects)
 
 
 class Study(CommonStudy[Sizes]):
@@ -119,9 +124,9 @@ class Study(CommonStudy[Sizes]):
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
         return {"autoencoder": self.autoencoder.fingerprint, "text": self.text.fingerprint, **super().settings}
 
-    def specs(self, split: str = "test", seed: int = 0) -> list[Spec]:
+    def specs(self, split: Split = "test", seed: int = 0) -> list[Spec]:
         """Prompts of the six tasks."""
-        return prompts(self.sizes.per_task, split, seed=seed, **WORLDS[WORLD])  # type: ignore[arg-type]
+        return prompts(self.sizes.per_task, split, seed=seed, **WORLDS[WORLD])
 
     def pictures(self, name: str) -> Captioned:
         """The set of an arm: `volume`, `diverse`, or a number of scenes."""
@@ -196,9 +201,8 @@ class Study(CommonStudy[Sizes]):
 
     def staged_steps(self, steps: int) -> tuple[int, int]:
         """Steps at half size and at full size that together cost as many FLOP as `steps` at full size: half each."""
-        from lightgen.plan import step_flop
-
-        small, large = (step_flop(NETWORK, 8, self.text.width, 24, grid) for grid in ((2, 2), (4, 4)))
+        model = model_of(NETWORK, self.autoencoder.channels, self.text.width)
+        small, large = (step_flop(model, self.text.config.length, grid) for grid in ((2, 2), (4, 4)))
         return round(0.5 * steps * large / small), round(0.5 * steps)
 
     def _tuned(self, name: str, rates: Sequence[float], attempt: Callable[[float], Fluid]) -> float:
@@ -237,7 +241,8 @@ class Study(CommonStudy[Sizes]):
         count = self.sizes.pairs if part == 0 else max(32, self.sizes.pairs // 4)
         given = scenes("train", count, SIZE, WORLD, GIVEN_SEED + part)
         painter = self.painter(self.pretrained(start, seed).network)
-        return build_pairs(painter, given, self.folder / "pairs" / f"{start}-{seed}-{part}", progress=False)
+        name = f"{start}-{seed}-{part}-{fingerprint_module(painter.model)[:8]}"  # trained anew it has other samples
+        return build_pairs(painter, given, self.folder / "pairs" / name, progress=False)
 
     def _prefer(
         self, start: str, kind: str, lr: float, steps: int, seed: int, folder: Path | None = None, watch: Any = None

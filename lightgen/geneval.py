@@ -1,7 +1,7 @@
 """GenEval: the six columns, by the exact verifier for scenes, and the official layout for its own detectors.
 
-    python lightgen/geneval.py write --model MODEL --prompts evaluation_metadata.jsonl --out OUT     # then score OUT
-    python lightgen/geneval.py table --results results.jsonl
+    python lightgen/geneval.py write --model MODEL --prompts METADATA.jsonl --out OUT     # then score OUT
+    python lightgen/geneval.py table --results RESULTS.jsonl
 
 `write` draws four pictures a prompt into OUT/NNNNN/samples/0000.png beside OUT/NNNNN/metadata.jsonl, where the official
 evaluate_images.py looks for them; `table` reads the results.jsonl that it writes. The overall score is the mean of the
@@ -35,7 +35,7 @@ def columns(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
     from common.data.shapes_verifier import score
 
     found = score(images.numpy(), specs)
-    result = {}
+    result: dict[str, float] = {}
     for task, name in {**TASKS, "mean": "overall"}.items():
         if task in found:
             result |= {f"{name}{end}": found[f"{task}{end}"] for end in ("", "_low", "_high")}

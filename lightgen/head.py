@@ -71,10 +71,9 @@ class DiffusionHead(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in (self.time[0], self.time[2]):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        zero = [self.final_modulation, self.output, *(block.modulation for block in self.blocks)]
-        for still in zero:
-            nn.init.zeros_(still.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(still.bias)  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or name.startswith("output"):
+                nn.init.zeros_(parameter)
 
     def forward(self, x_RC: Tensor, t_R: Tensor, z_RD: Tensor) -> Tensor:
         """Output [R, 2 C]; t counts training steps."""

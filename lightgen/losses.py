@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -86,8 +85,3 @@ def preference(policy_w: Tensor, policy_l: Tensor, reference_w: Tensor, referenc
     gain = (policy_w - policy_l) - (reference_w - reference_l)
     inside = -0.5 * beta * gain
     return Preference(inside, -F.logsigmoid(inside).mean())
-
-
-def anchored(policy_w: Tensor, weight: float) -> Tensor:
-    """The winners' own error, weighed: what keeps both errors from rising together."""
-    return weight * policy_w.mean() if weight else torch.zeros((), device=policy_w.device)

@@ -214,9 +214,7 @@ class Fluid(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for parameter in (self.encoder_positions, self.decoder_positions, self.cross_positions):
-            nn.init.normal_(parameter, std=0.02)
-        for parameter in (self.mask_token, self.null_text):
+        for parameter in self.parameters(recurse=False):  # tables, mask token and null text
             nn.init.normal_(parameter, std=0.02)
         kind = DiffusionHead if config.head == "diffusion" else RegressionHead
         self.head = kind(token, width, config.head_width, config.head_depth)
@@ -226,6 +224,11 @@ class Fluid(nn.Module):
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, x, *more, use_reentrant=False) if again else block(x, *more)
         return x
+
+    def compile_blocks(self) -> None:
+        """By torch.compile, for any number of known tokens."""
+        for block in [*self.encoder, *self.decoder, *self.cross]:
+            block.compile(dynamic=True)
 
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""
@@ -370,6 +373,8 @@ class Mar(nn.Module):
         self.decoder_norm = nn.LayerNorm(outer, eps)
         self.head_positions = nn.Parameter(torch.empty(1, count, outer))
         self.head = DiffusionHead(config.token, outer, config.head_width, config.head_depth)
+        for parameter in self.parameters(recurse=False):  # tables, mask token and null class
+            nn.init.normal_(parameter, std=0.02)
 
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, class_BD: Tensor) -> Tensor:
         """Features [B, buffer + K, D] of the class tokens and the known ones."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_object, replace_folder, write_json
+from common.options import check_ranges
 from common.weights import load_weights, save_weights
 from lightgen.config import LightgenConfig, NetworkConfig, SamplingConfig, TextConfig
 from lightgen.data import PIXELS, Autoencoder
@@ -159,6 +160,7 @@ class Painter:
             config.text, config.sampling = TextConfig(**found["text"]), SamplingConfig(**found["sampling"])
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); export the model again") from None
+        check_ranges(config)
         model = Fluid(config.network, found["channels"], width)
         load_weights(model, folder / WEIGHTS, against=f"the network of {path}", option=option)
         where = PIXELS if found["latents"] == PIXELS else folder

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,41 +49,26 @@ class Plan:
     paper_days: float | None
 
 
-@cache
-def _meta(width: int, config: str, channels: int) -> Fluid:
-    import json
-
-    with torch.device("meta"):
-        return Fluid(NetworkConfig(**json.loads(config)), channels, width)
-
-
 def model_of(network: NetworkConfig, channels: int, text_width: int) -> Fluid:
     """The network on the meta device."""
-    import json
-
-    return _meta(text_width, json.dumps(asdict(network), sort_keys=True), channels)
-
-
-def step_flop(
-    network: NetworkConfig,
-    channels: int,
-    text_width: int,
-    length: int,
-    grid: Grid,
-    times: int = 4,
-    least: float = 0.7,
-) -> float:
-    """FLOP of one picture's forward and backward pass at the law's mean share of masked tokens."""
-    model, count = model_of(network, channels, text_width), grid[0] * grid[1]
-    token = channels * network.patch**2
-    masked = count if network.order == "raster" else masked_count(count, float(mask_law(least).mean()))
     with torch.device("meta"):
-        states, order = torch.empty(1, length, text_width), torch.zeros(1, count, dtype=torch.long)
+        return Fluid(network, channels, text_width)
+
+
+def step_flop(model: Fluid, length: int, grid: Grid, times: int = 4, least: float = 0.7) -> float:
+    """FLOP of one picture's forward and backward pass at the law's mean share of masked tokens.
+
+    Args:
+        model: on the meta device; length: of a caption; times: drawn a token; least: share of masked tokens.
+    """
+    count, token = grid[0] * grid[1], model.head.token
+    raster = model.config.order == "raster"
+    masked = count if raster else masked_count(count, float(mask_law(least).mean()))
+    with torch.device("meta"), torch.no_grad():
+        states, order = torch.empty(1, length, model.text.first.in_features), torch.zeros(1, count, dtype=torch.long)
         tokens, noise = torch.empty(1, count, token), torch.empty(times, 1, masked, token)
         t = torch.zeros(times, 1, masked, dtype=torch.long)
-        with torch.no_grad():
-            forward = costs.flop(lambda: masked_loss(model, tokens, order, masked, model.text(states), t, noise, grid))
-    return 3.0 * forward
+        return 3.0 * costs.flop(lambda: masked_loss(model, tokens, order, masked, model.text(states), t, noise, grid))
 
 
 def plan(config: LightgenConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]:
@@ -92,7 +76,8 @@ def plan(config: LightgenConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]
     channels, stride = latents_of(config.autoencoder)
     width = text_width(config.text.encoder)
     network, stages, length = config.network, config.stages, config.text.length
-    parameters = costs.parameter_count(model_of(network, channels, width))
+    model = model_of(network, channels, width)
+    parameters = costs.parameter_count(model)
     lines = []
 
     def line(name: str, tokens: int, samples: int, flop: float, copies: int, paper: float | None) -> None:
@@ -102,11 +87,11 @@ def plan(config: LightgenConfig, cluster: costs.Cluster = DEFAULT) -> list[Plan]
     grids = [(size // stride // network.patch,) * 2 for size in stages.sizes]
     for size, steps, grid in zip(stages.sizes, stages.steps, grids):
         samples = steps * config.trainer.batch_size
-        each = step_flop(network, channels, width, length, grid, stages.batch_mul, stages.mask_min)
+        each = step_flop(model, length, grid, stages.batch_mul, stages.mask_min)
         line(f"{size} px", grid[0] * grid[1], samples, samples * each, 5, None)
     if config.preferences.pairs:
         samples = config.preferences.steps * config.preferences.batch_size
-        each = step_flop(network, channels, width, length, grids[-1], 1, stages.mask_min)
+        each = step_flop(model, length, grids[-1], 1, stages.mask_min)
         # Winner and loser, each with a step of the policy and a forward pass of the reference.
         line("DPO, pairs", grids[-1][0] * grids[-1][1], samples, samples * 2 * each * 4 / 3, 5, None)
     total = sum(found.pflop for found in lines) * 1e15

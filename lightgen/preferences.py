@@ -110,9 +110,12 @@ def held_out_accuracy(
             for side, found in sides.items():
                 sums[name, side] += noise_errors(model, found, order, count, aligned, t, noise, grid) / times
     change = {side: sums["policy", side] - sums["reference", side] for side in sides}
-    found = preference(*(sums[name, side] for name in ("policy", "reference") for side in sides), beta=1.0)
+    (policy_w, policy_l), (reference_w, reference_l) = (
+        (sums[name, "winner"], sums[name, "loser"]) for name in ("policy", "reference")
+    )
+    judged = preference(policy_w, policy_l, reference_w, reference_l, beta=1.0)
     return {
-        "held_out_accuracy": float(found.accuracy),
+        "held_out_accuracy": float(judged.accuracy),
         "winner_change": float(change["winner"].mean()),
         "loser_change": float(change["loser"].mean()),
         "winner_error": float(sums["reference", "winner"].mean()),

@@ -83,14 +83,11 @@ def d(study: Study, seed: int) -> dict[str, float]:
 
 def before_and_after(study: Study, seed: int) -> dict[str, dict[str, float]]:
     """The mirrored model, and what comes of it."""
-    found = {"flip": score_of(study, "flip", seed)}
-    for kind in ("dpo", "sft"):
-        found[kind] = study.scored(
-            f"flip-{kind}",
-            lambda kind=kind: study.preferred("flip", kind, seed).network,
-            seed,  # type: ignore[misc]
-        )
-    return found
+
+    def scored(kind: str) -> dict[str, float]:
+        return study.scored(f"flip-{kind}", lambda: study.preferred("flip", kind, seed).network, seed)
+
+    return {"flip": score_of(study, "flip", seed), "dpo": scored("dpo"), "sft": scored("sft")}
 
 
 def e(study: Study, seed: int) -> dict[str, float]:

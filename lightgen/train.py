@@ -118,6 +118,8 @@ def masked_training(
         batch_size=options.batch_size,
         accumulate=options.accumulate,
     )
+    if options.compile:
+        module.model.compile_blocks()
     grids = [EveryNSteps(options.sample_every, grid_of(run, name, module, number))] if options.sample_every else []
     data = StepDataModule(table, options.batch_size, steps, config.seed, accumulate=options.accumulate)
     with run.timed(name):
@@ -170,6 +172,8 @@ def train_preferences(run: Run, pairs: Pairs, start: Fluid) -> Fluid:
         seed=config.seed,
         accumulate=config.trainer.accumulate,
     )
+    if config.trainer.compile:
+        module.policy.compile_blocks()
     data = StepDataModule(
         pairs.table, options.batch_size, options.steps, config.seed, accumulate=config.trainer.accumulate
     )

@@ -19,7 +19,7 @@ from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
 from lightgen.diffusion import STEPS
-from lightgen.losses import anchored, masked_loss, noise_errors, preference
+from lightgen.losses import masked_loss, noise_errors, preference
 from lightgen.model import Fluid, patchify
 from lightgen.schedules import learning_rate, mask_law, masked_count
 
@@ -139,6 +139,7 @@ class PreferenceTraining(pl.LightningModule):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
+        policy.null_text.requires_grad_(False)  # no caption is dropped here, and processes wait for every gradient
         self.policy, self.states, self.captions = policy, states, captions
         self._reference = [reference.eval().requires_grad_(False)]  # a list: Lightning does not see it
         self.options, self.optimiser, self.seed, self.accumulate = options, optimiser, seed, accumulate
@@ -195,9 +196,8 @@ class PreferenceTraining(pl.LightningModule):
             reference_w, reference_l = errors(self.reference, aligned)
         policy_w, policy_l = errors(self.policy, self.policy.text(states_bLE))
         found = preference(policy_w, policy_l, reference_w, reference_l, options.beta)
-        loss = found.loss + anchored(policy_w, options.anchor)
         logged = {
-            "loss": loss,
+            "loss": found.loss,
             "accuracy": found.accuracy,
             "margin": found.inside.mean(),
             "winner_error": policy_w.mean(),
@@ -206,4 +206,4 @@ class PreferenceTraining(pl.LightningModule):
             "loser_change": (policy_l - reference_l).mean(),
         }
         self.means.log(self, logged, draws.part, self.accumulate)
-        return loss
+        return found.loss

@@ -128,6 +128,18 @@ def test_spectral_norm_is_torchs_to_the_bit() -> None:
     assert torch.equal(before, ours.weight_u)
 
 
+def test_spectral_norm_stays_in_float32_under_autocast() -> None:
+    discriminator = Discriminator(SMALL, PUBLISHED["base_D"])
+    before = {name: value.clone() for name, value in discriminator.state_dict().items()}
+    wanted = discriminator.block1.c1.normalised()
+    discriminator.load_state_dict(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(discriminator.block1.c1.normalised(), wanted)
+        logits = discriminator(torch.randn(2, 3, 16, 16))
+    logits.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in discriminator.parameters())
+
+
 def test_a_network_of_another_side_and_a_latent_that_cannot_be_shared_out() -> None:
     assert Generator(NetworkConfig(4, 4, 6, 6), PUBLISHED["best_G"])(torch.randn(2, 6)).shape == (2, 3, 48, 48)
     refused("--network.latent_dim 10: expected a multiple of three", NetworkConfig, 4, 4, 10, 4)

@@ -51,6 +51,8 @@ def test_a_run_searches_trains_and_measures(whole: Path) -> None:
     (best,) = [row for row in last if row["best"]]
     assert best["discriminator"] == genes["discriminator"] and best["fid"] == min(row["fid"] for row in last)
     assert open_rgb(whole / "samples.png").shape[1] > 400
+    table = (whole / "table.md").read_text()
+    assert "| stage_d, round 1: mean (best) of the population |" in table and "| real against real |" in table
     assert "generator, cell 3" in (whole / "generator.svg").read_text()
 
 
@@ -92,6 +94,7 @@ def test_programs_read_the_folder_alone(whole: Path, tmp_path: Path, monkeypatch
     ("options", "sentence"),
     [
         ({"network__latent_dim": 7}, "--network.latent_dim 7: expected a multiple of three"),
+        ({"network__bottom_width": 3}, "--network.bottom_width 3: expected an even number"),
         ({"search__fixed": "nothing"}, "--search.fixed nothing: no such file"),
         ({"genotype": "best_G"}, "--genotype best_G: expected a JSON file, or two names"),
         ({"data__only": "[eleven]"}, "--data.only eleven: digits has the classes 0, 1"),

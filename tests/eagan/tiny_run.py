@@ -44,6 +44,9 @@ RUN = RunOptions(checkpoint_every=2, log_every=1, progress=False)
 CPU = torch.device("cpu")
 
 
+TWO_RANKS = None  # it trains in one process
+
+
 def arguments(folder: Path, **options: Any) -> list[str]:
     """Command line of the tiny run in `folder`; options are written with `__` for the dot."""
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype, published
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
+from eeea_net.train import main
 from eeea_net.training import Training, cutmix, cutmix_box, load_model, train
-from tests.eeea_net.tiny_run import DATA, RETRAIN, digits
+from tests.eeea_net.tiny_run import DATA, RETRAIN, command, digits
 
 CELL = published()["EEEA_A"]
 RUN = RunOptions(checkpoint_every=2, log_every=1, progress=False)
@@ -36,7 +37,9 @@ def training(folder: Path, options: RetrainOptions = FULL) -> Training:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = training(tmp_path / "whole").run().state_dict()
+    unbroken = training(tmp_path / "whole")
+    unbroken.run()
+    whole = unbroken.network.state_dict()
     broken = training(tmp_path / "broken")
     step = broken._one_step
 
@@ -49,7 +52,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     again = training(tmp_path / "broken")
-    found = again.run().state_dict()
+    again.run()
+    found = again.network.state_dict()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     assert [row["epoch"] for row in again.history] == [0, 1, 2]
     assert [row["drop_path"] for row in again.history] == pytest.approx([0, 0.2 / 3, 0.4 / 3])
@@ -62,7 +66,7 @@ def test_what_a_training_leaves_is_evaluated_to_the_same_error(tmp_path: Path) -
     assert measured["test_error"] == pytest.approx(found.test_error)
     assert json.loads((tmp_path / "out.json").read_text()) == measured
     network, about = load_model(tmp_path / "model")
-    assert network.genotype == CELL and about["classes"] == list(digits().classes)
+    assert isinstance(network, Network) and network.genotype == CELL and about["classes"] == list(digits().classes)
     again = train(CELL, replace(RETRAIN, epochs=1), digits(), DATA, tmp_path, run=RUN)
     assert again == found  # it is not repeated
     with pytest.raises(UserError, match="is the result of another cell"):
@@ -173,3 +177,9 @@ def test_drop_path_leaves_identities_and_evaluation_alone() -> None:
     expected = network(x)
     network.drop_path_probability = 0.9
     assert torch.equal(network(x), expected)
+
+
+def test_several_processes_are_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one process; .* --engine processes"):
+        main(command(tmp_path / "run"))

@@ -19,7 +19,7 @@ RETRAIN = RetrainOptions(channels=4, layers=3, epochs=2, batch_size=32, lr=0.1, 
 SETTING = Setting(DATA, PROXY, 0)
 SPACE = Space()
 SCALE = Scale(SPACE, LargeOptions())
-TWO_RANKS: list[str] = []  # torchrun starts them
+TWO_RANKS = None  # a run is one process, with workers of its own
 
 
 def command(folder: Path) -> list[str]:

@@ -132,7 +132,7 @@ def test_blending_keeps_what_is_known() -> None:
     assert torch.equal(found[..., 4:], teacher.encode_images(unit)[..., 4:])
 
 
-@pytest.mark.parametrize("task", ["editing", "inpainting", "superres"])
+@pytest.mark.parametrize("task", ["editing", "inpainting", pytest.param("superres", marks=pytest.mark.slow)])
 def test_each_task_has_an_adaptor_of_its_own_on_its_own_base(
     task: str, cache: None, teacher: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,10 @@ from instella_t2i.generators import Autoregressor, Denoiser, Generator, Shape, T
 from tests.golden_case import Case, Check, assert_close, kind
 
 RELEASED = "Instella-T2I"
-PROTOCOLS = {"protocal_1": "renoise", "protocal_2": "approximate", "posterior": "exact"}
+PROTOCOLS = {
+    **{"protocal_1": "renoise", "protocal_2": "approximate", "protocal_3": "exact"},
+    **{"protocol_1": "renoise", "protocol_2": "approximate", "protocol_3": "exact", "posterior": "exact"},
+}
 NETWORK = ("in_channels", "num_layers", "attention_head_dim", "num_attention_heads", "num_img_tkns", "text_cond_dim")
 
 

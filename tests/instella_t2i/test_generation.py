@@ -22,6 +22,7 @@ from instella_t2i.generation import load_generator
 from instella_t2i.run import Run
 from instella_t2i.tokenizer import load_tokenizer, save_tokenizer
 from tests.common.tiny_teacher import save_teacher
+from tests.drills import succeed
 from tests.instella_t2i.tiny_run import ALL, arguments, losses
 from tests.instella_t2i.tiny_run import train as train_tiny
 
@@ -46,9 +47,7 @@ def test_a_run_trains_both_generators_and_measures_them_on_the_same_prompts(
     folder, metrics = finished
     assert list(metrics["generators"]) == ["diffusion", "autoregression"]
     for found in metrics["generators"].values():
-        assert {"kid", "accuracy", "single", "two", "count", "color", "position", "attr", "seconds_per_image"} <= {
-            *found
-        }
+        assert {"kid", "accuracy", "single", "two", "count", "color", "position", "attr", "image_seconds"} <= {*found}
     assert (folder / "samples.png").is_file() and "accuracy" in (folder / "table.md").read_text()
     for kind in ("diffusion", "autoregression"):
         found = losses(folder, kind)
@@ -254,3 +253,13 @@ def test_codes_of_another_tokenizer_in_a_shared_folder_stop_a_training(
         )
     with pytest.raises(UserError, match=r"--data.size 32: the tokenizer was trained on pictures of 16 px"):
         train_tiny(tmp_path / "third", stages="diffusion", tokenizer_from=finished[0] / "tokenizer", data__size=32)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    one = generators(tmp_path / "one", finished[0])
+    options: dict[str, Any] = {"trainer__devices": 2, "trainer__strategy": "ddp", "stages": GENERATORS}
+    command = arguments(tmp_path / "two", tokenizer_from=finished[0] / "decoder", **options)
+    succeed("-m", "instella_t2i.train", *command, OMP_NUM_THREADS="1")
+    for kind in ("diffusion", "autoregression"):
+        assert losses(tmp_path / "two", kind) == pytest.approx(losses(one, kind), abs=1e-4)

@@ -94,7 +94,13 @@ def test_micro_batches_and_two_processes_give_the_losses_of_one(reference: Path,
         {"network__quantizer": "vq", "tokenizer__code": 1},
         {"network__quantizer": "lfq"},
         {"network__quantizer": "bsq", "network__layout": "grid"},
-        {"tokenizer__noise": "false", "tokenizer__gan": 0, "tokenizer__perceptual": 0, "data__flip": "false"},
+        {
+            "tokenizer__optimiser": "adamw",
+            "tokenizer__noise": "false",
+            "tokenizer__gan": 0,
+            "tokenizer__perceptual": 0,
+            "data__flip": "false",
+        },
     ],
 )
 def test_baselines_train_by_the_same_steps(options: dict[str, Any], cache: None, tmp_path: Path) -> None:

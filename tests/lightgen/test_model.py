@@ -31,8 +31,14 @@ from lightgen.schedules import learning_rate, mask_law, masked_count, remaining_
 from tests.refusals import refused
 
 TINY = NetworkConfig(
-    **dict.fromkeys(("encoder_depth", "decoder_depth", "cross_depth", "text_depth", "head_depth"), 1),
-    **dict.fromkeys(("encoder_heads", "decoder_heads", "cross_heads"), 2),
+    encoder_depth=1,
+    decoder_depth=1,
+    cross_depth=1,
+    text_depth=1,
+    head_depth=1,
+    encoder_heads=2,
+    decoder_heads=2,
+    cross_heads=2,
     width=16,
     head_width=16,
     grid=4,
@@ -293,6 +299,16 @@ def test_a_policy_that_is_its_reference_has_no_margin() -> None:
     text = torch.randn(3, 5, 12)
     a, b = (noise_errors(m, tokens, order, 12, m.text(text), t, noise, GRID) for m in (model, reference))
     assert torch.equal(a, b) and float(preference(a, a, b, b, 5000.0).accuracy) == 0.5
+
+
+def test_preferences_reach_every_weight_but_the_null_text() -> None:
+    model = tiny()
+    tokens, order = torch.randn(3, 16, 16), torch.rand(3, 16).argsort(1)
+    t, noise = torch.randint(1000, (3, 1)).expand(-1, 16), torch.randn(3, 16, 16)
+    errors = noise_errors(model, tokens, order, 16, model.text(torch.randn(3, 5, 12)), t, noise, GRID)
+    zero = torch.zeros(3)
+    preference(errors, zero, zero, zero, 100.0).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["null_text"]
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

@@ -33,7 +33,21 @@ def test_the_plan_counts_the_released_model() -> None:
 
 def test_equal_flop_give_the_small_pictures_more_steps() -> None:
     from lightgen.experiments import NETWORK
-    from lightgen.plan import step_flop
+    from lightgen.plan import model_of, step_flop
 
-    small, large = (step_flop(NETWORK, 8, 384, 24, grid) for grid in ((2, 2), (4, 4)))
+    small, large = (step_flop(model_of(NETWORK, 8, 384), 24, grid) for grid in ((2, 2), (4, 4)))
     assert 1.5 < large / small < 4.0
+
+
+def test_the_set_of_few_captions_shows_them_and_nothing_that_is_held_out() -> None:
+    from common.data.shapes import prompts
+    from common.data.shapes_verifier import verify
+    from lightgen.data import WORLDS
+    from lightgen.experiments import VOLUME_CAPTIONS, WORLD, volume_scenes
+
+    found = volume_scenes(96)
+    specs = prompts(VOLUME_CAPTIONS // 6, "train", **WORLDS[WORLD])
+    assert len(set(found.captions)) <= VOLUME_CAPTIONS and found.captions[:24] == [spec.caption for spec in specs]
+    shown = verify(found.images(list(range(96))).numpy(), [specs[i % 24] for i in range(96)])
+    assert shown.mean() > 0.97
+    assert len({image.numpy().tobytes() for image in found.images(list(range(96)))}) == 96

@@ -344,7 +344,7 @@ def test_every_arm_of_data_trains(cache: None, place: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"stages__sizes": "[8]"}, "--stages.sizes .8., steps .3, 3.*: expected as many entries"),
+        ({"stages__sizes": "[8]"}, "--stages.sizes .8., steps .3, 4.*: expected as many entries"),
         ({"stages__sizes": "[16,8]"}, "--stages.sizes .16, 8.: expected rising sizes"),
         ({"stages__sizes": "[8,15]"}, "size 15x15: expected multiples of 4"),
         ({"network__encoder_heads": 3}, "--network.encoder_heads 3 does not divide"),

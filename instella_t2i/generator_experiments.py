@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from common.data.sampling import StepDataModule
 from common.data.shapes import TASKS
 from common.data.shapes_verifier import score
+from common.errors import stop_if_not_finite
 from common.images import to_uint8, to_unit
 from common.metrics.measures import EVALUATION_SEED, PromptSet, shapes_prompts, variety
+from common.optimisers import adamw
 from common.options import TrainerOptions
 from common.paths import REPOSITORY
 from common.study import Arm, Study, Watch, fit_arm
@@ -299,13 +301,14 @@ class Generators:
             stream = StreamConfig(sizes.blocks, sizes.stream_heads, 32)
             network = Denoiser(stream, Shape(tokens, sizes.bits, reader.width))
             x0 = (torch.rand(sizes.batch, tokens, sizes.bits, generator=generator) < 0.5).float()
-            optimiser = torch.optim.AdamW(network.parameters(), foreach=True)
+            optimiser = adamw(network.parameters(), lr=1e-3)
             steps[tokens] = (network, optimiser, x0, torch.rand(sizes.batch, generator=generator))
         times: dict[int, list[float]] = {tokens: [] for tokens in steps}
-        for _ in range(rounds + 1):
+        for turn in range(rounds + 1):
             for tokens, (network, optimiser, x0, t) in steps.items():
                 started = time.process_time()
                 loss, _ = diffusion_loss(network(x0, t, text), x0, x0, "epsilon")
+                stop_if_not_finite(float(loss.detach()), turn)
                 loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()

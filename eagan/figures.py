@@ -65,6 +65,7 @@ def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, 
     axis.plot(numbers, [row["fid_best"] for row in history], marker="o", label="best")
     axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="real against real")
     axis.set_xlabel("round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("FID")
     axis.set_title(title)
     axis.legend(fontsize=7)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import Parser
+from common.cpu import tune_allocator
 from common.errors import UserError
 from common.ledger import bench_row, peak_memory, write_rows
 from common.options import Count, Threads
@@ -205,46 +206,99 @@ def take_turns(
     return alternate(processes, steps or dict.fromkeys(arms, pace.steps), first, pace.rounds)
 
 
+PRECISIONS = ("bf16", "fp32")
+
+
 def in_both_precisions(ours: A, compiled: bool, peak: bool) -> dict[str, A]:
     """The arms "ours bf16", "peer fp32" and so on of one that is ours, a frozen dataclass.
 
     Args:
-        compiled: with "peer compiled" (bf16).
+        compiled: with "peer bf16 compiled" and "peer fp32 compiled".
         peak: with the processor's own rate, "peak bf16" and "peak fp32".
     """
     arm: Any = ours
     sides = ["ours", "peer", "peak"] if peak else ["ours", "peer"]
-    arms = {f"{side} {p}": replace(arm, side=side, bf16=p == "bf16") for p in ("bf16", "fp32") for side in sides}
-    return arms | ({"peer compiled": replace(arm, side="peer", bf16=True, compiled=True)} if compiled else {})
+    arms = {f"{side} {p}": replace(arm, side=side, bf16=p == "bf16") for p in PRECISIONS for side in sides}
+    more = PRECISIONS if compiled else ()
+    return arms | {f"peer {p} compiled": replace(arm, side="peer", bf16=p == "bf16", compiled=True) for p in more}
+
+
+class Targets(NamedTuple):
+    """What our speed must reach against the better of the eager and the compiled peer, by precision; None: no bar."""
+
+    bf16: float | None
+    fp32: float | None
+
+
+TRAINING, DRAWING = Targets(1.5, 1.15), Targets(1.2, 1.2)
 
 
 def beside_the_peer(
     timings: Mapping[str, Timing],
     device: str,
     default: str,
-    faster: Callable[[str, Timing, Timing, bool], dict[str, Any]],
+    faster: Callable[[str, Timing, Timing, float | None], dict[str, Any]],
+    asked: float | None,
     memory: str,
     what: str,
+    targets: Targets = TRAINING,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the speed and memory of such arms: default against default, equal precisions, the compiled peer.
+    """Rows of the speed and memory of such arms: default against default, equal precisions, the peer at its best.
 
     Args:
         default: the peer's precision as users run it; ours is bf16.
-        faster: a row of its label, both sides and whether it has a target.
+        faster: a row of its label, both sides and the target.
+        asked: the target of default against default.
         memory: what a row of memory is about; `what` ends its name.
+        targets: for CPUs, where the compiled peer was measured.
     """
     yield faster(
-        f"default against default: ours bf16, peer {default}", timings["ours bf16"], timings[f"peer {default}"], True
+        f"default against default: ours bf16, peer {default}", timings["ours bf16"], timings[f"peer {default}"], asked
     )
-    for precision in ("bf16", "fp32") if default == "fp32" else ("fp32",):
-        yield faster(f"both {precision}", timings[f"ours {precision}"], timings[f"peer {precision}"], False)
-    if "peer compiled" in timings:
-        label = "bf16, ours eager against peer compiled"
-        yield faster(label, timings["ours bf16"], timings["peer compiled"], False)
-    for ours, peer in (("bf16", default), ("fp32", "fp32")):
-        label = f"ours {ours}, peer {peer}" if ours != peer else f"both {ours}"
+    for precision in PRECISIONS if default == "fp32" else ("fp32",):
+        yield faster(f"both {precision}", timings[f"ours {precision}"], timings[f"peer {precision}"], None)
+    for precision, target in zip(PRECISIONS, targets):
+        if compiled := timings.get(f"peer {precision} compiled"):
+            ours, eager = timings[f"ours {precision}"], timings[f"peer {precision}"]
+            yield from at_its_best(precision, faster, target if device == "cpu" else None, ours, eager, compiled)
+    for ours_in, peer_in in (("bf16", default), ("fp32", "fp32")):
+        label = f"ours {ours_in}, peer {peer_in}" if ours_in != peer_in else f"both {ours_in}"
         name = f"{where_of(device)}{memory}, {label} ({what})"
-        yield leaner(name, timings[f"ours {ours}"], timings[f"peer {peer}"], device)
+        yield leaner(name, timings[f"ours {ours_in}"], timings[f"peer {peer_in}"], device)
+    if default == "fp32":  # equal precisions in bf16 as well
+        name = f"{where_of(device)}{memory}, both bf16 ({what})"
+        yield leaner(name, timings["ours bf16"], timings["peer bf16"], device)
+
+
+def at_its_best(
+    precision: str,
+    faster: Callable[[str, Timing, Timing, float | None], dict[str, Any]],
+    target: float | None,
+    ours: Timing,
+    eager: Timing,
+    compiled: Timing,
+) -> Iterator[dict[str, Any]]:
+    """Rows of ours against the compiled peer, and with the target against the faster of its two forms."""
+    label = "bf16" if precision == "bf16" else "float32"
+    yield faster(f"{label}, ours eager against peer compiled", ours, compiled, None)
+    better = min(eager, compiled, key=lambda timing: timing.wall)
+    row = faster(f"both {precision}, against the better peer", ours, better, target)
+    yield noted(row, f"{row.get('note', '')}; the better one is {'compiled' if better is compiled else 'eager'}")
+
+
+def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of calls in this process that take turns; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name, arm in arms.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            arm()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def training_step(
@@ -338,6 +392,21 @@ def record(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
         numbers = f"{row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, {row['ratio']:.3g}x"
         print(f"{row['name']}: {numbers}{bar}", flush=True)
     write_rows(output, rows)
+
+
+def serve(arm: Any, steps: Mapping[str, Callable[[Any], Step]]) -> None:
+    """An arm's own process: "ours" and "peer" make the step that they do, "peak" is a large product."""
+    tune_allocator()
+    Turns(arm.device).serve(matmul(arm.device, arm.bf16) if arm.side == "peak" else steps[arm.side](arm))
+
+
+def peak_rows(
+    work: str, flop: float, timings: Mapping[str, Timing], device: str, what: str, pace: Pace
+) -> Iterator[dict[str, Any]]:
+    """Rows of `work`'s share of the processor's own rate in both precisions; `flop` of one step."""
+    for p in PRECISIONS:
+        name = f"{where_of(device)}share of the matmul peak, {work}, {p} ({what})"
+        yield of_the_peak(name, flop, timings[f"ours {p}"], timings[f"peak {p}"], device, pace.rounds)
 
 
 def bench_parser(text: str | None, output: str, sizes: Mapping[str, Any], default: Sequence[str], steps: int) -> Parser:

@@ -398,7 +398,7 @@ def step_flop(arm: Arm, steps: int = 5) -> float:
 def rows_for(size: str, rows: str, device: str, folder: Path, pace: Pace) -> list[Any]:
     """Bench rows of one size and kind of rows; the two sides' losses are compared first."""
     check_same(size, rows, folder)
-    arms = in_both_precisions(Arm("ours", size, rows, device), compiled=device == "cuda", peak=True)
+    arms = in_both_precisions(Arm("ours", size, rows, device), compiled=True, peak=True)
     timings = take_turns("benchmarks.electra", arms, pace, 3, folder)
     return list(comparison(arms["ours bf16"], timings, pace))
 
@@ -416,13 +416,13 @@ def comparison(ours: Arm, timings: dict[str, Timing], pace: Pace) -> Iterator[di
     filled = tokens / (batch * spec.length)
     note = f"same weights, rows and masks; {filled:.0%} of the padded batch are tokens; {pace.threads} threads"
 
-    def faster(label: str, a: Timing, b: Timing, barred: bool) -> dict[str, Any]:
-        name, target = f"{where}pre-training, {label} ({what})", 1.5 if barred else None
+    def faster(label: str, a: Timing, b: Timing, target: float | None) -> dict[str, Any]:
+        name = f"{where}pre-training, {label} ({what})"
         row = bench_row(name, tokens / a.wall, tokens / b.wall, "tokens/s", target=target)
         return noted(row, f"{note}; CPU-time ratio {b.cpu / a.cpu:.2f}")
 
     default = "bf16" if device == "cuda" else "fp32"  # transformers.Trainer's default on CPUs is float32
-    yield from beside_the_peer(timings, device, default, faster, "peak memory of pre-training", what)
+    yield from beside_the_peer(timings, device, default, faster, 1.5, "peak memory of pre-training", what)
     flop = step_flop(ours)
     for precision in ("bf16", "fp32"):
         name = f"{where}fraction of the matmul peak in {precision}, pre-training ({what})"

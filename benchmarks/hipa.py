@@ -12,9 +12,6 @@ at batch 1, stock DDIM with 25 guided steps against one step. The merged adaptor
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +24,20 @@ from benchmarks.arms import (
     Pace,
     Step,
     Timing,
-    Turns,
     bench_parser,
     beside_the_peer,
     faster,
     in_both_precisions,
+    in_turns,
     leaner,
     measure,
     mixed,
     parse,
+    serve,
     take_turns,
     where_of,
 )
 from common.adaptors import adaptor_state, merge_adaptors
-from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
 from common.optimisers import adamw
@@ -168,29 +165,16 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     timings = take_turns("benchmarks.hipa", arms, pace, 2, folder)
     images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
         name = f"{where_of(device)}training step against peft and plain losses, {label} ({what})"
-        return faster(name, mine, theirs, images, STEP_SPEEDUP if target else None, "one step of the same batch")
+        return faster(name, mine, theirs, images, target, "one step of the same batch")
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
+    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
     name = f"{where_of(device)}memory of a training step, both fp32, at most 0.8 of the peer's ({what})"
     rows.append(leaner(name, timings["ours fp32"], timings["peer fp32"], device, MEMORY))
     yield rows
     if size == "shapes32":
         yield [*sampling_rows(device, max(5, pace.rounds))]
-
-
-def alternating(arms: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm, taking turns; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
-        started = time.perf_counter()
-        with torch.inference_mode():
-            arm()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def sampling_rows(device: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -206,30 +190,25 @@ def sampling_rows(device: str, rounds: int) -> Iterator[dict[str, Any]]:
         "ours": lambda: teacher.draw(student, ["a red star"], noise),
         "peer": lambda: pipeline("a red star", num_inference_steps=25, guidance_scale=1.5, output_type="np"),
     }
-    found = alternating(arms, rounds)
+    with torch.inference_mode():
+        found = in_turns(arms, rounds, device)
     name = f"{where_of(device)}caption to image, one step against 25 guided DDIM steps, batch 1 (shapes32)"
     yield bench_row(name, 1 / found["ours"], 1 / found["peer"], "images/s", target=SAMPLING_SPEEDUP)
     x = noise.to(device)
     turns = {"ours": lambda: student(x, states), "bare": lambda: frozen(x, states), "peft": lambda: adapted(x, states)}
-    found = alternating(turns, 20 * rounds)
+    with torch.inference_mode():
+        found = in_turns(turns, 20 * rounds, device)
     name = f"{where_of(device)}merged adaptor against the bare U-Net, one step, batch 1 (shapes32)"
     yield bench_row(name, 1 / found["ours"], 1 / found["bare"], "images/s", target=FUSED)
     name = f"{where_of(device)}merged adaptor against peft's, one step, batch 1 (shapes32)"
     yield bench_row(name, 1 / found["ours"], 1 / found["peft"], "images/s")
 
 
-def serve(arm: Arm) -> None:
-    """An arm's own process."""
-    tune_allocator()
-    turns = Turns(arm.device)
-    turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_hipa.json", SIZES, ["shapes32"], steps=3)
     options = parse(parser, argv)
     if options.arm:
-        serve(Arm(**options.arm))
+        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
         return []
     return measure(options, parts)
 

@@ -12,16 +12,14 @@ take turns; medians count. Speed does not depend on the weights: an untrained st
 from __future__ import annotations
 
 import itertools
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.arms import chosen_devices, machine_options, record, where_of
+from benchmarks.arms import chosen_devices, in_turns, machine_options, record, where_of
 from common.cli import Parser
 from common.cpu import tune_allocator
 from common.data.pairs import generate_pairs
@@ -76,21 +74,6 @@ def student_pipeline(teacher: Teacher, folder: Path | None, dtype: torch.dtype) 
     return InstaFlowPipeline.of(flow, teacher, Card(one_step=True)).channels_last()
 
 
-def take_turns(arms: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each arm; arms alternate, the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds + 1):
-        for name, arm in arms.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            arm()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
 def latency_rows(
     teacher: Teacher, student: InstaFlowPipeline, what: str, rounds: int, device: str
 ) -> list[dict[str, Any]]:
@@ -127,7 +110,7 @@ def latency_rows(
                 p, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np"
             ),
         }
-        seconds = take_turns(arms, rounds, device)
+        seconds = in_turns(arms, rounds, device)
         name = f"{where}caption to image, 1 step against {STEPS} guided DPM-Solver++ steps, batch {batch} ({what})"
         target = SPEEDUP if batch == 1 else None
         rows.append(bench_row(name, batch / seconds["ours"], batch / seconds["peer"], "images/s", target=target))
@@ -158,7 +141,7 @@ def pair_row(teacher: Teacher, what: str, rounds: int, device: str, batch: int =
         def pairs() -> None:
             generate_pairs(source, prompts, Path(name) / str(next(numbers)), batch, 0, batch, batch)
 
-        seconds = take_turns({"pairs": pairs, "bare": bare}, rounds, device)
+        seconds = in_turns({"pairs": pairs, "bare": bare}, rounds, device)
     evaluations = batch * source.evaluations
     where = where_of(device)
     name = f"{where}pair generation against bare U-Net evaluation, guided, batch {batch} ({what})"

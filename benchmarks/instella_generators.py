@@ -8,9 +8,7 @@ beside the latent diffusion of `ldm/pretrained/emoji64` with DPM-Solver++ in 20 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,22 @@ from benchmarks.arms import (
     Pace,
     Step,
     Timing,
-    Turns,
     bench_parser,
     beside_the_peer,
     faster,
     in_both_precisions,
-    matmul,
+    in_turns,
     measure,
     mixed,
     noted,
-    of_the_peak,
     parse,
+    peak_rows,
+    serve,
     take_turns,
     where_of,
 )
 from common.cli import parse_config
 from common.costs import flop
-from common.cpu import tune_allocator
 from common.errors import run_main
 from common.images import to_uint8, to_unit
 from common.ledger import bench_row
@@ -157,19 +154,6 @@ def peer(arm: Arm) -> Step:
     return step
 
 
-def alternated(arms: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, in turns, after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds + 1):
-        for name, arm in arms.items():
-            started = time.perf_counter()
-            arm()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
-
-
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size."""
     arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
@@ -177,11 +161,13 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     timings = take_turns("benchmarks.instella_generators", arms, pace, 2, folder, steps=steps)
     count, what = SIZES[size], f"{size}, batch {SIZES[size]}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
         name = f"{where_of(device)}training step of the denoiser against a plain loop, {label} ({what})"
-        return faster(name, mine, theirs, count, STEP_SPEEDUP if target else None, "one step of the same batch")
+        return faster(name, mine, theirs, count, target, "one step of the same batch")
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a denoiser's training step", what))
+    rows = list(
+        beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a denoiser's training step", what)
+    )
     config = recipe(size)
     reader = CausalText(config.text, config.stream.layers)
     text = reader.encode(given(Arm("ours", size, "cpu"), config)[1])
@@ -189,11 +175,7 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     x = torch.zeros(count, config.network.tokens, config.network.bits)
     with torch.no_grad():
         work = 3 * flop(lambda: network(x, torch.zeros(count), text))
-    for precision in ("fp32", "bf16"):
-        name = f"{where_of(device)}share of the matmul peak, denoiser's training step, {precision} ({what})"
-        rows.append(
-            of_the_peak(name, work, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
-        )
+    rows += peak_rows("denoiser's training step", work, timings, device, what, pace)
     yield rows
     yield [grid_row(config, reader, device, what, max(3, pace.rounds))]
     yield [cache_row(config, reader, device, size, max(3, pace.rounds))]
@@ -220,7 +202,7 @@ def grid_row(config: InstellaConfig, reader: CausalText, device: str, what: str,
 
         return step
 
-    found = alternated({"few": arm(FEW), "grid": arm(GRID)}, rounds, device)
+    found = in_turns({"few": arm(FEW), "grid": arm(GRID)}, rounds, device)
     name = f"{where_of(device)}training the denoiser with {FEW} tokens against a grid of {GRID}, same width ({what})"
     return bench_row(name, count / found["few"], count / found["grid"], "images/s", target=GRID_SPEEDUP)
 
@@ -241,7 +223,7 @@ def cache_row(config: InstellaConfig, reader: CausalText, device: str, size: str
 
         return draw
 
-    found = alternated({name: arm(name) for name in ("cached", "whole")}, rounds, device)
+    found = in_turns({name: arm(name) for name in ("cached", "whole")}, rounds, device)
     equal = float((codes["cached"] == codes["whole"]).float().mean())
     what = f"{network.tokens} tokens ({size}, batch {DRAWN})"
     name = f"{where_of(device)}autoregression with kept keys against whole passes, {what}"
@@ -269,7 +251,7 @@ def drawing_rows(config: InstellaConfig, reader: CausalText, device: str, rounds
             codes = autoregression.sample(model, memory, uniform, w=sampling.ar_guidance)
         return to_uint8(tokenizer.decode(codes, config.data.size))
 
-    found = alternated(
+    found = in_turns(
         {
             "diffusion": lambda: draw(models[0]),
             "autoregression": lambda: draw(models[1]),
@@ -287,21 +269,11 @@ def drawing_rows(config: InstellaConfig, reader: CausalText, device: str, rounds
     ]
 
 
-def serve(arm: Arm) -> None:
-    """An arm's own process."""
-    tune_allocator()
-    turns = Turns(arm.device)
-    if arm.side == "peak":
-        turns.serve(matmul(arm.device, arm.bf16))
-    else:
-        turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_instella_t2i.json", SIZES, ["small"], steps=3)
     options = parse(parser, argv)
     if options.arm:
-        serve(Arm(**options.arm))
+        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
         return []
     return measure(options, parts)
 

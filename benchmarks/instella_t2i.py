@@ -13,9 +13,6 @@ of the generators: `benchmarks.instella_generators`, part of the same run.
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,22 +27,21 @@ from benchmarks.arms import (
     Pace,
     Step,
     Timing,
-    Turns,
     bench_parser,
     beside_the_peer,
     faster,
     in_both_precisions,
-    matmul,
+    in_turns,
     measure,
     mixed,
-    of_the_peak,
     parse,
+    peak_rows,
+    serve,
     take_turns,
     where_of,
 )
 from common.cli import parse_config
 from common.costs import flop, parameter_count
-from common.cpu import tune_allocator
 from common.data.sampling import derive_seed
 from common.errors import run_main
 from common.images import to_unit
@@ -168,22 +164,18 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     timings = take_turns("benchmarks.instella_t2i", arms, pace, 2, folder, steps=steps)
     images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
         name = f"{where_of(device)}training step of the tokenizer against a plain loop, {label} ({what})"
-        return faster(name, mine, theirs, images, STEP_SPEEDUP if target else None, "one step of the same batch")
+        return faster(name, mine, theirs, images, target, "one step of the same batch")
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
+    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
     arm = Arm("ours", size, "cpu")
     config = recipe(arm)
     network = Tokenizer(config.network, config.data.size)
     x = to_unit(given(arm, config)[0])
     with torch.no_grad():
         work = 3 * flop(lambda: network(x))
-    for precision in ("fp32", "bf16"):
-        name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
-        rows.append(
-            of_the_peak(name, work, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
-        )
+    rows += peak_rows("training step", work, timings, device, what, pace)
     yield rows
     yield throughput_rows(arm, device, max(5, pace.rounds))
     yield from instella_generators.parts(size, device, folder, pace)
@@ -225,33 +217,18 @@ def throughput_rows(arm: Arm, device: str, rounds: int) -> list[dict[str, Any]]:
     }
     rows = []
     for kind, pair in work.items():
-        times: tuple[list[float], list[float]] = ([], [])
-        for _, (kept, call) in itertools.product(range(rounds + 1), zip(times, pair)):
-            started = time.perf_counter()
-            with torch.inference_mode():
-                call()
-            kept.append(time.perf_counter() - started)
-        mine, theirs = (len(x) / statistics.median(kept[1:]) for kept in times)
+        with torch.inference_mode():
+            found = in_turns(dict(zip(("ours", "peer"), pair)), rounds, device)
         name = f"{where_of(device)}{kind} against AutoencoderKL of as many parameters ({arm.size}, batch {len(x)})"
-        rows.append(bench_row(name, mine, theirs, "images/s", target=None))
+        rows.append(bench_row(name, len(x) / found["ours"], len(x) / found["peer"], "images/s"))
     return rows
-
-
-def serve(arm: Arm) -> None:
-    """An arm's own process."""
-    tune_allocator()
-    turns = Turns(arm.device)
-    if arm.side == "peak":
-        turns.serve(matmul(arm.device, arm.bf16))
-    else:
-        turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_instella_t2i.json", SIZES, ["small"], steps=3)
     options = parse(parser, argv)
     if options.arm:
-        serve(Arm(**options.arm))
+        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
         return []
     return measure(options, parts)
 

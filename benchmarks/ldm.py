@@ -26,10 +26,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    DRAWING,
+    PRECISIONS,
+    TRAINING,
     Pace,
     Process,
     Step,
+    Timing,
     Turns,
+    at_its_best,
     bench_parser,
     faster,
     fill_zero_weights,
@@ -247,8 +252,9 @@ def training_columns(config: LdmConfig, count: int = 256) -> dict[str, Tensor]:
     }
 
 
-def our_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps: int) -> Step:
+def our_sampling(config: LdmConfig, arm: Arm, folder: Path, steps: int) -> Step:
     """Captions to images by `ldm.samplers.sample`; the first call's images [B, 3, H, W] in [0, 1] are kept."""
+    device, batch = arm.device, arm.batch
     from transformers import PreTrainedTokenizerFast
 
     from common.cpu import tune_allocator
@@ -265,28 +271,34 @@ def our_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps
 
     @torch.no_grad()
     def step(index: int) -> Tensor:
-        cond = ldm.conditioning({"condition": tokenize(tokenizer, prompts).to(device)})
-        noise = recorded_noise([torch.zeros(()).expand_as(start)] * (steps + 1))
-        z_BCHW = sample(ldm, start.shape, noise, cond, steps=steps, guidance=GUIDANCE, zT_BCHW=start)
-        return keep(folder / f"ours_{batch}.pt", ldm.decode(z_BCHW).add(1).div(2).clamp(0, 1))
+        with mixed(device, arm.bf16):
+            cond = ldm.conditioning({"condition": tokenize(tokenizer, prompts).to(device)})
+            noise = recorded_noise([torch.zeros(()).expand_as(start)] * (steps + 1))
+            z_BCHW = sample(ldm, start.shape, noise, cond, steps=steps, guidance=GUIDANCE, zT_BCHW=start)
+            return keep(folder / arm.images, ldm.decode(z_BCHW).add(1).div(2).clamp(0, 1))
 
     return step
 
 
-def peer_sampling(config: LdmConfig, device: str, folder: Path, batch: int, steps: int) -> Step:
+def peer_sampling(config: LdmConfig, arm: Arm, folder: Path, steps: int) -> Step:
     """The same by StableDiffusionPipeline."""
+    device, batch = arm.device, arm.batch
     from diffusers import StableDiffusionPipeline
 
     pipeline = from_folder(StableDiffusionPipeline, folder / "pipeline").to(device)
     pipeline.set_progress_bar_config(disable=True)
+    if arm.compiled:
+        pipeline.unet.compile()
+        pipeline.vae.decoder.compile()
     prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     start = start_noise(config, batch).to(device)
 
     def step(index: int) -> Tensor:
-        images = pipeline(
-            prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=start.clone(), output_type="pt"
-        ).images
-        return keep(folder / f"peer_{batch}.pt", images)
+        with mixed(device, arm.bf16):
+            images = pipeline(
+                prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=start.clone(), output_type="pt"
+            ).images
+        return keep(folder / arm.images, images)
 
     return step
 
@@ -355,6 +367,11 @@ class Arm:
     batch: int = 0
     compiled: bool = False
 
+    @property
+    def images(self) -> str:
+        """File of a sampling arm's first images."""
+        return f"{self.kind}_{self.batch}_{'bf16' if self.bf16 else 'fp32'}{'_compiled' * self.compiled}.pt"
+
 
 def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
     """The life of an arm's process."""
@@ -372,8 +389,8 @@ def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
             "our core": lambda: our_core(config, device, arm.bf16, arm.compiled),
             "peer core": lambda: peer_core(config, device, arm.bf16, pipeline, arm.compiled),
             "peer whole": lambda: peer_whole(config, device, arm.bf16, pipeline),
-            "our sampling": lambda: our_sampling(config, device, folder, arm.batch, sampling_steps),
-            "peer sampling": lambda: peer_sampling(config, device, folder, arm.batch, sampling_steps),
+            "our sampling": lambda: our_sampling(config, arm, folder, sampling_steps),
+            "peer sampling": lambda: peer_sampling(config, arm, folder, sampling_steps),
             "matmul": lambda: matmul(device, arm.bf16),
         }
         turns.serve(steps[arm.kind]())
@@ -390,9 +407,10 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
         "peer core bf16": Arm("peer core", size, device, bf16=True),
         "peer core fp32": Arm("peer core", size, device),
     }
+    for p in PRECISIONS:
+        arms[f"peer core {p} compiled"] = Arm("peer core", size, device, bf16=p == "bf16", compiled=True)
     if device == "cuda":
         arms["ours compiled"] = Arm("our core", size, device, bf16=True, compiled=True)
-        arms["peer compiled"] = Arm("peer core", size, device, bf16=True, compiled=True)
     # The cores' warm-up is the comparison of losses.
     warm_up = {name: LOSS_STEPS if "core" in name or "compiled" in name else 3 for name in arms}
     products = {"peak fp32": Arm("matmul", size, device), "peak bf16": Arm("matmul", size, device, bf16=True)}
@@ -416,20 +434,23 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
         "loop in fp32, VAE and frozen text encoder in every step, no EMA",
     )
 
-    def core(label: str, ours: str, peer: str, target: float | None = None) -> dict[str, Any]:
-        name = f"{where}training, U-Net only, {label} ({what})"
-        return faster(name, timings[ours], timings[peer], batch, target, core_note)
+    def core(label: str, ours: Timing, peer: Timing, target: float | None = None) -> dict[str, Any]:
+        return faster(f"{where}training, U-Net only, {label} ({what})", ours, peer, batch, target, core_note)
 
-    yield core("default against default: ours bf16, peer fp32", "ours core bf16", "peer core fp32", 1.3)
-    for precision in ("bf16", "fp32"):
-        yield core(f"both {precision}", f"ours core {precision}", f"peer core {precision}")
+    label = "default against default: ours bf16, peer fp32"
+    yield core(label, timings["ours core bf16"], timings["peer core fp32"], 1.3)
+    for p in PRECISIONS:
+        yield core(f"both {p}", timings[f"ours core {p}"], timings[f"peer core {p}"])
+    for p, target in zip(PRECISIONS, TRAINING):
+        sides = (timings[name] for name in (f"ours core {p}", f"peer core {p}", f"peer core {p} compiled"))
+        yield from at_its_best(p, core, target if device == "cpu" else None, *sides)
     if device == "cuda":
-        for name in ("ours compiled", "peer compiled"):
-            yield core(f"bf16, ours eager against {name}", "ours core bf16", name)
+        yield core("bf16, ours eager against ours compiled", timings["ours core bf16"], timings["ours compiled"])
     for label, ours, peer in (
         ("whole step", "ours", "peer"),
         ("U-Net only, ours bf16, peer fp32", "ours core bf16", "peer core fp32"),
         ("U-Net only, both fp32", "ours core fp32", "peer core fp32"),
+        ("U-Net only, both bf16", "ours core bf16", "peer core bf16"),
     ):
         yield leaner(f"{where}peak memory of training, {label} ({what})", timings[ours], timings[peer], device)
     peers = {"ours in fp32": timings["ours core fp32"], "peer in fp32": timings["peer core fp32"]}
@@ -442,26 +463,31 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
 
 def sampling_rows(size: str, device: str, folder: Path, pace: Pace, sampling_steps: int) -> Iterator[dict[str, Any]]:
     """Rows of guided DDIM sampling at one size; also checks that both sides draw the same images."""
+    where = where_of(device)
     for batch in (1, 16):
-        arms = {
-            "ours": Arm("our sampling", size, device, batch=batch),
-            "peer": Arm("peer sampling", size, device, batch=batch),
-        }
+        ours, peer = (Arm(kind, size, device, batch=batch) for kind in ("our sampling", "peer sampling"))
+        arms = {"ours fp32": ours, "ours bf16": replace(ours, bf16=True)}
+        for p in PRECISIONS:
+            arms |= {f"peer {p}{' compiled' * c}": replace(peer, bf16=p == "bf16", compiled=c) for c in (False, True)}
         given = ("--sampling-steps", str(sampling_steps))
         timings = take_turns("benchmarks.ldm", arms, pace._replace(steps=1), 1, folder, *given)
-        images = [torch.load(folder / f"{side}_{batch}.pt", weights_only=True) for side in ("ours", "peer")]
+        images = [torch.load(folder / arms[side].images, weights_only=True) for side in ("ours fp32", "peer fp32")]
         difference = float((images[0] - images[1]).abs().max())
         if not difference <= IMAGE_TOLERANCE:
             raise RuntimeError(f"{size}, batch {batch}: the two sides' images differ by {difference:.2g} of 1")
-        where = where_of(device)
-        yield faster(
-            f"{where}sampling, {sampling_steps} guided DDIM steps, fp32, captions to images, batch {batch} ({size})",
-            timings["ours"],
-            timings["peer"],
-            batch,
-            1.0,
-            f"peer: StableDiffusionPipeline with the same weights; the images differ by at most {difference:.1g} of 1",
+        note = (
+            f"peer: StableDiffusionPipeline, same weights; in fp32 the images differ by at most {difference:.1g} of 1"
         )
+        named = f"{where}sampling, {sampling_steps} guided DDIM steps, captions to images, batch {batch}, {{}} ({size})"
+
+        def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
+            return faster(named.format(label), mine, theirs, batch, target, note)  # noqa: B023
+
+        yield row("both fp32", timings["ours fp32"], timings["peer fp32"], 1.0)
+        yield row("both bf16", timings["ours bf16"], timings["peer bf16"], None)
+        for p, target in zip(PRECISIONS, DRAWING):
+            sides = (timings[side] for side in (f"ours {p}", f"peer {p}", f"peer {p} compiled"))
+            yield from at_its_best(p, row, target if device == "cpu" else None, *sides)
 
 
 def parts(size: str, device: str, folder: Path, pace: Pace, sampling_steps: int) -> Iterator[list[dict[str, Any]]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,23 @@ from benchmarks.arms import (
     Pace,
     Step,
     Timing,
-    Turns,
     bench_parser,
     beside_the_peer,
     faster,
     fill_zero_weights,
     in_both_precisions,
-    matmul,
+    in_turns,
     measure,
     mixed,
     noted,
-    of_the_peak,
     parse,
+    peak_rows,
     record,
+    serve,
     take_turns,
     training_step,
     where_of,
 )
-from common.cpu import tune_allocator
 from common.data.shapes import prompts
 from common.errors import run_main
 from common.ledger import bench_row
@@ -216,27 +215,26 @@ def decoding_rows(name: str, device: str, rounds: int) -> Iterator[dict[str, Any
     with torch.no_grad():
         text = model.text(torch.randn(size.drawn, size.length, size.text, device=device))
 
-    def seconds(draw: Any, options: SamplingConfig) -> float:
-        times = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            draw(model, text, size.grid, options, orders, draws.noises())
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:])
+    def arm(draw: Any, options: SamplingConfig) -> Callable[[], object]:
+        return lambda: draw(model, text, size.grid, options, orders, draws.noises())
 
-    theirs = seconds(released_decoding, OFFICIAL)
+    arms = {
+        "fast": arm(decode_tokens, FAST),
+        "same": arm(decode_tokens, OFFICIAL),
+        "peer": arm(released_decoding, OFFICIAL),
+    }
+    seconds = in_turns(arms, rounds, device)
     what = f"({name}, {size.drawn} pictures of {size.grid[0] * size.grid[1]} tokens)"
-    for label, options, target in (
-        (f"{FAST.iterations} iterations of {FAST.head_steps} to {FAST.last_head_steps} head steps", FAST, True),
-        ("the same schedule with exact shortcuts", OFFICIAL, False),
+    for side, label, target in (
+        (
+            "fast",
+            f"{FAST.iterations} iterations of {FAST.head_steps} to {FAST.last_head_steps} head steps",
+            DECODING_SPEEDUP,
+        ),
+        ("same", "the same schedule with exact shortcuts", None),
     ):
-        mine = seconds(decode_tokens, options)
         row = f"{where_of(device)}decoding, {label}, against the released one {what}"
-        found = bench_row(
-            row, size.drawn / mine, size.drawn / theirs, "images/s", target=DECODING_SPEEDUP if target else None
-        )
+        found = bench_row(row, size.drawn / seconds[side], size.drawn / seconds["peer"], "images/s", target=target)
         yield noted(found, "the peer takes 64 iterations of 100 head steps")
 
 
@@ -281,37 +279,20 @@ def score_rows(model: Path, per_task: int) -> list[dict[str, Any]]:
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, share of the peak, decoding."""
     arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    arms["peer compiled fp32"] = replace(arms["peer fp32"], compiled=True)
     steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
     timings = take_turns("benchmarks.lightgen", arms, pace, 2, folder, steps=steps)
     found = SIZES[size]
     what = f"{size}, batch {found.batch}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
         name = f"{where_of(device)}training step against the released loop, {label} ({what})"
-        return faster(name, mine, theirs, found.batch, STEP_SPEEDUP if target else None, "one step of the same batch")
+        return faster(name, mine, theirs, found.batch, target, "one step of the same batch")
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
-    label = "float32, ours eager against peer compiled"
-    rows.append(row(label, timings["ours fp32"], timings["peer compiled fp32"], False))
+    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
     work = round(found.batch * step_flop(on_meta(found.network, found.channels, found.text), found.length, found.grid))
-    for precision in ("fp32", "bf16"):
-        name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
-        rows.append(
-            of_the_peak(name, work, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
-        )
+    rows += peak_rows("training step", work, timings, device, what, pace)
     yield rows
     yield list(decoding_rows(size, device, pace.rounds))
-
-
-def serve(arm: Arm) -> None:
-    """An arm's own process."""
-    tune_allocator()
-    turns = Turns(arm.device)
-    if arm.side == "peak":
-        turns.serve(matmul(arm.device, arm.bf16))
-    else:
-        turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -319,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--model", type=Path, help="a trained model, whose scores are measured too")
     options = parse(parser, argv)
     if options.arm:
-        serve(Arm(**options.arm))
+        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
         return []
     rows = measure(options, parts)
     if options.model:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    DRAWING,
+    TRAINING,
     Pace,
     Step,
     Timing,
@@ -222,7 +224,7 @@ def our_sampling(size: str, device: str, bf16: bool, batch: int, kept: Path) -> 
     return step
 
 
-def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, kept: Path) -> Step:
+def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, kept: Path, compiled: bool) -> Step:
     """The same by PixArtAlphaPipeline with given prompt embeddings."""
     from diffusers import PixArtAlphaPipeline
 
@@ -230,6 +232,8 @@ def peer_sampling(size: str, device: str, bf16: bool, batch: int, folder: Path, 
         device
     )
     pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.transformer.compile()
     given = make_batch(size, 0, device, 2 * batch)
     side = 8 * SIZES[size].side
 
@@ -281,7 +285,7 @@ def make_step(arm: Arm, folder: Path) -> Step:
     if arm.kind == "sampling":
         if arm.side == "ours":
             return our_sampling(arm.size, arm.device, arm.bf16, arm.batch, kept)
-        return peer_sampling(arm.size, arm.device, arm.bf16, arm.batch, folder, kept)
+        return peer_sampling(arm.size, arm.device, arm.bf16, arm.batch, folder, kept, arm.compiled)
     network: torch.nn.Module
     if arm.side == "ours":
         network, predict = our_network(arm.size, arm.device, arm.compiled)
@@ -327,7 +331,7 @@ def rows_of(kind: str, size: str, device: str, folder: Path, pace: Pace, batch: 
     spec, cuda = SIZES[size], device == "cuda"
     images = batch or spec.batch
     training = kind == "training"
-    arms = in_both_precisions(Arm("ours", kind, size, device, batch=batch), cuda and kind != "sampling", training)
+    arms = in_both_precisions(Arm("ours", kind, size, device, batch=batch), compiled=True, peak=training)
     warm_up = LOSS_STEPS if training and not size.startswith("xl") else 2
     if kind == "sampling" and size == "xl1024" and not cuda:
         pace, warm_up = pace._replace(rounds=1), 0  # twenty passes of seconds each are their own repetition
@@ -346,11 +350,11 @@ def rows_of(kind: str, size: str, device: str, folder: Path, pace: Pace, batch: 
     # On a GPU both sides' default is bf16 autocast; on CPUs diffusers' examples and pipelines run in float32.
     default = "fp32" if not cuda else "bf16"
 
-    def row(label: str, ours: Timing, peer: Timing, barred: bool) -> dict[str, Any]:
-        target = (1.5 if cuda else 1.3) if barred else None
+    def row(label: str, ours: Timing, peer: Timing, target: float | None) -> dict[str, Any]:
         return faster(f"{where}{calls}, {label} ({what})", ours, peer, images, target, note)
 
-    yield from beside_the_peer(timings, device, default, row, f"peak memory, {calls}", what)
+    asked, targets = 1.5 if cuda else 1.3, TRAINING if training else DRAWING
+    yield from beside_the_peer(timings, device, default, row, asked, f"peak memory, {calls}", what, targets)
     if not training:
         return
     if len(timings["ours bf16"].losses) > LOSS_TAIL:

@@ -13,9 +13,6 @@ image at batch 1, stock DDIM with 25 guided steps against 4 steps of the student
 from __future__ import annotations
 
 import copy
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,21 +25,20 @@ from benchmarks.arms import (
     Pace,
     Step,
     Timing,
-    Turns,
     bench_parser,
     beside_the_peer,
     faster,
     in_both_precisions,
-    matmul,
+    in_turns,
     measure,
     mixed,
-    of_the_peak,
     parse,
+    peak_rows,
+    serve,
     take_turns,
     where_of,
 )
 from common.costs import flop
-from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
 from common.optimisers import adamw
@@ -171,26 +167,19 @@ def peer(arm: Arm) -> Step:
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, share of the peak, sampling."""
     arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    arms["peer compiled fp32"] = replace(arms["peer fp32"], compiled=True)
     steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
     timings = take_turns("benchmarks.slam", arms, pace, 2, folder, steps=steps)
     images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: bool) -> dict[str, Any]:
+    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
         name = f"{where_of(device)}training step against diffusers' LCM example, {label} ({what})"
-        return faster(name, mine, theirs, images, STEP_SPEEDUP if target else None, "one step of the same batch")
+        return faster(name, mine, theirs, images, target, "one step of the same batch")
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, "memory of a training step", what))
-    label = "float32, ours eager against peer compiled"
-    rows.append(row(label, timings["ours fp32"], timings["peer compiled fp32"], False))
+    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
     teacher = teacher_of(replace(arms["ours fp32"], device="cpu"))
     x1, _, _, states = batches(teacher, replace(arms["ours fp32"], device="cpu"))
     work = FORWARDS * flop(lambda: teacher.unet(x1, torch.zeros(len(x1)), states))
-    for precision in ("fp32", "bf16"):
-        name = f"{where_of(device)}share of the matmul peak, training step, {precision} ({what})"
-        rows.append(
-            of_the_peak(name, work, timings[f"ours {precision}"], timings[f"peak {precision}"], device, pace.rounds)
-        )
+    rows += peak_rows("training step", work, timings, device, what, pace)
     yield rows
     if size == "shapes32":
         yield [sampling_row(device, max(5, pace.rounds), steps) for steps in (4, 1)]
@@ -206,33 +195,18 @@ def sampling_row(device: str, rounds: int, steps: int) -> dict[str, Any]:
         "ours": lambda: teacher.draw(draw, ["a red star"], noise),
         "peer": lambda: pipeline("a red star", num_inference_steps=25, guidance_scale=1.5, output_type="np"),
     }
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
-        started = time.perf_counter()
-        with torch.inference_mode():
-            arm()
-        times[name].append(time.perf_counter() - started)
-    ours_s, peer_s = (statistics.median(times[name][1:]) for name in ("ours", "peer"))
+    with torch.inference_mode():
+        found = in_turns(arms, rounds, device)
     target = SAMPLING_SPEEDUP if steps == 4 else None
     name = f"{where_of(device)}caption to image, {steps} steps against 25 guided DDIM steps, batch 1 (shapes32)"
-    return bench_row(name, 1 / ours_s, 1 / peer_s, "images/s", target=target)
-
-
-def serve(arm: Arm) -> None:
-    """An arm's own process."""
-    tune_allocator()
-    turns = Turns(arm.device)
-    if arm.side == "peak":
-        turns.serve(matmul(arm.device, arm.bf16))
-    else:
-        turns.serve(ours(arm) if arm.side == "ours" else peer(arm))
+    return bench_row(name, 1 / found["ours"], 1 / found["peer"], "images/s", target=target)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_slam.json", SIZES, ["shapes32"], steps=3)
     options = parse(parser, argv)
     if options.arm:
-        serve(Arm(**options.arm))
+        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
         return []
     return measure(options, parts)
 

@@ -97,7 +97,7 @@ class FirstStageConfig(AutoencoderOptions):
         disc_loss: hinge or vanilla (logistic), as in the official code.
         steps: optimiser steps of the first stage.
         batch_size: global batch of the first stage, in pictures.
-        optimiser: adam, as in the paper, or muon (ldm/optimisers.py); the discriminator always has Adam.
+        optimiser: adam, as in the paper, or muon (common/muon.py); the discriminator always has Adam.
         lr: learning rate of the first stage.
         decay: last fraction of the steps over which lr falls linearly to a tenth (0: constant, as in the paper).
     """
@@ -221,7 +221,7 @@ class OptimiserConfig:
     """AdamW, as in the paper, on the denoiser and its conditioner.
 
     Args:
-        name: muon takes orthogonalised steps for weight matrices instead (ldm/optimisers.py).
+        name: muon takes orthogonalised steps for weight matrices instead (common/muon.py).
         lr: highest learning rate.
         scale_lr: multiply lr by batch x accumulation (the official rule; the configs' lr is then the base value).
         weight_decay: of all weights.

@@ -20,6 +20,7 @@ from common.batch_norm import synchronised_statistics
 from common.ema import Ema
 from common.images import to_unit
 from common.metrics.perceptual import perceptual_distance
+from common.muon import MuonAdam
 from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from ldm.autoencoder import AutoencoderKL, VQModel
@@ -28,7 +29,6 @@ from ldm.diffusion import LatentDiffusion, draw_latents
 from ldm.losses import KLPerceptualLoss, PatchDiscriminator, VQPerceptualLoss
 from ldm.lr_schedules import scaled_lr, warmup_then
 from ldm.model import EncoderUNet
-from ldm.optimisers import MuonAdam
 from ldm.tasks import raw_condition
 
 

@@ -144,6 +144,7 @@ class OptimiserConfig:
     """AdamW; one-dimensional weights, biases and the head do not decay.
 
     Args:
+        name: muon takes orthogonalised steps for weight matrices instead (common/muon.py); preferences keep AdamW.
         weight_decay: of all other weights.
         beta2: of AdamW (0.99 in the paper's text, 0.95 in its code).
         warmup: steps of each stage over which the learning rate rises linearly.
@@ -152,6 +153,7 @@ class OptimiserConfig:
         ema_decay: of the averaged weights, which are handed from stage to stage; 0 keeps none.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     weight_decay: NotNegative = 0.02
     beta2: Annotated[float, Range(0, 0.9999)] = 0.95
     warmup: Whole = 100

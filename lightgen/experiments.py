@@ -31,8 +31,8 @@ from lightgen.text import TextStates
 from lightgen.trainer import MaskedTraining, PreferenceTraining
 
 SIZE, WORLD = 32, "small"
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-PREFERENCE_RATES = (3e-5, 1e-4, 3e-4)
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)  # of Muon
+PREFERENCE_RATES = (3e-6, 1e-5, 3e-5)
 TUNING_SEED = 100  # none of the seeds that are reported
 TUNING_SHARE = 0.25  # of the steps, for each try
 VALIDATION_SEED, GIVEN_SEED = 17, 7919  # of the prompts that rates are chosen on, of the given pictures
@@ -177,7 +177,7 @@ class Study(CommonStudy[Sizes]):
         watch: Watch | None = None,
     ) -> tuple[Fluid, Fluid]:
         """(trained, averaged) after so many steps of Equation 6."""
-        optimiser = OptimiserConfig(warmup=min(50, steps // 4), schedule="cosine", ema_decay=0.99)
+        optimiser = OptimiserConfig("muon", warmup=min(50, steps // 4), schedule="cosine", ema_decay=0.99)
         states = self.text.cached(captions, progress=False)
         module = MaskedTraining(
             *start, states, StagesConfig(), optimiser, seed=seed, lr=lr, steps=steps, batch_size=self.sizes.batch

@@ -82,11 +82,12 @@ def train_stage(run: Run, number: int, pictures: Captioned, before: tuple[Fluid,
 
 
 def train_on_winners(run: Run, pairs: Pairs, start: Fluid) -> Fluid:
-    """The baseline: as many steps of the last stage's objective, at its rate, on the winners."""
+    """The baseline: as many steps of the last stage's objective on the winners, at a tenth of its rate, since the
+    weights are trained: with the whole rate it unlearns."""
     if found := run.restore("sft"):
         return found[1]
     steps = run.config.preferences.steps
-    return masked_training(run, "sft", pairs.winners, pairs.captions, (start, start), steps, -1)[1]
+    return masked_training(run, "sft", pairs.winners, pairs.captions, (start, start), steps, -1, 0.1)[1]
 
 
 def masked_training(
@@ -97,8 +98,9 @@ def masked_training(
     start: tuple[Fluid, Fluid] | None,
     steps: int,
     number: int,
+    share: float = 1.0,
 ) -> tuple[Fluid, Fluid]:
-    """Train from (trained, averaged) weights; returns the same two."""
+    """Train from (trained, averaged) weights at a share of the stage's rate; returns the same two."""
     import copy
 
     from common.data.sampling import StepDataModule
@@ -113,7 +115,7 @@ def masked_training(
         config.stages,
         config.optimiser,
         seed=config.seed,
-        lr=config.stages.lr[number],
+        lr=share * config.stages.lr[number],
         steps=steps,
         batch_size=options.batch_size,
         accumulate=options.accumulate,

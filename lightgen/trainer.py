@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.ema import Ema
+from common.muon import MuonAdam
 from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
@@ -75,6 +76,8 @@ class MaskedTraining(pl.LightningModule):
         def factor(step: int) -> float:
             return learning_rate(step + 1, self.steps, options.warmup, 1.0, options.schedule)
 
+        if options.name == "muon":
+            return scheduled(MuonAdam(self.model, self.lr, options.weight_decay), factor)
         return optimiser_of(self.model, options, self.lr, factor)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -23,7 +23,8 @@ Row = Mapping[str, Any]
 
 _SIZE = r"(?P<size> \([^()]*\))?"
 _SIDES = re.compile(
-    r"(?P<what>.+?), (?P<sides>default against default: .+?|both \w+|ours \w+, peer \w+|bf16, ours eager .+?)" + _SIZE
+    r"(?P<what>.+?), (?P<sides>default against default: .+?|both \w+(?:, against the better peer)?|ours \w+, peer \w+"
+    r"|(?:bf16|float32), ours eager .+?)" + _SIZE
 )
 _AGAINST = re.compile(r"(?P<what>.+?),? (?P<sides>against .+?)" + _SIZE)
 _MEMORY = re.compile(r"peak memory(?:, | of )(?P<of>.+)")

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.acceleration.runner import Runner
 from common.costs import aligned
-from common.figures import keep_captions, panels, save_figure
+from common.figures import CAPTIONS, keep_captions, panels, save_figure
+from common.files import read_object
 from common.images import make_grid, save_png
 from common.ledger import bench_row
+
+PADDING = 2  # pixels of white between the tiles of a sheet, as `make_grid` leaves them
 
 # (better, worse, steps): the order that the papers' claims lead one to expect. A violated one is a finding.
 PEERS = ("direct_distillation", "progressive_distillation", "lcm", "rectified_flow", "teacher_ddim", "teacher_dpm")
@@ -88,23 +91,51 @@ def draw_curves(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_sheets(runner: Runner, names: Sequence[str], titles: Mapping[str, str], folder: Path) -> None:
-    """One picture a number of steps: a row a method, a column a prompt, the same noises throughout."""
+    """One picture a number of steps: a row a method, a column a prompt, the same noises throughout.
+
+    A method whose samples are not in the runner's folder keeps the row that the earlier sheet has of it.
+    """
     seed = runner.settings.seeds[0]
     prompts = json.loads((runner.folder / "shown.json").read_text())
     for steps in (1, 2, 4, 8, 25):
-        rows, labels, drawn = [], [], []
+        drawn: dict[str, Image.Image] = {}
         for name in names:
             path = runner.images_of(name, seed)
             shown = load_file(path) if path.is_file() else {}
             if f"steps_{steps}" in shown:
-                rows.append(shown[f"steps_{steps}"])
-                drawn.append(titles[name])
-                labels += [f"{titles[name]}: {prompt}" for prompt in prompts]
-        if rows:
+                labels = [f"{titles[name]}: {prompt}" for prompt in prompts]
+                drawn[titles[name]] = make_grid(shown[f"steps_{steps}"], len(prompts), labels, 96, PADDING, 3)
+        if drawn:
             file = f"same_noise_{runner.bench.level}_{steps}.png"
-            grid = make_grid(torch.cat(rows), len(prompts), labels, 96, caption_lines=3)
-            save_png(grid, folder / file)
-            keep_captions(folder, {file: sheet_caption(runner.bench.level, steps, drawn)})
+            size = next(iter(drawn.values())).size
+            rows = {**_rows_of(folder, file, size), **drawn}
+            order = sorted(rows, key=[titles[name] for name in names].index)
+            save_png(_stacked([rows[title] for title in order]), folder / file)
+            keep_captions(folder, {file: sheet_caption(runner.bench.level, steps, order)})
+
+
+def _stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    """One-row grids of one size below each other; their white borders of `PADDING` pixels lie on each other."""
+    width, height = rows[0].size
+    step = height - PADDING
+    canvas = Image.new("RGB", (width, len(rows) * step + PADDING), "white")
+    for index, row in enumerate(rows):
+        canvas.paste(row, (0, index * step))
+    return canvas
+
+
+def _rows_of(folder: Path, file: str, size: tuple[int, int]) -> dict[str, Image.Image]:
+    """The rows of an earlier sheet by title, as its caption names them; none where its tiles are of another size."""
+    captions = folder / CAPTIONS
+    if not ((folder / file).is_file() and captions.is_file()):
+        return {}
+    titles = str(read_object(captions).get(file, "")).rpartition("; from above: ")[2].rstrip(".").split("; ")
+    with Image.open(folder / file) as opened:
+        sheet = opened.convert("RGB")
+    step = size[1] - PADDING
+    if sheet.size != (size[0], len(titles) * step + PADDING):
+        return {}
+    return {t: sheet.crop((0, i * step, size[0], i * step + size[1])) for i, t in enumerate(titles)}
 
 
 def sheet_caption(budget: str, steps: int, titles: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from benchmarks.acceleration import methods, protocol, report
 from benchmarks.acceleration import runner as runner_module
 from benchmarks.acceleration.protocol import BUDGETS, Bench, Budget, Method, OverBudgetError, Sampler
 from benchmarks.acceleration.runner import Runner, Settings, known_methods, summary, write_results
+from common.images import open_rgb
 from common.teacher import Teacher
 from tests.common.tiny_teacher import save_teacher
 
@@ -146,6 +147,13 @@ def test_pieces_are_kept_results_merged_and_pictures_drawn(
     wanted = {"fd_against_steps_B1.png", "fd_against_cost.png", "same_noise_B1_1.png"}
     assert wanted <= set(captions)
     assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in captions)
+    sheet = tmp_path / "figures" / "same_noise_B1_1.png"
+    before, listed = open_rgb(sheet), captions[sheet.name]
+    runner.images_of("instaflow", 0).unlink()  # the samples are gone: its row stays where it was
+    report.draw_sheets(runner, names, titles, tmp_path / "figures")
+    assert (open_rgb(sheet) == before).all()
+    kept = json.loads((tmp_path / "figures" / "captions.json").read_text())[sheet.name]
+    assert kept == listed and "instaflow" in kept
 
 
 def _never(*_: Any) -> Sampler:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.errors import UserError
+from common.muon import MuonAdam, orthogonalise
 from ldm.first_stage import load_first_stage
-from ldm.optimisers import MuonAdam, orthogonalise
 from ldm.publish import logged_seconds
 from tests.ldm.tiny_run import assert_goes_on_exactly, config_of, first_stage_of, train
 

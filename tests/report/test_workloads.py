@@ -37,6 +37,19 @@ def test_the_peer_stands_as_users_run_it_and_at_its_best_and_memory_joins_its_wo
     ]
 
 
+def test_rows_against_the_compiled_and_the_better_peer_belong_to_their_workload() -> None:
+    rows = rows_of_a_benchmark()
+    rows += [
+        bench_row(f"training, bf16, ours eager against peer compiled{SIZE}", 30.0, 25.0, "images/s"),
+        bench_row(f"training, both bf16, against the better peer{SIZE}", 30.0, 25.0, "images/s", target=1.5),
+        bench_row(f"training, float32, ours eager against peer compiled{SIZE}", 12.0, 11.0, "images/s"),
+        bench_row(f"training, both fp32, against the better peer{SIZE}", 12.0, 11.0, "images/s", target=1.15),
+    ]
+    (training,) = workloads(rows)
+    assert len(training.rows) == 7 and training.missed()
+    assert cells(training, with_memory=False)[3] == "25 (**1.2x < 1.5**, both bf16, against the better peer)"
+
+
 def test_pairs_with_other_numbers_of_ours_are_workloads_of_their_own() -> None:
     seconds = {"higher_is_better": False}
     rows = [

@@ -59,7 +59,7 @@ class SubnetChoice:
     """A member of the space: kernels and expansions of its blocks in order, blocks of each stage, side of pictures."""
 
     kernels: tuple[int, ...]
-    expands: tuple[int, ...]
+    expands: tuple[float, ...]
     depths: tuple[int, ...]
     resolution: int
 
@@ -86,7 +86,7 @@ class Block:
     out_channels: int
     kernel_size: int
     stride: int
-    expand_ratio: int
+    expand_ratio: float
     mid_channels: int | None
     act_func: str
     use_se: bool
@@ -101,7 +101,7 @@ class Block:
 
 
 def subnet_blocks(
-    kernels: Sequence[int], expands: Sequence[int], depths: Sequence[int], design: Design | None = None
+    kernels: Sequence[int], expands: Sequence[float], depths: Sequence[int], design: Design | None = None
 ) -> list[Block]:
     """The blocks of a member: a fixed first one, then the stages."""
     design = design or Design()

@@ -214,4 +214,3 @@ def _of_folder(folder: Path, channels: int) -> Plan:
 
 def _builder_of_cells(genotype: Genotype, config: NetworkConfig) -> Callable[[], Network]:
     return lambda: Network(genotype, config)
-

@@ -288,7 +288,10 @@ class Subnet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pictures to logits [B, K]."""
-        (last_BCHW,) = self.features(x_BCHW, ())
+        return self.answers(self.features(x_BCHW, ())[0])
+
+    def answers(self, last_BCHW: Tensor) -> Tensor:
+        """Logits [B, K] from the maps behind the last 1x1 convolution."""
         return self.classifier["linear"](self.feature_mix_layer(last_BCHW.mean((2, 3), keepdim=True)).flatten(1))
 
 

@@ -33,7 +33,7 @@ from common.study import kept_tensors
 from eeea_net.transfer_config import AugmentOptions, SceneConfig, Task
 
 EXTREMES = ("left", "top", "right", "bottom")
-# Side of a crop for the pose over the longer side of its box: SimpleBaseline's 1.25 would cut off corners of turned squares.
+# Side of a crop for the pose over the longer side of its box; SimpleBaseline's 1.25 would cut off turned corners.
 AROUND = 1.5
 LEAST_VISIBLE = 0.4  # share of a box that must be inside a window for the object to count
 VERSION = 1  # of what `_photos` makes
@@ -66,6 +66,14 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.images_NCHW)
 
+    def in_channels(self, channels: int) -> Scenes:
+        """The same in colour (3) or grey (1)."""
+        if self.images_NCHW.shape[1] == channels:
+            return self
+        weights_C = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        grey_N1HW = (self.images_NCHW * weights_C).sum(1, keepdim=True)
+        return replace(self, images_NCHW=grey_N1HW.round().to(torch.uint8))
+
     @property
     def points(self) -> int:
         return self.points_NKP3.shape[2]
@@ -88,7 +96,9 @@ def _mirrored_shapes() -> Tensor:
     for row, shape in zip(order, SHAPES):
         places = KEYPOINTS[shape]
         for point, (u, v) in enumerate(places):
-            row[point] = min(range(len(places)), key=lambda other: (places[other][0] + u) ** 2 + (places[other][1] - v) ** 2)
+            row[point] = min(
+                range(len(places)), key=lambda other: (places[other][0] + u) ** 2 + (places[other][1] - v) ** 2
+            )
     return order
 
 
@@ -153,7 +163,9 @@ def _photos(config: SceneConfig, split: str, count: int, seed: int) -> Scenes:
         }
 
     settings = {"set": data.fingerprint, "version": VERSION}
-    found = kept_tensors(cache_dir("scenes") / f"photos-{split}-{count}-{config.size}-{seed}.safetensors", made, settings)
+    found = kept_tensors(
+        cache_dir("scenes") / f"photos-{split}-{count}-{config.size}-{seed}.safetensors", made, settings
+    )
     mirrored = torch.tensor([2, 1, 0, 3]).repeat(len(CATEGORIES), 1)
     names = ("images", "boxes", "labels", "maps", "points")
     return Scenes("photos", CATEGORIES, *(found[name] for name in names), mirrored, turn=0.0)

@@ -88,9 +88,7 @@ def _file(pictures: int, classes: Sequence[str], annotations: list[dict[str, Any
     return {"images": images, "categories": categories, "annotations": annotations, "info": {}}
 
 
-def keypoint_precision(
-    found_NP2: Tensor, scores_N: Tensor, truth_NP3: Tensor, extents_N2: Tensor
-) -> dict[str, float]:
+def keypoint_precision(found_NP2: Tensor, scores_N: Tensor, truth_NP3: Tensor, extents_N2: Tensor) -> dict[str, float]:
     """COCO's `ap`, `ap50`, `ap75` and `ar` by object keypoint similarity, one object a crop, all 0..1.
 
     Args:

@@ -208,7 +208,8 @@ class Segmentation(Task):
     metric = "miou"
 
     def network(self, backbone: Backbone) -> nn.Module:
-        return BiSeNet(backbone, 1 + len(self.scenes.classes), self.options.width)
+        channels = self.scenes.images_NCHW.shape[1]
+        return BiSeNet(backbone, 1 + len(self.scenes.classes), self.options.width, channels)
 
     def loss(self, output: Any, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         losses = [F.cross_entropy(logits_BKHW, target["map"]) for logits_BKHW in output]
@@ -231,7 +232,9 @@ class Segmentation(Task):
         palette = [tuple(bytes.fromhex(colour[1:])) for colour in COLOURS]
         for map_HW, picture in zip(maps_BHW.cpu().numpy(), pictures_BHWC):
             layer = np.array([(0, 0, 0), *palette], np.uint8)[np.where(map_HW, (map_HW - 1) % len(palette) + 1, 0)]
-            shade = Image.fromarray((160 * (map_HW > 0)).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
+            shade = Image.fromarray((160 * (map_HW > 0)).astype(np.uint8)).resize(
+                picture.size, Image.Resampling.NEAREST
+            )
             picture.paste(Image.fromarray(layer).resize(picture.size, Image.Resampling.NEAREST), (0, 0), shade)
 
 

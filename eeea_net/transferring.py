@@ -98,13 +98,19 @@ def rate(options: FitOptions, step: int, steps: int) -> float:
 
 
 class Transfer:
-    """The parts of a run, each backbone in a folder of its own; finished parts are not repeated."""
+    """The parts of a run, each backbone in a folder of its own; finished parts are not repeated.
 
-    def __init__(self, config: TransferConfig, device: torch.device) -> None:
+    Args:
+        classifiers: where backbones are trained to classify, if several runs share them; by default in their folders.
+    """
+
+    def __init__(self, config: TransferConfig, device: torch.device, classifiers: Path | None = None) -> None:
         if config.task != "segmentation":
             check_installed()
         self.config, self.device, self.folder = config, device, Path(config.run_dir)
-        self.train, self.test = open_scenes(config.data, config.seed)
+        self.classifiers = classifiers or self.folder
+        self.channels = self.pictures.channels if config.pretrain.epochs else RGB
+        self.train, self.test = (part.in_channels(self.channels) for part in open_scenes(config.data, config.seed))
         self.task = KINDS[config.task](self.train, config.head, config.data.size)
         scale = self.train.scale
         seed = derive_seed(config.seed, STREAM, 1)
@@ -114,15 +120,8 @@ class Transfer:
 
     @cached_property
     def pictures(self) -> ImageSet:
-        """What is classified before the transfer.
-
-        Raises:
-            UserError: pictures that have no three channels.
-        """
-        data = open_data(self.config.pretrain.data, self.config.seed)
-        if data.channels != RGB:
-            raise UserError(f"--pretrain.data.name {data.name}: expected pictures in colour, as the scenes are")
-        return data
+        """What is classified before the transfer; scenes are grey where these are."""
+        return open_data(self.config.pretrain.data, self.config.seed)
 
     @property
     def contents(self) -> str:
@@ -140,7 +139,7 @@ class Transfer:
         classes = len(self.pictures.classes) if config.pretrain.epochs else 1000
         for name in (config.backbone, *config.beside):
             like = found[0] if found else None
-            sizes = (classes, RGB, config.layers, like, config.data.size, config.first_stride)
+            sizes = (classes, self.channels, config.layers, like, config.data.size, config.first_stride)
             found.append(plan_of(name, *sizes))
             self.task.network(Backbone.of(self._empty(found[-1]), config.first_stride))
         return found
@@ -160,7 +159,7 @@ class Transfer:
 
     def classifier(self, plan: Plan) -> tuple[Subnet | Network, float | None]:
         """The network with weights of a classifier, and its test error in 0..1 if it was trained here."""
-        config, folder = self.config, self.folder / self.name(plan) / "pretrain"
+        config, folder = self.config, self.classifiers / self.name(plan) / "pretrain"
         torch.manual_seed(derive_seed(config.seed, STREAM, 0))
         network = plan.build()
         given = config.weights if plan.name == Path(config.backbone).name else None
@@ -257,7 +256,8 @@ class Transfer:
         count = min(self.config.pictures, len(batch[0]))
         batch = (batch[0][:count], {name: value[:count] for name, value in batch[1].items()})
         mean_C, std_C = (value[:, None, None] for value in self.train.scale)
-        pixels = ((batch[0].cpu() * std_C + mean_C) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        pixels = ((batch[0].cpu() * std_C + mean_C) * 255).round().clamp(0, 255).byte()
+        pixels = pixels.expand(-1, RGB, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
         side, rows, captions = TILE * self.config.data.size, [], []
         for plan in (None, *plans):
             drawn = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in pixels]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.ledger import read_claims
-from eeea_net import plan, reproduce
+from eeea_net import plan, reproduce, scores
 from eeea_net.experiments import percentile_beta
 from eeea_net.figures import draw_figures
 from tests.claims import smoke_records, write_ledger
@@ -16,10 +16,13 @@ from tests.claims import smoke_records, write_ledger
 @pytest.mark.smoke
 def test_early_exit_saves_and_evolution_beats_random_networks(tmp_path: Path) -> None:
     found = smoke_records(reproduce, tmp_path)
-    assert list(found) == ["E1", "E1f", "E4"]
+    assert list(found) == ["E1", "E1f", "E4", *(["E6", "E6s", "E6p"] if scores.installed() else ["E6s"])]
     assert found["E1"]["holds"] and found["E1"]["measured"][0]["parameters_ratio"] < 1
     volumes = [found["E4"]["measured"][0][f"hypervolume_{number}"] for number in range(4)]
     assert volumes == sorted(volumes) and found["E4"]["measured"][0]["falls"] == 0
+    measured = found["E6s"]["measured"][0]
+    assert measured["miou_gap"] == pytest.approx(measured["miou_searched"] - measured["miou_mobilenetv3"])
+    assert measured["macs_m_mobilenetv3"] == pytest.approx(measured["macs_m_searched"], rel=0.06)
 
 
 def test_every_claim_has_a_function_that_measures_it() -> None:

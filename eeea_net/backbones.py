@@ -45,12 +45,14 @@ class Plan:
         build: gives one with new weights.
         weights: that a trained one came with.
         design: of one of the once-for-all space.
+        source: the folder of a trained one.
     """
 
     name: str
     build: Callable[[], Subnet | Network]
     weights: dict[str, Tensor] | None = None
     design: Design | None = None
+    source: Path | None = None
 
     def macs(self, side: int, first_stride: int) -> int:
         """Of the backbone, for a picture."""
@@ -203,13 +205,13 @@ def _of_folder(folder: Path, channels: int) -> Plan:
     if taken != channels:
         raise UserError(f"--backbone {folder}: it takes pictures of {taken} channels, not {channels}")
     if not isinstance(network, Subnet):
-        return Plan(folder.name, _builder_of_cells(network.genotype, network.config), weights)
+        return Plan(folder.name, _builder_of_cells(network.genotype, network.config), weights, source=folder)
     choice, design = (
         {key: tuple(value) if isinstance(value, list) else value for key, value in about[part].items()}
         for part in ("choice", "design")
     )
     made = Design(**design)
-    return Plan(folder.name, lambda: Subnet.of(SubnetChoice(**choice), made), weights, made)
+    return Plan(folder.name, lambda: Subnet.of(SubnetChoice(**choice), made), weights, made, folder)
 
 
 def _builder_of_cells(genotype: Genotype, config: NetworkConfig) -> Callable[[], Network]:

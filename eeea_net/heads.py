@@ -42,7 +42,7 @@ def priors(shapes: tuple[tuple[int, int], ...]) -> Tensor:
             sides += [(low * ratio, low / ratio), (low / ratio, low * ratio)]
         places = itertools.product(range(height), range(width))
         found += [((x + 0.5) / width, (y + 0.5) / height, w, h) for y, x in places for w, h in sides]
-    boxes_P4 = torch.tensor(found)
+    boxes_P4 = torch.tensor(found, device="cpu")  # kept, so not on the device that happens to be in use
     boxes_P4[:, 2:] = boxes_P4[:, 2:].clamp(max=1)
     return boxes_P4
 

@@ -44,7 +44,7 @@ def run(config: TransferConfig, text: str) -> dict[str, Any]:
     opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, {"data": ["data.path"]})
     transfer = Transfer(config, pick_device(config.device))
     plans = transfer.plans()
-    opened.begin({"data": transfer.contents})
+    opened.begin({"data": transfer.contents, "backbones": transfer.made_of(plans)})
     rows = []
     for plan in plans:
         rows.append(transfer.one(plan))

@@ -21,7 +21,7 @@ from common.data.cache import fingerprint_strings
 from common.data.classes import ImageSet
 from common.data.sampling import derive_seed
 from common.errors import UserError
-from common.files import read_object, reading, write_atomically, write_json
+from common.files import file_sha256, read_object, reading, write_atomically, write_json
 from common.images import make_grid, save_png
 from common.ledger import commit, hardware, peak_memory, versions
 from common.publishing import markdown_table
@@ -129,6 +129,12 @@ class Transfer:
         values = [str(part.images_NCHW.double().sum().item()) for part in (self.train, self.test)]
         return fingerprint_strings([*values, self.pictures.contents if self.config.pretrain.epochs else ""])
 
+    @staticmethod
+    def made_of(plans: list[Plan]) -> str:
+        """Fingerprint of the backbones that came with weights."""
+        files = [plan.source / "model.safetensors" for plan in plans if plan.source is not None]
+        return fingerprint_strings([file_sha256(file) for file in files])
+
     def plans(self) -> list[Plan]:
         """The backbones: the first as it is, the others at its MACs.
 
@@ -141,6 +147,8 @@ class Transfer:
             like = found[0] if found else None
             sizes = (classes, self.channels, config.layers, like, config.data.size, config.first_stride)
             found.append(plan_of(name, *sizes))
+            if self.name(found[-1]) in map(self.name, found[:-1]):
+                raise UserError(f"--beside {name}: another backbone is called {found[-1].name} too; rename its folder")
             self.task.network(Backbone.of(self._empty(found[-1]), config.first_stride))
         return found
 

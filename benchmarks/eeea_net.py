@@ -29,6 +29,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -223,7 +224,7 @@ def elastic_step(arm: Arm) -> Step:
     teacher, ours = recalibrate(supernet.extract(supernet.full), [x]), arm.side == "ours"
     if ours:
         tune_allocator()
-        passes = [lambda pictures, choice=choice: supernet(pictures, choice) for choice in choices]
+        passes: list[Callable[[torch.Tensor], torch.Tensor]] = [partial(supernet, choice=choice) for choice in choices]
     else:
         passes = [Sliced(supernet).network(choice) for choice in choices]
     ask: Callable[[torch.Tensor], torch.Tensor] = teacher

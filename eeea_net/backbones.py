@@ -21,8 +21,8 @@ from common.errors import UserError
 from eeea_net.config import NetworkConfig
 from eeea_net.counting import measured
 from eeea_net.genotypes import Genotype
-from eeea_net.model import Network, is_reduction
-from eeea_net.once_for_all import DESIGNS, Design, Subnet, SubnetChoice, published_subnet
+from eeea_net.model import Network, NetworkCell, is_reduction, widths
+from eeea_net.once_for_all import DESIGNS, Design, Subnet, SubnetChoice, from_records, published_subnet
 from eeea_net.training import load_model
 
 # Kernels and expansions of MobileNetV3-Large's blocks, by stage of 24, 40, 80, 112 and 160 channels.
@@ -113,9 +113,9 @@ class CellBackbone(Backbone):
         config = network.config
         layers = [place for place in range(config.layers) if is_reduction(place, config.layers)]
         self.after = [*(place - 1 for place in layers), config.layers - 1]
-        cells = [len(cell.concat) for cell in network.cells]  # type: ignore[arg-type]
-        widths = [cell.preprocess1.conv.out_channels for cell in network.cells]  # type: ignore[union-attr]
-        self.widths = tuple(cells[place] * widths[place] for place in self.after)
+        cells = [cell for cell in network.cells if isinstance(cell, NetworkCell)]
+        width_of = widths(config)
+        self.widths = tuple(len(cells[place].concat) * width_of[place] for place in self.after)
         whole = 4 * first_convolution(network).stride[0] * (4 if config.stem == "imagenet" else 1)
         self.strides = (whole // 4, whole // 2, whole)
         del network.classifier
@@ -206,12 +206,8 @@ def _of_folder(folder: Path, channels: int) -> Plan:
         raise UserError(f"--backbone {folder}: it takes pictures of {taken} channels, not {channels}")
     if not isinstance(network, Subnet):
         return Plan(folder.name, _builder_of_cells(network.genotype, network.config), weights, source=folder)
-    choice, design = (
-        {key: tuple(value) if isinstance(value, list) else value for key, value in about[part].items()}
-        for part in ("choice", "design")
-    )
-    made = Design(**design)
-    return Plan(folder.name, lambda: Subnet.of(SubnetChoice(**choice), made), weights, made, folder)
+    choice, design = from_records(about["choice"], about["design"])
+    return Plan(folder.name, lambda: Subnet.of(choice, design), weights, design, folder)
 
 
 def _builder_of_cells(genotype: Genotype, config: NetworkConfig) -> Callable[[], Network]:

@@ -24,7 +24,7 @@ from eeea_net.config import (
     RunConfig,
     SpaceOptions,
 )
-from eeea_net.once_for_all import Design, Subnet, SubnetChoice
+from eeea_net.once_for_all import Subnet, from_records
 from eeea_net.proxy import Setting
 from eeea_net.search import Evaluator, Scale, Search
 from eeea_net.shrinking import OnceForAll
@@ -143,8 +143,8 @@ class Study(CommonStudy[Sizes]):
         folder = self.workplace(f"elastic-seed{seed}", self.settings)
         config = RunConfig(run_dir=str(folder), seed=seed, space="once_for_all", progress=False, device="cpu")
         sizes, config.data = self.sizes.transfer, self.sizes.data
-        search = {"initial": sizes.initial, "rounds": sizes.rounds, "proposals": sizes.proposals}
-        config.elastic = replace(self.sizes.elastic, **search)
+        initial, rounds, proposals = sizes.initial, sizes.rounds, sizes.proposals
+        config.elastic = replace(self.sizes.elastic, initial=initial, rounds=rounds, proposals=proposals)
         config.compare = replace(config.compare, random_search=False)
         parts = OnceForAll(config, torch.device("cpu"))
         parts.train()
@@ -161,12 +161,8 @@ class Study(CommonStudy[Sizes]):
             return {"choice": parts.space.decode(best.chromosome).__dict__, "design": parts.design.__dict__}
 
         found = self.values(f"searched-seed{seed}", measured, self._transfer_settings)
-        choice, design = (
-            {key: tuple(value) if isinstance(value, list) else value for key, value in found[part].items()}
-            for part in ("choice", "design")
-        )
-        made = Design(**design)
-        return Plan("searched", lambda: Subnet.of(SubnetChoice(**choice), made), design=made)
+        choice, design = from_records(found["choice"], found["design"])
+        return Plan("searched", lambda: Subnet.of(choice, design), design=design)
 
     @property
     def _transfer_settings(self) -> dict[str, Any]:

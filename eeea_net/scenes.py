@@ -167,8 +167,8 @@ def _photos(config: SceneConfig, split: str, count: int, seed: int) -> Scenes:
         cache_dir("scenes") / f"photos-{split}-{count}-{config.size}-{seed}.safetensors", made, settings
     )
     mirrored = torch.tensor([2, 1, 0, 3]).repeat(len(CATEGORIES), 1)
-    names = ("images", "boxes", "labels", "maps", "points")
-    return Scenes("photos", CATEGORIES, *(found[name] for name in names), mirrored, turn=0.0)
+    boxes, labels, maps, points = (found[name] for name in ("boxes", "labels", "maps", "points"))
+    return Scenes("photos", CATEGORIES, found["images"], boxes, labels, maps, points, mirrored, turn=0.0)
 
 
 def open_scenes(config: SceneConfig, seed: int = 0) -> tuple[Scenes, Scenes]:

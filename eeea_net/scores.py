@@ -68,7 +68,9 @@ def _annotation(number: int, picture: int, label: int, box: Sequence[float]) -> 
 
 def box_precision(found: Sequence[Found], truth: Sequence[Found], classes: Sequence[str]) -> dict[str, float]:
     """COCO's `ap` (IoU 0.50 to 0.95), `ap50`, `ap75`, and `ar` with at most 100 boxes a picture, all 0..1."""
-    number, listed, guesses = 0, [], []
+    number = 0
+    listed: list[dict[str, Any]] = []
+    guesses: list[dict[str, Any]] = []
     for picture, (theirs, ours) in enumerate(zip(truth, found, strict=True)):
         for box, label in zip(theirs.boxes_N4.tolist(), theirs.labels_N.tolist()):
             number += 1

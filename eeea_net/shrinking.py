@@ -216,14 +216,18 @@ class OnceForAll:
         measured: list[Member[Genes]] = found["measured"]
         front = sorted((measured[i] for i in fronts([m.objectives for m in measured])[0]), key=lambda m: m.objectives)
         chosen = [front[i] for i in spread([m.objectives for m in front], self.config.evolution.keep)]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number, member in enumerate([*chosen, None]):
             choice = self.supernet.full if member is None else self.space.decode(member.chromosome)
             name = "largest" if member is None else f"member_{number}"
             network = self.member(choice)
             raw = self.error(self.supernet.extract(choice), choice, self.data.validation)
             parameters, macs = subnet_cost(choice, self.design)
-            row = {"name": name, "test_error": self.error(network, choice, self.data.test), "error_before": raw}
+            row: dict[str, Any] = {
+                "name": name,
+                "test_error": self.error(network, choice, self.data.test),
+                "error_before": raw,
+            }
             row |= {"validation_error": self.error(network, choice, self.data.validation)}
             row |= {"parameters": parameters, "macs": macs, "choice": choice.__dict__}
             rows.append(row)

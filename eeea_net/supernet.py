@@ -185,7 +185,7 @@ class Supernet(nn.Module):
 
     def _block(self, x_BCHW: Tensor, block: Block, place: int) -> Tensor:
         """What a member's block computes, on slices of the largest one's."""
-        layers = self.largest.blocks[place].layers()
+        layers = self.largest.block(place).layers()
         sizes = {0: block.middle, len(layers) - 1: block.out_channels}
         for number, layer in enumerate(layers):
             conv, outputs = layer.conv, sizes.get(number, block.middle)
@@ -319,7 +319,7 @@ class Population:
             used = sum(map(_bytes, kept))
             for place in range(shared, len(path)):
                 if place:
-                    values, others = _settled_block(network.blocks[place - 1], values, others)
+                    values, others = _settled_block(network.block(place - 1), values, others)
                 else:
                     values = [resized(self.calibration, choice.resolution)]
                     others = [resized(one, choice.resolution) for one in self.pictures]

@@ -190,7 +190,11 @@ class Detection(Task):
         ]
 
     def draw(self, network: nn.Module | None, batch: Batch, pictures_BHWC: list[Image.Image]) -> None:
-        found = self._truth(batch[1]) if network is None else boxes_of(*network(batch[0]), self.side)
+        if network is None:
+            found = self._truth(batch[1])
+        else:
+            scores_BPK, offsets_BP4, priors_P4 = network(batch[0])
+            found = boxes_of(scores_BPK, offsets_BP4, priors_P4, self.side)
         for one, picture in zip(found, pictures_BHWC):
             pen = ImageDraw.Draw(picture)
             chances = one.scores_N if one.scores_N is not None else torch.ones(len(one.labels_N))
@@ -247,7 +251,7 @@ class Pose(Task):
         return SimpleBaseline(backbone, self.scenes.points, self.options.deconvolutions)
 
     def loss(self, output: Any, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        wanted_BPHW = heat_maps(target["points"], *output.shape[2:], self.options.sigma)
+        wanted_BPHW = heat_maps(target["points"], output.shape[2], output.shape[3], self.options.sigma)
         there_BP = target["points"][..., 2]
         error_BP = (output - wanted_BPHW).square().mean((2, 3))
         right = right_points(peaks(output.detach())[0], target["points"], target["extent"])

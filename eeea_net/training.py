@@ -37,7 +37,7 @@ from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
-from eeea_net.once_for_all import Design, Subnet, SubnetChoice
+from eeea_net.once_for_all import Subnet, from_records
 from eeea_net.proxy import EVALUATION_BATCH, compare
 
 STREAM = 2  # of random numbers
@@ -380,14 +380,10 @@ def load_model(folder: Path) -> tuple[Network | Subnet, dict[str, Any]]:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
     about = read_object(folder / "model.json", f"{folder} holds no network")
-
-    def listed(content: dict[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-
     try:
         network: Network | Subnet
         if "choice" in about:
-            network = Subnet.of(SubnetChoice(**listed(about["choice"])), Design(**listed(about["design"])))
+            network = Subnet.of(*from_records(about["choice"], about["design"]))
         else:
             network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
         len(about["classes"]), len(about["mean"]), int(about["size"])

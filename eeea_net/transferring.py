@@ -65,7 +65,8 @@ class Fitting(Loop):
 
     def make_optimiser(self) -> torch.optim.Optimizer:
         options = self.options
-        backbone, head = [], []
+        backbone: list[nn.Parameter] = []
+        head: list[nn.Parameter] = []
         for name, weight in self.network.named_parameters():
             (backbone if name.startswith("backbone.") else head).append(weight)
         groups = [{"params": backbone, "scale": options.backbone_rate}, {"params": head, "scale": 1.0}]
@@ -141,7 +142,8 @@ class Transfer:
         Raises:
             UserError: a name that is none, or weights that do not fit.
         """
-        config, found = self.config, []
+        config = self.config
+        found: list[Plan] = []
         classes = len(self.pictures.classes) if config.pretrain.epochs else 1000
         for name in (config.backbone, *config.beside):
             like = found[0] if found else None
@@ -210,7 +212,8 @@ class Transfer:
         shown = f", classification error {error:.2%}" if error is not None else ""
         self.say(f"{plan.name}: {macs / 1e6:.2f} M MACs{shown}; {config.task}, {config.fit.epochs} epochs")
         torch.manual_seed(derive_seed(config.seed, STREAM, 3))
-        network = self.task.network(Backbone.of(classifier, config.first_stride)).to(self.device)
+        backbone = Backbone.of(classifier, config.first_stride)
+        network = self.task.network(backbone).to(self.device)
         about = {"backbone": self.name(plan), "macs": macs, "task": config.task}
         rest = (config.fit, config.fit.epochs, self.batches, about, folder, config.seed, config)
         loop = Fitting(network, self.task, *rest)
@@ -221,7 +224,7 @@ class Transfer:
             "scores": scores,
             "macs": macs,
             "parameters": sum(weight.numel() for weight in network.parameters()),
-            "backbone_parameters": sum(weight.numel() for weight in network.backbone.parameters()),  # type: ignore[union-attr, operator]
+            "backbone_parameters": sum(weight.numel() for weight in backbone.parameters()),
             "classification_error": error,
             "steps": loop.step,
             "cpu_seconds": loop.cpu_seconds,
@@ -265,10 +268,10 @@ class Transfer:
         batch = (batch[0][:count], {name: value[:count] for name, value in batch[1].items()})
         mean_C, std_C = (value[:, None, None] for value in self.train.scale)
         pixels = ((batch[0].cpu() * std_C + mean_C) * 255).round().clamp(0, 255).byte()
-        pixels = pixels.expand(-1, RGB, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+        pixels_NHWC = pixels.expand(-1, RGB, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
         side, rows, captions = TILE * self.config.data.size, [], []
         for plan in (None, *plans):
-            drawn = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in pixels]
+            drawn = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in pixels_NHWC]
             self.task.draw(self._trained(plan) if plan is not None else None, batch, drawn)
             rows += [torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).view(side, side, 3) for one in drawn]
             captions += [plan.name if plan is not None else "truth"] * count

@@ -320,3 +320,45 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the loss became"):
         transfer.main(arguments(tmp_path / "run", "segmentation", fit__lr=1e6, fit__epochs=20, **options))
     assert not (tmp_path / "run" / "member" / "trained.json").exists()
+
+
+class Collage:
+    """Two pictures with PhotoCollage's keys: a bright square right of nothing, then nothing at all."""
+
+    def __init__(self, split: str, n: int, size: int, seed: int, root: str | None) -> None:
+        self.size, self.fingerprint = size, f"{split}-{n}-{size}-{seed}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        side, masks = self.size, torch.zeros(2, self.size, self.size, dtype=torch.bool)
+        masks[0, 8:20, 16:24] = index % 2 == 0
+        there = bool(masks[0].any())
+        box = torch.tensor([16.0, 8.0, 24.0, 20.0]) / side
+        return {
+            "image": (200 * masks[:1]).to(torch.uint8).expand(3, -1, -1),
+            "boxes": torch.stack([box if there else torch.zeros(4), torch.zeros(4)]),
+            "categories": torch.tensor([2 if there else -1, -1]),
+            "masks": masks,
+            "label_map": (3 * masks[0]).to(torch.uint8),
+        }
+
+
+def test_photographs_give_boxes_maps_and_outermost_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eeea_net.scenes.PhotoCollage", Collage)
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
+    for _ in range(2):  # made, then read
+        scenes, _ = open_scenes(SceneConfig(name="photos", size=32, train=4, test=2))
+    assert scenes.objects.tolist() == [[0, 0], [2, 0]] and scenes.turn == 0
+    expected = torch.tensor([[16.5, 14.0, 32.0], [20.0, 8.5, 32.0], [23.5, 14.0, 32.0], [20.0, 19.5, 32.0]]) / 32
+    torch.testing.assert_close(scenes.points_NKP3[0, 0], expected)
+    batches = SceneBatches(scenes, "pose", 2, 0, PLAIN, 32, scenes.scale)
+    _, target = next(batches.test())
+    # A square of one and a half times the longer side, 12, around the middle (20, 14).
+    torch.testing.assert_close(target["points"][0, :, 0], torch.tensor([5.5, 9.0, 12.5, 9.0]) / 18)
+    torch.testing.assert_close(target["extent"][0], torch.tensor([8.0, 12.0]) / 18)
+    flipped = SceneBatches(scenes, "pose", 2, 0, AugmentOptions(zoom=1.0, shift=0.0, jitter=0.0), 32, scenes.scale)
+    draws = torch.full((2, 7), 0.5)
+    draws[:, 6] = 0.0  # mirrored
+    _, mirrored = flipped.seen(torch.arange(2), flipped.augment, draws)
+    torch.testing.assert_close(mirrored["points"][0], target["points"][0])  # left is left again
+    grey = scenes.in_channels(1).images_NCHW
+    assert grey.shape == (4, 1, 32, 32) and set(grey.unique().tolist()) == {0, 200}

@@ -1,4 +1,5 @@
-"""Networks that a search trains per CPU-second, a generation of NSGA-II, and counting a network, beside plain forms.
+"""Networks that a search trains per CPU-second, a generation of NSGA-II, counting a network, steps and measurements of
+the elastic network, beside plain forms.
 
     python -m benchmarks.eeea_net               # writes results/bench_eeea_net.json; some minutes on 2 cores
     python -m benchmarks.eeea_net --sizes small --rounds 3
@@ -11,6 +12,16 @@ the same errors, or no row is written.
 
 A generation: sorting, crowding, survival, tournament, crossover and mutation of 40 networks under three objectives,
 with errors that cost nothing; beside pymoo's NSGA2 on as many integer genes.
+
+The elastic network's step: two members of the same draws from the same weights, the largest member's answers,
+clipping, SGD. "plain" is once-for-all's program: layers cut to the active member, one backward pass a member, SGD
+parameter by parameter. "compiled" is the same with every member's network compiled, all before the clock starts: a
+process meets `MEMBERS` members, again and again, where training draws ever new ones and would compile each anew. The
+losses of the first steps agree to 1e-3.
+
+Members of a search: extracted, re-calibrated, asked about the validation pictures. "plain" takes one after the other as
+once-for-all's program does, each batch norm with the mean and variance of all calibration pictures; equal accuracies,
+or no row is written.
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +37,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.arms import Pace, Step, Turns, bench_parser, measure, noted, parse, take_turns, where_of
+from benchmarks.arms import (
+    Pace,
+    Step,
+    Turns,
+    bench_parser,
+    faster,
+    leaner,
+    measure,
+    noted,
+    parse,
+    take_turns,
+    where_of,
+)
 from common.errors import run_main
 from common.ledger import bench_row
 
@@ -47,13 +71,34 @@ SIZES = {
 }
 
 
+class ElasticSize(NamedTuple):
+    side: int
+    batch: int
+    pictures: int  # that members are asked about, and half as many that they are calibrated on
+    population: int  # members of a turn's measurement
+
+
+ELASTIC_SIZES = {
+    "tiny": ElasticSize(8, 8, 16, 3),
+    "small": ElasticSize(16, 64, 600, 12),  # of the claims and the default run
+    "medium": ElasticSize(32, 64, 600, 12),
+}
+MEMBERS = 4  # that a compiled process meets
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One process: `side` is "ours", "plain" or "best" (the plain loop at its best)."""
+    """One process: `side` is "ours", "plain" or "best" (the plain loop at its best); of the elastic network "ours",
+    "plain" or "compiled".
+
+    Args:
+        work: "networks" (evaluated by a search), "step" or "members" (of the elastic network).
+    """
 
     side: str
     size: str
     device: str
+    work: str = "networks"
 
 
 def networks() -> Iterator[Any]:
@@ -92,6 +137,175 @@ def make_step(arm: Arm) -> Step:
         measured(build_on_meta(genotype, large) if arm.side == "best" else Network(genotype, large), 32)
         own, fused = proxy.Lesson(setting, data), arm.side == "best"
         return torch.tensor(proxy.train_and_compare(genotype, options, own, 0, arm.device, fused)["error"])
+
+    return step
+
+
+def elastic_network(size: str, device: str) -> Any:
+    """The elastic network of the default run, the same weights in every process."""
+    from dataclasses import replace
+
+    from eeea_net.once_for_all import DESIGNS
+    from eeea_net.supernet import Elastic, Supernet
+
+    side = ELASTIC_SIZES[size].side
+    torch.manual_seed(0)
+    elastic = Elastic((3, 5), (3, 4, 6), (1, 2), tuple(sorted({side - side // 4, side - side // 8, side})))
+    return Supernet(elastic, replace(DESIGNS["small"], classes=9)).to(device)
+
+
+class Sliced:
+    """Once-for-all's way to run a member: layers of the largest network, each cut to the active member."""
+
+    def __init__(self, supernet: Any) -> None:
+        self.supernet = supernet
+
+    def network(self, choice: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The member's pass over pictures at its resolution; its gradients reach the elastic network."""
+        from torch.nn import functional as F
+
+        from eeea_net.once_for_all import divisible, subnet_blocks
+
+        supernet, largest = self.supernet, self.supernet.largest
+        blocks = subnet_blocks(choice.kernels, choice.expands, choice.depths, supernet.design)
+
+        def norm(x: torch.Tensor, of: Any) -> torch.Tensor:
+            n = x.shape[1]
+            statistics, scale = (of.running_mean[:n], of.running_var[:n]), (of.weight[:n], of.bias[:n])
+            return F.batch_norm(x, *statistics, *scale, of.training, of.momentum, of.eps)
+
+        def gate(x: torch.Tensor, of: Any) -> torch.Tensor:
+            reduce, expand = of.convolutions()
+            n, narrow = x.shape[1], divisible(x.shape[1] // 4)
+            y = F.relu(F.conv2d(x.mean((2, 3), keepdim=True), reduce.weight[:narrow, :n], reduce.bias[:narrow]))
+            return x * F.hardsigmoid(F.conv2d(y, expand.weight[:n, :narrow], expand.bias[:n]))
+
+        def cut(x: torch.Tensor, layer: Any, place: int, outputs: int, kernel: int) -> torch.Tensor:
+            groups = outputs if layer.conv.groups > 1 else 1
+            weight = layer.conv.weight
+            if groups > 1 and place:
+                weight = supernet._kernel(weight, place, kernel)
+            weight = weight[:outputs, : weight.shape[1] if groups > 1 else x.shape[1]].contiguous()
+            x = F.conv2d(x, weight, None, layer.conv.stride, weight.shape[-1] // 2, groups=groups)
+            x = norm(x, layer.bn)
+            x = layer.act(x) if layer.act is not None else x
+            return gate(x, layer.se) if layer.se is not None else x
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            x = largest.first_conv(x)
+            for number, block in enumerate(blocks):
+                place = supernet.place(choice, number)
+                layers, y = largest.blocks[place].layers(), x
+                for layer in layers:
+                    last = layer is layers[-1]
+                    y = cut(y, layer, place, block.out_channels if last else block.middle, block.kernel_size)
+                x = x + y if block.shortcut else y
+            return largest.answers(largest.final_expand_layer(x))
+
+        return run
+
+
+def elastic_step(arm: Arm) -> Step:
+    """A step of the last phase of progressive shrinking; returns its loss."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    from common.cpu import tune_allocator
+    from eeea_net.supernet import recalibrate, resized
+
+    spec, members = ELASTIC_SIZES[arm.size], 2
+    supernet = elastic_network(arm.size, arm.device).train()
+    weights, random = list(supernet.parameters()), np.random.default_rng(0)
+    choices = [supernet.elastic.draw(supernet.stages, random) for _ in range(MEMBERS)]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(spec.batch, 3, spec.side, spec.side, generator=generator).to(arm.device)
+    y = torch.randint(0, 9, (spec.batch,), generator=generator).to(arm.device)
+    optimiser = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=3e-4)
+    teacher, ours = recalibrate(supernet.extract(supernet.full), [x]), arm.side == "ours"
+    if ours:
+        tune_allocator()
+        passes: list[Callable[[torch.Tensor], torch.Tensor]] = [partial(supernet, choice=choice) for choice in choices]
+    else:
+        passes = [Sliced(supernet).network(choice) for choice in choices]
+    ask: Callable[[torch.Tensor], torch.Tensor] = teacher
+    if arm.side == "compiled":
+        passes = [torch.compile(one, dynamic=False) for one in passes]
+        ask = torch.compile(teacher, dynamic=False)
+
+    def pictures(side: int) -> torch.Tensor:
+        if ours or x.shape[-1] == side:
+            return resized(x, side) if ours else x
+        return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+    def step(index: int) -> torch.Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            answers = ask(pictures(spec.side)).softmax(-1)
+        total = torch.zeros((), device=arm.device)
+        for number in range(members):
+            chosen = (index * members + number) % MEMBERS
+            logits = passes[chosen](x if ours else pictures(choices[chosen].resolution))
+            loss = (F.cross_entropy(logits, y) + F.cross_entropy(logits, answers)) / members
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(weights, 5.0, foreach=ours)
+        optimiser.step()
+        return total
+
+    return step
+
+
+def members_step(arm: Arm) -> Step:
+    """Measures `population` members; returns the sum of their errors, weighted by their numbers."""
+    from torch import nn
+
+    from common.cpu import tune_allocator
+    from eeea_net.supernet import Population, resized
+
+    spec = ELASTIC_SIZES[arm.size]
+    supernet = elastic_network(arm.size, arm.device).eval()
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, spec.side, spec.side)
+    calibration = torch.randn(spec.pictures // 2, *shape, generator=generator).to(arm.device)
+    asked = torch.randn(spec.pictures, *shape, generator=generator).to(arm.device).split(250)
+    truth = torch.randint(0, 9, (spec.pictures,), generator=generator).to(arm.device)
+    random = np.random.default_rng(2)
+    if arm.side == "ours":
+        tune_allocator()
+
+    def plain(choice: Any) -> torch.Tensor:
+        network = supernet.extract(choice).eval()
+
+        def statistics(norm: nn.BatchNorm2d) -> Callable[[Any, tuple[torch.Tensor]], None]:
+            def before(_: Any, given: tuple[torch.Tensor]) -> None:
+                variance, mean = torch.var_mean(given[0], (0, 2, 3), correction=0)
+                norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+                norm.running_var.copy_(variance)  # type: ignore[union-attr]
+
+            return before
+
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        hooks = [norm.register_forward_pre_hook(statistics(norm)) for norm in norms]
+
+        def at(x: torch.Tensor) -> torch.Tensor:
+            return resized(x, choice.resolution).contiguous()
+
+        network(at(calibration))
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([network(at(x)) for x in asked])
+
+    @torch.no_grad()
+    def step(index: int) -> torch.Tensor:
+        choices = [supernet.elastic.draw(supernet.stages, random) for _ in range(spec.population)]
+        errors = torch.zeros(len(choices))
+        if arm.side == "ours":
+            for number, logits in Population(supernet, calibration, list(asked)).logits(choices):
+                errors[number] = (torch.cat(logits).argmax(1) != truth).float().mean()
+        else:
+            for number, choice in enumerate(choices):
+                errors[number] = (plain(choice).argmax(1) != truth).float().mean()
+        return (errors * torch.arange(1, len(choices) + 1)).sum()
 
     return step
 
@@ -192,13 +406,55 @@ def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[s
         yield noted(row, "the same numbers; at most 1 ms was asked for")
 
 
+def elastic_rows(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[str, Any]]:
+    """The elastic network's rows of one size.
+
+    Raises:
+        RuntimeError: both sides' losses or errors differ.
+    """
+    spec, where = ELASTIC_SIZES[size], where_of(device)
+    sides = ("ours", "plain", "compiled")
+    # Both of a step's members, and the compiled passes of all, are met before the clock starts.
+    pace = pace._replace(steps=MEMBERS * pace.steps)
+    found = take_turns(
+        "benchmarks.eeea_net", {side: Arm(side, size, device, "step") for side in sides}, pace, MEMBERS, folder
+    )
+    for side in sides[1:]:
+        if not np.allclose(found["ours"].losses, found[side].losses, rtol=1e-3):
+            raise RuntimeError(f"{size}: losses differ: {found['ours'].losses} and {side} {found[side].losses}")
+    what = f"{size}: {spec.side} px, 2 members, batch {spec.batch}"
+    for side, label in (("plain", "the plain loop"), ("compiled", "the plain loop compiled")):
+        name = f"{where}training step of the elastic network against {label} ({what})"
+        note = "float32 both; the same members, weights and pictures; equal losses"
+        yield faster(name, found["ours"], found[side], spec.batch, 1.2, note)
+        name = f"{where}memory of the elastic network's step against {label} ({what})"
+        yield leaner(name, found["ours"], found[side], device)
+    pace = pace._replace(steps=1)
+    arms = {side: Arm(side, size, device, "members") for side in sides[:2]}
+    found = take_turns("benchmarks.eeea_net", arms, pace, 1, folder)
+    if found["ours"].losses != found["plain"].losses:
+        raise RuntimeError(f"{size}: errors differ: {found['ours'].losses} and {found['plain'].losses}")
+    members = spec.population
+    name = f"{where}members re-calibrated and measured against one by one ({size}: {spec.pictures} pictures)"
+    ours, plain = found["ours"].cpu, found["plain"].cpu
+    row = bench_row(name, members / ours, members / plain, "members/CPU-s", target=1.5)
+    yield noted(row, f"{members} random members at once; equal accuracies")
+
+
+def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one size, written part by part."""
+    yield list(rows_of(size, device, folder, pace))
+    yield list(elastic_rows(size, device, folder, pace))
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(bench_parser(__doc__, "bench_eeea_net.json", SIZES, ["small", "medium"], steps=2), argv)
     if options.arm:
         arm = Arm(**options.arm)
-        Turns(arm.device).serve(make_step(arm))
+        made = {"networks": make_step, "step": elastic_step, "members": members_step}
+        Turns(arm.device).serve(made[arm.work](arm))
         return []
-    return measure(options, lambda *given: iter([list(rows_of(*given))]))
+    return measure(options, parts)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from common.files import locked
 from common.study import Study as CommonStudy
+from common.study import labelled
+from eeea_net.backbones import Plan, plan_of
 from eeea_net.comparison import random_search
 from eeea_net.config import (
     DataConfig,
@@ -21,11 +24,14 @@ from eeea_net.config import (
     RunConfig,
     SpaceOptions,
 )
+from eeea_net.once_for_all import Subnet, from_records
 from eeea_net.proxy import Setting
 from eeea_net.search import Evaluator, Scale, Search
 from eeea_net.shrinking import OnceForAll
 from eeea_net.space import Space
 from eeea_net.table import SETS, compare
+from eeea_net.transfer_config import FitOptions, HeadOptions, PretrainOptions, SceneConfig, Task, TransferConfig
+from eeea_net.transferring import Transfer
 
 MEMBERS = 10  # of the elastic network, in E5
 DRAWN = 1000  # random networks whose parameters give the percentiles
@@ -42,6 +48,27 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class TransferSizes:
+    """Of the claims about transfer.
+
+    Args:
+        initial, rounds, proposals: of the search over the elastic network's members.
+        data, head: of all tasks. pretrain: of every backbone, on the pictures of the search.
+        detection, segmentation, pose: how backbone and head are trained.
+    """
+
+    initial: int
+    rounds: int
+    proposals: int
+    data: SceneConfig
+    head: HeadOptions
+    pretrain: PretrainOptions
+    detection: FitOptions
+    segmentation: FitOptions
+    pose: FitOptions
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Sizes and budget of a tier.
 
@@ -50,6 +77,7 @@ class Sizes:
         population, generations, survivors: of every search; random search trains as many networks.
         steps: of training a network.
         elastic: the network of E5.
+        transfer: of the claims about transfer.
         table_population, table_generations: of the searches over a table.
     """
 
@@ -60,6 +88,7 @@ class Sizes:
     survivors: float
     steps: int
     elastic: ElasticOptions
+    transfer: TransferSizes
     table_population: int
     table_generations: int
 
@@ -73,6 +102,11 @@ def percentile_beta(percent: float) -> float:
 
 class Study(CommonStudy[Sizes]):
     """The searches of a tier; what is trained is kept."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of all searches: nothing of the transfer decides what they find."""
+        return {key: value for key, value in super().settings.items() if key != "transfer"}
 
     @cached_property
     def scale(self) -> Scale:
@@ -104,15 +138,67 @@ class Study(CommonStudy[Sizes]):
         self.note(name, seed, {**self.settings, "evolution": asdict(options)}, values)
         return found
 
+    def _elastic(self, seed: int) -> OnceForAll:
+        """The elastic network, trained."""
+        folder = self.workplace(f"elastic-seed{seed}", self.settings)
+        config = RunConfig(run_dir=str(folder), seed=seed, space="once_for_all", progress=False, device="cpu")
+        sizes, config.data = self.sizes.transfer, self.sizes.data
+        initial, rounds, proposals = sizes.initial, sizes.rounds, sizes.proposals
+        config.elastic = replace(self.sizes.elastic, initial=initial, rounds=rounds, proposals=proposals)
+        config.compare = replace(config.compare, random_search=False)
+        parts = OnceForAll(config, torch.device("cpu"))
+        parts.train()
+        return parts
+
+    def searched(self, seed: int) -> Plan:
+        """The most accurate member that the search over the elastic network has measured."""
+
+        def measured() -> dict[str, Any]:
+            parts = self._elastic(seed)
+            best = min(
+                parts.search()["measured"], key=lambda member: (math.isnan(member.objectives[0]), member.objectives[0])
+            )
+            return {"choice": parts.space.decode(best.chromosome).__dict__, "design": parts.design.__dict__}
+
+        found = self.values(f"searched-seed{seed}", measured, self._transfer_settings)
+        choice, design = from_records(found["choice"], found["design"])
+        return Plan("searched", lambda: Subnet.of(choice, design), design=design)
+
+    @property
+    def _transfer_settings(self) -> dict[str, Any]:
+        return {**self.settings, "transfer": asdict(self.sizes.transfer)}
+
+    def transfer(self, task: Task, seed: int) -> dict[str, float]:
+        """Scores in per cent and MACs of the searched backbone and of MobileNetV3's blocks at its MACs: the same
+        classification, then the same training with the task's head."""
+        sizes = self.sizes.transfer
+
+        def measured() -> dict[str, float]:
+            folder = self.workplace(f"transfer-seed{seed}", self._transfer_settings)
+            config = TransferConfig(run_dir=str(folder / task), seed=seed, task=task, progress=False, device="cpu")
+            config.data, config.head, config.fit = sizes.data, sizes.head, getattr(sizes, task)
+            config.pretrain = replace(sizes.pretrain, data=self.sizes.data)
+            parts = Transfer(config, torch.device("cpu"), folder / "classifiers")
+            searched = self.searched(seed)
+            side, stride, classes = config.data.size, config.first_stride, len(parts.pictures.classes)
+            beside = plan_of("mobilenetv3", classes, parts.pictures.channels, config.layers, searched, side, stride)
+            found: dict[str, float] = {}
+            for plan in (searched, beside):
+                row = parts.one(plan)
+                scores = {name: 100 * float("nan" if v is None else v) for name, v in row["scores"].items()}
+                error = 100 * row["classification_error"]
+                found |= labelled({**scores, "macs_m": row["macs"] / 1e6, "classification_error": error}, plan.name)
+            return found
+
+        found = self.values(f"transfer-{task}-seed{seed}", measured, self._transfer_settings)
+        self.note(f"transfer-{task}", seed, self._transfer_settings, found)
+        return found
+
     def recalibration(self, seed: int) -> dict[str, float]:
         """Mean validation error in per cent of an elastic network's random members, before and after re-calibration."""
 
         def measured() -> dict[str, float]:
-            folder = self.workplace(f"elastic-seed{seed}", self.settings)
-            config = RunConfig(run_dir=str(folder), seed=seed, space="once_for_all", progress=False, device="cpu")
-            config.data, config.elastic = self.sizes.data, self.sizes.elastic
-            parts = OnceForAll(config, torch.device("cpu"))
-            parts.train()
+            parts = self._elastic(seed)
             random = np.random.default_rng(seed)
             choices = [parts.elastic.draw(parts.supernet.stages, random) for _ in range(MEMBERS)]
             part = parts.data.validation

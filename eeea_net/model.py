@@ -8,6 +8,8 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -289,13 +291,26 @@ class Network(nn.Module):
                 self.auxiliary_head = AuxiliaryHead(last, config.classes, config.stem)
         self.classifier = nn.Linear(last, config.classes)
 
-    def with_auxiliary(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, K], and those of the auxiliary head in training mode, where there is one."""
+    def _before_the_cells(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.stem == "imagenet":
             s0_BCHW = self.get_submodule("stem0")(x_BCHW)
-            s1_BCHW = self.get_submodule("stem1")(s0_BCHW)
-        else:
-            s0_BCHW = s1_BCHW = self.get_submodule("stem")(x_BCHW)
+            return s0_BCHW, self.get_submodule("stem1")(s0_BCHW)
+        s_BCHW = self.get_submodule("stem")(x_BCHW)
+        return s_BCHW, s_BCHW
+
+    def features(self, x_BCHW: Tensor, after: Sequence[int]) -> list[Tensor]:
+        """Maps behind the cells of these numbers (section 4.3); no path is dropped."""
+        found = []
+        s0_BCHW, s1_BCHW = self._before_the_cells(x_BCHW)
+        for layer, cell in enumerate(self.cells):
+            s0_BCHW, s1_BCHW = s1_BCHW, cell(s0_BCHW, s1_BCHW, 0.0)
+            if layer in after:
+                found.append(s1_BCHW)
+        return found
+
+    def with_auxiliary(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, K], and those of the auxiliary head in training mode, where there is one."""
+        s0_BCHW, s1_BCHW = self._before_the_cells(x_BCHW)
         probability = self.drop_path_probability if self.training else 0.0
         auxiliary_BK = None
         for layer, cell in enumerate(self.cells):

@@ -59,7 +59,7 @@ class SubnetChoice:
     """A member of the space: kernels and expansions of its blocks in order, blocks of each stage, side of pictures."""
 
     kernels: tuple[int, ...]
-    expands: tuple[int, ...]
+    expands: tuple[float, ...]
     depths: tuple[int, ...]
     resolution: int
 
@@ -86,7 +86,7 @@ class Block:
     out_channels: int
     kernel_size: int
     stride: int
-    expand_ratio: int
+    expand_ratio: float
     mid_channels: int | None
     act_func: str
     use_se: bool
@@ -101,7 +101,7 @@ class Block:
 
 
 def subnet_blocks(
-    kernels: Sequence[int], expands: Sequence[int], depths: Sequence[int], design: Design | None = None
+    kernels: Sequence[int], expands: Sequence[float], depths: Sequence[int], design: Design | None = None
 ) -> list[Block]:
     """The blocks of a member: a fixed first one, then the stages."""
     design = design or Design()
@@ -276,6 +276,12 @@ class Subnet(nn.Module):
         sizes = (design.stem, design.final, design.mix, design.classes)
         return cls(blocks, *sizes, in_channels=design.in_channels, first_stride=design.first_stride)
 
+    def block(self, place: int) -> SubnetBlock:
+        """By its number, the fixed first one's being 0."""
+        found = self.blocks[place]
+        assert isinstance(found, SubnetBlock)
+        return found
+
     def features(self, x_BCHW: Tensor, after: Sequence[int]) -> list[Tensor]:
         """Maps behind the blocks of these numbers, and behind the last 1x1 convolution (section 4.3's taps)."""
         found = []
@@ -288,8 +294,24 @@ class Subnet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pictures to logits [B, K]."""
-        (last_BCHW,) = self.features(x_BCHW, ())
+        return self.answers(self.features(x_BCHW, ())[0])
+
+    def answers(self, last_BCHW: Tensor) -> Tensor:
+        """Logits [B, K] from the maps behind the last 1x1 convolution."""
         return self.classifier["linear"](self.feature_mix_layer(last_BCHW.mean((2, 3), keepdim=True)).flatten(1))
+
+
+def from_records(choice: dict[str, Any], design: dict[str, Any]) -> tuple[SubnetChoice, Design]:
+    """A member and its design from what JSON holds of their fields.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+
+    def fields(content: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+    return SubnetChoice(**fields(choice)), Design(**fields(design))
 
 
 def published_subnet(name: str) -> SubnetChoice:

@@ -26,8 +26,10 @@ from common.files import write_atomically
 from common.ledger import read_claims
 from common.publishing import markdown_table
 from common.study import open_sizes
+from eeea_net import scores, table
 from eeea_net.experiments import Sizes, Study
-from eeea_net.table import INSTALL, SETS, installed
+from eeea_net.table import SETS
+from eeea_net.transfer_config import Task
 
 
 def costs_of(study: Study, name: str, seed: int) -> dict[str, float]:
@@ -95,6 +97,27 @@ def e5(study: Study, seed: int) -> dict[str, float]:
     return {"recalibration_gain": found["before"] - found["after"], **errors_of}
 
 
+def gap(study: Study, seed: int, task: Task, metric: str) -> dict[str, float]:
+    """A task's metric with the searched backbone above that with MobileNetV3's blocks, in points."""
+    found = study.transfer(task, seed)
+    return {f"{metric}_gap": found[f"{metric}_searched"] - found[f"{metric}_mobilenetv3"], **found}
+
+
+def e6(study: Study, seed: int) -> dict[str, float]:
+    """Transfer to detection."""
+    return gap(study, seed, "detection", "ap50")
+
+
+def e6s(study: Study, seed: int) -> dict[str, float]:
+    """Transfer to segmentation."""
+    return gap(study, seed, "segmentation", "miou")
+
+
+def e6p(study: Study, seed: int) -> dict[str, float]:
+    """Transfer to the pose."""
+    return gap(study, seed, "pose", "ap")
+
+
 def table_ratio(found: dict[str, float], what: str, arm: str, other: str) -> float:
     """Geometric mean over the sets of a table."""
     return exp(fmean(log(found[f"{what}_{arm}_{name}"] / found[f"{what}_{other}_{name}"]) for name in SETS))
@@ -146,16 +169,28 @@ def options(parser: Parser) -> None:
     )
 
 
+def _without() -> dict[str, str]:
+    """Claims that need an extra which is not installed."""
+    found = (
+        {}
+        if table.installed()
+        else dict.fromkeys(("E1t", "E2t", "E4t"), f"nas-bench-graph is missing; {table.INSTALL}")
+    )
+    if not scores.installed():
+        found |= dict.fromkeys(("E6", "E6p"), f"faster-coco-eval is missing; {scores.INSTALL}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "eeea_net",
         __doc__,
-        (e1, e1f, e2, e3, e4, e5, e1t, e2t, e4t),
+        (e1, e1f, e2, e3, e4, e5, e6, e6s, e6p, e1t, e2t, e4t),
         lambda given: Study(open_sizes(Sizes, "eeea_net", given.tier, given.rung), given.folder),
         figures=figures,
         options=options,
         instead=official,
-        without={} if installed() else dict.fromkeys(("E1t", "E2t", "E4t"), f"nas-bench-graph is missing; {INSTALL}"),
+        without=_without(),
         argv=argv,
     )
 

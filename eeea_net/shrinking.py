@@ -6,9 +6,11 @@ Shape suffixes: B batch, C channels, H W sides, K classes.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
@@ -33,7 +36,7 @@ from eeea_net.data import augmentation, open_data
 from eeea_net.drawing import draw_comparison
 from eeea_net.evolution import Member, first_generation
 from eeea_net.once_for_all import DESIGNS, Design, Subnet, SubnetChoice, subnet_cost
-from eeea_net.supernet import Elastic, Supernet, member_count, phases, recalibrate, resized
+from eeea_net.supernet import Elastic, Population, Supernet, member_count, phases, recalibrate, resized
 from eeea_net.surrogate import ChoiceSpace, Genes, propose
 from eeea_net.training import Loop
 
@@ -73,7 +76,7 @@ class Shrinking(Loop):
         answers_BK = None
         if self.teacher is not None and options.distil:
             with torch.no_grad():
-                answers_BK = self.teacher(x_BCHW).softmax(-1)
+                answers_BK = self.teacher(resized(x_BCHW, x_BCHW.shape[-1])).softmax(-1)
         count = 1 if self.teacher is None else options.members
         total, logits_BK = torch.zeros((), device=x_BCHW.device), x_BCHW
         for _ in range(count):
@@ -133,14 +136,14 @@ class OnceForAll:
             write_json(folder / "history.json", {"phase": phase[0], "history": loop.history})
             self.say(f"{phase[0]}: loss {loop.history[-1]['loss']:.3f}")
             if teacher is None:
-                teacher = recalibrate(self.supernet.extract(self.supernet.full), self.calibration(self.supernet.full))
+                teacher = self.member(self.supernet.full)
 
-    def calibration(self, choice: SubnetChoice) -> list[Tensor]:
-        """Training pictures, unchanged, at a member's resolution."""
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Training pictures, unchanged."""
         count = min(self.config.elastic.calibration, len(self.data.train))
         order = torch.randperm(len(self.data.train), generator=step_generator(self.config.seed, STREAM))[:count]
-        part = self.data.train.part(order.sort().values)
-        return [resized(x, choice.resolution) for x, _ in self._pictures(part)]
+        return torch.cat([x for x, _ in self._pictures(self.data.train.part(order.sort().values))])
 
     def _pictures(self, part: Pictures) -> list[tuple[Tensor, Tensor]]:
         return list(evaluation_batches(self.data, part, EVALUATION_BATCH, self.device))
@@ -148,33 +151,33 @@ class OnceForAll:
     @torch.no_grad()
     def error(self, network: Subnet, choice: SubnetChoice, part: Pictures) -> float:
         """Share of wrong answers, 0..1; NaN where an answer is not finite."""
-        wrong, network = 0, network.eval()
-        for x_BCHW, y_B in self._pictures(part):
-            logits_BK = network(resized(x_BCHW, choice.resolution))
-            if not torch.isfinite(logits_BK).all():
-                return math.nan
-            wrong += int((logits_BK.argmax(1) != y_B).sum())
-        return wrong / len(part)
+        network, pictures = network.eval(), self._pictures(part)
+        return wrong([network(resized(x_BCHW, choice.resolution)) for x_BCHW, _ in pictures], pictures)
 
     def member(self, choice: SubnetChoice) -> Subnet:
         """Extracted and re-calibrated."""
-        return recalibrate(self.supernet.extract(choice), self.calibration(choice))
+        return recalibrate(self.supernet.extract(choice), [resized(self.calibration, choice.resolution)])
 
     def measure(self, members: Sequence[Member[Genes]]) -> list[Member[Genes]]:
         """Validation errors of members; what was measured before is read."""
         path = self.folder / "evaluations.json"
-        found = []
-        with Steps() as steps:
-            for member in members:
-                choice = self.space.decode(member.chromosome)
-                if member.key not in self._known:
-                    raw = self.error(self.supernet.extract(choice), choice, self.data.validation)
-                    error = self.error(self.member(choice), choice, self.data.validation)
-                    self._known[member.key] = {"error": error, "error_before": raw, "choice": choice.__dict__}
-                    write_json(path, {"evaluations": self._known})
-                    steps.ended(lambda: f"the last of {len(self._known)} members is saved in {path}")
-                found.append(member.measured(self.objectives(choice, _number(self._known[member.key]["error"]))))
-        return found
+        new = [*{member.key: member for member in members if member.key not in self._known}.values()]
+        choices = [self.space.decode(member.chromosome) for member in new]
+        pictures = self._pictures(self.data.validation)
+        population = Population(self.supernet, self.calibration, [x for x, _ in pictures])
+        bar = tqdm(total=len(new), desc="members", disable=not self.config.progress or bool(os.environ.get("CI")))
+        with bar, Steps() as steps:
+            for number, logits in population.logits(choices):
+                entry = {"error": wrong(logits, pictures), "choice": choices[number].__dict__}
+                self._known[new[number].key] = entry
+                write_json(path, {"evaluations": self._known})
+                bar.update()
+                steps.ended(lambda: f"the last of {len(self._known)} members is saved in {path}")
+        errors = [_number(self._known[member.key]["error"]) for member in members]
+        return [
+            member.measured(self.objectives(self.space.decode(member.chromosome), error))
+            for member, error in zip(members, errors)
+        ]
 
     def objectives(self, choice: SubnetChoice, error: float) -> tuple[float, float]:
         """(error, MACs in millions): section 4.2 has two."""
@@ -213,14 +216,18 @@ class OnceForAll:
         measured: list[Member[Genes]] = found["measured"]
         front = sorted((measured[i] for i in fronts([m.objectives for m in measured])[0]), key=lambda m: m.objectives)
         chosen = [front[i] for i in spread([m.objectives for m in front], self.config.evolution.keep)]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number, member in enumerate([*chosen, None]):
             choice = self.supernet.full if member is None else self.space.decode(member.chromosome)
             name = "largest" if member is None else f"member_{number}"
             network = self.member(choice)
             raw = self.error(self.supernet.extract(choice), choice, self.data.validation)
             parameters, macs = subnet_cost(choice, self.design)
-            row = {"name": name, "test_error": self.error(network, choice, self.data.test), "error_before": raw}
+            row: dict[str, Any] = {
+                "name": name,
+                "test_error": self.error(network, choice, self.data.test),
+                "error_before": raw,
+            }
             row |= {"validation_error": self.error(network, choice, self.data.validation)}
             row |= {"parameters": parameters, "macs": macs, "choice": choice.__dict__}
             rows.append(row)
@@ -229,7 +236,7 @@ class OnceForAll:
             about |= {"classes": list(self.data.classes), "size": choice.resolution}
             about |= {"mean": self.data.mean_C.tolist(), "std": self.data.std_C.tolist()}
             write_json(self.folder / name / "model.json", about)
-        gains = [_number(entry["error_before"]) - _number(entry["error"]) for entry in self._known.values()]
+        gains = [row["error_before"] - row["validation_error"] for row in rows]
         gains = [gain for gain in gains if math.isfinite(gain)]
         random: list[Member[Genes]] = found["random"]
         content = {
@@ -260,6 +267,14 @@ class OnceForAll:
             "MACs M",
         )
         return content
+
+
+def wrong(logits: Sequence[Tensor], pictures: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Share of wrong answers, 0..1; NaN where an answer is not finite."""
+    if not all(torch.isfinite(one).all() for one in logits):
+        return math.nan
+    missed = sum(int((one.argmax(1) != y_B).sum()) for one, (_, y_B) in zip(logits, pictures, strict=True))
+    return missed / sum(len(y_B) for _, y_B in pictures)
 
 
 def _number(value: float | None) -> float:

@@ -1,8 +1,11 @@
 """The elastic network of the once-for-all space: one set of weights for every kernel, width, depth and resolution.
 
 The weights are those of the largest member. Any other one takes the first channels, the first blocks of each stage and
-the middle of each kernel, through a learned matrix (Once-for-All, section 3.3). A member runs as a `Subnet` on these
-very slices, so that what is extracted is what was active.
+the middle of each kernel, through a learned matrix (Once-for-All, section 3.3). A member runs on these very slices; a
+test holds what is extracted to what was active.
+
+Pictures are laid out channels last, in which CPUs compute depthwise convolutions, and above all their gradients, in
+half the time or less.
 
 Shape suffixes: B batch, C channels, H W height and width, K classes.
 """
@@ -10,18 +13,28 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
-from eeea_net.once_for_all import ConvLayer, Design, Subnet, SubnetChoice, on_meta
+from eeea_net.once_for_all import (
+    Block,
+    ConvLayer,
+    Design,
+    Gate,
+    Subnet,
+    SubnetBlock,
+    SubnetChoice,
+    divisible,
+    on_meta,
+    subnet_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -73,17 +86,32 @@ def middle(weight_OIKK: Tensor, side: int) -> Tensor:
     return weight_OIKK[..., margin : margin + side, margin : margin + side]
 
 
-@lru_cache(maxsize=256)
-def _skeleton(choice: SubnetChoice, design: Design) -> Subnet:
-    """A member without weights, which are put in when it runs."""
-    return on_meta(choice, design)
-
-
 def resized(x_BCHW: Tensor, side: int) -> Tensor:
-    """Pictures at another resolution."""
-    if x_BCHW.shape[-1] == side:
-        return x_BCHW
-    return F.interpolate(x_BCHW, (side, side), mode="bilinear", antialias=True)
+    """Pictures at another resolution, channels last."""
+    if x_BCHW.shape[-1] != side:
+        x_BCHW = F.interpolate(x_BCHW, (side, side), mode="bilinear", antialias=True)
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def _normalised(x_BCHW: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """By the first channels of a batch norm, whose statistics move in training mode."""
+    count = x_BCHW.shape[1]
+    mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    assert mean is not None and variance is not None and norm.momentum is not None
+    statistics, scale = (mean[:count], variance[:count]), (weight[:count], bias[:count])
+    return F.batch_norm(x_BCHW, *statistics, *scale, norm.training, norm.momentum, norm.eps)
+
+
+def _gated(x_BCHW: Tensor, gate: Gate) -> Tensor:
+    """By the first channels of a gate, which is narrower inside for fewer of them."""
+    count = x_BCHW.shape[1]
+    reduce, expand = gate.convolutions()
+    assert reduce.bias is not None and expand.bias is not None
+    inside = divisible(count // 4)
+    mean_BC11 = x_BCHW.mean((2, 3), keepdim=True)
+    narrow_BC11 = F.relu(F.conv2d(mean_BC11, reduce.weight[:inside, :count], reduce.bias[:inside]))
+    wide_BC11 = F.conv2d(narrow_BC11, expand.weight[:count, :inside], expand.bias[:count])
+    return x_BCHW * F.hardsigmoid(wide_BC11)
 
 
 class Supernet(nn.Module):
@@ -133,7 +161,7 @@ class Supernet(nn.Module):
         """A member's parameters and statistics: slices of the largest one's, with their gradients."""
         own = dict(self.largest.named_parameters()) | dict(self.largest.named_buffers())
         found = {}
-        for name, wanted in _skeleton(choice, self.design).state_dict().items():
+        for name, wanted in on_meta(choice, self.design).state_dict().items():
             parts = name.split(".")
             source, place = name, 0
             if parts[0] == "blocks":
@@ -149,8 +177,31 @@ class Supernet(nn.Module):
         """Logits [B, K] of a member (default: the largest) at its resolution; in training mode its batches move the
         statistics of the channels that it has."""
         choice = choice or self.full
-        skeleton = _skeleton(choice, self.design).train(self.training)
-        return functional_call(skeleton, self.state_of(choice), (resized(x_BCHW, choice.resolution),))
+        x_BCHW = self.largest.first_conv(resized(x_BCHW, choice.resolution))
+        for number, block in enumerate(subnet_blocks(choice.kernels, choice.expands, choice.depths, self.design)):
+            y_BCHW = self._block(x_BCHW, block, self.place(choice, number))
+            x_BCHW = x_BCHW + y_BCHW if block.shortcut else y_BCHW
+        return self.largest.answers(self.largest.final_expand_layer(x_BCHW))
+
+    def _block(self, x_BCHW: Tensor, block: Block, place: int) -> Tensor:
+        """What a member's block computes, on slices of the largest one's."""
+        layers = self.largest.block(place).layers()
+        sizes = {0: block.middle, len(layers) - 1: block.out_channels}
+        for number, layer in enumerate(layers):
+            conv, outputs = layer.conv, sizes.get(number, block.middle)
+            depthwise = conv.groups > 1
+            weight = conv.weight[:outputs, : 1 if depthwise else x_BCHW.shape[1]]
+            if depthwise and place:
+                weight = self._kernel(weight, place, block.kernel_size)
+            groups = outputs if depthwise else 1
+            x_BCHW = F.conv2d(x_BCHW, weight, None, conv.stride, weight.shape[-1] // 2, groups=groups)
+            if layer.bn is not None:
+                x_BCHW = _normalised(x_BCHW, layer.bn)
+            if layer.act is not None:
+                x_BCHW = layer.act(x_BCHW)
+            if layer.se is not None:
+                x_BCHW = _gated(x_BCHW, layer.se)
+        return x_BCHW
 
     @torch.no_grad()
     def extract(self, choice: SubnetChoice) -> Subnet:
@@ -179,6 +230,43 @@ class Supernet(nn.Module):
                     part.copy_(part[order])
 
 
+def _settled(layer: ConvLayer, values: list[Tensor], others: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Both through a layer in eval mode whose batch norm is given the statistics of all `values` together."""
+    if layer.bn is not None:
+        norm, maps = layer.bn, [layer.conv(value) for value in values]
+        mean_C, variance_C, total = torch.zeros(1), torch.zeros(1), 0
+        for one in maps:
+            count = one.numel() // one.shape[1]
+            own_C, spread_C = torch.zeros_like(norm.weight), torch.zeros_like(norm.weight)
+            F.batch_norm(one, own_C, spread_C, training=True, momentum=1.0)
+            own_C, spread_C = own_C.double(), spread_C.double() * (count - 1) / count
+            # Chan, Golub, LeVeque 1983: moments of two parts together.
+            shift_C = own_C - mean_C.to(own_C)
+            share = count / (total + count)
+            mean_C = mean_C.to(own_C) + share * shift_C
+            variance_C = variance_C.to(own_C).lerp(spread_C, share) + share * (1 - share) * shift_C.square()
+            total += count
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean_C)
+        norm.running_var.copy_(variance_C)
+        parts = [part for part in (norm, layer.act, layer.se) if part is not None]
+        for part in parts:
+            maps = [part(one) for one in maps]
+    else:
+        maps = [layer(value) for value in values]
+    return maps, [layer(one) for one in others]
+
+
+def _settled_block(block: SubnetBlock, values: list[Tensor], others: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    inner = (values, others)
+    for layer in block.layers():
+        inner = _settled(layer, *inner)
+    if not block.shortcut:
+        return inner
+    added = ([a + b for a, b in zip(before, after)] for before, after in zip((values, others), inner))
+    return next(added), next(added)
+
+
 @torch.no_grad()
 def recalibrate(network: Subnet, batches: Iterable[Tensor]) -> Subnet:
     """Give a member's batch norms the statistics of these pictures, exactly: each layer's mean and variance over all
@@ -187,30 +275,65 @@ def recalibrate(network: Subnet, batches: Iterable[Tensor]) -> Subnet:
     Args:
         batches: pictures [B, C, H, W] at the member's resolution; one layer's maps of all of them are in memory.
     """
-
-    def settled(layer: ConvLayer, values: list[Tensor]) -> list[Tensor]:
-        maps = [layer.conv(value) for value in values]
-        if layer.bn is not None:
-            count = sum(one.numel() // one.shape[1] for one in maps)
-            mean_C = torch.stack([one.double().sum((0, 2, 3)) for one in maps]).sum(0) / count
-            square = [(one.double() - mean_C.view(1, -1, 1, 1)).square().sum((0, 2, 3)) for one in maps]
-            assert layer.bn.running_mean is not None and layer.bn.running_var is not None
-            layer.bn.running_mean.copy_(mean_C)
-            layer.bn.running_var.copy_(torch.stack(square).sum(0) / count)
-        parts = [part for part in (layer.bn, layer.act, layer.se) if part is not None]
-        for part in parts:
-            maps = [part(one) for one in maps]
-        return maps
-
     network.eval()
-    values = settled(network.first_conv, list(batches))
+    values, _ = _settled(network.first_conv, list(batches), [])
     for block in network.blocks:
-        inner = values
-        for layer in block.layers():
-            inner = settled(layer, inner)
-        values = [a + b for a, b in zip(values, inner)] if block.shortcut else inner
-    settled(network.final_expand_layer, values)
+        values, _ = _settled_block(block, values, [])
+    _settled(network.final_expand_layer, values, [])
     return network
+
+
+class Population:
+    """Members that are re-calibrated and asked together: what two of them have in common from the pictures on is
+    computed once. Each answers as it would alone.
+
+    Args:
+        calibration: pictures that the batch norms take their statistics from; pictures: that are asked about. Both
+            [B, C, H, W] at the largest resolution.
+        memory: bytes of maps that are kept for the next member.
+    """
+
+    def __init__(self, supernet: Supernet, calibration: Tensor, pictures: list[Tensor], memory: int = 2**30) -> None:
+        self.supernet, self.calibration, self.pictures, self.memory = supernet, calibration, pictures, memory
+
+    def _path(self, choice: SubnetChoice) -> list[tuple[Any, ...]]:
+        """What decides each block's output, after the pictures' resolution."""
+        blocks = subnet_blocks(choice.kernels, choice.expands, choice.depths, self.supernet.design)
+        places = [self.supernet.place(choice, number) for number in range(len(blocks))]
+        return [(choice.resolution,), *((at, b.kernel_size, b.expand_ratio) for at, b in zip(places, blocks))]
+
+    @torch.no_grad()
+    def logits(self, choices: Sequence[SubnetChoice]) -> Iterator[tuple[int, list[Tensor]]]:
+        """(a member's number, its logits [B, K] of each batch of pictures), in an order that shares most."""
+        paths = [self._path(choice) for choice in choices]
+        kept: list[tuple[tuple[Any, ...], list[Tensor], list[Tensor]]] = []  # (step of the path, maps behind it)
+        for number in sorted(range(len(choices)), key=paths.__getitem__):
+            choice, path = choices[number], paths[number]
+            network = self.supernet.extract(choice).eval()
+            shared = 0
+            while shared < min(len(kept), len(path)) and kept[shared][0] == path[shared]:
+                shared += 1
+            del kept[shared:]
+            if kept:
+                _, values, others = kept[-1]
+            used = sum(map(_bytes, kept))
+            for place in range(shared, len(path)):
+                if place:
+                    values, others = _settled_block(network.block(place - 1), values, others)
+                else:
+                    values = [resized(self.calibration, choice.resolution)]
+                    others = [resized(one, choice.resolution) for one in self.pictures]
+                    values, others = _settled(network.first_conv, values, others)
+                state = (path[place], values, others)
+                used += _bytes(state)
+                if len(kept) == place and used <= self.memory:
+                    kept.append(state)
+            _, others = _settled(network.final_expand_layer, values, others)
+            yield number, [network.answers(one) for one in others]
+
+
+def _bytes(state: tuple[Any, list[Tensor], list[Tensor]]) -> int:
+    return sum(one.numel() * one.element_size() for one in (*state[1], *state[2]))
 
 
 def member_count(elastic: Elastic, stages: int) -> int:

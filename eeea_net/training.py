@@ -12,9 +12,10 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from eeea_net.data import augmentation
 from eeea_net.genotypes import Genotype
 from eeea_net.losses import training_loss
 from eeea_net.model import Network
-from eeea_net.once_for_all import Design, Subnet, SubnetChoice
+from eeea_net.once_for_all import Subnet, from_records
 from eeea_net.proxy import EVALUATION_BATCH, compare
 
 STREAM = 2  # of random numbers
@@ -106,6 +107,15 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, generator: torch.Generator) -> tuple[Ten
     return mixed_BCHW, y_B[order_B], 1 - pasted / (height * width)
 
 
+class Stream(Protocol):
+    """Batches (pictures, targets) as a function of the step."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def run(self, start: int, stop: int) -> Iterator[tuple[Tensor, Any]]: ...
+
+
 class Loop(ABC):
     """Steps of SGD with a cosine over epochs; `run` finishes them from wherever they were interrupted.
 
@@ -120,7 +130,7 @@ class Loop(ABC):
         network: nn.Module,
         options: SgdOptions,
         epochs: int,
-        batches: Batches,
+        batches: Stream,
         about: dict[str, Any],
         folder: Path,
         seed: int,
@@ -129,14 +139,7 @@ class Loop(ABC):
         self.network, self.options, self.epochs, self.batches = network, options, epochs, batches
         self.about, self.folder, self.seed, self.run_options = about, folder, seed, run
         self.weights = list(network.parameters())
-        self.optimiser = torch.optim.SGD(
-            self.weights,
-            options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov and options.momentum > 0,
-            fused=self.fused,
-        )
+        self.optimiser = self.make_optimiser()
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -144,8 +147,27 @@ class Loop(ABC):
         self.sums = {"loss": 0.0, "right": 0.0, "seconds": 0.0}  # of the epoch
 
     @abstractmethod
-    def loss(self, x_BCHW: Tensor, y_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def loss(self, x_BCHW: Tensor, y_B: Any, epoch: int) -> tuple[Tensor, Tensor]:
         """(loss, logits [B, K]) of a step in training mode."""
+
+    def right(self, logits_BK: Tensor, y_B: Any) -> Tensor:
+        """Share of right answers."""
+        return (logits_BK.argmax(1) == y_B).float().mean()
+
+    def make_optimiser(self) -> torch.optim.Optimizer:
+        options = self.options
+        return torch.optim.SGD(
+            self.weights,
+            options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.nesterov and options.momentum > 0,
+            fused=self.fused,
+        )
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of the step, over that at the start."""
+        return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
 
     def facts(self) -> dict[str, float]:
         """What the history says of an epoch beside loss and accuracy."""
@@ -183,11 +205,12 @@ class Loop(ABC):
                 bar.update()
                 steps.ended(self._save)
 
-    def _one_step(self, x_BCHW: Tensor, y_B: Tensor) -> None:
+    def _one_step(self, x_BCHW: Tensor, y_B: Any) -> None:
         options = self.options
         epoch = self.step // self.batches.steps_per_epoch
-        lr = options.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-        self.optimiser.param_groups[0]["lr"] = lr
+        lr = options.lr * self.rate(epoch)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
         self.network.train()
         torch.manual_seed(derive_seed(self.seed, STREAM, 2, self.step))  # dropped paths
         self.optimiser.zero_grad(set_to_none=True)
@@ -197,7 +220,7 @@ class Loop(ABC):
             nn.utils.clip_grad_norm_(self.weights, options.grad_clip, foreach=True)
         self.optimiser.step()
         value = float(loss.detach())
-        right = float((logits_BK.argmax(1) == y_B).float().mean())
+        right = float(self.right(logits_BK, y_B))
         stop_if_not_finite(value, self.step + 1, self._place, advice="a lower lr")
         self.sums["loss"] += value
         self.sums["right"] += right
@@ -357,14 +380,10 @@ def load_model(folder: Path) -> tuple[Network | Subnet, dict[str, Any]]:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
     about = read_object(folder / "model.json", f"{folder} holds no network")
-
-    def listed(content: dict[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-
     try:
         network: Network | Subnet
         if "choice" in about:
-            network = Subnet.of(SubnetChoice(**listed(about["choice"])), Design(**listed(about["design"])))
+            network = Subnet.of(*from_records(about["choice"], about["design"]))
         else:
             network = Network(Genotype.of(about["genotype"]), NetworkConfig(**about["network"]))
         len(about["classes"]), len(about["mean"]), int(about["size"])

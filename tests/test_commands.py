@@ -32,6 +32,7 @@ SLOW = (
     "photos",
     "fashion_mnist",
     "alignment",
+    "transfer",
 )
 
 

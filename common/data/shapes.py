@@ -125,6 +125,19 @@ EXTENTS: dict[str, tuple[float, float, float, float]] = {
     "ring": (-1.0, -1.0, 1.0, 1.0),
 }
 
+# Corners and tips of each shape in units of its radius, clockwise from the top; circle and ring have none.
+KEYPOINTS: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": (),
+    "square": ((-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)),
+    "triangle": ((0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)),
+    "star": ((0.0, -1.0), (0.9511, -0.3090), (0.5878, 0.8090), (-0.5878, 0.8090), (-0.9511, -0.3090)),
+    "heart": ((0.0, -0.75), (0.0, 0.9167)),  # the notch and the tip
+    "cross": ((0.0, -0.95), (0.95, 0.0), (0.0, 0.95), (-0.95, 0.0)),  # the middles of the arms' ends
+    "diamond": ((0.0, -1.0), (0.82, 0.0), (0.0, 1.0), (-0.82, 0.0)),
+    "ring": (),
+}
+MAX_KEYPOINTS = max(map(len, KEYPOINTS.values()))
+
 
 @dataclass(frozen=True)
 class Object:
@@ -153,6 +166,11 @@ class Object:
             self.cx + x1 * self.radius,
             self.cy + y1 * self.radius,
         )
+
+    @property
+    def keypoints(self) -> tuple[tuple[float, float], ...]:
+        """(x, y) of its `KEYPOINTS` as fractions of the side."""
+        return tuple((self.cx + u * self.radius, self.cy + v * self.radius) for u, v in KEYPOINTS[self.shape])
 
     @property
     def size_word(self) -> str:

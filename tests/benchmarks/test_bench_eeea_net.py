@@ -29,3 +29,22 @@ def test_rows_name_size_target_and_both_sides(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1)})
     with pytest.raises(RuntimeError, match="tiny: errors differ"):
         next(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
+
+
+def test_steps_and_measurements_of_the_elastic_network_are_the_plain_ones() -> None:
+    for work, make in (("step", bench.elastic_step), ("members", bench.members_step)):
+        sides = [make(bench.Arm(side, "tiny", "cpu", work)) for side in ("ours", "plain")]
+        for index in range(3):
+            ours, plain = (float(step(index)) for step in sides)  # type: ignore[arg-type]
+            assert ours == pytest.approx(plain, rel=0 if work == "members" else 1e-4), (work, index)
+
+
+def test_rows_of_the_elastic_network_name_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same, slow = Timing(1.0, 1.0, 1, [0.5], 1.0), Timing(3.0, 3.0, 2, [0.5], 3.0)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": slow, "compiled": slow})
+    rows = list(bench.elastic_rows("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
+    assert [row["target"] for row in rows] == [1.2, 1.0, 1.2, 1.0, 1.5]
+    assert all(row["holds"] for row in rows) and rows[-1]["ratio"] == pytest.approx(3.0)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1)})
+    with pytest.raises(RuntimeError, match="tiny: losses differ"):
+        next(bench.elastic_rows("tiny", "cpu", tmp_path, Pace(1, 1, 1)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eeea_net.counting import measured
 from eeea_net.once_for_all import DEPTHS, EXPANDS, KERNELS, RESOLUTIONS, Design, Subnet, on_meta, published_subnet
-from eeea_net.supernet import Elastic, Supernet, member_count, middle, phases, recalibrate, resized
+from eeea_net.supernet import Elastic, Population, Supernet, member_count, middle, phases, recalibrate, resized
 
 DESIGN = Design(8, (8, 16), (2, 2), (False, True), (False, True), final=24, mix=32, classes=5, first_stride=1)
 ELASTIC = Elastic(KERNELS, EXPANDS, (1, 2, 3), (16, 20, 24))
@@ -98,6 +98,23 @@ def test_recalibration_is_exact_free_of_order_and_leaves_the_supernet_alone(
     torch.testing.assert_close(whole(x), by_batch, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, kept[name]) for name, value in supernet.state_dict().items())
     assert not torch.allclose(supernet.extract(choice).eval()(x), by_batch, atol=1e-2)
+
+
+@pytest.mark.parametrize("memory", [0, 20_000, 2**30])
+def test_members_of_a_population_answer_as_they_would_alone(supernet: Supernet, pictures: Tensor, memory: int) -> None:
+    random = np.random.default_rng(5)
+    first = ELASTIC.draw(2, random)
+    last = replace(first, kernels=(*first.kernels[:-1], 3 if first.kernels[-1] != 3 else 5))  # differs in one block
+    choices = [first, ELASTIC.draw(2, random), last, replace(first, depths=first.depths), ELASTIC.draw(2, random)]
+    kept = {name: value.clone() for name, value in supernet.state_dict().items()}
+    found = dict(Population(supernet, pictures[:6], [pictures[6:9], pictures[9:]], memory).logits(choices))
+    assert sorted(found) == [*range(5)]
+    for number, choice in enumerate(choices):
+        alone = recalibrate(supernet.extract(choice), [resized(pictures[:6], choice.resolution)])
+        wanted = alone(resized(pictures[6:], choice.resolution))
+        torch.testing.assert_close(torch.cat(found[number]), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(torch.cat(found[0]), torch.cat(found[2]))
+    assert all(torch.equal(value, kept[name]) for name, value in supernet.state_dict().items())
 
 
 def test_shrinking_goes_from_the_largest_to_all_members() -> None:

@@ -25,7 +25,7 @@ REACH = 3.33  # standard deviations that a Gaussian reaches, per axis of the pic
 LARGEST_ALPHA, LEAST_ALPHA, OPAQUE = 0.999, 1 / 255, 1e-4  # gsplat 1.5.3
 TILE = 8  # pixels; any side gives the same picture
 SLAB = 16  # Gaussians of a tile that are composited at a time
-ELEMENTS = 2**21  # Gaussians times pixels of a slab, over all its tiles
+ELEMENTS = 2**19  # Gaussians times pixels of a slab, over all its tiles: what caches hold
 
 
 @dataclass
@@ -244,15 +244,11 @@ class _Composite(torch.autograd.Function):
             while len(group):
                 rows_KT = slabs.gaussians(group, first, SLAB)
                 _, alpha_KTP, _, _ = slabs.alpha(rows_KT, group)
-                now = light_TP[group]
-                weights_KTP = alpha_KTP.clone()
-                kept_TP = left_TP[group]
-                for k in range(len(rows_KT)):
-                    after = now * (1 - alpha_KTP[k])
-                    counts_TP = after > OPAQUE
-                    weights_KTP[k] *= now * counts_TP
-                    kept_TP = torch.where(counts_TP, after, kept_TP)
-                    now = after
+                light_KTP = _light(light_TP[group], 1 - alpha_KTP)
+                now, ends_KTP = light_KTP[-1], light_KTP[1:]
+                hidden_KTP = ends_KTP <= OPAQUE
+                weights_KTP = alpha_KTP.mul_(light_KTP[:-1]).masked_fill_(hidden_KTP, 0)
+                kept_TP = torch.minimum(left_TP[group], ends_KTP.masked_fill(hidden_KTP, 1).amin(0))
                 light_TP[group], left_TP[group] = now, kept_TP
                 picture_TPD[group] += torch.bmm(weights_KTP.permute(1, 2, 0), padded_ND[rows_KT].transpose(0, 1))
                 if weight_N is not None:
@@ -276,13 +272,10 @@ class _Composite(torch.autograd.Function):
         for group in _groups(used, None):
             rows_KT = slabs.gaussians(group, 0, int(used[group].max()))
             full_KTP, alpha_KTP, dx_KTX, dy_KTX = slabs.alpha(rows_KT, group)
-            light_KTP = torch.empty_like(alpha_KTP)
-            now = torch.ones_like(alpha_KTP[0])
-            for k in range(len(rows_KT)):
-                light_KTP[k] = now
-                now = now * (1 - alpha_KTP[k])
-            ends_KTP = torch.cat([light_KTP[1:], now[None]])
-            light_KTP *= ends_KTP > OPAQUE
+            through_KTP = 1 - alpha_KTP
+            light_KTP = _light(torch.ones_like(alpha_KTP[0]), through_KTP)
+            hidden_KTP = light_KTP[1:] <= OPAQUE
+            light_KTP = light_KTP[:-1].masked_fill_(hidden_KTP, 0)
             weights_KTP = alpha_KTP * light_KTP
             grad_TPD = grad_picture_TPD[group]
             grads[3].index_add_(
@@ -292,14 +285,17 @@ class _Composite(torch.autograd.Function):
                 continue
             # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k)
             value_KTP = torch.bmm(padded_ND[rows_KT].transpose(0, 1), grad_TPD.transpose(1, 2)).transpose(0, 1)
-            shares_KTP = weights_KTP * value_KTP
-            behind_KTP = shares_KTP.flip(0).cumsum(0).flip(0) - shares_KTP
+            behind_KTP = weights_KTP.mul_(value_KTP)
             # alpha of the picture is 1 - T of the last: its derivative is T_last / (1 - alpha_k) where k counts
-            behind_KTP -= left_TP[group] * grad_alpha_TP[group]
-            counted_KTP = light_KTP > 0
-            grad_KTP = light_KTP * value_KTP - counted_KTP * behind_KTP / (1 - alpha_KTP)
-            grad_KTP *= (alpha_KTP > 0) & (full_KTP <= LARGEST_ALPHA)
-            grad_KTP *= full_KTP  # of the exponent
+            behind_TP = -left_TP[group] * grad_alpha_TP[group]
+            for k in reversed(range(len(rows_KT))):
+                share_TP = behind_KTP[k].clone()
+                behind_KTP[k] = behind_TP
+                behind_TP += share_TP
+            grad_KTP = value_KTP.mul_(light_KTP).sub_(behind_KTP.div_(through_KTP))
+            # to the exponent; none where the Gaussian does not count, nor where its alpha is cut
+            full_KTP.masked_fill_(hidden_KTP.logical_or_(alpha_KTP == 0).logical_or_(full_KTP > LARGEST_ALPHA), 0)
+            grad_KTP *= full_KTP
             opacity_KT = slabs.opacities_N[rows_KT].clamp(min=1e-12)
             grads[2].index_add_(0, rows_KT.flatten(), (grad_KTP.sum(-1) / opacity_KT).flatten())
             square = grad_KTP.unflatten(-1, (TILE, TILE))
@@ -312,6 +308,15 @@ class _Composite(torch.autograd.Function):
             grads[1].index_add_(0, rows_KT.flatten(), torch.stack([-0.5 * gxx, -gxy, -0.5 * gyy], -1).flatten(0, 1))
         found = [grad[:-1] if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
         return *found, None, None, None, None
+
+
+def _light(first_TP: Tensor, through_KTP: Tensor) -> Tensor:
+    """What reaches each of K Gaussians, and what is left behind the last [K + 1, T, P]."""
+    light_KTP = torch.empty(len(through_KTP) + 1, *first_TP.shape).to(first_TP)
+    light_KTP[0] = first_TP
+    for k in range(len(through_KTP)):
+        torch.mul(light_KTP[k], through_KTP[k], out=light_KTP[k + 1])
+    return light_KTP
 
 
 def _groups(counts: Tensor, slab: int | None) -> list[Tensor]:

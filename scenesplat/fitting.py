@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,24 @@ def depth_loss(accumulated_HW: Tensor, known_HW: Tensor, outlier: float) -> Tens
     return error[error.detach() < (outlier * median if median > 0 else 2.0)].sum() / len(error)
 
 
+@cache
+def _blur(side: int, device: str) -> Tensor:
+    """[side - 10, side]: the Gaussian window of SSIM at every place where it fits."""
+    taps = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
+    matrix = torch.zeros(side - WINDOW + 1, side)
+    for offset, tap in enumerate((taps / taps.sum()).tolist()):
+        matrix.diagonal(offset).fill_(tap)
+    return matrix.to(device)
+
+
 def similarity(a_HW3: Tensor, b_HW3: Tensor) -> Tensor:
     """Mean SSIM, as `common.metrics.image.ssim` has it, in float32 and with gradients."""
-    taps = torch.exp(-((torch.arange(WINDOW, device=a_HW3.device) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
-    taps = taps / taps.sum()
     a, b = a_HW3.permute(2, 0, 1), b_HW3.permute(2, 0, 1)
-    every = torch.cat([a, b, a * a, b * b, a * b])[:, None]
-    blurred = F.conv2d(F.conv2d(every, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))[:, 0]
+    every = torch.cat([a, b, a * a, b * b, a * b])
+    rows, columns = (_blur(side, str(a_HW3.device)) for side in a_HW3.shape[:2])
+    blurred = rows @ (
+        every @ columns.t()
+    )  # as products of matrices many times faster than as convolutions of one channel
     mean_a, mean_b, square_a, square_b, product = blurred.split(3)
     variances, covariance = square_a - mean_a**2 + square_b - mean_b**2, product - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import struct
+import subprocess
 import time
 from dataclasses import replace
 from functools import cache
@@ -362,3 +363,47 @@ def test_fitted_gaussians_get_the_class_of_the_surface_that_they_are_at() -> Non
     assert float((found.labels_N == whole.gaussians.labels_N)[known].float().mean()) > 0.9
     away = labelled(scene.moved(torch.tensor([0.0, 0, 50])), whole).gaussians
     assert away.labels_N is not None and bool((away.labels_N == -1).all())
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_fitted_rooms_are_data_like_sampled_ones_and_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scenesplat import data, fitted
+    from scenesplat.data_config import DataConfig
+    from scenesplat.text import TextSpace
+
+    monkeypatch.setattr(fitted, "DENSE", 60.0)
+    options = DataConfig(rooms=1, eval_rooms=1, density=60, views=2, view_size=32, gaussians="fitted")
+    options = replace(options, fit_steps=6, fit_views=6, fit_width=32, fit_most=200)
+    text = TextSpace(width=12)
+    scene = data.open_scenes(options, "train", text).scenes[0]
+    assert 90 < len(scene) <= 200 and scene.labels_N is not None and int((scene.labels_N >= 0).sum()) > 50
+    assert scene.features_NF is not None and scene.valid_N is not None and bool(scene.valid_N.any())
+    sampled = data.open_scenes(replace(options, gaussians="sampled"), "train", text)
+    assert len(sampled.scenes[0]) != len(scene)
+    monkeypatch.setattr(fitted.Fitting, "run", lambda self: pytest.fail("fitted again"))
+    again = data.open_scenes(options, "train", text)
+    assert torch.equal(again.scenes[0].means_N3, scene.means_N3)
+    assert torch.equal(again.rooms[0].points_Q3, sampled.rooms[0].points_Q3)
+    quality = fitted.fitted_quality(0, "train", options, again.rooms[0])
+    assert math.isfinite(quality["psnr"]) and quality["depth_l1"] > 0
+    refused("--data.quality 0.5", data.open_scenes, replace(options, quality=0.5), "train", text)
+
+
+def test_the_demo_fits_and_hands_the_scene_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scenesplat import demo
+    from scenesplat.query import PUBLISHED
+
+    said: list[list[str]] = []
+
+    def page(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        said.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", page)
+    words = ["--steps", "3", "--width", "32", "--most", "200", "--room", "3", "--queries", "a bed", "--output"]
+    found = demo.main([*words, str(tmp_path), "--model", str(PUBLISHED)])
+    scene = tmp_path / "fit" / "scene.ply"
+    assert found == tmp_path / "page.html" and len(read_scene(scene)) > 0
+    assert said[0][1].endswith("scenesplat/view.py") and said[0][2] == str(scene)
+    assert said[0][3:] == ["--model", str(PUBLISHED), "--queries", "a bed", "--output", str(found)]
+    refused("--model .*no config.json", demo.main, ["--model", str(tmp_path), "--output", str(tmp_path)])

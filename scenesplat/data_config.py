@@ -25,6 +25,12 @@ class DataConfig:
         density: Gaussians per square metre of furniture.
         bare: share of that on walls, floor and ceiling.
         quality: of the Gaussians; 1 lies on the surfaces, lower values are blurred, jittered and full of floaters.
+        gaussians: of the rooms: sampled from their surfaces, or fitted to pictures of them (a minute or two a room,
+            kept in the cache).
+        fit_steps: of each fit.
+        fit_views: pictures that a room is fitted to, held-out ones included.
+        fit_width: pixels of those pictures' width.
+        fit_most: Gaussians of a fitted room.
         views: pictures of each room, from which labels are lifted.
         view_size: their width in pixels; the height is three quarters of it.
         confusion: share of objects that the simulated teacher takes for another class, anew in every view.
@@ -49,6 +55,11 @@ class DataConfig:
     density: Positive = 120.0
     bare: Portion = 0.4
     quality: Portion = 1.0
+    gaussians: Literal["sampled", "fitted"] = "sampled"
+    fit_steps: Count = 600
+    fit_views: Annotated[int, Range(4, 10_000)] = 40
+    fit_width: Annotated[int, Range(16, 4096)] = 96
+    fit_most: Count = 6000
     views: Count = 12
     view_size: Annotated[int, Range(16, 4096)] = 96
     confusion: Share = 0.2

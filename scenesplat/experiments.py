@@ -53,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "colour": {"data": {"inputs": ["colour"]}},
     "colour_normal": {"data": {"inputs": ["colour", "normal"]}},
     "few_rooms": {},
+    "fitted": {"data": {"gaussians": "fitted"}},
 }
 QUALITIES = (0.2, 1.0)  # least and most of the rooms of claim G
 SYNONYMS = {  # names in the label sets or in common use; none of them is a class

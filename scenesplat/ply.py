@@ -1,4 +1,4 @@
-"""Scenes as files: 3DGS .ply as any tool writes it, and the folders of .npy arrays of the released code.
+"""Scenes as files: 3DGS .ply as any tool writes it, packed splats, the folders of .npy arrays of the released code.
 
 What is not a scene of Gaussians is refused with what it seems to be. What can be read is cleaned, and each thing that
 was done is said as a warning, never silent.
@@ -9,10 +9,10 @@ Shape suffixes: N Gaussians, R coefficients of the higher bands.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import replace_folder, write_atomically
+from scenesplat import foreign
 from scenesplat.gaussians import C0, Gaussians
 
 TYPES = {
@@ -44,13 +45,12 @@ SMALLEST_THING, LARGEST_ROOM = 0.05, 100.0  # metres; outside it is another unit
 HIGH, WIDE = (1.8, 3.5), 2.5  # metres: heights of rooms, and what they are wider than
 LARGEST_SHARE = 0.5  # of the scene's extent: a standard deviation beyond it is a sky or a mistake
 FLAT = 1e-6  # metres: the third extent of a Gaussian that has two
-# Formats that splat-transform (PlayCanvas, npm) reads; by ending or first bytes.
-FOREIGN = {
-    ".spz": "a compressed splat of Niantic's",
-    ".splat": "antimatter15's 32 bytes a Gaussian",
-    ".ksplat": "a compressed splat of mkkellogg's viewer",
-    ".sog": "a compressed splat of PlayCanvas",
-    ".lcc": "a splat of XGRIDS",
+# Formats that only splat-transform (PlayCanvas, npm) reads; by ending.
+FOREIGN = {".ksplat": "a compressed splat of mkkellogg's viewer", ".lcc": "a splat of XGRIDS"}
+PACKED: dict[str, tuple[str, Callable[[bytes], dict[str, NDArray]]]] = {
+    ".spz": ("a compressed splat of Niantic's", foreign.spz),
+    ".splat": ("antimatter15's 32 bytes a Gaussian", foreign.splat),
+    ".sog": ("a compressed splat of PlayCanvas", foreign.sog),
 }
 
 
@@ -72,7 +72,9 @@ class Reading:
 
 
 def read_scene(path: Path, how: Reading = Reading()) -> Gaussians:
-    """The scene of a 3DGS .ply, or of a folder of .npy arrays.
+    """The scene of a 3DGS .ply, of a .splat, .spz, .sog or compressed .ply, or of a folder of .npy arrays.
+
+    Packed formats say themselves what their scales and opacities are.
 
     Raises:
         UserError: it is neither, or its values mean something else; the message says what it seems to be.
@@ -80,26 +82,52 @@ def read_scene(path: Path, how: Reading = Reading()) -> Gaussians:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a 3DGS .ply or a folder of .npy arrays")
-    _refuse_foreign(path)
+        raise UserError(f"{path}: no such file; expected a 3DGS .ply, .splat, .spz or .sog, or a folder of .npy arrays")
+    kind = _kind_of(path)
+    if kind is not None:
+        columns = _unpacked(path, *PACKED[kind])
+        return _cleaned(_gaussians(columns, path, Reading()), path, replace(how, scales="log", opacity="logit"))
     columns = read_ply(path)
     return _cleaned(_gaussians(columns, path, how), path, how)
 
 
-def _refuse_foreign(path: Path) -> None:
+def _kind_of(path: Path) -> str | None:
+    """The ending of PACKED that a file's first bytes, or else its name, stand for; None for a .ply.
+
+    Raises:
+        UserError: it is of a kind that is not read here; the message has the command that converts it.
+    """
     with path.open("rb") as file:
         start = file.read(4)
-    kind = FOREIGN.get(path.suffix.lower())
-    if start[:2] == b"\x1f\x8b" and kind is None:
-        kind = FOREIGN[".spz"]
-    if start[:2] == b"PK" and kind is None:
-        kind = FOREIGN[".sog"]
-    if kind is not None:
-        raise UserError(
-            f"{path}: {kind}, not a .ply; convert it with `npx @playcanvas/splat-transform {path.name} {path.stem}.ply`"
-        )
-    if start[:3] != b"ply":
-        raise UserError(f"{path}: not a .ply (its first bytes are {start!r}); expected a scene of 3D Gaussians")
+    ending = path.suffix.lower()
+    if start[:3] == b"ply":
+        return None
+    if start == b"NGSP" or (start[:2] == b"\x1f\x8b" and ending not in FOREIGN):
+        return ".spz"
+    if start[:2] == b"PK" and ending not in FOREIGN:
+        return ".sog"
+    if ending in PACKED:
+        return ending
+    if ending in FOREIGN:
+        raise UserError(f"{path}: {FOREIGN[ending]}, which is not read here; {_conversion(path)}")
+    raise UserError(f"{path}: not a .ply (its first bytes are {start!r}); expected a scene of 3D Gaussians")
+
+
+def _conversion(path: Path) -> str:
+    stem = path.name.split(".")[0]
+    return f"convert it with `npx @playcanvas/splat-transform {path.name} {stem}-plain.ply`"
+
+
+def _unpacked(path: Path, kind: str, unpack: Callable[[bytes], dict[str, NDArray]]) -> dict[str, NDArray]:
+    """The columns of a packed file.
+
+    Raises:
+        UserError: it is damaged, or of another version than is known.
+    """
+    try:
+        return unpack(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: {kind}, but {error}; export it again, or {_conversion(path)}") from None
 
 
 # .ply files ----------------------------------------------------------------------------------------------------------
@@ -114,35 +142,43 @@ def read_ply(path: Path) -> dict[str, NDArray]:
     with path.open("rb") as file:
         order, elements, length = _header(file.read(LONGEST_HEADER), path)
         file.seek(length)
-        if "chunk" in elements and "packed_position" in dict(elements.get("vertex", (0, []))[1]):
-            raise UserError(
-                f"{path}: a compressed .ply of SuperSplat; convert it with "
-                f"`npx @playcanvas/splat-transform {path.name} {path.name.split('.')[0]}.ply`"
-            )
+        packed = "chunk" in elements and "packed_position" in dict(elements.get("vertex", (0, []))[1])
         if "vertex" not in elements:
             raise UserError(f"{path}: no element vertex; it has {', '.join(elements) or 'no elements'}")
+        tables: dict[str, dict[str, NDArray]] = {}
         for name, (count, properties) in elements.items():
             lists = [key for key, kind in properties if kind == "list"]
             if lists:
                 raise UserError(f"{path}: element {name} has a list ({lists[0]}) before the vertices end; not a splat")
-            if order == "ascii":
-                table = _lines(file, count, len(properties), path, name)
-                columns = {key: table[:, i] for i, (key, _) in enumerate(properties)}
-            else:
-                kind = np.dtype([(key, ORDERS[order] + TYPES[kind]) for key, kind in properties])
-                left = path.stat().st_size - file.tell()
-                if left < count * kind.itemsize:
-                    raise UserError(
-                        f"{path}: cut short: {count:,} of element {name} are declared, {kind.itemsize} bytes each, "
-                        f"{left // kind.itemsize:,} are there; copy or export it again"
-                    )
-                table = np.frombuffer(file.read(count * kind.itemsize), kind)
-                columns = {key: table[key] for key, _ in properties}
-            if name == "vertex":
+            tables[name] = columns = _table(file, order, name, count, properties, path)
+            if name == "vertex" and not packed:
                 break
-    if not count:
+    if not len(next(iter(tables["vertex"].values()), [])):
         raise UserError(f"{path}: no vertices; expected a scene of 3D Gaussians")
+    if packed:
+        try:
+            return foreign.decompressed(tables["chunk"], tables["vertex"], tables.get("sh", {}))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}: a compressed .ply, but damaged ({error}); {_conversion(path)}") from None
     return columns
+
+
+def _table(
+    file: BinaryIO, order: str, name: str, count: int, properties: list[tuple[str, str]], path: Path
+) -> dict[str, NDArray]:
+    """The columns of the next element."""
+    if order == "ascii":
+        table = _lines(file, count, len(properties), path, name)
+        return {key: table[:, i] for i, (key, _) in enumerate(properties)}
+    kind = np.dtype([(key, ORDERS[order] + TYPES[kind]) for key, kind in properties])
+    left = path.stat().st_size - file.tell()
+    if left < count * kind.itemsize:
+        raise UserError(
+            f"{path}: cut short: {count:,} of element {name} are declared, {kind.itemsize} bytes each, "
+            f"{left // kind.itemsize:,} are there; copy or export it again"
+        )
+    found = np.frombuffer(file.read(count * kind.itemsize), kind)
+    return {key: found[key] for key, _ in properties}
 
 
 def _header(start: bytes, path: Path) -> tuple[str, dict[str, tuple[int, list[tuple[str, str]]]], int]:
@@ -175,11 +211,11 @@ def _header(start: bytes, path: Path) -> tuple[str, dict[str, tuple[int, list[tu
     return order, elements, newline + 1
 
 
-def _lines(file: object, count: int, width: int, path: Path, element: str) -> NDArray:
+def _lines(file: BinaryIO, count: int, width: int, path: Path, element: str) -> NDArray:
     """The next `count` lines of numbers [count, width], float64."""
     rows = []
     for number in range(count):
-        words = file.readline().split()  # type: ignore[attr-defined]
+        words = file.readline().split()
         try:
             if len(words) != width:
                 raise ValueError

@@ -1,10 +1,12 @@
 """Gaussians to pictures, on any device, with gradients: projection, tiles, and front-to-back compositing in torch.
 
 On CUDA devices `render` goes through gsplat where it is installed; the two agree to 1e-4. The compositing here keeps
-no table of Gaussians by pixels: it goes through slabs of a tile's Gaussians front to back, leaves tiles that are
-opaque, and the backward pass computes them again.
+no table of Gaussians by pixels. Where Gaussians are small it goes through the list of (pixel, Gaussian) pairs that
+count; where they are large, through slabs of a tile's Gaussians front to back, leaving tiles that are opaque, and the
+backward pass computes them again. The numbers of pairs and of tiles' elements decide, so equal scenes are drawn alike.
 
-Shape suffixes: N Gaussians, H W pixels, D channels; within a slab K Gaussians of each of T tiles, P pixels of a tile.
+Shape suffixes: N Gaussians, H W pixels, D channels; within a slab K Gaussians of each of T tiles, P pixels of a tile;
+M pairs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ REACH = 3.33  # standard deviations that a Gaussian reaches, per axis of the pic
 LARGEST_ALPHA, LEAST_ALPHA, OPAQUE = 0.999, 1 / 255, 1e-4  # gsplat 1.5.3
 TILE = 8  # pixels; any side gives the same picture
 SLAB = 16  # Gaussians of a tile that are composited at a time
-ELEMENTS = 2**21  # Gaussians times pixels of a slab, over all its tiles
+PAIR = 3.0  # what a pair costs, in elements of a slab (measured: 3 to 4)
+MOST_PAIRS = 2**23  # that are held in memory, some 200 bytes each
+ELEMENTS = 2**19  # Gaussians times pixels of a slab, over all its tiles: what caches hold
 
 
 @dataclass
@@ -167,13 +171,117 @@ def composite(
         spread_N2 = projection.covariances_N3[:, [0, 2]].sqrt()
         reach_N2 = torch.minimum(sigmas_N[:, None] * spread_N2 + 0.01, projection.radii_N2.to(spread_N2))
         reach_N2 = torch.where((sigmas_N > 0)[:, None], reach_N2, 0)
-        owner_M, starts, _ = tile_pairs(means_N2, reach_N2, projection.depths_N, width, height, TILE)
+        low_N2, span_N2 = _boxes(means_N2, reach_N2, width, height)
+        pairs = int(span_N2.prod(1).sum())
+        tiles_N2 = torch.where(
+            (span_N2 > 0).all(1, keepdim=True), (low_N2 + span_N2 - 1) // TILE - low_N2 // TILE + 1, 0
+        )
+        few = not weigh and pairs <= MOST_PAIRS and PAIR * pairs < TILE * TILE * int(tiles_N2.prod(1).sum())
+        if few:
+            owner_M, pixel_M = _pairs(low_N2, span_N2, projection.depths_N, width)
+        else:
+            owner_M, starts, _ = tile_pairs(means_N2, reach_N2, projection.depths_N, width, height, TILE)
     shape = (means_N2, conics_N3, opacities_N, values_ND)
+    if few:
+        picture_QD, alpha_Q = _CompositePairs.apply(*shape, owner_M, pixel_M, width, height)
+        return picture_QD.view(height, width, -1), alpha_Q.view(height, width), None
     picture_TPD, alpha_TP, weight_N = _Composite.apply(*shape, owner_M, starts, -(-width // TILE), weigh)
     if weight_N is not None:  # tiles at the border reach beyond the picture
         place_N2 = (means_N2.detach() - 0.5).floor()
         weight_N = torch.where((place_N2 < place_N2.new_tensor([width, height])).all(1), weight_N, 0)
     return _untile(picture_TPD, width, height), _untile(alpha_TP[..., None], width, height)[..., 0], weight_N
+
+
+def _boxes(means_N2: Tensor, reach_N2: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """The first pixel [N, 2] whose centre a Gaussian reaches, and how many columns and rows of them there are."""
+    size_2 = torch.tensor([width, height], device=means_N2.device)
+    low_N2 = (means_N2 - reach_N2 - 0.5).ceil().clamp(0, 2**20).long()
+    high_N2 = torch.minimum((means_N2 + reach_N2 - 0.5).floor().clamp(-1, 2**20).long() + 1, size_2)
+    return low_N2, torch.where((reach_N2 > 0).all(1, keepdim=True), high_N2 - low_N2, 0).clamp(min=0)
+
+
+def _pairs(low_N2: Tensor, span_N2: Tensor, depths_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Gaussians [M], the nearest first, and the pixels in the box of each."""
+    nearest_N = depths_N.sort(stable=True).indices
+    counts_N = span_N2[nearest_N].prod(1)
+    owner_M = torch.repeat_interleave(nearest_N, counts_N)
+    place_M = torch.arange(len(owner_M), device=owner_M.device)
+    place_M -= torch.repeat_interleave(counts_N.cumsum(0) - counts_N, counts_N)
+    columns_M = span_N2[:, 0].index_select(0, owner_M)
+    row_M = place_M // columns_M
+    low_M2 = low_N2.index_select(0, owner_M)
+    return owner_M, (low_M2[:, 1] + row_M) * width + low_M2[:, 0] + place_M - row_M * columns_M
+
+
+class _CompositePairs(torch.autograd.Function):
+    """Blends the pairs of each pixel by running sums of logarithms in float64."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        means: Tensor,
+        conics: Tensor,
+        opacities: Tensor,
+        values_ND: Tensor,
+        owner_M: Tensor,
+        pixel_M: Tensor,
+        width: int,
+        height: int,
+    ) -> tuple[Tensor, Tensor]:
+        across_M2 = torch.stack([pixel_M % width, pixel_M // width], 1) + 0.5 - means.index_select(0, owner_M)
+        dx_M, dy_M = across_M2.unbind(1)
+        a, b, c = conics.index_select(0, owner_M).unbind(1)
+        full_M = opacities.index_select(0, owner_M) * torch.exp(
+            -0.5 * (a * dx_M * dx_M + c * dy_M * dy_M) - b * dx_M * dy_M
+        )
+        counts_M = (full_M >= LEAST_ALPHA).nonzero()[:, 0]
+        counts_M = counts_M[pixel_M[counts_M].int().sort(stable=True).indices]
+        owner_M, pixel_M, full_M, across_M2 = (
+            part.index_select(0, counts_M) for part in (owner_M, pixel_M, full_M, across_M2)
+        )
+        ends_Q = torch.bincount(pixel_M, minlength=width * height).cumsum(0)
+        alpha_M = full_M.clamp(max=LARGEST_ALPHA).double()
+        logs_M = torch.log1p(-alpha_M)
+        sums_M = F.pad(logs_M.cumsum(0), (1, 0))
+        before_Q = sums_M[F.pad(ends_Q, (1, 0))[:-1]]  # of the pixels before
+        after_M = (sums_M[1:] - before_Q.index_select(0, pixel_M)).exp_()
+        hidden_M = after_M <= OPAQUE
+        light_M = (after_M / (1 - alpha_M)).masked_fill_(hidden_M, 0)
+        weights_M = (alpha_M * light_M).to(values_ND)
+        picture_QD = values_ND.new_zeros(width * height, values_ND.shape[1])
+        picture_QD.index_add_(0, pixel_M, weights_M[:, None] * values_ND.index_select(0, owner_M))
+        left_Q = after_M.new_zeros(width * height).index_add_(0, pixel_M, logs_M.masked_fill(hidden_M, 0)).exp_()
+        ctx.save_for_backward(
+            conics, opacities, values_ND, owner_M, pixel_M, full_M, across_M2, light_M, weights_M, left_Q, ends_Q
+        )
+        return picture_QD, (1 - left_Q).to(values_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_picture_QD: Tensor, grad_alpha_Q: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        conics, opacities, values_ND, owner_M, pixel_M, full_M, across_M2, light_M, weights_M, left_Q, ends_Q = (
+            ctx.saved_tensors
+        )
+        grad_MD = grad_picture_QD.index_select(0, pixel_M)
+        grads: list[Tensor | None] = [None, None, None, None]
+        if ctx.needs_input_grad[3]:
+            grads[3] = torch.zeros_like(values_ND).index_add_(0, owner_M, weights_M[:, None] * grad_MD)
+        if any(ctx.needs_input_grad[:3]):
+            # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k); alpha of the picture likewise
+            value_M = (grad_MD * values_ND.index_select(0, owner_M)).sum(1).double()
+            sums_M = F.pad((weights_M * value_M).cumsum(0), (1, 0))
+            behind_M = (sums_M[ends_Q] - left_Q * grad_alpha_Q).index_select(0, pixel_M) - sums_M[1:]
+            grad_M = light_M * value_M - behind_M / (1 - full_M.clamp(max=LARGEST_ALPHA).double())
+            grad_M = (grad_M * full_M).masked_fill_((light_M == 0) | (full_M > LARGEST_ALPHA), 0).to(full_M)
+            dx_M, dy_M = across_M2.unbind(1)
+            gx_M, gy_M = grad_M * dx_M, grad_M * dy_M
+            moments_M6 = torch.stack([grad_M, gx_M, gy_M, gx_M * dx_M, gx_M * dy_M, gy_M * dy_M], 1)
+            moments_N6 = full_M.new_zeros(len(opacities), 6).index_add_(0, owner_M, moments_M6)
+            whole, gx, gy, gxx, gxy, gyy = moments_N6.unbind(1)
+            a, b, c = conics.unbind(1)
+            grads[0] = torch.stack([a * gx + b * gy, b * gx + c * gy], 1)
+            grads[1] = torch.stack([-0.5 * gxx, -gxy, -0.5 * gyy], 1)
+            grads[2] = whole / opacities.clamp(min=1e-12)
+        return *grads, None, None, None, None
 
 
 def _untile(picture_TPD: Tensor, width: int, height: int) -> Tensor:
@@ -244,15 +352,11 @@ class _Composite(torch.autograd.Function):
             while len(group):
                 rows_KT = slabs.gaussians(group, first, SLAB)
                 _, alpha_KTP, _, _ = slabs.alpha(rows_KT, group)
-                now = light_TP[group]
-                weights_KTP = alpha_KTP.clone()
-                kept_TP = left_TP[group]
-                for k in range(len(rows_KT)):
-                    after = now * (1 - alpha_KTP[k])
-                    counts_TP = after > OPAQUE
-                    weights_KTP[k] *= now * counts_TP
-                    kept_TP = torch.where(counts_TP, after, kept_TP)
-                    now = after
+                light_KTP = _light(light_TP[group], 1 - alpha_KTP)
+                now, ends_KTP = light_KTP[-1], light_KTP[1:]
+                hidden_KTP = ends_KTP <= OPAQUE
+                weights_KTP = alpha_KTP.mul_(light_KTP[:-1]).masked_fill_(hidden_KTP, 0)
+                kept_TP = torch.minimum(left_TP[group], ends_KTP.masked_fill(hidden_KTP, 1).amin(0))
                 light_TP[group], left_TP[group] = now, kept_TP
                 picture_TPD[group] += torch.bmm(weights_KTP.permute(1, 2, 0), padded_ND[rows_KT].transpose(0, 1))
                 if weight_N is not None:
@@ -276,13 +380,10 @@ class _Composite(torch.autograd.Function):
         for group in _groups(used, None):
             rows_KT = slabs.gaussians(group, 0, int(used[group].max()))
             full_KTP, alpha_KTP, dx_KTX, dy_KTX = slabs.alpha(rows_KT, group)
-            light_KTP = torch.empty_like(alpha_KTP)
-            now = torch.ones_like(alpha_KTP[0])
-            for k in range(len(rows_KT)):
-                light_KTP[k] = now
-                now = now * (1 - alpha_KTP[k])
-            ends_KTP = torch.cat([light_KTP[1:], now[None]])
-            light_KTP *= ends_KTP > OPAQUE
+            through_KTP = 1 - alpha_KTP
+            light_KTP = _light(torch.ones_like(alpha_KTP[0]), through_KTP)
+            hidden_KTP = light_KTP[1:] <= OPAQUE
+            light_KTP = light_KTP[:-1].masked_fill_(hidden_KTP, 0)
             weights_KTP = alpha_KTP * light_KTP
             grad_TPD = grad_picture_TPD[group]
             grads[3].index_add_(
@@ -292,14 +393,17 @@ class _Composite(torch.autograd.Function):
                 continue
             # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k)
             value_KTP = torch.bmm(padded_ND[rows_KT].transpose(0, 1), grad_TPD.transpose(1, 2)).transpose(0, 1)
-            shares_KTP = weights_KTP * value_KTP
-            behind_KTP = shares_KTP.flip(0).cumsum(0).flip(0) - shares_KTP
+            behind_KTP = weights_KTP.mul_(value_KTP)
             # alpha of the picture is 1 - T of the last: its derivative is T_last / (1 - alpha_k) where k counts
-            behind_KTP -= left_TP[group] * grad_alpha_TP[group]
-            counted_KTP = light_KTP > 0
-            grad_KTP = light_KTP * value_KTP - counted_KTP * behind_KTP / (1 - alpha_KTP)
-            grad_KTP *= (alpha_KTP > 0) & (full_KTP <= LARGEST_ALPHA)
-            grad_KTP *= full_KTP  # of the exponent
+            behind_TP = -left_TP[group] * grad_alpha_TP[group]
+            for k in reversed(range(len(rows_KT))):
+                share_TP = behind_KTP[k].clone()
+                behind_KTP[k] = behind_TP
+                behind_TP += share_TP
+            grad_KTP = value_KTP.mul_(light_KTP).sub_(behind_KTP.div_(through_KTP))
+            # to the exponent; none where the Gaussian does not count, nor where its alpha is cut
+            full_KTP.masked_fill_(hidden_KTP.logical_or_(alpha_KTP == 0).logical_or_(full_KTP > LARGEST_ALPHA), 0)
+            grad_KTP *= full_KTP
             opacity_KT = slabs.opacities_N[rows_KT].clamp(min=1e-12)
             grads[2].index_add_(0, rows_KT.flatten(), (grad_KTP.sum(-1) / opacity_KT).flatten())
             square = grad_KTP.unflatten(-1, (TILE, TILE))
@@ -312,6 +416,15 @@ class _Composite(torch.autograd.Function):
             grads[1].index_add_(0, rows_KT.flatten(), torch.stack([-0.5 * gxx, -gxy, -0.5 * gyy], -1).flatten(0, 1))
         found = [grad[:-1] if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
         return *found, None, None, None, None
+
+
+def _light(first_TP: Tensor, through_KTP: Tensor) -> Tensor:
+    """What reaches each of K Gaussians, and what is left behind the last [K + 1, T, P]."""
+    light_KTP = torch.empty(len(through_KTP) + 1, *first_TP.shape).to(first_TP)
+    light_KTP[0] = first_TP
+    for k in range(len(through_KTP)):
+        torch.mul(light_KTP[k], through_KTP[k], out=light_KTP[k + 1])
+    return light_KTP
 
 
 def _groups(counts: Tensor, slab: int | None) -> list[Tensor]:

@@ -19,6 +19,7 @@ from common import reproduction
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.study import open_sizes
+from scenesplat import fit_experiments
 from scenesplat.experiments import SYNONYMS, Sizes, Study, lifting_against_passing
 from scenesplat.figures import draw_figures
 from scenesplat.rooms import STRUCTURE
@@ -127,6 +128,31 @@ def hu(study: Study, seed: int) -> dict[str, float]:
     return study.unknown(seed)
 
 
+def fm(study: Study, seed: int) -> dict[str, float]:
+    """Gaussians that grow against a fixed number."""
+    return fit_experiments.growing(study, seed)
+
+
+def fd(study: Study, seed: int) -> dict[str, float]:
+    """Fits with and without the depth loss."""
+    return fit_experiments.with_depth(study, seed)
+
+
+def fq(study: Study, seed: int) -> dict[str, float]:
+    """Fitted rooms against sampled ones, before a network of sampled ones."""
+    return fit_experiments.loss_of_quality(study, seed)
+
+
+def ff(study: Study, seed: int) -> dict[str, float]:
+    """A network of fitted rooms against one of sampled ones, before fitted ones."""
+    return fit_experiments.trained_on_fitted(study, seed)
+
+
+def gf(study: Study, seed: int) -> dict[str, float]:
+    """Quality of the fits."""
+    return fit_experiments.by_length(study, seed)
+
+
 def open_study(given: argparse.Namespace) -> Study:
     tune_allocator()
     return Study(open_sizes(Sizes, "scenesplat", given.tier, given.rung), given.folder)
@@ -136,7 +162,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "scenesplat",
         __doc__,
-        (a, a45, b, c, d, e, g, gk, gs, h, hu),
+        (a, a45, b, c, d, e, g, gk, gs, h, hu, fm, fd, fq, ff, gf),
         open_study,
         figures=lambda study, ledger: draw_figures(ledger, study.figures),
         argv=argv,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scenesplat import lifting as lift
-from scenesplat import rasterize
+from scenesplat import mcmc, rasterize
 from scenesplat.data import axis_turn, centre_shift
 from scenesplat.gaussians import ATTRIBUTES, Gaussians, inputs
 from scenesplat.ply import read_scene
@@ -217,11 +217,26 @@ def augmentation(case: Case) -> None:
             assert_close(sign * found.quaternions_N4, wanted["quat"], f"quaternions after {move}")
 
 
+def growth(case: Case) -> None:
+    """What Gaussians become that are split among copies, and how far they wander."""
+    given, wanted, config = case.group("in", "relocate/"), case.group("out", "relocate/"), case.config
+    assert config["op_sigmoid"] == {"k": mcmc.STEEPNESS, "x0": mcmc.FAINT}
+    opacities_N, scales_N3 = mcmc.shared(given["opacities"], given["scales"], given["ratios"])
+    assert_close(opacities_N, wanted["opacities"], "opacities after relocation")
+    assert_close(scales_N3, wanted["scales"], "scales after relocation")
+    given, wanted = case.group("in", "noise/"), case.group("out", "noise/")
+    moved_N3 = mcmc.wandering(
+        given["quats"], given["scales"].exp(), given["opacities"].sigmoid(), given["noise"], config["noise_scaler"]
+    )
+    assert_close(given["means"] + moved_N3, wanted["means"], "places after the noise")
+
+
 SCENE_CHECKS = [
     Check("files", kind("gs_ply", "preprocess_gs"), files),
     Check("grids", kind("grid_sample", "GridSample"), grids),
     Check("augmentation", kind("gs_augment", "RandomRotateTargetAngle"), augmentation),
     Check("drawing", kind("gsplat_render", "gsplat"), drawing),
     Check("lifting", kind("uplift", "OccamLGS"), lifting),
+    Check("growth", kind("mcmc", "relocation"), growth),
     Check("fusion of labels", kind("label_fusion", "preprocess_siglip2_sam2"), fusion),
 ]

@@ -164,7 +164,7 @@ def test_what_is_no_splat_is_refused_with_what_it_seems_to_be(tmp_path: Path) ->
     refused(tmp_path / "odd.ply", "7 properties f_rest", "0, 9, 24 or 45")
     packed = b"ply\nformat binary_little_endian 1.0\nelement chunk 1\nproperty float min_x\nelement vertex 256\n"
     (tmp_path / "a.compressed.ply").write_bytes(packed + b"property uint packed_position\nend_header\n" + bytes(2000))
-    refused(tmp_path / "a.compressed.ply", "splat-transform", "SuperSplat")
+    refused(tmp_path / "a.compressed.ply", "compressed .ply, but damaged", "splat-transform")
     for name, start in (("a.spz", b"\x1f\x8b"), ("b.bin", b"\x1f\x8b"), ("a.splat", b"0000"), ("a.sog", b"PK")):
         (tmp_path / name).write_bytes(start + bytes(50))
         refused(tmp_path / name, "splat-transform")

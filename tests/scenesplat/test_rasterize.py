@@ -52,8 +52,12 @@ def written_out(scene: Gaussians, values_ND: Tensor, view: Camera) -> tuple[Tens
     return picture, 1 - left
 
 
+@pytest.mark.parametrize("pair", [0.0, 1e9])  # always through pairs, always through tiles
 @pytest.mark.parametrize("opaque", [0.0, 6.0])
-def test_picture_and_gradients_are_those_of_the_equation(opaque: float) -> None:
+def test_picture_and_gradients_are_those_of_the_equation(
+    opaque: float, pair: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasterize, "PAIR", pair)
     scene = cloud(60, opaque=opaque)._each(lambda name, value: value.double())
     view = camera()
     view = Camera(view.world_44.double(), view.intrinsics_33.double(), view.width, view.height)
@@ -83,6 +87,10 @@ def test_the_size_of_tiles_slabs_and_groups_changes_no_pixel(monkeypatch: pytest
     scene, view = cloud(400), camera(50, 30)
     with torch.no_grad():
         wanted = render(scene, view)
+        monkeypatch.setattr(rasterize, "PAIR", 0.0)
+        pairs = render(scene, view)
+        torch.testing.assert_close(pairs.rgb_HW3, wanted.rgb_HW3, atol=1e-6, rtol=0)
+        monkeypatch.setattr(rasterize, "PAIR", 1e9)
         for name, value in (("TILE", 16), ("SLAB", 3), ("ELEMENTS", 2**12)):
             with monkeypatch.context() as patch:
                 patch.setattr(rasterize, name, value)

@@ -21,7 +21,7 @@ from common.options import (
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm", "two_stage", "adversarial"]
 Tying = Literal["none", "embeddings", "all"]
-GeneratorKind = Literal["network", "uniform", "unigram"]
+GeneratorKind = Literal["network", "uniform", "unigram", "uniform_official"]
 Init = Literal["official", "fan_in"]
 
 
@@ -66,11 +66,14 @@ class ModelConfig:
         relative_positions: a learned bias per head and distance in every attention, starting as ALiBi's slopes. For
             tiny budgets only, where absolute positions alone do not start to learn; no published model has it.
         init: official is a normal of std `init_std` cut at two deviations; fan_in a std of 0.7 / sqrt(fan_in).
-        generator_factor: width of the generator as a fraction of the main network's; its depth is the same.
+        generator_factor: width of the generator as a fraction of the main network's.
+        generator_layers: depth of the generator as a fraction of the main network's.
         generator_heads: heads of the generator's attentions; 0 keeps the width of a head, at least one head.
         generator_intermediate_size: width of the generator's feed-forward layers; 0 shrinks the main network's by the
             same factor.
-        generator: what replaces tokens: a network, or uniform or unigram draws without one (paper section 3.2).
+        generator: what replaces tokens: a network, or uniform or unigram draws without one (paper section 3.2), which
+            never draw a special token; uniform_official draws every piece of the vocabulary, special ones too, and its
+            constant cross-entropy counts in the loss, as in the official code.
         tying: what generator and main network share: none, embeddings (the embedding block), all encoder weights.
     """
 
@@ -86,6 +89,7 @@ class ModelConfig:
     relative_positions: bool = False
     init: Init = "official"
     generator_factor: Portion = 0.25
+    generator_layers: Portion = 1.0
     generator_heads: Whole = 0
     generator_intermediate_size: Whole = 0
     generator: GeneratorKind = "network"
@@ -110,8 +114,18 @@ class ElectraConfig(ModelConfig):
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.heads {self.heads}; change one"
             )
-        if self.tying == "all" and (self.generator != "network" or self.generator_factor != 1):
-            raise UserError('model.tying "all" needs model.generator "network" and model.generator_factor 1')
+        if self.tying == "all" and (
+            self.generator != "network" or (self.generator_factor, self.generator_layers) != (1, 1)
+        ):
+            raise UserError(
+                'model.tying "all" needs model.generator "network", and 1 for model.generator_factor and '
+                "model.generator_layers"
+            )
+        if not round(self.layers * self.generator_layers):
+            raise UserError(
+                f"model.generator_layers {self.generator_layers} leaves the generator none of "
+                f"model.layers {self.layers}"
+            )
 
     def generator_config(self) -> ElectraConfig:
         """Configuration of the generator's encoder; the same object where all weights are shared.
@@ -125,7 +139,15 @@ class ElectraConfig(ModelConfig):
         smaller = max(1, round(self.intermediate_size * self.generator_factor))
         intermediate = self.generator_intermediate_size or smaller
         embedding = hidden if self.tying == "none" else self.embedding_size
-        return replace(self, embedding_size=embedding, hidden_size=hidden, heads=heads, intermediate_size=intermediate)
+        return replace(
+            self,
+            embedding_size=embedding,
+            hidden_size=hidden,
+            layers=round(self.layers * self.generator_layers),
+            heads=heads,
+            intermediate_size=intermediate,
+            generator_layers=1.0,
+        )
 
     @classmethod
     def small(cls, **changes: Any) -> ElectraConfig:
@@ -217,6 +239,9 @@ class FinetuneConfig:
         max_length: longest row in tokens; also bounded by the encoder's positions.
         dropout: in the encoder and before the head.
         clip: largest norm of the gradient.
+        joint_ends: questions: predict an answer's last token given its first one; False predicts the two independently.
+        answerable: questions: learn whether there is an answer (SQuAD 2.0); False always gives one (SQuAD 1.1).
+        answerable_from_start: questions: read the predicted start too when deciding whether there is an answer.
         double_unordered: train on every pair in both orders (MRPC and STS in the paper).
         precision: bf16 runs the encoder under autocast.
         device: cpu, cuda, or auto, which takes a GPU where there is one.
@@ -232,6 +257,9 @@ class FinetuneConfig:
     max_length: Annotated[int, Range(8, 10**6)] = 128
     dropout: Share = 0.1
     clip: Positive = 1.0
+    joint_ends: bool = True
+    answerable: bool = True
+    answerable_from_start: bool = True
     double_unordered: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"

@@ -5,6 +5,7 @@
 
 CHECKPOINT is a checkpoint of the official code (its folder, or the part of its files' names before ".index"), or an
 .npz or .safetensors file of its variables. `--heads` is needed where heads are not 64 wide: weights do not tell.
+A fine-tuned checkpoint becomes the network of transformers that has its head, and back (electra/finetuned.py).
 
 What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm has gamma and beta; `layer_3` is
 `layer.3`; `discriminator_predictions/dense_1` is `dense_prediction`; `generator_predictions/output_bias` is
@@ -18,7 +19,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from electra.wordpiece import Tokenizer
 
 StateDict = dict[str, Tensor]
 Architecture = Literal["ElectraForPreTraining", "ElectraForMaskedLM"]
+PRETRAINED: tuple[str, ...] = (*get_args(Architecture), "ElectraModel")
 
 # transformers has no relative positions: such a directory carries another model type, so that AutoModel refuses it.
 MODEL_TYPE, RELATIVE_MODEL_TYPE = "electra", "electra-relative"
@@ -105,7 +107,16 @@ _OPTIONAL = {
 }
 
 
-def transformers_config(config: ElectraConfig, architecture: Architecture, pad_id: int = 0) -> dict[str, Any]:
+# Options that change what the network computes and are not built here: the only value that is read, what is missing.
+_ONLY: dict[str, tuple[Any, str]] = {
+    "is_decoder": (False, "causal encoders"),
+    "add_cross_attention": (False, "cross-attention layers"),
+    "position_embedding_type": ("absolute", "transformers' relative keys"),
+    "pruned_heads": ({}, "pruned heads"),
+}
+
+
+def transformers_config(config: ElectraConfig, architecture: str, pad_id: int = 0) -> dict[str, Any]:
     """The content of config.json; what transformers does not know stands under `pretraining`."""
     return {
         "architectures": [architecture],
@@ -132,6 +143,9 @@ def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
     if values.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"config.json: hidden_act is {values['hidden_act']!r}; ELECTRA uses gelu")
+    for name, (only, what) in _ONLY.items():
+        if values.get(name, only) != only:
+            raise UserError(f"config.json: {name} is {values[name]!r}, and {what} are missing here; read is {only!r}")
     for name in _SIZES:
         if name not in values:
             raise UserError(f"config.json: {name!r} is missing")
@@ -266,7 +280,7 @@ def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -
     """Configuration and parameters of an `ElectraPretrainer` that goes on from two transformers directories.
 
     Raises:
-        UserError: the two have different vocabularies, depths or embedding sizes.
+        UserError: the two have different vocabularies or embedding sizes, or the generator is the deeper one.
     """
     config, state = discriminator.config, dict(discriminator.state)
     if generator is None:
@@ -276,12 +290,16 @@ def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -
     tied = config.embedding_size == small.embedding_size and all(
         torch.equal(v, state[k]) for k, v in generator.state.items() if k.startswith(prefix)
     )
-    for name in ("vocab_size", "layers", "max_position", "type_vocab"):
+    for name in ("vocab_size", "max_position", "type_vocab"):
         if getattr(config, name) != getattr(small, name):
             raise UserError(
                 f"generator and discriminator do not belong together: {name} is {getattr(small, name)} in the one and "
                 f"{getattr(config, name)} in the other"
             )
+    if small.layers > config.layers:
+        raise UserError(
+            f"the generator has {small.layers} layers, its discriminator {config.layers}: no generator is deeper"
+        )
     for name, value in generator.state.items():
         if not name.startswith("electra."):
             state[name] = value
@@ -296,6 +314,7 @@ def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -
         replace(
             config,
             generator_factor=small.hidden_size / config.hidden_size,
+            generator_layers=small.layers / config.layers,
             generator_heads=small.heads,
             generator_intermediate_size=small.intermediate_size,
             tying="embeddings" if tied else "none",
@@ -317,13 +336,17 @@ def infer_config(state: Mapping[str, Tensor], heads: int = 0, generator_heads: i
     for key in ("electra.embeddings.word_embeddings.weight", f"electra.{layer.format(0)}"):
         if key not in state:
             raise UserError(f"no variable {official_name(key)}: not a checkpoint of the official ELECTRA code")
+
+    def depth(network: str) -> int:
+        return sum(k.startswith(network) and k.endswith(layer.partition("{}")[2]) for k in state)
+
     vocabulary, embedding = state["electra.embeddings.word_embeddings.weight"].shape
     hidden = len(state[f"electra.{layer.format(0)}"])
     config = ElectraConfig(
         vocab_size=vocabulary,
         embedding_size=embedding,
         hidden_size=hidden,
-        layers=sum(k.startswith("electra.") and k.endswith(layer.partition("{}")[2]) for k in state),
+        layers=depth("electra."),
         heads=heads or max(1, hidden // 64),
         intermediate_size=len(state["electra.encoder.layer.0.intermediate.dense.weight"]),
         max_position=len(state["electra.embeddings.position_embeddings.weight"]),
@@ -334,6 +357,7 @@ def infer_config(state: Mapping[str, Tensor], heads: int = 0, generator_heads: i
     return replace(
         config,
         generator_factor=len(query) / hidden,
+        generator_layers=depth("generator.") / config.layers,
         generator_heads=generator_heads or max(1, len(query) // 64),
         generator_intermediate_size=len(state["generator.encoder.layer.0.intermediate.dense.weight"]),
         tying="none" if "generator.embeddings.word_embeddings.weight" in state else "embeddings",
@@ -344,17 +368,31 @@ def import_official(
     variables: Mapping[str, Tensor], directory: Path, heads: int = 0, generator_heads: int = 0
 ) -> list[Path]:
     """Write transformers directories from official variables; returns the directories."""
+    from electra.finetuned import import_finetuned, official_tasks
+
     state = from_official(variables)
+    if official_tasks(variables):
+        return import_finetuned(variables, state, directory, heads)
     return write_networks(directory, infer_config(state, heads, generator_heads), state)
 
 
-def export_official(directory: Path) -> StateDict:
-    """Official variables of a transformers directory (or an arm's folder) and of its generator, where there is one."""
+def export_official(directory: Path, task: str = "") -> StateDict:
+    """Official variables of a transformers directory (or an arm's folder) and of its generator, where there is one.
+
+    Args:
+        task: the official name of what a fine-tuned network does (`squad`, `chunk`).
+    """
+    from electra.finetuned import export_finetuned
+
     directory = encoder_folder(directory)
     main, place = load_pretrained(directory), generator_folder(directory)
     generator = load_pretrained(place) if place else None
     if main.config.relative_positions:
         raise UserError(f"{directory}: the official code has no relative positions")
+    if main.architecture not in PRETRAINED:
+        if not task:
+            raise UserError(f"{directory} is a fine-tuned network ({main.architecture}): name its task with --task")
+        return export_finetuned(main, task)
     return to_official(pretraining_state(main, generator)[1])
 
 
@@ -507,13 +545,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     exporter.add_argument("directory", type=Path, help="a transformers directory with its generator/")
     exporter.add_argument("out", type=Path, help="folder (import) or file (export) to write")
+    exporter.add_argument("--task", default="", help="official name of a fine-tuned network's task (squad, chunk)")
     options = parser.parse_args(arguments)
     if options.command == "import":
         variables = read_variables(options.checkpoint)
         for folder in import_official(variables, options.out, options.heads, options.generator_heads):
             print(f"wrote {folder}")
         return
-    variables = export_official(options.directory)
+    variables = export_official(options.directory, options.task)
     if options.out.suffix == ".npz":
         arrays: dict[str, Any] = {k: v.numpy() for k, v in variables.items()}
 

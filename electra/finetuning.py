@@ -143,16 +143,18 @@ def _question_row(
 
 
 class FinetuneModel(nn.Module):
-    """An encoder (`electra`) and the head that the task's kind needs (`head`)."""
+    """An encoder (`electra`) and the head that the task's kind needs (`head`); the head's options from `config`."""
 
-    def __init__(self, electra: Encoder, task: Task, dropout: float = 0.1) -> None:
+    def __init__(self, electra: Encoder, task: Task, config: FinetuneConfig | None = None) -> None:
         super().__init__()
+        config = config or FinetuneConfig()
+        dropout = config.dropout
         self.electra = electra
         self.kind = task.kind
         width = electra.config.hidden_size
         self.head: ClassificationHead | RegressionHead | QuestionAnsweringHead
         if task.kind == "questions":
-            self.head = QuestionAnsweringHead(width)
+            self.head = QuestionAnsweringHead(width, config.joint_ends, config.answerable, config.answerable_from_start)
         elif task.kind == "regression":
             self.head = RegressionHead(width, dropout)
         else:
@@ -244,7 +246,7 @@ def finetune_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         encoder = _encoder(source, tokenizer, config)
-        model = FinetuneModel(encoder, task, config.dropout).to(device)
+        model = FinetuneModel(encoder, task, config).to(device)
         length = min(config.max_length, encoder.config.max_position)
         rows = encode_items(_training_items(task, config), task, tokenizer, length)
         started = time.perf_counter()

@@ -86,15 +86,33 @@ class QuestionAnsweringHead(nn.Module):
 
     start: one unit on h_t. end: one unit on gelu(dense([h_start; h_t])). No answer: one unit on
     gelu(dense([h_cls; sum_t softmax(start)_t h_t])).
+
+    Args:
+        joint: False predicts the end by one unit on h_t, without the start (official `joint_prediction`).
+        answerable: False leaves the question whether there is an answer out (official `answerable_classifier`).
+        answerable_from_start: False asks one unit on h_cls alone (official `answerable_uses_start_logits`).
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, joint: bool = True, answerable: bool = True, answerable_from_start: bool = True
+    ) -> None:
         super().__init__()
+        self.joint, self.answerable, self.from_start = joint, answerable, answerable and answerable_from_start
         self.start = _linear(hidden_size, 1)
-        self.end_hidden = _linear(2 * hidden_size, ANSWER_HIDDEN)
-        self.end = _linear(ANSWER_HIDDEN, 1)
-        self.impossible_hidden = _linear(2 * hidden_size, ANSWER_HIDDEN)
-        self.impossible = _linear(ANSWER_HIDDEN, 1)
+        if joint:
+            self.end_hidden = _linear(2 * hidden_size, ANSWER_HIDDEN)
+        self.end = _linear(ANSWER_HIDDEN if joint else hidden_size, 1)
+        if self.from_start:
+            self.impossible_hidden = _linear(2 * hidden_size, ANSWER_HIDDEN)
+        if answerable:
+            self.impossible = _linear(ANSWER_HIDDEN if self.from_start else hidden_size, 1)
+
+    @property
+    def official_layers(self) -> dict[str, str]:
+        """What the official code calls our layers: TensorFlow counts those without a name of their own."""
+        ours = [name for name in ("start", "end", "impossible_hidden", "impossible") if hasattr(self, name)]
+        counted = {name: f"dense_{i}" if i else "dense" for i, name in enumerate(ours)}
+        return {**counted, "end_hidden": "qa_hidden"} if self.joint else counted
 
     def forward(self, h_BLD: Tensor, candidates_BL: Tensor, start_B: Tensor) -> AnswerLogits:
         """Logits for training.
@@ -120,6 +138,8 @@ class QuestionAnsweringHead(nn.Module):
         """(start + end) / 2 + 0.5 answerability, [B]."""
         start = F.cross_entropy(logits.start_BL, start_B, reduction="none")
         end = F.cross_entropy(logits.end_BL, end_B, reduction="none")
+        if not self.answerable:
+            return (start + end) / 2
         answerable = F.binary_cross_entropy_with_logits(logits.impossible_B, impossible_B.float(), reduction="none")
         return (start + end) / 2 + answerable_weight * answerable
 
@@ -140,6 +160,9 @@ class QuestionAnsweringHead(nn.Module):
 
     def _end_logits(self, h_BLD: Tensor, start_BKD: Tensor, candidates_BL: Tensor) -> Tensor:
         """[B, K, L]. dense([h_start; h_t]) is the sum of two products, neither of which needs all K x L pairs."""
+        if not self.joint:
+            end_BL = self.end(h_BLD)[..., 0] + _OUTSIDE * (candidates_BL - 1)
+            return end_BL[:, None].expand(-1, start_BKD.shape[1], -1)
         from_start, from_token = self.end_hidden.weight.chunk(2, dim=1)
         start_BK1H = F.linear(start_BKD, from_start, self.end_hidden.bias)[:, :, None]
         token_B1LH = F.linear(h_BLD, from_token)[:, None]
@@ -147,6 +170,11 @@ class QuestionAnsweringHead(nn.Module):
         return end_BKL + _OUTSIDE * (candidates_BL[:, None] - 1)
 
     def _impossible_logit(self, h_BLD: Tensor, start_BL: Tensor) -> Tensor:
+        """[B]; 0 where the head does not ask."""
+        if not self.answerable:
+            return h_BLD.new_zeros(len(h_BLD))
+        if not self.from_start:
+            return self.impossible(h_BLD[:, 0])[:, 0]
         expected_BD = torch.einsum("bl,bld->bd", start_BL.softmax(-1), h_BLD)
         features = torch.cat([h_BLD[:, 0], expected_BD], -1)
         return self.impossible(F.gelu(self.impossible_hidden(features)))[:, 0]

@@ -53,6 +53,7 @@ class Batch:
     max_length: int
     width: int = 0
     columns_N: Tensor | None = field(default=None, repr=False)  # place in a padded row, where that is not the position
+    keys_BL: Tensor | None = field(default=None, repr=False)  # real tokens of rows that keep their padding
 
     @classmethod
     def from_rows(cls, rows: Sequence[Tensor], types: Sequence[Tensor] | None = None, max_length: int = 0) -> Batch:
@@ -101,6 +102,14 @@ class Batch:
             None if dense else columns_N,
         )
 
+    @classmethod
+    def with_padding(cls, ids_BL: Tensor, mask_BL: Tensor, types_BL: Tensor | None = None) -> Batch:
+        """A padded batch whose padding is computed, though nothing attends to it, as in transformers.
+
+        For heads whose softmax or loss runs over the padding too (transformers' question answering); slower.
+        """
+        return replace(cls.from_padded(ids_BL, types_BL=types_BL), keys_BL=mask_BL.bool())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -116,6 +125,7 @@ class Batch:
             positions_N=change(self.positions_N),
             cu_lengths=change(self.cu_lengths),
             columns_N=None if self.columns_N is None else change(self.columns_N),
+            keys_BL=None if self.keys_BL is None else change(self.keys_BL),
         )
 
     @cached_property
@@ -244,6 +254,11 @@ def attend(qkv_N3AH: Tensor, batch: Batch, bias_ALL: Tensor | None, dropout: flo
     Half precision on CUDA runs FlashAttention on the packed tokens; elsewhere rows of equal length that stand side by
     side share a call, and batches with many different lengths are padded for this one operation.
     """
+    if batch.keys_BL is not None:
+        tokens = batch.keys_BL.numel()
+        rows_BL3AH = qkv_N3AH[:tokens].unflatten(0, batch.keys_BL.shape)
+        out_NAH = _attend_rows(rows_BL3AH, bias_ALL, batch.keys_BL[:, None, None], dropout).flatten(0, 1)
+        return F.pad(out_NAH, (0, 0, 0, 0, 0, len(qkv_N3AH) - tokens))
     if qkv_N3AH.is_cuda and bias_ALL is None and qkv_N3AH.dtype in (torch.float16, torch.bfloat16):
         q, k, v = qkv_N3AH.unbind(1)
         cu, longest = batch.cu_lengths, batch.max_length

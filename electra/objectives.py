@@ -11,6 +11,7 @@ Shapes: B rows, N packed tokens, M chosen slots, D hidden size, E embedding size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.kernels.vocab_head import VocabHead, vocab_head
 from electra.config import ElectraConfig
-from electra.masking import Corrupted, Draws, Masked, SpecialIds, choose, corrupt
+from electra.masking import Corrupted, Draws, Masked, SpecialIds, choose, corrupt, gumbel_sample
 from electra.model import Batch, Embeddings, Encoder, MlmHead, OutputBias, RtdHead
 
 Objective = Literal["electra", "electra15", "mlm", "replace_mlm", "all_tokens_mlm"]
@@ -121,7 +122,7 @@ class ElectraPretrainer(nn.Module):
                 self.generator = Encoder(small, own_embeddings=config.tying == "none")
             self.generator_predictions = MlmHead(small)
             self.generator_lm_head = OutputBias(small)
-        else:
+        elif config.generator != "uniform_official":
             self.register_buffer("unigram_V", torch.ones(config.vocab_size, dtype=torch.float64))
             self.set_unigram(torch.ones(config.vocab_size))
         if objective in RTD:
@@ -180,6 +181,8 @@ class ElectraPretrainer(nn.Module):
         if seeds_M is None and draws.gumbel_MV is None and self.objective != "mlm":
             device = masked.positions_M.device
             seeds_M = torch.randint(1 << 62, (len(masked.positions_M),), generator=generator, device=device)
+        if self.objective != "mlm" and self.config.generator == "uniform_official":
+            return self._uniform(masked, seeds_M, draws.gumbel_MV)
         if self.objective != "mlm" and self.config.generator != "network":
             return Generated(self._unigram_samples(seeds_M))
         noise = (None, None) if self.objective == "mlm" else (seeds_M, draws.gumbel_MV)
@@ -200,6 +203,23 @@ class ElectraPretrainer(nn.Module):
         uniform_M = (seeds_M >> 9).double() / (1 << 53)
         # right: a number that falls on a boundary belongs to the next id, so ids of weight 0 are never drawn.
         return torch.searchsorted(cumulative_V, uniform_M * cumulative_V[-1], right=True)
+
+    def _uniform(self, masked: Masked, seeds_M: Tensor | None, gumbel_MV: Tensor | None) -> Generated:
+        """The official `uniform_generator`: logits of zero for every piece of the vocabulary."""
+        pieces, targets_M = self.config.vocab_size, masked.targets_M
+        loss_M = masked.weights_M.new_full(targets_M.shape, math.log(pieces))
+        if gumbel_MV is not None:
+            logits_MV = torch.zeros_like(gumbel_MV, dtype=torch.float32)
+            samples_M = gumbel_sample(logits_MV, gumbel_MV, disallow_M=targets_M if self.disallow_correct else None)
+        else:
+            assert seeds_M is not None
+            uniform_M = (seeds_M >> 9).double() / (1 << 53)
+            if self.disallow_correct:  # one of the others
+                samples_M = (uniform_M * (pieces - 1)).long()
+                samples_M = samples_M + (samples_M >= targets_M)
+            else:
+                samples_M = (uniform_M * pieces).long()
+        return Generated(samples_M, loss_M, torch.zeros_like(targets_M))
 
     def discriminate(self, batch: Batch, ids_N: Tensor) -> Tensor:
         """Replaced-token logits [N], positive for "replaced"."""

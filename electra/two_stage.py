@@ -46,6 +46,7 @@ def same_size(config: ElectraConfig) -> ElectraConfig:
         config,
         generator="network",
         generator_factor=1.0,
+        generator_layers=1.0,
         generator_heads=config.heads,
         generator_intermediate_size=config.intermediate_size,
         tying="none",

@@ -94,14 +94,18 @@ class NoiseSchedule(nn.Module):
         abar = np.cumprod(alphas)
         abar_prev = np.append(1.0, abar[:-1])
         posterior_variance = (1 - v_posterior) * betas * (1 - abar_prev) / (1 - abar) + v_posterior * betas
+        # In float32 as in the authors' code: 1 - abar loses digits at the first steps, and theirs has lost them too.
+        betas_f, variance_f, alphas_f, abar_f = (
+            table.astype(np.float32) for table in (betas, posterior_variance, alphas, abar)
+        )
         if prediction == "eps":
             with np.errstate(divide="ignore"):
-                bound = betas**2 / (2 * posterior_variance * alphas * (1 - abar))
+                bound = betas_f * betas_f / (2 * variance_f * alphas_f * (1 - abar_f))
         elif prediction == "x0":
-            # As in the authors' code, whose denominator reads `2 * 1 - abar`.
-            bound = 0.5 * np.sqrt(abar) / (2.0 - abar)
+            # Their denominator reads `2 * 1 - abar`.
+            bound = np.float32(0.5) * np.sqrt(abar_f) / (2 - abar_f)
         else:
-            bound = np.ones_like(betas)
+            bound = np.ones_like(betas_f)
         bound[0] = bound[1]  # beta~_1 = 0 would make the first weight infinite
 
         self.timesteps = timesteps

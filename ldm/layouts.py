@@ -233,6 +233,12 @@ def unet_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) ->
             "the number of attention heads is not in the weights: give the model's configuration (--config)"
         )
     config = {"dropout": 0.0, "image_size": None, **infer_unet_config(state), **config}
+    for option in ("use_new_attention_order", "n_embed"):
+        if config.get(option):
+            raise UserError(f"diffusers' U-Nets have no counterpart of {option}; keep --to ours")
+    if not config.get("conv_resample", True) or config.get("num_heads_upsample", -1) != -1:
+        option = "num_heads_upsample" if config.get("conv_resample", True) else "conv_resample"
+        raise UserError(f"diffusers' U-Nets have no counterpart of {option}={config[option]}; keep --to ours")
     if config.get("resblock_updown"):
         raise UserError("diffusers' U-Nets have no counterpart of resblock_updown with these weights; keep --to ours")
     widths = [m * config["model_channels"] for m in config["channel_mult"]]
@@ -484,6 +490,14 @@ def first_stage_to_diffusers(
     return _rename(flat, names, "first stage"), theirs
 
 
+# What diffusers' options must be, where they are given, for a first stage of the paper's.
+_FIRST_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "norm_type": ("group",),
+    "lookup_from_codebook": (False,),
+}
+
+
 def first_stage_from_diffusers(
     state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[StateDict, dict[str, Any]]:
@@ -494,7 +508,10 @@ def first_stage_from_diffusers(
     for key in ("use_quant_conv", "use_post_quant_conv"):
         if config.get(key, True) is not True:
             raise UserError(f"vae/config.json: {key} is off, which the paper's first stage is not")
-    if config.get("shift_factor") or config.get("latents_mean"):
+    for key, only in _FIRST_MUST_BE.items():
+        if config.get(key, only[0]) not in only:
+            raise UserError(f"vae/config.json: {key}={config[key]!r} is missing here (only {only[0]!r})")
+    if config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std"):
         raise UserError("vae/config.json: latents that are shifted are not the paper's (expected only scaling_factor)")
 
     def modern(key: str) -> str:
@@ -503,6 +520,8 @@ def first_stage_from_diffusers(
         return key
 
     attends = ["Attn" in name for name in config["down_block_types"]]
+    if ["Attn" in name for name in config.get("up_block_types", config["down_block_types"][::-1])] != attends[::-1]:
+        raise UserError("vae/config.json: up_block_types must mirror down_block_types")
     names = _first_stage_names(len(attends), config.get("layers_per_block", 1), attends)
     ours = _rename({modern(k): v for k, v in state.items()}, _swap(names), "first stage")
     ours = {k: v[:, :, None, None] if v.ndim == 2 and _FIRST_ATTENTION_WEIGHT.search(k) else v for k, v in ours.items()}

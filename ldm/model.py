@@ -86,22 +86,22 @@ def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve the grid: 3x3 convolution with stride 2 (parameters `op.*`)."""
+    """Halve the grid: 3x3 convolution with stride 2 (parameters `op.*`), or the mean of 2x2 cells."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, conv: bool = True) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.op(x_BCHW)
 
 
 class Upsample(nn.Module):
-    """Double the grid: nearest neighbour, then 3x3 convolution."""
+    """Double the grid: nearest neighbour, then 3x3 convolution (or nothing)."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, conv: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
@@ -163,13 +163,14 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of the unconditional U-Net. The rows of `qkv` go head by head, (q, k, v) inside each head."""
+    """Self-attention of the unconditional U-Net. The rows of `qkv` go head by head, (q, k, v) inside each head; with
+    `q_k_v` all of q comes first, then k, then v (the authors' `use_new_attention_order`)."""
 
-    def __init__(self, channels: int, num_heads: int, use_checkpoint: bool = False) -> None:
+    def __init__(self, channels: int, num_heads: int, use_checkpoint: bool = False, q_k_v: bool = False) -> None:
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"attention width {channels} is not divisible by {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads, self.q_k_v = num_heads, q_k_v
         self.use_checkpoint = use_checkpoint
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -182,7 +183,11 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x_BCHW: Tensor) -> Tensor:
         qkv_BLD = _pointwise(_tokens(normalise(x_BCHW, self.norm)), self.qkv)
-        q_BKLD, k_BKLD, v_BKLD = qkv_BLD.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+        if self.q_k_v:
+            qkv_3BKLD = qkv_BLD.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            qkv_3BKLD = qkv_BLD.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        q_BKLD, k_BKLD, v_BKLD = qkv_3BKLD.unbind(0)
         h_BLD = attention(q_BKLD, k_BKLD, v_BKLD).transpose(1, 2).flatten(2)
         return x_BCHW + _grid(_pointwise(h_BLD, self.proj_out), x_BCHW)
 
@@ -318,6 +323,7 @@ def _down_path(
     resblock_updown: bool,
     res_block: Callable[..., ResBlock],
     attention: Callable[[int], nn.Module],
+    conv_resample: bool = True,
 ) -> tuple[nn.ModuleList, list[int], int]:
     """The contracting path: its stages, the width after each, and the final down-sampling factor."""
     width, factor = options.model_channels, 1
@@ -333,7 +339,7 @@ def _down_path(
             stages.append(Stage(*layers))
             widths.append(width)
         if level != len(options.channel_mult) - 1:
-            down = res_block(width, width, resample="down") if resblock_updown else Downsample(width, width)
+            down = res_block(width, width, resample="down") if resblock_updown else Downsample(width, conv_resample)
             stages.append(Stage(down))
             widths.append(width)
             factor *= 2
@@ -350,6 +356,10 @@ class UNet(nn.Module):
         num_classes: adds a label embedding to the time embedding ("adm" conditioning).
         legacy: head width channels // number of heads even when num_head_channels is given.
         image_size: nominal latent side; recorded only, the network runs on any size.
+        conv_resample: False resamples without convolutions (where resblock_updown is off).
+        use_new_attention_order: of the rows of plain attention's `qkv`, see `AttentionBlock`.
+        num_heads_upsample: heads of the up path's plain attention, where num_heads gives them (-1: num_heads).
+        n_embed: predict logits of so many codebook entries instead of a latent (the head `id_predictor`).
         use_checkpoint: recompute activations of blocks in the backward pass to save memory.
     """
 
@@ -364,6 +374,10 @@ class UNet(nn.Module):
         num_classes: int | None = None,
         legacy: bool = True,
         image_size: int | None = None,
+        conv_resample: bool = True,
+        use_new_attention_order: bool = False,
+        num_heads_upsample: int = -1,
+        n_embed: int | None = None,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -383,6 +397,13 @@ class UNet(nn.Module):
             "legacy": legacy,
             "image_size": image_size,
         }
+        unusual = {
+            "conv_resample": (conv_resample, True),
+            "use_new_attention_order": (use_new_attention_order, False),
+            "num_heads_upsample": (num_heads_upsample, -1),
+            "n_embed": (n_embed, None),
+        }
+        self.config |= {name: value for name, (value, usual) in unusual.items() if value != usual}
         res_block = partial(
             ResBlock,
             emb_channels=4 * options.model_channels,
@@ -391,13 +412,15 @@ class UNet(nn.Module):
             use_checkpoint=use_checkpoint,
         )
 
-        def attention(width: int) -> nn.Module:
+        def attention(width: int, up: bool = False) -> nn.Module:
             given = options.num_head_channels
             heads = options.num_heads if given == -1 else width // given
             if not heads:
                 raise ValueError(f"num_head_channels {given}: a level has {width} channels only")
             if not use_spatial_transformer:
-                return AttentionBlock(width, heads, use_checkpoint)
+                if up and legacy and given == -1 and num_heads_upsample != -1:
+                    heads = num_heads_upsample
+                return AttentionBlock(width, heads, use_checkpoint, use_new_attention_order)
             dim_head = width // heads if legacy or given == -1 else given
             return SpatialTransformer(width, heads, dim_head, options.transformer_depth, context_dim, use_checkpoint)
 
@@ -405,7 +428,7 @@ class UNet(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * options.model_channels)
         self.input_blocks, widths, factor = _down_path(
-            options, in_channels, options.resblock_updown, res_block, attention
+            options, in_channels, options.resblock_updown, res_block, attention, conv_resample
         )
         width = widths[-1]
         self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
@@ -416,14 +439,17 @@ class UNet(nn.Module):
                 layers: list[nn.Module] = [res_block(width + skip, wide)]
                 width = wide
                 if factor in options.attention_resolutions:
-                    layers.append(attention(width))
+                    layers.append(attention(width, up=True))
                 if level and i == options.num_res_blocks:
                     updown = options.resblock_updown
-                    layers.append(res_block(width, width, resample="up") if updown else Upsample(width, width))
+                    layers.append(res_block(width, width, resample="up") if updown else Upsample(width, conv_resample))
                     factor //= 2
                 output_blocks.append(Stage(*layers))
         self.output_blocks = nn.ModuleList(output_blocks)
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), _zero(nn.Conv2d(width, out_channels, 3, padding=1)))
+        self.id_predictor = None
+        if n_embed is not None:
+            self.id_predictor = nn.Sequential(group_norm(width), nn.Conv2d(options.model_channels, n_embed, 1))
         limit_groups(self, options.norm_groups)
 
     def forward(
@@ -445,6 +471,8 @@ class UNet(nn.Module):
         h_BCHW = self.middle_block(h_BCHW, silu_emb_BE, context_BLD)
         for stage in self.output_blocks:
             h_BCHW = stage(torch.cat([h_BCHW, skips.pop()], dim=1), silu_emb_BE, context_BLD)
+        if self.id_predictor is not None:
+            return self.id_predictor(h_BCHW)
         return self.out[2](_norm_silu(h_BCHW, self.out[0]))
 
 
@@ -532,6 +560,8 @@ class EncoderUNet(nn.Module):
         num_heads: int = 1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
+        conv_resample: bool = True,
+        use_new_attention_order: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -546,10 +576,12 @@ class EncoderUNet(nn.Module):
 
         def attention(width: int) -> AttentionBlock:
             heads = num_heads if options.num_head_channels == -1 else width // options.num_head_channels
-            return AttentionBlock(width, heads, use_checkpoint)
+            return AttentionBlock(width, heads, use_checkpoint, use_new_attention_order)
 
         self.time_embed = _time_embed(options.model_channels)
-        self.input_blocks, widths, factor = _down_path(options, in_channels, resblock_updown, res_block, attention)
+        self.input_blocks, widths, factor = _down_path(
+            options, in_channels, resblock_updown, res_block, attention, conv_resample
+        )
         width = widths[-1]
         self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
         features = sum(widths) + width

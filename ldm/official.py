@@ -7,6 +7,7 @@ networks from `config.py`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
@@ -27,6 +28,32 @@ DDCONFIG_NEEDS = (
     *("attn_resolutions", "resolution", "in_channels", "out_ch"),
 )
 DDCONFIG_HAS = (*DDCONFIG_NEEDS, "double_z", "dropout", "attn_type")
+# Options of the authors' modules that are read by their one value here; another is refused by name.
+UNET_ONLY: dict[str, Any] = {"dims": 2, "use_fp16": False}
+CLASSIFIER_ONLY: dict[str, Any] = {**UNET_ONLY, "num_heads_upsample": -1}
+DDCONFIG_ONLY: dict[str, Any] = {
+    "resamp_with_conv": True,
+    "use_linear_attn": False,
+    "give_pre_end": False,
+    "tanh_out": False,
+}
+FIRST_STAGE_ONLY: dict[str, Any] = {
+    "remap": None,
+    "use_ema": False,
+    "batch_resize_range": None,
+    "colorize_nlabels": None,
+    "ignore_keys": [],
+}
+# `sane_index_shape` changes the shape of indices only, which are [B, h, w] here.
+FIRST_STAGE_WITHOUT_INFLUENCE = ("sane_index_shape", "image_key", "scheduler_config", "lr_g_factor")
+CONDITIONER_ONLY: dict[str, Any] = {"embedding_dropout": 0.0}
+TRANSFORMER_ONLY: dict[str, Any] = {"dropout": 0.0, "gated_ff": True, "checkpoint": True}
+MODEL_ONLY: dict[str, Any] = {
+    "given_betas": None,
+    "num_timesteps_cond": 1,
+    "use_positional_encodings": False,
+    "cond_stage_forward": None,
+}
 # Options of the authors' configurations that concern their trainer, not the network.
 FOREIGN_OPTIONS = ("lossconfig", "monitor", "ckpt_path", "device", "use_tokenizer", "use_checkpoint")
 
@@ -35,6 +62,27 @@ def _need(config: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
     missing = [name for name in names if name not in config]
     if missing:
         raise UserError(f"{what}: {missing[0]} is missing")
+
+
+def without_only(config: Mapping[str, Any], only: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The configuration without the options that have one value here.
+
+    Raises:
+        UserError: one of them has another value.
+    """
+    for name, value in only.items():
+        if config.get(name, value) not in (value, None):
+            raise UserError(f"{what}: {name} is {config[name]!r}, which is missing here (only {value!r})")
+    return {name: value for name, value in config.items() if name not in only}
+
+
+def _call(build: Any, options: Mapping[str, Any], what: str) -> Any:
+    """`build(**options)`; an option that it does not have is refused by name."""
+    known = inspect.signature(build).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UserError(f"{what}: option {unknown[0]} is missing here; known: {', '.join(known)}")
+    return build(**options)
 
 
 def _split(config: Mapping[str, Any], options: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,15 +95,15 @@ def _split(config: Mapping[str, Any], options: type) -> tuple[dict[str, Any], di
 def unet_of(config: Mapping[str, Any]) -> UNet:
     """The denoiser of `unet_config.params`."""
     _need(config, UNET_NEEDS, "unet_config")
-    options, rest = _split(config, UNetOptions)
-    return UNet(UNetOptions(**options), **rest)
+    options, rest = _split(without_only(config, UNET_ONLY, "unet_config"), UNetOptions)
+    return _call(functools.partial(UNet, UNetOptions(**options)), rest, "unet_config")
 
 
 def classifier_of(config: Mapping[str, Any]) -> EncoderUNet:
     """The classifier of noisy latents with the arguments of the authors' EncoderUNetModel."""
     _need(config, (*UNET_NEEDS, "image_size"), "classifier")
-    options, rest = _split(config, ClassifierNetwork)
-    return EncoderUNet(ClassifierNetwork(**options), **rest)
+    options, rest = _split(without_only(config, CLASSIFIER_ONLY, "classifier"), ClassifierNetwork)
+    return _call(functools.partial(EncoderUNet, ClassifierNetwork(**options)), rest, "classifier")
 
 
 def autoencoder_of(
@@ -72,6 +120,7 @@ def autoencoder_of(
         UserError: an option is missing, unknown, or contradicts the kind.
     """
     _need(ddconfig, DDCONFIG_NEEDS, "ddconfig")
+    ddconfig = without_only(ddconfig, DDCONFIG_ONLY, "ddconfig")
     unknown = [name for name in ddconfig if name not in DDCONFIG_HAS]
     if unknown:
         raise UserError(f"ddconfig: {unknown[0]} is unknown; expected {', '.join(DDCONFIG_HAS)}")
@@ -119,13 +168,19 @@ def from_compvis_config(
     for key in ("model", "params"):
         if isinstance(params.get(key), Mapping):
             params = params[key]
+    without_only(params, MODEL_ONLY, "model")
 
     def build(entry: Mapping[str, Any], known: Mapping[str, Any], what: str) -> nn.Module:
         name = str(entry["target"]).rsplit(".", 1)[-1]
         if name not in known:
             raise UserError(f"{what} {entry['target']!r} is not available: this package has {sorted(known)}")
         options = {k: v for k, v in dict(entry.get("params") or {}).items() if k not in FOREIGN_OPTIONS}
-        return known[name](**options)
+        if what == "first stage":
+            options = {k: v for k, v in options.items() if k not in FIRST_STAGE_WITHOUT_INFLUENCE}
+            options = without_only(options, FIRST_STAGE_ONLY, what)
+        elif what == "conditioner":
+            options = without_only(options, CONDITIONER_ONLY, what)
+        return _call(known[name], options, f"{what} {name}")
 
     first_stage = build(
         params["first_stage_config"],

@@ -38,10 +38,23 @@ StateDict = dict[str, Tensor]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_CLASS = "PixArtTransformer2DModel"
+# The class that the published folders name: diffusers' general one, with these values where config.json is silent.
+PUBLISHED_CLASS = "Transformer2DModel"
+_PUBLISHED_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 88,
+    "num_layers": 1,
+    "activation_fn": "geglu",
+    "attention_bias": False,
+    "norm_type": "layer_norm",
+    "norm_elementwise_affine": True,
+    "norm_eps": 1e-5,
+}
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # diffusers has no place for the null caption: it stands beside the weights, where diffusers does not look.
 NULL_CAPTION_FILE = "null_caption.safetensors"
 NULL_CAPTION = "y_embedder.y_embedding"
+_PUBLISHED_NULL_CAPTION = "caption_projection.y_embedding"
 CLASSES = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
 FORMAT = {"format": "pt"}  # diffusers reads no weights without it
@@ -355,16 +368,22 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-6,),
     "norm_type": ("ada_norm_single",),
+    **dict.fromkeys(("double_self_attention", "only_cross_attention", "use_linear_projection"), (False,)),
+    "num_vector_embeds": (None,),
 }
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[StateDict, PixArtConfig]:
     """Weights in the authors' names and the network's shape, from a PixArtTransformer2DModel's weights and config.json.
 
-    The null caption is taken along if `state` has it under our name.
+    The published folders' Transformer2DModel is read too. The null caption is taken along if `state` has it, under our
+    name or theirs (`caption_projection.y_embedding`, which diffusers' own class passes over).
     """
-    if config.get("_class_name", DIFFUSERS_CLASS) != DIFFUSERS_CLASS:
-        raise UserError(f"transformer/config.json: class {config['_class_name']}; expected {DIFFUSERS_CLASS}")
+    kind = config.get("_class_name", DIFFUSERS_CLASS)
+    if kind not in (DIFFUSERS_CLASS, PUBLISHED_CLASS):
+        raise UserError(f"transformer/config.json: class {kind}; expected {DIFFUSERS_CLASS} or {PUBLISHED_CLASS}")
+    if kind == PUBLISHED_CLASS:
+        config = {**_PUBLISHED_DEFAULTS, **config}
     for key, allowed in _MUST_BE.items():
         if key in config and config[key] not in allowed:
             raise UserError(f"transformer/config.json: {key}={config[key]!r}; PixArt-alpha has {allowed[0]!r}")
@@ -377,7 +396,8 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
             f"cross-attention (cross_attention_dim = {width})"
         )
     rest = dict(state)
-    null = rest.pop(NULL_CAPTION, None)
+    published_null = rest.pop(_PUBLISHED_NULL_CAPTION, None)
+    null = rest.pop(NULL_CAPTION, published_null)
     rest.pop("pos_embed.pos_embed", None)
     joined: StateDict = {}
     for ours, theirs in _split_names(depth):
@@ -386,18 +406,25 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
             if any(part is None for part in parts):
                 raise UserError(f"transformer: {theirs[0]}.{kind} or one of its neighbours is missing")
             joined[f"{ours}.{kind}"] = torch.cat([part for part in parts if part is not None])
+    channels = config.get("in_channels", 4)
+    out_channels = config.get("out_channels") or channels
+    if out_channels not in (channels, 2 * channels):
+        raise UserError(
+            f"transformer/config.json: out_channels={out_channels} with in_channels={channels}; expected {channels} "
+            f"(noise alone) or {2 * channels} (noise and variance)"
+        )
     names = {theirs: ours for ours, theirs in _names(depth)}
     ours_config = PixArtConfig(
         input_size=sample_size,
         patch_size=config.get("patch_size", 2),
-        in_channels=config.get("in_channels", 4),
+        in_channels=channels,
         width=width,
         depth=depth,
         heads=config.get("num_attention_heads", 16),
         caption_channels=config["caption_channels"],
         caption_tokens=120 if null is None else len(null),
         interpolation_scale=float(scale if scale is not None else max(sample_size // 64, 1)),
-        learn_sigma=(config.get("out_channels") or config.get("in_channels", 4)) != config.get("in_channels", 4),
+        learn_sigma=out_channels != channels,
         multi_scale=additional if additional is not None else sample_size == 128,
     )
     renamed = _rename(rest, names, "transformer") | joined

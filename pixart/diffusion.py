@@ -113,6 +113,7 @@ class Diffusion:
                 "sqrt_recip_abar": lambda: np.sqrt(1 / self.alphas_cumprod),
                 "sqrt_recip_abar_minus_one": lambda: np.sqrt(1 / self.alphas_cumprod - 1),
                 "log_betas": lambda: np.log(self.betas),
+                "log_large_variance": lambda: np.log(np.append(self.posterior_variance[1], self.betas[1:])),
                 "timestep_map": lambda: np.array(self.timestep_map),
             }
             array = values[name]() if name in values else getattr(self, name)
@@ -138,6 +139,10 @@ class Diffusion:
         fraction_BCHW = (logits_BCHW + 1) / 2
         low = self.table("posterior_log_variance_clipped", t_B)
         return fraction_BCHW * self.table("log_betas", t_B) + (1 - fraction_BCHW) * low
+
+    def fixed_log_variance(self, t_B: Tensor, small: bool = False) -> Tensor:
+        """Where the network learns none: log beta, or with `small` log beta~; at the first step log beta~_2 in both."""
+        return self.table("posterior_log_variance_clipped" if small else "log_large_variance", t_B)
 
     def training_losses(
         self,

@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "--sampler",
         choices=("dpm-solver", "iddpm", "sa-solver"),
         default="dpm-solver",
-        help="iddpm needs a learned variance, the others any network",
+        help="iddpm takes a learned variance where the network has one, else beta; the others need none",
     )
     parser.add_argument("--control", type=Path, help="picture whose edges to follow (ControlNet weights)")
     parser.add_argument("--seed", type=Seed, default=0, help="of the noises")

@@ -174,13 +174,15 @@ def iddpm(
     x_BCHW: Tensor,
     steps: int | str = 100,
     *,
+    small_variance: bool = False,
     noise: Noise = torch.randn_like,
 ) -> Tensor:
-    """Ancestral sampling on the respaced chain with the learned variance; x_0 is not clipped.
+    """Ancestral sampling on the respaced chain; x_0 is not clipped.
 
     Args:
-        model: must return 2C channels (noise estimate and variance logits).
+        model: returns 2C channels, noise estimate and variance logits; with C channels the variance is fixed.
         steps: a respacing (`pixart.diffusion.respaced_steps`).
+        small_variance: what a fixed variance is: beta~ instead of beta (the authors' `sigma_small`).
         noise: called once per step, the last (where it is not used) included.
     """
     chain = Diffusion().respaced(steps)
@@ -188,10 +190,14 @@ def iddpm(
     for index in reversed(range(chain.steps)):
         t_B = torch.full((x_BCHW.shape[0],), index, device=x_BCHW.device, dtype=torch.long)
         out = model(x_BCHW, chain.table("timestep_map", t_B).view(-1)).to(x_BCHW.dtype)
-        if out.shape[1] != 2 * channels:
-            raise UserError(f"iddpm needs a network with learned variance: {2 * channels} channels, not {out.shape[1]}")
+        if out.shape[1] not in (channels, 2 * channels):
+            raise UserError(f"iddpm needs {channels} or {2 * channels} channels, not {out.shape[1]}")
         mean_BCHW = chain.posterior_mean(chain.x0_from_eps(x_BCHW, t_B, out[:, :channels]), x_BCHW, t_B)
-        std_BCHW = torch.exp(0.5 * chain.log_variance(out[:, channels:], t_B))
+        if out.shape[1] == channels:
+            log_variance = chain.fixed_log_variance(t_B, small_variance)
+        else:
+            log_variance = chain.log_variance(out[:, channels:], t_B)
+        std_BCHW = torch.exp(0.5 * log_variance)
         fresh_BCHW = noise(x_BCHW)
         x_BCHW = mean_BCHW + std_BCHW * fresh_BCHW if index else mean_BCHW
     return x_BCHW

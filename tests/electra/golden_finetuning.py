@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from electra.config import ElectraConfig
 from electra.convert import from_official
+from electra.finetuned import head_from_official
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
 from electra.model import Batch, Encoder
 from tests.electra.golden_pretraining import sizes_of
 from tests.golden_case import Case, Check, assert_close
 
 TOLERANCE = 1e-5
-ANSWER_LAYERS = {
-    "start": "dense",
-    "end_hidden": "qa_hidden",
-    "end": "dense_1",
-    "impossible_hidden": "dense_2",
-    "impossible": "dense_3",
+# configure_finetuning.py; a case says what it changed.
+ANSWER_DEFAULTS = {
+    "joint_prediction": True,
+    "answerable_classifier": True,
+    "answerable_uses_start_logits": True,
+    "answerable_weight": 0.5,
+    "beam_size": 20,
 }
 
 
@@ -95,18 +97,45 @@ def check_regression(case: Case) -> None:
     inputs.check_gradients(case, head, {"dense": "dense"}, loss_B)
 
 
+def check_tagging(case: Case) -> None:
+    """One layer on the first piece of every word; the loss of a row is the sum over its words."""
+    inputs, variables = _Inputs(case), _head_variables(case)
+    head = ClassificationHead(inputs.h_BLD.shape[-1], len(variables["dense/bias"]), dropout=0.0)
+    _load_linear(head.dense, variables, "dense")
+    given = {name.removeprefix(f"{case.config['task']}_"): value for name, value in case.group("in").items()}
+    places_BM, labels_BM = given["labeled_positions"].long(), given["labels"].long()
+    for h_BLD in (case.tensors["out/sequence_output"], inputs.h_BLD):
+        h_BMD = h_BLD.gather(1, places_BM[..., None].expand(-1, -1, h_BLD.shape[-1]))
+        logits_BMC = head(h_BMD)
+        loss_BM = head.loss(logits_BMC.flatten(0, 1), labels_BM.flatten()).view(labels_BM.shape)
+        loss_B = (loss_BM * given["labels_mask"]).sum(1)
+        assert_close(logits_BMC, case.tensors["out/logits"], "logits", TOLERANCE)
+        assert_close(loss_B, case.tensors["out/loss"], "loss", TOLERANCE)
+        assert torch.equal(logits_BMC.argmax(-1), case.tensors["out/predictions"].long())
+    inputs.check_gradients(case, head, {"dense": "dense"}, loss_B)
+
+
 def check_questions(case: Case) -> None:
     inputs, variables = _Inputs(case), _head_variables(case)
-    head = QuestionAnsweringHead(inputs.h_BLD.shape[-1])
-    for ours, theirs in ANSWER_LAYERS.items():
-        _load_linear(getattr(head, ours), variables, theirs)
+    options = {**ANSWER_DEFAULTS, **case.config["hparams"], **case.config}
+    joint = options["joint_prediction"]
+    head = QuestionAnsweringHead(
+        inputs.h_BLD.shape[-1],
+        joint,
+        options["answerable_classifier"],
+        options["answerable_uses_start_logits"],
+    )
+    found = head_from_official(variables)
+    assert isinstance(found, QuestionAnsweringHead), "the weights are not those of a question-answering head"
+    assert found.official_layers == head.official_layers, "the weights are those of another head than the options'"
+    head.load_state_dict(found.state_dict())
     candidates_BL = answer_candidates(inputs.mask_BL, inputs.types_BL)
     start_B = case.tensors["in/start_positions"].long()
     end_B = case.tensors["in/end_positions"].long()
     impossible_B = case.tensors["in/is_impossible"]
-    weight = case.config["answerable_weight"]
+    weight = options["answerable_weight"]
     out = case.group("out")
-    trains = case.config["train_branch"]
+    trains = case.config["train_branch"] or not joint  # independent ends are the same in both branches
     for h_BLD in (out["sequence_output"], inputs.h_BLD):
         logits = head(h_BLD, candidates_BL, start_B)
         _check_logits(logits.start_BL, out["start_logits"], candidates_BL, "start logits")
@@ -116,10 +145,10 @@ def check_questions(case: Case) -> None:
         else:  # the official inference branch has no end logits to learn from: its end loss is that of zeros
             uniform = type(logits)(logits.start_BL, torch.zeros_like(logits.end_BL), logits.impossible_B)
             loss_B = head.loss(uniform, start_B, end_B, impossible_B, weight)
-            _check_beams(head, h_BLD, candidates_BL, case)
+            _check_beams(head, h_BLD, candidates_BL, case, options["beam_size"])
         assert_close(logits.impossible_B, out["answerable_logit"], "answerability", TOLERANCE)
         assert_close(loss_B, out["loss"], "loss", TOLERANCE)
-    inputs.check_gradients(case, head, ANSWER_LAYERS, loss_B)
+    inputs.check_gradients(case, head, head.official_layers, loss_B)
     assert math.isfinite(float(loss_B.detach().sum()))
 
 
@@ -130,9 +159,9 @@ def _check_logits(actual_BL: Tensor, expected_BL: Tensor, candidates_BL: Tensor,
     assert (actual_BL[~inside] < expected_BL[inside].min() - 500).all(), f"{what}: masked tokens are not masked"
 
 
-def _check_beams(head: QuestionAnsweringHead, h_BLD: Tensor, candidates_BL: Tensor, case: Case) -> None:
+def _check_beams(head: QuestionAnsweringHead, h_BLD: Tensor, candidates_BL: Tensor, case: Case, beam: int) -> None:
     """Log-probabilities of every beam, and its places (tokens of equal probability may stand in another order)."""
-    beams = head.search(h_BLD, candidates_BL, case.config["beam_size"])
+    beams = head.search(h_BLD, candidates_BL, beam)
     out = case.group("out")
     real = out["start_top_log_probs"] > -500  # a beam may be longer than there are candidates
     assert_close(beams.start_log_probs_BK[real], out["start_top_log_probs"][real], "beam of starts", TOLERANCE)
@@ -151,4 +180,5 @@ CHECKS = [
     Check("classification head", _kind("cls"), check_classification),
     Check("regression head", _kind("reg"), check_regression),
     Check("question-answering head", _kind("qa"), check_questions),
+    Check("tagging head", lambda case: _kind("tag")(case) or _kind("tagging")(case), check_tagging),
 ]

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from electra.config import ElectraConfig, Tying
 from electra.convert import from_official, from_transformers, to_official
+from electra.finetuned import ARCHITECTURES, finetuned_from_transformers
 from electra.flops import (
     Transformer,
     bert_training_flops,
@@ -24,7 +25,54 @@ from electra.optim import OfficialAdam, clip_global_norm, learning_rate, paramet
 from tests.golden_case import Case, Check, assert_close
 
 TOLERANCE = 1e-5  # relative to the magnitude of the tensor, at least 1
-OFFICIAL_DEFAULTS = {"mask_prob": 0.15, "generator_hidden_size": 0.25, "electra_objective": True}
+# What the official configurations say where a case does not: configure_pretraining.py, util/training_utils.py.
+OFFICIAL_DEFAULTS = {
+    "mask_prob": 0.15,
+    "generator_hidden_size": 0.25,
+    "generator_layers": 1.0,
+    "electra_objective": True,
+    "uniform_generator": False,
+    "untied_generator": True,
+    "untied_generator_embeddings": False,
+    "model_size": "small",
+    "vocab_size": 30522,
+    "max_seq_length": 128,
+    "model_hparam_overrides": {},
+}
+OFFICIAL_SIZES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+SIZE_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position",
+    "type_vocab_size": "type_vocab",
+    "initializer_range": "init_std",
+}
+# Options of a case that have no influence on what is compared, beside those that are read.
+WITHOUT_INFLUENCE = {
+    "train_batch_size",
+    "eval_batch_size",
+    "learning_rate",
+    "lr_decay_power",
+    "weight_decay_rate",
+    "num_train_steps",
+    "num_warmup_steps",
+    "do_lower_case",
+    "debug",
+    "do_train",
+    "do_eval",
+    "task_names",
+    "use_tpu",
+    "model_name",
+    "data_dir",
+}
+READ = {"gen_weight", "disc_weight", "temperature", "disallow_correct", "embedding_size", *OFFICIAL_DEFAULTS}
 
 
 # Sums taken in another order move the gradients of a whole step by up to 0.8e-5; the records are as far from those in
@@ -40,16 +88,20 @@ def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERA
 
 
 def sizes_of(hparams: dict[str, Any]) -> dict[str, Any]:
-    """The encoder's options as ours are called, without dropout."""
-    sizes = hparams["model_hparam_overrides"]
+    """The encoder's options as ours are called, without dropout; what our encoder lacks is named."""
+    hparams = {**OFFICIAL_DEFAULTS, **hparams}
+    overrides = dict(hparams["model_hparam_overrides"])
+    activation = overrides.pop("hidden_act", "gelu")
+    assert activation == "gelu", f"hidden_act {activation!r}: our encoder has gelu only"
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        overrides.pop(name, None)  # off in all records
+    sizes = {"vocab_size": hparams["vocab_size"], **OFFICIAL_SIZES[hparams["model_size"]], **overrides}
+    unknown = sizes.keys() - SIZE_NAMES.keys()
+    assert not unknown, f"model_hparam_overrides: {sorted(unknown)} are not known here"
+    default = 128 if hparams["model_size"] == "small" and "embedding_size" not in hparams else sizes["hidden_size"]
     return {
-        "vocab_size": hparams["vocab_size"],
-        "embedding_size": hparams.get("embedding_size") or sizes["hidden_size"],
-        "hidden_size": sizes["hidden_size"],
-        "layers": sizes["num_hidden_layers"],
-        "heads": sizes["num_attention_heads"],
-        "intermediate_size": sizes["intermediate_size"],
-        "max_position": sizes["max_position_embeddings"],
+        **{SIZE_NAMES[name]: value for name, value in sizes.items()},
+        "embedding_size": hparams.get("embedding_size") or default,
         "dropout": 0.0,
         "attention_dropout": 0.0,
     }
@@ -58,13 +110,19 @@ def sizes_of(hparams: dict[str, Any]) -> dict[str, Any]:
 def step_model(case: Case) -> ElectraPretrainer:
     """The recorded model; sizes from the hyper-parameters and, for the generator, the official rules."""
     hparams = {**OFFICIAL_DEFAULTS, **case.config["hparams"]}
-    sizes = hparams["model_hparam_overrides"]
+    unknown = hparams.keys() - READ - WITHOUT_INFLUENCE
+    assert not unknown, f"hparams: {sorted(unknown)} are not known here (electric and two-tower models are missing)"
+    sizes = sizes_of(hparams)
     tying: Tying = "none" if hparams.get("untied_generator_embeddings") else "embeddings"
     if not hparams.get("untied_generator", True):
-        tying, hparams["generator_hidden_size"] = "all", 1.0
+        tying, hparams["generator_hidden_size"], hparams["generator_layers"] = "all", 1.0, 1.0
     generator_hidden = round(sizes["hidden_size"] * hparams["generator_hidden_size"])
+    if hparams["uniform_generator"]:
+        tying = "embeddings"
     config = ElectraConfig(
-        **sizes_of(hparams),
+        **sizes,
+        generator="uniform_official" if hparams["uniform_generator"] else "network",
+        generator_layers=hparams["generator_layers"],
         generator_factor=hparams["generator_hidden_size"],
         generator_heads=max(1, generator_hidden // 64),
         generator_intermediate_size=4 * generator_hidden,
@@ -107,17 +165,19 @@ def check_step(case: Case) -> None:
     assert torch.equal(batch.positions_N[masked.positions_M], expected["masked_lm_positions"].long()[used_BS])
     assert torch.equal(masked.targets_M, expected["masked_lm_ids"].long()[used_BS])
 
-    hidden_ND = model.generator_hidden(batch, masked.ids_N)
-    recorded = expected["generator_hidden" if model.objective == "electra" else "mlm_encoder_hidden"]
-    close(hidden_ND, recorded[real_BL], "hidden states of the masked language model")
-    table_VE = model.generator_embeddings.word_embeddings.weight
-    head_ME = model.generator_predictions(hidden_ND[masked.positions_M])
-    logits_MV = F.linear(head_ME, table_VE, model.generator_lm_head.bias)
-    close(logits_MV, expected["mlm_logits"][used_BS], "mlm_logits")
+    if model.config.generator == "network" or model.objective == "mlm":
+        hidden_ND = model.generator_hidden(batch, masked.ids_N)
+        recorded = expected["generator_hidden" if model.objective == "electra" else "mlm_encoder_hidden"]
+        close(hidden_ND, recorded[real_BL], "hidden states of the masked language model")
+        table_VE = model.generator_embeddings.word_embeddings.weight
+        head_ME = model.generator_predictions(hidden_ND[masked.positions_M])
+        logits_MV = F.linear(head_ME, table_VE, model.generator_lm_head.bias)
+        close(logits_MV, expected["mlm_logits"][used_BS], "mlm_logits")
 
     generated = model.generate(batch, masked, draws=draws)
     assert generated.loss_M is not None
-    close(generated.loss_M, expected["mlm_per_position_loss"][used_BS], "mlm_per_position_loss")
+    if "mlm_per_position_loss" in expected:
+        close(generated.loss_M, expected["mlm_per_position_loss"][used_BS], "mlm_per_position_loss")
     if model.objective == "electra":
         assert torch.equal(generated.samples_M, expected["sampled_ids"].long()[used_BS]), "sampled ids"
         corrupted = corrupt(batch, masked, generated.samples_M)
@@ -207,20 +267,65 @@ def check_flops(case: Case) -> None:
 # transformers modules
 
 
+def _is_finetuned(case: Case) -> bool:
+    return case.source.rpartition(":")[2] in ARCHITECTURES
+
+
+def check_finetuned(case: Case) -> None:
+    """A head of transformers: logits, loss and gradients, its padding computed as transformers does."""
+    given, expected = case.group("in"), case.group("out")
+    architecture = case.source.rpartition(":")[2]
+    config, state = from_transformers(case.config, case.group("param"))
+    ids_CBL = given["input_ids"].long()
+    choices = ids_CBL.shape[1] if architecture == "ElectraForMultipleChoice" else 1
+    network = finetuned_from_transformers(config, case.config, architecture, state, choices)
+    shape = (-1, ids_CBL.shape[-1])
+    ids_BL = ids_CBL.view(shape)
+    mask_BL = given.get("attention_mask", torch.ones_like(ids_BL)).view(shape)
+    types = given.get("token_type_ids")
+    batch = Batch.with_padding(ids_BL, mask_BL, None if types is None else types.long().view(shape))
+    states: list[Tensor] = []
+    logits = network(batch, states)
+    for i, state_ND in enumerate(states):
+        if (recorded := expected.get(f"hidden_states.{i}")) is not None:
+            close(state_ND, recorded.flatten(0, -2), f"hidden_states.{i}")
+    packed = network(Batch.from_padded(ids_BL, mask_BL, None if types is None else types.long().view(shape)))
+    if architecture == "ElectraForQuestionAnswering":
+        logits_BL2 = batch.pad(logits)
+        ends = [expected["start_logits"], expected["end_logits"]]
+        for logits_BL, recorded, what in zip(logits_BL2.unbind(-1), ends, ("start", "end"), strict=True):
+            close(logits_BL, recorded, f"{what}_logits")
+        close(packed, torch.stack(ends, -1)[mask_BL.bool()], "logits of packed rows")
+        places = [given[f"{what}_positions"].long().clamp(0, ids_BL.shape[1]) for what in ("start", "end")]
+        losses = [F.cross_entropy(x, y, ignore_index=x.shape[1]) for x, y in zip(logits_BL2.unbind(-1), places)]
+        loss = (losses[0] + losses[1]) / 2
+    else:
+        tokens = architecture == "ElectraForTokenClassification"
+        close(logits, expected["logits"], "logits")
+        chosen = expected["logits"][mask_BL.bool()] if tokens else expected["logits"]
+        close(packed, chosen, "logits of packed rows")
+        labels = given["labels"].flatten()
+        if labels.is_floating_point() and logits.shape[-1] == 1:
+            loss = F.mse_loss(logits.flatten(), labels)
+        else:
+            loss = F.cross_entropy(logits, labels.long(), ignore_index=-100)
+    close(loss, expected["loss"], "loss")
+    loss.backward()
+    for name, gradient in case.group("out/grad").items():
+        actual = network.get_parameter(name).grad
+        assert actual is not None, f"{name} has no gradient"
+        close(actual, gradient, f"gradient of {name}")
+
+
 def check_transformers(case: Case) -> None:
     given, expected = case.group("in"), case.group("out")
     config, state = from_transformers(case.config, case.group("param"))
     encoder = Encoder(config)
-    masked_lm, classifier = (f":ElectraFor{kind}" in case.source for kind in ("MaskedLM", "SequenceClassification"))
+    masked_lm, bare = (case.source.endswith(kind) for kind in (":ElectraForMaskedLM", ":ElectraModel"))
     modules = torch.nn.ModuleDict({"electra": encoder})
-    if classifier:
-        # Not the official fine-tuning head; it stands here only to check the encoder below it.
-        labels = len(state["classifier.out_proj.bias"])
-        dense, out = (torch.nn.Linear(config.hidden_size, n) for n in (config.hidden_size, labels))
-        modules["classifier"] = torch.nn.ModuleDict({"dense": dense, "out_proj": out})
-    elif masked_lm:
+    if masked_lm:
         modules["generator_predictions"], modules["generator_lm_head"] = MlmHead(config), OutputBias(config)
-    else:
+    elif not bare:
         modules["discriminator_predictions"] = RtdHead(config)
     missing = modules.load_state_dict(state, strict=False)
     # The bias of the vocabulary's logits starts at zero and is stored only where it was trained.
@@ -234,18 +339,22 @@ def check_transformers(case: Case) -> None:
     states: list[Tensor] = []
     hidden_ND = encoder(batch, states=states)
     for i, state_ND in enumerate(states):
-        close(state_ND, expected[f"hidden_states.{i}"][real_BL], f"hidden_states.{i}")
-    labels_N = given["labels"].long() if classifier else given["labels"].long()[real_BL]
-    expected_logits = expected["logits"] if classifier else expected["logits"][real_BL]
-    if classifier:
-        first_BD = hidden_ND[batch.starts_B]
-        logits_N = out(F.gelu(dense(first_BD)))
-        loss = F.cross_entropy(logits_N, labels_N)
-    elif masked_lm:
+        if f"hidden_states.{i}" in expected:
+            close(state_ND, expected[f"hidden_states.{i}"][real_BL], f"hidden_states.{i}")
+    if bare:
+        recorded = expected.get("last_hidden_state", expected.get(f"hidden_states.{config.layers}"))
+        assert recorded is not None, "the case holds no last hidden state"
+        close(hidden_ND, recorded[real_BL], "last_hidden_state")
+        return
+    labels_N = given["labels"].long()[real_BL]
+    expected_logits = expected["logits"][real_BL]
+    if masked_lm:
         assert encoder.embeddings is not None
         table_VE = encoder.embeddings.word_embeddings.weight
         head_NE = modules["generator_predictions"](hidden_ND)
-        logits_N = F.linear(head_NE, table_VE, modules["generator_lm_head"].bias)
+        bias = modules["generator_lm_head"].bias
+        assert isinstance(bias, nn.Parameter)
+        logits_N = F.linear(head_NE, table_VE, bias)
         # transformers takes the mean over every labelled token, and -100 marks the others, padding included.
         loss = F.cross_entropy(logits_N, labels_N, ignore_index=-100)
     else:
@@ -267,9 +376,8 @@ CHECKS = [
     Check("FLOPs", lambda case: "flops_computation.py" in case.source, check_flops),
     Check(
         "transformers encoder",
-        lambda case: case.source.endswith(
-            (":ElectraForPreTraining", ":ElectraForMaskedLM", ":ElectraForSequenceClassification")
-        ),
+        lambda case: case.source.endswith((":ElectraForPreTraining", ":ElectraForMaskedLM", ":ElectraModel")),
         check_transformers,
     ),
+    Check("fine-tuned network of transformers", _is_finetuned, check_finetuned),
 ]

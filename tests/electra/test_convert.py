@@ -152,10 +152,12 @@ def test_pre_training_goes_on_from_saved_directories(changes: dict[str, Any], tm
 
 
 def test_networks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    for name, layers in (("a", 2), ("b", 1)):
-        save_transformers(pretrainer(layers=layers), tmp_path / name)
-    with pytest.raises(UserError, match="layers is 1 in the one and 2 in the other"):
-        pretraining_state(load_pretrained(tmp_path / "a"), load_pretrained(tmp_path / "b" / "generator"))
+    for name, changes in (("a", {"layers": 2}), ("b", {"layers": 1}), ("c", {"max_position": 17})):
+        save_transformers(pretrainer(**changes), tmp_path / name)
+    with pytest.raises(UserError, match="max_position is 17 in the one and"):
+        pretraining_state(load_pretrained(tmp_path / "a"), load_pretrained(tmp_path / "c" / "generator"))
+    with pytest.raises(UserError, match="the generator has 2 layers, its discriminator 1"):
+        pretraining_state(load_pretrained(tmp_path / "b"), load_pretrained(tmp_path / "a" / "generator"))
 
 
 def test_auto_classes_refuse_a_network_with_relative_positions(tmp_path: Path) -> None:

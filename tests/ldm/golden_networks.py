@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.autoencoder import AutoencoderKL
+from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.conditioners import LayoutTokenizer, SpatialRescaler, TransformerEmbedder, layout_tokens, retrieve
 from ldm.layouts import (
     first_stage_from_diffusers,
@@ -19,8 +19,8 @@ from ldm.layouts import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from ldm.model import ConditionedUNet, SpatialTransformer
-from ldm.official import autoencoder_of, classifier_of, unet_of
+from ldm.model import BasicTransformerBlock, ConditionedUNet, CrossAttention, SpatialTransformer
+from ldm.official import TRANSFORMER_ONLY, autoencoder_of, classifier_of, unet_of, without_only
 from tests.golden_case import Case, Check, assert_close, assert_timed_close, kind, load
 
 
@@ -39,12 +39,26 @@ def check_unet(case: Case) -> None:
         assert_timed_close(compute, expected[eps], eps)
 
 
+TRANSFORMER_PARTS = (SpatialTransformer, BasicTransformerBlock, CrossAttention)
+# The authors' names for the options of BasicTransformerBlock.
+BLOCK_NAMES = {"n_heads": "heads", "d_head": "dim_head"}
+
+
 @torch.no_grad()
 def check_spatial_transformer(case: Case) -> None:
-    net = SpatialTransformer(**_without(case.config, "params"))
+    options = without_only(_without(case.config, "params", "class"), TRANSFORMER_ONLY, case.stem)
+    block = next(cls for cls in TRANSFORMER_PARTS if case.source.endswith(cls.__name__))
+    if block is not SpatialTransformer:
+        options = {BLOCK_NAMES.get(name, name): value for name, value in options.items()}
+    if block is CrossAttention:
+        options = {"context_dim": None, "heads": 8, "dim_head": 64, **options}
+    elif block is BasicTransformerBlock:
+        options = {"context_dim": None, **options}
+    net = block(**options)
     load(net, case).eval()
-    given = case.group("in")
-    assert_close(net(given["x"], given.get("context")), case.group("out")["y"], "y")
+    given, expected = case.group("in"), case.group("out")
+    recorded = expected["y"] if "y" in expected else expected["x"]
+    assert_close(net(given["x"], given.get("context")), recorded, "y")
 
 
 def check_classifier(case: Case) -> None:
@@ -194,6 +208,40 @@ def check_diffusers_autoencoder_kl(case: Case) -> None:
         assert key == "_class_name" or case.config[key] == value, key
 
 
+@torch.no_grad()
+def check_diffusers_vq(case: Case) -> None:
+    """diffusers' VQModel as a first stage: latents before the quantiser, codes, and what is decoded from them."""
+    weights, given, expected = case.group("param"), case.group("in"), dict(case.group("out"))
+    state, config = first_stage_from_diffusers(weights, {"_class_name": "VQModel", **case.config})
+    net = autoencoder_of(
+        config["ddconfig"], config["embed_dim"], config["n_embed"], norm_groups=config["norm_groups"]
+    ).eval()
+    assert isinstance(net, VQModel)
+    net.load_state_dict(state)
+    x_BCHW = given.get("x", given.get("sample"))
+    assert x_BCHW is not None, "the case has no picture in/x"
+    latent = net.moments(x_BCHW)
+    quantized = net.quantize(latent)
+    found = {
+        **dict.fromkeys(("latent", "latents", "prequant"), latent),
+        **dict.fromkeys(("quant", "quantized"), quantized.z),
+        "indices": quantized.indices.flatten(),
+        **dict.fromkeys(("commit_loss", "codebook_loss"), quantized.loss),
+        **dict.fromkeys(("rec", "sample"), net.decode_latent(latent)),
+        **dict.fromkeys(("rec_not_quantized", "decode_not_quantized"), net.decode(latent)),
+    }
+    for name, value in expected.items():
+        what = name.removeprefix("official_")
+        assert what in found, f"output {name} is not known; known are {', '.join(found)}"
+        assert_close(found[what].reshape(value.shape), value, name)
+    back, their_config = first_stage_to_diffusers(
+        net.state_dict(), config["scale_factor"], case.config.get("sample_size", 256), config["norm_groups"]
+    )
+    _assert_same_state(back, weights)
+    for key, value in their_config.items():
+        assert key == "_class_name" or case.config.get(key, value) in (value, None), key
+
+
 def _parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -242,7 +290,12 @@ def check_full_scale_counts(case: Case) -> None:
 CHECKS: list[Check] = [
     Check("unet", kind("unet", "openaimodel.py:UNetModel"), check_unet),
     Check(
-        "spatial_transformer", kind("spatial_transformer", "attention.py:SpatialTransformer"), check_spatial_transformer
+        "spatial_transformer",
+        lambda case: (
+            case.source.rpartition("attention.py:")[2] in {part.__name__ for part in TRANSFORMER_PARTS}
+            and "latent-diffusion" in case.source
+        ),
+        check_spatial_transformer,
     ),
     Check("classifier", kind("classifier", "openaimodel.py:EncoderUNetModel"), check_classifier),
     Check("wrapper", kind("wrapper", "ddpm.py:DiffusionWrapper"), check_wrapper),
@@ -253,6 +306,11 @@ CHECKS: list[Check] = [
     Check("diffusers_unet", kind("diffusers_unet", "UNet2DConditionModel"), check_diffusers_unet),
     Check(
         "diffusers_autoencoder_kl", kind("diffusers_autoencoder_kl", "AutoencoderKL"), check_diffusers_autoencoder_kl
+    ),
+    Check(
+        "diffusers_vq",
+        lambda case: case.stem.startswith("diffusers_") and " VQModel" in case.source,
+        check_diffusers_vq,
     ),
     Check("full_scale_counts", lambda case: case.stem.startswith("full_scale_counts"), check_full_scale_counts),
 ]

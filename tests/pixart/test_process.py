@@ -207,5 +207,5 @@ def test_bad_sampler_input_is_refused() -> None:
         dpm_solver(gaussian_model(), x, 5, order=3)
     with pytest.raises(UserError, match="predictor_order"):
         sa_solver(gaussian_model(), x, 5, predictor_order=4)
-    with pytest.raises(UserError, match="learned variance"):
-        iddpm(lambda x, t: x, x, 5)
+    with pytest.raises(UserError, match="iddpm needs 4 or 8 channels, not 3"):
+        iddpm(lambda x, t: x[:, :3], x, 5)

@@ -20,6 +20,7 @@ from scenesplat.export import LabelModel, SceneModel
 from scenesplat.gaussians import Gaussians, axis_turn, inputs
 from scenesplat.model import unit
 from scenesplat.serialization import depth_of
+from scenesplat.structure import Structure
 from scenesplat.voxels import fragments, voxels_of
 
 
@@ -38,15 +39,20 @@ def passes(
     depth = depth_of(grid_V3)
     feat_NC = inputs(scene.attributes(), model.attributes)
     waiting: list[Tensor] = []
+    # Every pass has one Gaussian of each voxel, in the same order: what depends on places alone is made once.
+    structures: dict[int, Structure] = {}
+
+    def structure_of(parts: int) -> Structure:
+        if parts not in structures:
+            ends = len(grid_V3) * torch.arange(1, parts + 1)
+            structures[parts] = model.network.structure(grid_V3.repeat(parts, 1).to(device), ends, depth=depth)
+        return structures[parts]
 
     def forward() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         rows = torch.cat(waiting)
-        ends = torch.tensor([len(part) for part in waiting]).cumsum(0)
-        grid = grid_V3[voxel_N[rows]].to(device)
-        structure = model.network.structure(grid, ends, depth=depth)
-        features = model.network(feat_NC[rows].to(device), structure)
+        features = model.network(feat_NC[rows].to(device), structure_of(len(waiting)))
         features = (unit(features) if isinstance(model, SceneModel) else features).cpu()
-        for part, found in zip(waiting, features.split([len(part) for part in waiting])):
+        for part, found in zip(waiting, features.split(len(grid_V3))):
             yield part, voxel_N[part], found
         waiting.clear()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,11 @@ def ask(
 
     from scenesplat.inference import scene_features
 
-    texts = model.texts(queries)
-    others = [model.texts(negatives_for([query], negatives)) for query in queries]
-    features = scene_features(model, scene, limit)
+    against = [negatives_for([query], negatives) for query in queries]
+    with ThreadPoolExecutor(1) as side:  # loading a text encoder takes as long as passing over a scene
+        embedded = side.submit(lambda: (model.texts(queries), [model.texts(names) for names in against]))
+        features = scene_features(model, scene, limit)
+        texts, others = embedded.result()
     return torch.stack([relevance(features, row[None], no)[0] for row, no in zip(texts, others)]), features
 
 

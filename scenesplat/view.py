@@ -3,6 +3,7 @@
     python scenesplat/view.py ROOM.ply --queries "a chair,a lamp,a plant"          # writes ROOM.html
     python scenesplat/view.py ROOM.ply --model MODEL --queries "a sofa" --output page.html
     python scenesplat/view.py HOUSE.ply --queries "a bed" --most 1000000           # all of a large scene
+    python scenesplat/view.py ROOM.ply --queries "a bed" --caption "A room."       # for a page that the report links
 
 The page shows the scene, its features' main directions as colours, and each query as colours above a threshold that a
 slider moves; a click on a Gaussian tells its best words. Scores are those of query.py: 0.5 is where a query fits as
@@ -234,6 +235,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--most", type=Count, default=MOST, help="Gaussians on the page; a larger scene is thinned")
     parser.add_argument("--passes", type=Whole, default=8, help="over the scene at most; 0 sees every Gaussian")
     parser.add_argument("--title", help="of the page (default: the scene's name)")
+    parser.add_argument("--caption", help="what it shows, kept beside it: report.build links results/pages/<paper>")
     add_reading(parser)
     parser.add_argument("--device", type=device_or_auto, default="cpu", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
@@ -260,6 +262,10 @@ def main(argv: list[str] | None = None) -> Path:
         title=options.title or options.scene.stem,
     )
     write_page(output, facts, columns)
+    if options.caption:
+        from common.figures import keep_captions
+
+        keep_captions(output.parent, {output.name: options.caption})
     if facts["count"] < facts["of"]:
         print(
             f"thinned: the page shows {facts['count']:,} of {facts['of']:,} Gaussians, {facts['grown']:g} times as "

@@ -143,6 +143,8 @@ def page_data(
     kinds = {name: np.uint16 if name in ("centre", "words") else np.uint8 for name in columns}
     parts = {name: values.round().numpy().astype(kinds[name]).T.copy() for name, values in columns.items()}
     origin = torch.zeros(3) if scene.origin_3 is None else scene.origin_3
+    # Two bytes a value first, so that every column begins where its kind may.
+    order = sorted(parts, key=lambda name: kinds[name] is not np.uint16)
     facts = {
         "title": title,
         "count": len(shown),
@@ -156,12 +158,9 @@ def page_data(
         "negatives": list(negatives),
         "threshold": threshold,
         "words": names,
-        "columns": [[name, kinds[name].__name__, len(part)] for name, part in parts.items()],
+        "columns": [[name, kinds[name].__name__, len(parts[name])] for name in order],
     }
-    # Two bytes a value first, so that every column begins where its kind may.
-    order = sorted(facts["columns"], key=lambda column: column[1] != "uint16")
-    facts["columns"] = order
-    return facts, b"".join(parts[name].tobytes() for name, _, _ in order)
+    return facts, b"".join(parts[name].tobytes() for name in order)
 
 
 def known_words(model: SceneModel, names: Sequence[str]) -> list[str]:

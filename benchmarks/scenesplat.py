@@ -14,11 +14,18 @@ convolution  a convolution of 3^3 over 100,000 voxels, its neighbour search incl
 codes, neighbours, sampling   of 100,000 Gaussians, against the plain numpy form
 forward      the language model with a quarter of its widths on 100,000 Gaussians, beside the matrix peak
 lifting      a room's labels by rendering, teacher and Occam's lifting, against one pass of the default run's network
+query, query_large   query.py from its start to its first answer, on 100,000 and on a million Gaussians of rooms side by
+             side, against what a person waits for: 10 s, and 60 s and 6 GB
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +54,7 @@ from benchmarks.arms import (
 from common.cpu import tune_allocator
 from common.errors import run_main
 from common.ledger import bench_row
+from common.paths import REPOSITORY
 from scenesplat.config import NetworkConfig
 from scenesplat.model import PointTransformer, SparseConv
 from scenesplat.plan import forward_flop
@@ -63,7 +71,10 @@ PARTS = {
     "sampling": (100_000, 3.0, "scenes/s"),
     "forward": (100_000, None, "scenes/s"),
     "lifting": (0, 10.0, "rooms/s"),
+    "query": (100_000, 1.0, "s"),
+    "query_large": (1_000_000, 1.0, "s"),
 }
+LIMITS = {"query": (10.0, None), "query_large": (60.0, 6e9)}  # seconds and bytes
 TINY = 400  # Gaussians of every part, to try the program
 SIZE = (320, 240)
 FIT_SIZE = (160, 120)
@@ -408,6 +419,8 @@ def part_rows(
             f"{where}one pass of the network against lifting labels onto a room ({timed['gaussians']:,.0f} Gaussians)"
         )
         return [bench_row(name, 1 / timed["seconds_pass"], 1 / timed["seconds_lifting"], "rooms/s", target=target)]
+    if part in LIMITS:
+        return query_rows(part, count, folder, pace, target)
     if part == "convolution" and importlib.util.find_spec("spconv") is None:
         print("convolution is left out: spconv is not installed (pip install spconv)")
         return []
@@ -428,6 +441,53 @@ def part_rows(
     if part == "render":
         name = f"{where}memory of a picture's forward and backward ({what})"
         rows.append(leaner(name, found["ours"], found["peer"], device, 2.0 if target else None))
+    return rows
+
+
+def house(count: int) -> Any:
+    """Rooms of unseen furniture side by side, as many Gaussians as asked for."""
+    from scenesplat.gaussians import joined
+    from scenesplat.rooms import make_room
+
+    density = 300.0 if count < 10_000 else 2_500.0
+    found: list[Any] = []
+    while sum(map(len, found)) < count:
+        number = len(found)
+        room = make_room(1_000_000 + number, "test", density).gaussians
+        found.append(room.moved(torch.tensor([7.0 * (number % 4), 7.0 * (number // 4), 0.0])))
+    whole = joined(found)
+    return whole.select(torch.arange(count))
+
+
+def query_rows(part: str, count: int, folder: Path, pace: Pace, target: float | None) -> list[dict[str, Any]]:
+    """Wall time and memory of whole runs of query.py with the published model, beside their limits."""
+    from scenesplat.ply import write_scene
+
+    scene = folder / "house.ply"
+    write_scene(scene, house(count))
+    words = [sys.executable, "-m", "scenesplat.query", str(scene), "a chair"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(pace.threads)}
+    walls, cpus, memory = [], [], 0
+    for _ in range(pace.rounds):
+        started = time.perf_counter()
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=REPOSITORY, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"query.py ended with status {process.returncode}")
+        walls.append(time.perf_counter() - started)
+        cpus.append(used.ru_utime + used.ru_stime)
+        memory = max(memory, used.ru_maxrss * 1024)
+    limit, bytes_limit = LIMITS[part]
+    what = f"({count:,} Gaussians)"
+    note = f"median of {pace.rounds} starts, {pace.threads} threads, {statistics.median(cpus):.1f} CPU seconds"
+    name = f"query.py from its start to its answer, against a limit of {limit:g} s {what}"
+    row = bench_row(name, statistics.median(walls), limit, "s", target=target, higher_is_better=False)
+    rows = [noted(row, note)]
+    if bytes_limit:
+        name = f"memory of query.py, against a limit of {bytes_limit / 1e9:g} GB {what}"
+        row = bench_row(name, memory / 2**20, bytes_limit / 2**20, "MiB", target=target, higher_is_better=False)
+        rows.append(noted(row, "peak resident memory of the whole process"))
     return rows
 
 

@@ -5,9 +5,10 @@
 
 Reads results/<paper>.json (claims), results/bench_<name>.json (side-by-side rows), results/<name>.json of a comparison
 of methods, and the pictures under results/figures/ that have a caption in their folder's captions.json ({"file name":
-"caption"}). What a missed claim came to and what its numbers are called stands in the paper's claims.yaml, which
-pictures come first in its paper.yaml. Pictures lie beside the page and are asked for when they come into view; styles
-and script are inside. It asks nothing of the network and opens from the file system.
+"caption"}); pages of their own under results/pages/ are linked in the same way. What a missed claim came to and what
+its numbers are called stands in the paper's claims.yaml, which pictures come first in its paper.yaml. Pictures lie
+beside the page and are asked for when they come into view; styles and script are inside. It asks nothing of the network
+and opens from the file system.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Findings:
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)
+    pages: list[Picture] = field(default_factory=list)  # of their own, which this page links
 
     def __bool__(self) -> bool:
-        return bool(self.claims or self.rows or self.pictures or self.comparison)
+        return bool(self.claims or self.rows or self.pictures or self.comparison or self.pages)
 
     def by_id(self) -> dict[str, list[dict[str, Any]]]:
         """The records of each claim, the most thorough tier first."""
@@ -95,6 +97,9 @@ def load(results: Path) -> dict[str, Findings]:
     for folder in sorted(path for path in results.glob("figures/*") if path.is_dir()):
         if pictures := read_pictures(folder):
             found.setdefault(folder.name, Findings()).pictures = pictures
+    for folder in sorted(path for path in results.glob("pages/*") if path.is_dir()):
+        if pages := read_pictures(folder, (".html",)):
+            found.setdefault(folder.name, Findings()).pages = pages
     return found
 
 
@@ -151,14 +156,14 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
         rooms: where the papers' folders are.
     """
     found = load(results)
-    album = Album(output.parent / "figures")
+    album, shelf = Album(output.parent / "figures"), Album(output.parent / "pages")
     measured = [paper for paper in all_papers() if found.get(paper.key)]
     known = {paper.key for paper in all_papers()}
     shared = {key: findings for key, findings in found.items() if key not in known}
     front = read_pictures(results / "figures") if (results / "figures").is_dir() else []
     opening = album.gallery(front) if front else ""
     sections = [
-        _paper_section(paper, found[paper.key], album, Room.open(paper.key, rooms, output)) for paper in measured
+        _paper_section(paper, found[paper.key], album, shelf, Room.open(paper.key, rooms, output)) for paper in measured
     ]
     if shared:
         sections.append(_shared_section(shared, album, rooms, output))
@@ -177,6 +182,7 @@ def build(results: Path, output: Path, rooms: Path = REPOSITORY) -> Path:
     )
     write_atomically(output, partial(Path.write_text, data=page, encoding="utf-8"))
     album.tidy()
+    shelf.tidy()
     return output
 
 
@@ -232,7 +238,7 @@ def _outcome(findings: Findings) -> str:
     return f'<span class="pips" aria-hidden="true">{pips}</span>{holding} of {len(records)} {noun}'
 
 
-def _paper_section(paper: Paper, findings: Findings, album: Album, room: Room) -> str:
+def _paper_section(paper: Paper, findings: Findings, album: Album, shelf: Album, room: Room) -> str:
     files = [("README.md", "README"), ("", "code"), ("claims.yaml", "claims"), ("configs", "settings")]
     links = " · ".join(filter(None, [_arxiv(paper), *(room.link(name, text) for name, text in files)]))
     verbs = [("train", paper.start)]
@@ -243,10 +249,16 @@ def _paper_section(paper: Paper, findings: Findings, album: Album, room: Room) -
         f'<section class="paper" id="{paper.key}" aria-labelledby="{paper.key}-title">'
         f'<p class="eyebrow"><code>{paper.key}</code> · {escape(paper.venue)} · {links}</p>'
         f'<h2 id="{paper.key}-title">{escape(paper.title)}</h2><p class="lede">{escape(paper.idea)}</p>'
-        f'<ul class="commands">{commands}</ul>'
+        f'<ul class="commands">{commands}</ul>{_pages(findings.pages, shelf)}'
         f"{_body(findings, album, room, paper.pictures)}"
         '<p class="up"><a href="#papers">↑ all papers</a></p></section>'
     )
+
+
+def _pages(pages: Sequence[Picture], shelf: Album) -> str:
+    """Links to pages of their own, which are copied beside this one."""
+    links = "".join(f'<li><a href="{shelf.keep(page)}">{with_code(page.caption)}</a></li>' for page in pages)
+    return f'<ul class="pages">{links}</ul>' if links else ""
 
 
 def _shared_section(shared: Mapping[str, Findings], album: Album, rooms: Path, page: Path) -> str:

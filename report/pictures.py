@@ -41,8 +41,11 @@ class Picture:
             return (4, 3)
 
 
-def read_pictures(folder: Path) -> list[Picture]:
+def read_pictures(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Picture]:
     """The pictures of a folder that have a caption, in the order of its captions; others are named and left out.
+
+    Args:
+        suffixes: of what is looked for; a page of its own is no picture, but is captioned and kept like one.
 
     Raises:
         UserError: the captions cannot be read, or name a picture that is not there.
@@ -60,9 +63,9 @@ def read_pictures(folder: Path) -> list[Picture]:
         if absent:
             raise UserError(f"{folder.name}/{CAPTIONS} names {absent[0]}, which is not in that folder")
     for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.name not in captions:
+        if path.suffix in suffixes and path.name not in captions:
             print(f"left out {folder.name}/{path.name}: it has no caption (common.figures.keep_captions)")
-    return [Picture(folder / name, text) for name, text in captions.items() if Path(name).suffix in SUFFIXES]
+    return [Picture(folder / name, text) for name, text in captions.items() if Path(name).suffix in suffixes]
 
 
 def with_code(text: str) -> str:
@@ -78,7 +81,7 @@ def strongest_first(pictures: Sequence[Picture], strongest: Collection[str]) -> 
 
 
 class Album:
-    """Copies pictures into a folder beside the page, and drops from it what no page shows any more."""
+    """Copies pictures, or pages of their own, into a folder beside the page, and drops what no page shows any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,16 +91,20 @@ class Album:
         """Their figures as HTML, each in its own shape."""
         return f'<div class="gallery">{"".join(map(self._figure, pictures))}</div>'
 
-    def _figure(self, picture: Picture) -> str:
+    def keep(self, picture: Picture) -> str:
+        """Copy a file beside the page; returns the link to it."""
         place = Path(picture.path.parent.name) / picture.path.name
         self.shown.append(place)
         target, source = self.folder / place, picture.path.stat()
         if not target.is_file() or (target.stat().st_size, target.stat().st_mtime) != (source.st_size, source.st_mtime):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(picture.path, target)
+        return f"{self.folder.name}/{place.as_posix()}"
+
+    def _figure(self, picture: Picture) -> str:
+        link = self.keep(picture)
         width, height = picture.size()
         shape, caption = width / height, escape(picture.caption)
-        link = f"{self.folder.name}/{place.as_posix()}"
         # A drawing has no pixels to keep to.
         natural = width if picture.path.suffix == ".png" else max(width, 640)
         kind = "strip" if shape >= STRIP else "wide" if shape >= WIDE else "picture"

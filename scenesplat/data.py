@@ -29,8 +29,8 @@ from common.weights import read_weights, save_weights
 from scenesplat.data_config import DataConfig
 from scenesplat.fitted import fitted_room
 from scenesplat.furniture import ARCHIVE
-from scenesplat.gaussians import Gaussians, inputs
-from scenesplat.lifting import Fusion, lift
+from scenesplat.gaussians import Gaussians, axis_turn, inputs
+from scenesplat.lifting import Fusion, View, lift
 from scenesplat.ply import read_scene
 from scenesplat.rooms import CLASSES, SEEN, Part, Room, make_room
 from scenesplat.teacher import FolderTeacher, SimulatedTeacher, Teacher
@@ -77,7 +77,7 @@ def chunks(
 # Augmentation (section 2.4 of the released configs, in their order) --------------------------------------------------
 
 
-class _Draws:
+class Draws:
     """Random numbers of one scene's augmentation."""
 
     def __init__(self, seed: int) -> None:
@@ -93,18 +93,7 @@ class _Draws:
         return torch.randn(*shape, generator=self.generator)
 
 
-def axis_turn(axis: str, angle: float) -> Tensor:
-    """The rotation [3, 3] by radians about x, y or z."""
-    c, s = math.cos(angle), math.sin(angle)
-    rows = {
-        "x": [[1.0, 0, 0], [0, c, -s], [0, s, c]],
-        "y": [[c, 0, s], [0, 1.0, 0], [-s, 0, c]],
-        "z": [[c, -s, 0], [s, c, 0], [0, 0, 1.0]],
-    }
-    return torch.tensor(rows[axis])
-
-
-def moved_about(scene: Gaussians, draws: _Draws) -> Gaussians:
+def moved_about(scene: Gaussians, draws: Draws) -> Gaussians:
     """A training scene turned, scaled, mirrored, jittered and bent; every rotation turns the Gaussians too."""
     scene = scene.moved(centre_shift(scene.means_N3))
     if draws.chance(0.2):
@@ -137,7 +126,7 @@ def elastic(coord_N3: Tensor, granularity: float, magnitude: float, generator: t
     return magnitude * found[0, :, :, 0, 0].t()
 
 
-def recoloured(colour_N3: Tensor, draws: _Draws) -> Tensor:
+def recoloured(colour_N3: Tensor, draws: Draws) -> Tensor:
     """Contrast, cast and noise of colours in 0..255."""
     if draws.chance(0.2):
         low_3, high_3 = colour_N3.min(0).values, colour_N3.max(0).values
@@ -163,7 +152,7 @@ def example(
     Args:
         names: attributes. seed: of everything random in it. largest: voxels; of larger scenes a sphere is cut out.
     """
-    draws = _Draws(seed)
+    draws = Draws(seed)
     scene = replace(scene, colours_NC=scene.colours_NC[:, :3])  # higher bands are not seen
     scene = moved_about(scene, draws) if augment else scene.moved(centre_shift(scene.means_N3))
     seen = scene.attributes()
@@ -228,7 +217,7 @@ class SceneData(Dataset):
             example(self.scenes[row], options.voxel, options.inputs, seed, options.augment, options.largest)
             for row, seed in wanted
         ]
-        return collate(examples, _Draws(derive_seed(wanted[0][1], 1)).chance(options.mix))
+        return collate(examples, Draws(derive_seed(wanted[0][1], 1)).chance(options.mix))
 
     @property
     def fingerprint(self) -> str:
@@ -308,15 +297,7 @@ def lifted(room: Room, data: DataConfig, text: TextSpace, seed: int) -> Gaussian
     Raises:
         UserError: the teacher's features are of another width than the texts.
     """
-    answers: Teacher
-    if data.segmenter is None or data.image_encoder is None:
-        names = text.embed(room.names)
-        answers = SimulatedTeacher(names, room.labels_I, data.confusion, data.mask_errors, data.fusion, seed)
-    else:
-        answers = real_teacher(data.segmenter, data.image_encoder, data.fusion)
-    cameras = room.cameras(data.views, data.view_size, seed)
-    views = [answers(room.gaussians, camera, number) for number, camera in enumerate(cameras)]
-    found = lift(room.gaussians, views, data.lifting)
+    found = lift(room.gaussians, views_of(room, data, text, seed), data.lifting)
     features_NF = F.normalize(found.features(), dim=1)
     if features_NF.shape[1] != text.width:
         raise UserError(
@@ -326,16 +307,36 @@ def lifted(room: Room, data: DataConfig, text: TextSpace, seed: int) -> Gaussian
     return replace(room.gaussians, features_NF=features_NF, valid_N=found.seen_N & (features_NF != 0).any(1))
 
 
+def views_of(room: Room, data: DataConfig, text: TextSpace, seed: int) -> list[View]:
+    """A teacher's answers to the pictures of a room."""
+    answers: Teacher
+    if data.segmenter is None or data.image_encoder is None:
+        names = text.embed(room.names)
+        answers = SimulatedTeacher(names, room.labels_I, data.confusion, data.mask_errors, data.fusion, seed)
+    else:
+        answers = real_teacher(data.segmenter, data.image_encoder, data.fusion)
+    cameras = room.cameras(data.views, data.view_size, seed)
+    return [answers(room.gaussians, camera, number) for number, camera in enumerate(cameras)]
+
+
+def picture_features(rooms: Sequence[Room], data: DataConfig, text: TextSpace, seed: int = 0) -> Tensor:
+    """The features [M, F] of all masks in the pictures of training rooms, before any is lifted."""
+    first = seed * 10_000
+    views = [view for i, room in enumerate(rooms) for view in views_of(room, data, text, first + i)]
+    return torch.cat([view.features_MF for view in views])
+
+
 @functools.cache
 def real_teacher(segmenter: str, encoder: str, fusion: Fusion) -> FolderTeacher:
     """The models of two folders, read once."""
     return FolderTeacher(existing_path(segmenter), existing_path(encoder), fusion)
 
 
-def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, unseen: bool = False) -> SceneData:
+def open_scenes(data: DataConfig, part: Part, text: TextSpace | None, seed: int = 0, unseen: bool = False) -> SceneData:
     """The scenes of a part; train and test share no room, and no model of furniture.
 
     Args:
+        text: the space of the features that are lifted onto rooms; None lifts none and asks no scene for them.
         unseen: test rooms also hold classes that no training room has.
 
     Raises:
@@ -354,6 +355,8 @@ def open_scenes(data: DataConfig, part: Part, text: TextSpace, seed: int = 0, un
         if data.quality != 1:
             raise UserError(f"--data.quality {data.quality}: fitted Gaussians are as good as their fit; expected 1")
         made = [fitted_room(room, first + number, part, data, unseen) for number, room in enumerate(made)]
+    if text is None:
+        return SceneData([room.gaussians for room in made], CLASSES if unseen else SEEN, data, rooms=made)
     folder = cache_dir("scenesplat", _cache_key(data, text))
     sweep(folder)
     scenes = []
@@ -383,25 +386,28 @@ def _cache_key(data: DataConfig, text: TextSpace) -> str:
     return fingerprint_strings([str(MADE), str(sorted(options.items())), source, text.fingerprint, *models])[:16]
 
 
-def _open_folder(data: DataConfig, part: Part, text: TextSpace) -> SceneData:
+def _open_folder(data: DataConfig, part: Part, text: TextSpace | None) -> SceneData:
     """The user's scenes: PATH/train and PATH/test with scenes, or with a folder of scenes for each data set."""
     if data.path is None:
         raise UserError("--data.name scenes needs --data.path: a folder with train/ and test/, which hold scenes")
     root = existing_path(data.path) / part
     names_file = existing_path(data.path) / "classes.txt"
-    if not names_file.is_file():
+    if text is not None and not names_file.is_file():
         raise UserError(
             f"{names_file} is missing: the classes' names, one a line, in the order of segment.npy's numbers"
         )
-    names = [line.strip() for line in names_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = names_file.read_text(encoding="utf-8").splitlines() if names_file.is_file() else []
+    names = [line.strip() for line in lines if line.strip()]
     found = scene_places(root)
     scenes = [read_scene(place) for place in found]
+    if text is None:
+        scenes = [replace(scene, features_NF=None, valid_N=None) for scene in scenes]
     for place, scene in zip(found, scenes):
-        if part == "train" and scene.features_NF is None:
+        if text is not None and part == "train" and scene.features_NF is None:
             raise UserError(
                 f"{place}: no lang_feat.npy; a training scene is a folder of .npy arrays with lifted features"
             )
-        if scene.features_NF is not None and scene.features_NF.shape[1] != text.width:
+        if text is not None and scene.features_NF is not None and scene.features_NF.shape[1] != text.width:
             raise UserError(
                 f"{place}: lang_feat.npy has {scene.features_NF.shape[1]} values a Gaussian, the text space "
                 f"{text.width}; give the --text.encoder and --text.width that it was made with"

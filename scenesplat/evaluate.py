@@ -24,8 +24,10 @@ from common.options import Count, Whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from scenesplat.export import SceneModel
+    from scenesplat.data import SceneData
+    from scenesplat.export import LabelModel, SceneModel
     from scenesplat.gaussians import Gaussians
+    from scenesplat.pretrain_config import MeasureConfig
     from scenesplat.protocol import Counts
     from scenesplat.rooms import Room
     from scenesplat.run import Run
@@ -144,6 +146,39 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     return result
 
 
+def labels_measured(model: LabelModel, data: SceneData, options: MeasureConfig) -> dict[str, Any]:
+    """What a model that was fine-tuned with labels names right in unseen scenes: as `evaluate_run` has it."""
+    from scenesplat.text import STRUCTURE
+
+    points: Sequence[Room | Gaussians] = data.rooms or data.scenes
+    scenes = [(scene, Asked.of(asked)) for scene, asked in zip(data.scenes, points, strict=True)]
+    arms = classified(model, scenes, STRUCTURE, options.neighbours, options.fragments, options.views)
+    count = sum(len(scene) for scene, _ in scenes)
+    return {"scenes": len(scenes), "gaussians": count, "classes": model.classes, "arms": arms}
+
+
+def classified(
+    model: LabelModel,
+    scenes: Sequence[tuple[Gaussians, Asked]],
+    excluded: Sequence[str],
+    neighbours: int,
+    fragments: int = 0,
+    views: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Metrics by who averages, of a model with a head of classes."""
+    from scenesplat.inference import scene_probabilities
+    from scenesplat.protocol import excluded_classes
+
+    found = summed(
+        counts_of(
+            scene_probabilities(model, scene, fragments, views).argmax(1), scene, asked, len(model.classes), neighbours
+        )
+        for scene, asked in scenes
+    )
+    without = excluded_classes(model.classes, excluded)
+    return {"tester": found.metrics(without), "hook": found.metrics(without, present_only=True)}
+
+
 def shown_scene(
     labels: Sequence[Tensor | None], model: SceneModel, names: Sequence[str], queries: Sequence[str]
 ) -> int:
@@ -216,12 +251,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.scenes is None:
         raise UserError("--scenes is missing: a folder of scenes that have labels")
     from scenesplat.data import read_scenes
-    from scenesplat.export import SceneModel
+    from scenesplat.export import LabelModel, SceneModel, has_labels
 
-    model = SceneModel.load(options.model, encoder=options.text)
-    names = class_names(options.labels, model)
-    scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
-    metrics, _ = measured(model, scenes, names, options.exclude, options.neighbours, options.fragments)
+    if has_labels(options.model):
+        if options.labels is not None:
+            raise UserError(f"--labels {options.labels}: {options.model} answers with the classes it was tuned with")
+        tuned = LabelModel.load(options.model)
+        names = tuned.classes
+        scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
+        metrics = classified(tuned, scenes, options.exclude, options.neighbours, options.fragments)
+    else:
+        model = SceneModel.load(options.model, encoder=options.text)
+        names = class_names(options.labels, model)
+        scenes = [(scene, Asked.of(scene)) for scene in read_scenes(options.scenes)]
+        metrics, _ = measured(model, scenes, names, options.exclude, options.neighbours, options.fragments)
     count = sum(len(scene) for scene, _ in scenes)
     result = {"scenes": len(scenes), "gaussians": count, "classes": names, "arms": metrics}
     report(result)

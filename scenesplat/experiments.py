@@ -27,6 +27,7 @@ from scenesplat.inference import scene_classes, scene_features
 from scenesplat.model import PointTransformer
 from scenesplat.protocol import VOTERS, excluded_classes
 from scenesplat.rooms import CLASSES, SEEN, STRUCTURE, Room, degraded, make_room, psnr
+from scenesplat.self_experiments import SelfSizes, SelfSupervised
 from scenesplat.text import TextSpace
 from scenesplat.trainer import LanguagePretraining
 
@@ -54,6 +55,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "colour_normal": {"data": {"inputs": ["colour", "normal"]}},
     "few_rooms": {},
     "fitted": {"data": {"gaussians": "fitted"}},
+    # Of the table of ablations alone.
+    "with_normal": {"data": {"inputs": ["colour", "opacity", "quaternion", "scale", "normal"]}},
+    "pseudo": {"loss": {"classes": "pseudo"}},
+    "contrastive_20": {"loss": {"contrastive": 0.2}},
+    "cosine_alone": {"loss": {"cosine": 3.0, "l2": 0.0}},  # of unit vectors the same loss at the same scale
+    "crop_alone": {"data": {"fusion": "local"}},
+    "masked_alone": {"data": {"fusion": "masked"}},
+    "global_alone": {"data": {"fusion": "global"}},
+    "all_pixels": {"data": {"lifting": "pixels"}},
+    "median_view": {"data": {"lifting": "median"}},
+    "nearest_view": {"data": {"lifting": "nearest"}},
+    "no_confusion": {"data": {"confusion": 0.0}},
+    "confusion_40": {"data": {"confusion": 0.4}},
 }
 QUALITIES = (0.2, 1.0)  # least and most of the rooms of claim G
 SYNONYMS = {  # names in the label sets or in common use; none of them is a class
@@ -71,6 +85,7 @@ class Sizes:
         rooms: for training; few_rooms: of the arm with few; eval_rooms: that are never trained on.
         batch: rooms of a step; lr, block_lr: highest rates.
         steps: optimiser steps of an arm.
+        self_supervision: of the claims on self-supervision.
     """
 
     rooms: int
@@ -80,6 +95,7 @@ class Sizes:
     lr: float
     block_lr: float
     steps: int
+    self_supervision: SelfSizes
 
 
 class Study(CommonStudy[Sizes]):
@@ -95,7 +111,13 @@ class Study(CommonStudy[Sizes]):
 
     @cached_property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"text": self.text.fingerprint, **super().settings}
+        own = {key: value for key, value in super().settings.items() if key != "self_supervision"}
+        return {"text": self.text.fingerprint, **own}
+
+    @cached_property
+    def self_supervised(self) -> SelfSupervised:
+        """What the claims on self-supervision are measured on."""
+        return SelfSupervised(self, self.sizes.self_supervision, NETWORK, self.settings)
 
     def data_options(self, name: str) -> DataConfig:
         """Of an arm; the rooms are the same in all."""

@@ -1,6 +1,6 @@
 """What the claims about fitting are measured on: rooms fitted from their pictures, asked by networks of the study.
 
-Fits of claims Fm and Fd take the study's optimiser steps, so that they climb its rungs; rooms that networks are trained
+Fits of claims Pm and Pd take the study's optimiser steps, so that they climb its rungs; rooms that networks are trained
 on or asked about are fitted with the default options of `data.gaussians fitted`, on every rung.
 """
 
@@ -60,14 +60,14 @@ def fit_score(study: Study, name: str, seed: int) -> dict[str, float]:
 
 
 def growing(study: Study, seed: int) -> dict[str, float]:
-    """Claim Fm."""
+    """Claim Pm."""
     found = {name: fit_score(study, name, seed) for name in ("mcmc", "fixed")}
     each = {f"psnr_{name}": values["psnr"] for name, values in found.items()}
     return {"gain_psnr": each["psnr_mcmc"] - each["psnr_fixed"], **each}
 
 
 def with_depth(study: Study, seed: int) -> dict[str, float]:
-    """Claim Fd."""
+    """Claim Pd."""
     with_, without = (fit_score(study, name, seed) for name in ("mcmc", "without_depth"))
     return {
         "depth_ratio": with_["depth_l1"] / max(1e-9, without["depth_l1"]),
@@ -120,7 +120,7 @@ def on_fitted(study: Study, seed: int, arm: str = "recipe") -> dict[str, float]:
 
 
 def loss_of_quality(study: Study, seed: int) -> dict[str, float]:
-    """Claim Fq."""
+    """Claim Pq."""
     sampled, found = study.score("recipe", seed)["f_miou"], on_fitted(study, seed)
     return {
         "kept_share": found["f_miou"] / max(1e-9, sampled),
@@ -131,14 +131,14 @@ def loss_of_quality(study: Study, seed: int) -> dict[str, float]:
 
 
 def trained_on_fitted(study: Study, seed: int) -> dict[str, float]:
-    """Claim Ff."""
+    """Claim Pf."""
     found = {name: on_fitted(study, seed, name)["f_miou"] for name in ("fitted", "recipe")}
     gain = 100 * (found["fitted"] - found["recipe"])
     return {"gain_of_fitted": gain, **{f"f_miou_{name}": value for name, value in found.items()}}
 
 
 def by_length(study: Study, seed: int) -> dict[str, float]:
-    """Claim Gf: over fits of some rooms that were stopped at several lengths."""
+    """Claim Pg: over fits of some rooms that were stopped at several lengths."""
 
     def made() -> dict[str, float]:
         model = study.model("recipe", study.trained("recipe", seed).network)

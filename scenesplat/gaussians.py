@@ -5,6 +5,7 @@ Shape suffixes: N Gaussians, C colour coefficients, K bands' coefficients of one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -146,6 +147,17 @@ def inputs(attributes: dict[str, Tensor], names: Collection[str], loader: str = 
         "scale": attributes["scale"].clamp(least, largest),
     }
     return torch.cat([prepared[name] for name in ATTRIBUTES if name in names], 1)
+
+
+def axis_turn(axis: str, angle: float) -> Tensor:
+    """The rotation [3, 3] by radians about x, y or z."""
+    c, s = math.cos(angle), math.sin(angle)
+    rows = {
+        "x": [[1.0, 0, 0], [0, c, -s], [0, s, c]],
+        "y": [[c, 0, s], [0, 1.0, 0], [-s, 0, c]],
+        "z": [[c, -s, 0], [s, c, 0], [0, 0, 1.0]],
+    }
+    return torch.tensor(rows[axis])
 
 
 def canonical(quaternions_N4: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from scenesplat.export import SceneModel
     from scenesplat.gaussians import Gaussians
+    from scenesplat.ply import Reading
 
 TRAINED = REPOSITORY / "runs" / "scenesplat-small" / "model"
 PUBLISHED = REPOSITORY / "scenesplat" / "pretrained" / "rooms"
@@ -72,9 +74,11 @@ def ask(
 
     from scenesplat.inference import scene_features
 
-    texts = model.texts(queries)
-    others = [model.texts(negatives_for([query], negatives)) for query in queries]
-    features = scene_features(model, scene, limit)
+    against = [negatives_for([query], negatives) for query in queries]
+    with ThreadPoolExecutor(1) as side:  # loading a text encoder takes as long as passing over a scene
+        embedded = side.submit(lambda: (model.texts(queries), [model.texts(names) for names in against]))
+        features = scene_features(model, scene, limit)
+        texts, others = embedded.result()
     return torch.stack([relevance(features, row[None], no)[0] for row, no in zip(texts, others)]), features
 
 
@@ -115,6 +119,33 @@ def default_model() -> Path:
     return TRAINED if (TRAINED / "config.json").is_file() else PUBLISHED
 
 
+def need_model(given: Path | None) -> None:
+    """Refuse to begin where no model was given and none is there.
+
+    Raises:
+        UserError: saying how to get one.
+    """
+    if given is None and not (default_model() / "config.json").is_file():
+        raise UserError(
+            f"no trained model: run `make scenesplat-train`, which writes {TRAINED}, or give --model FOLDER"
+        )
+
+
+def add_reading(parser: Parser) -> None:
+    """The options that say how a scene's file is meant."""
+    parser.add_argument("--unit", choices=("m", "cm", "mm", "inch", "ft"), help="of the file's lengths")
+    parser.add_argument("--up", choices=("z", "-z", "y", "-y"), help="the file's axis that points upwards")
+    parser.add_argument("--scales", choices=("log", "values"), default="log", help="logarithms (3DGS) or plain lengths")
+    parser.add_argument("--opacity", choices=("logit", "values"), default="logit", help="logits (3DGS) or 0 to 1")
+
+
+def reading_of(options: argparse.Namespace) -> Reading:
+    """What those options say."""
+    from scenesplat.ply import Reading
+
+    return Reading(options.unit, options.up, options.scales, options.opacity)
+
+
 def main(argv: list[str] | None = None) -> list[Any]:
     from scenesplat.text import NEGATIVES
 
@@ -136,10 +167,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
         "--features", type=Path, help="write the features: .safetensors, or .ply for their main directions as colours"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of sentences")
-    parser.add_argument("--unit", choices=("m", "cm", "mm", "inch", "ft"), help="of the file's lengths")
-    parser.add_argument("--up", choices=("z", "-z", "y", "-y"), help="the file's axis that points upwards")
-    parser.add_argument("--scales", choices=("log", "values"), default="log", help="logarithms (3DGS) or plain lengths")
-    parser.add_argument("--opacity", choices=("logit", "values"), default="logit", help="logits (3DGS) or 0 to 1")
+    add_reading(parser)
     parser.add_argument("--device", type=device_or_auto, default="cpu", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
     check(options)
@@ -147,10 +175,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     import torch
 
     from scenesplat.export import SceneModel
-    from scenesplat.ply import Reading, read_scene, write_scene
+    from scenesplat.ply import read_scene, write_scene
 
-    how = Reading(options.unit, options.up, options.scales, options.opacity)
-    scene = read_scene(options.scene, how)
+    scene = read_scene(options.scene, reading_of(options))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     model = SceneModel.load(options.model or default_model(), encoder=options.text)
     model.network.to(device)
@@ -205,10 +232,7 @@ def check(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path and path.suffix not in known:
             raise UserError(f"--{name} {path}: expected a name that ends in {' or '.join(known)}")
-    if options.model is None and not (default_model() / "config.json").is_file():
-        raise UserError(
-            f"no trained model: run `make scenesplat-train`, which writes {TRAINED}, or give --model FOLDER"
-        )
+    need_model(options.model)
 
 
 if __name__ == "__main__":

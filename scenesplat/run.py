@@ -13,13 +13,14 @@ import torch
 
 from common.cli import read_run_config
 from common.errors import UserError
-from common.options import free_options, refuse_large_batch
+from common.options import TrainerOptions, free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.training import check_trainer, open_run_folder, refuse_other_inputs
-from common.weights import check_weights, load_weights, save_weights
-from scenesplat.config import SceneSplatConfig, check_network
+from common.weights import load_weights, save_weights
+from scenesplat.config import NetworkConfig, SceneSplatConfig, check_network
 from scenesplat.data import SceneData, open_scenes
-from scenesplat.export import SceneModel
+from scenesplat.data_config import DataConfig
+from scenesplat.export import SceneModel, start_from
 from scenesplat.gaussians import ATTRIBUTES
 from scenesplat.model import PointTransformer
 from scenesplat.rooms import Part
@@ -98,9 +99,7 @@ class Run:
         torch.manual_seed(self.config.seed)
         network = PointTransformer(self.config.network)
         if self.config.init_from:
-            given = SceneModel.load(Path(self.config.init_from), "--init_from").network.state_dict()
-            check_weights(given, network.state_dict(), f"--init_from {self.config.init_from}", "--network")
-            network.load_state_dict(given)
+            start_from(network, Path(self.config.init_from))
         return network
 
     def save(self, network: PointTransformer) -> None:
@@ -142,12 +141,20 @@ def check_options(config: SceneSplatConfig) -> None:
         resume=config.resume,
         grad_clip=config.optimiser.grad_clip,
     )
-    network, data = config.network, config.data
+    check_encoder(config.network, config.data, config.trainer)
+
+
+def check_encoder(network: NetworkConfig, data: DataConfig, trainer: TrainerOptions) -> None:
+    """Refuse a network that does not fit its inputs or cannot be trained.
+
+    Raises:
+        UserError: naming the option.
+    """
     seen = sum(ATTRIBUTES[name] for name in data.inputs)
     if network.in_channels != seen:
         raise UserError(f"--network.in_channels {network.in_channels}: expected {seen}, of {', '.join(data.inputs)}")
     check_network(network)
-    if config.trainer.compile:
+    if trainer.compile:
         raise UserError("--trainer.compile: patches and neighbours differ in every batch, nothing would stay compiled")
     if network.convolution == "spconv":
         raise UserError("--network.convolution spconv: the library has no backward pass on CPUs; expected gather")

@@ -285,6 +285,21 @@ def test_what_misses_says_why_and_what_targets_name_has_words(paper: str) -> Non
         assert {one.metric for one in conditions(claim)} <= set(words[claim["id"]]), claim["id"]
 
 
+def test_a_page_of_its_own_is_copied_beside_the_report_and_linked(results: Path) -> None:
+    folder = results / "pages" / "ldm"
+    folder.mkdir(parents=True)
+    (folder / "room.html").write_text("<p>a room</p>")
+    (folder / "captions.json").write_text(json.dumps({"room.html": "A <room> to walk through."}))
+    page = build(results, results.parent / "site" / "index.html")
+    text = page.read_text(encoding="utf-8")
+    assert '<li><a href="pages/ldm/room.html">A &lt;room&gt; to walk through.</a></li>' in text
+    assert (page.parent / "pages" / "ldm" / "room.html").read_text() == "<p>a room</p>"
+    (folder / "captions.json").write_text("{}")
+    (folder / "room.html").unlink()
+    build(results, page)
+    assert not (page.parent / "pages" / "ldm" / "room.html").exists()
+
+
 def test_the_front_pictures_are_drawn_from_what_is_on_record(tmp_path: Path) -> None:
     for part in ("pc_darts.json", "figures/pc_darts/default_run_normal.svg"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)

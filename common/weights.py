@@ -115,14 +115,14 @@ def _shards(index: Path, label: str) -> list[Path]:
 def check_weights(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], label: str, against: str, ignore: Collection[str] = ()
 ) -> None:
-    """Refuse tensors that are not exactly those wanted.
+    """Refuse tensors that are not exactly those wanted, or that hold numbers that are not finite.
 
     Args:
         label: what is read; against: what decides what is wanted; both as the user knows them.
         ignore: wanted tensors that may be missing.
 
     Raises:
-        UserError: naming missing and surplus tensors and those of another shape.
+        UserError: naming missing and surplus tensors, those of another shape and those with NaN or infinity.
     """
     faults = [f"{name} is missing" for name in wanted if name not in given and name not in ignore]
     faults += [f"{name} is unknown" for name in given if name not in wanted]
@@ -131,9 +131,16 @@ def check_weights(
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
+    if not faults:
+        faults = [f"{name} holds numbers that are not finite" for name in not_finite(given)]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{label} does not fit {against}: {'; '.join(faults[:3])}{more}")
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors with NaN or infinity in them."""
+    return [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
 def load_weights(

@@ -30,7 +30,7 @@ from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
 from common.options import Whole
-from common.weights import save_weights
+from common.weights import INDEX, check_weights, not_finite, read_weights, save_weights
 from electra.config import ElectraConfig
 from electra.model import Encoder
 from electra.objectives import ElectraPretrainer
@@ -103,6 +103,13 @@ _OPTIONAL = {
     "initializer_range": "init_std",
     "layer_norm_eps": "layer_norm_eps",
 }
+# What transformers' options must be, where they are given.
+_MUST_BE = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
 
 
 def transformers_config(config: ElectraConfig, architecture: Architecture, pad_id: int = 0) -> dict[str, Any]:
@@ -125,13 +132,14 @@ def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     position_ids buffer are dropped.
 
     Raises:
-        UserError: another architecture, an activation that is not gelu, or a vocabulary head with its own table.
+        UserError: another architecture, an option that ELECTRA lacks, or a vocabulary head with its own table.
     """
     kind = values.get("model_type", MODEL_TYPE)
     if kind not in (MODEL_TYPE, RELATIVE_MODEL_TYPE):
         raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"config.json: hidden_act is {values['hidden_act']!r}; ELECTRA uses gelu")
+    for option, usual in _MUST_BE.items():
+        if values.get(option, usual) != usual:
+            raise UserError(f"config.json: {option} is {values[option]!r}; ELECTRA has {usual!r}")
     for name in _SIZES:
         if name not in values:
             raise UserError(f"config.json: {name!r} is missing")
@@ -169,7 +177,7 @@ class Pretrained:
 
 
 def load_pretrained(directory: Path) -> Pretrained:
-    """Read config.json and model.safetensors of an Electra model.
+    """Read config.json and model.safetensors (or its shards) of an Electra model.
 
     Raises:
         UserError: a missing or damaged file, pickled weights only, or weights that do not fit the configuration.
@@ -178,14 +186,13 @@ def load_pretrained(directory: Path) -> Pretrained:
     config_file, weights = directory / "config.json", directory / "model.safetensors"
     if not config_file.is_file():
         raise UserError(f"{directory}: no config.json; expected a directory that transformers or train.py wrote")
+    if not weights.is_file() and (shards := directory / f"model{INDEX}").is_file():
+        weights = shards
     if not weights.is_file():
         hint = " (pytorch_model.bin is pickled and not read)" if (directory / "pytorch_model.bin").exists() else ""
         raise UserError(f"{directory}: no model.safetensors{hint}; save the model with safe_serialization")
-    try:
-        values = read_object(config_file)
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged: {error}") from None
+    values = read_object(config_file)
+    state = read_weights(weights)[0]
     config, renamed = from_transformers(values, {k: v.float() for k, v in state.items()})
     with torch.device("meta"):
         expected = {f"electra.{k}": v.shape for k, v in Encoder(config).state_dict().items()}
@@ -194,6 +201,8 @@ def load_pretrained(directory: Path) -> Pretrained:
         if found is None or found.shape != shape:
             what = "is missing" if found is None else f"has shape {list(found.shape)}, config.json means {list(shape)}"
             raise UserError(f"{weights}: {name} {what}")
+    if bad := not_finite(renamed):
+        raise UserError(f"{weights}: {bad[0]} holds numbers that are not finite")
     return Pretrained(config, (values.get("architectures") or ["ElectraModel"])[0], renamed)
 
 
@@ -259,7 +268,7 @@ def save_transformers(model: ElectraPretrainer, directory: Path, tokenizer: Toke
     state = {name: value for name, value in model.state_dict().items() if "." in name}
     for folder in write_networks(directory, model.config, state, model.special.pad):
         if tokenizer is not None:
-            tokenizer.save(folder)
+            tokenizer.save(folder, model.config.max_position)
 
 
 def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -> tuple[ElectraConfig, StateDict]:
@@ -345,7 +354,14 @@ def import_official(
 ) -> list[Path]:
     """Write transformers directories from official variables; returns the directories."""
     state = from_official(variables)
-    return write_networks(directory, infer_config(state, heads, generator_heads), state)
+    config = infer_config(state, heads, generator_heads)
+    with torch.device("meta"):
+        wanted = {f"electra.{name}": value for name, value in Encoder(config).state_dict().items()}
+    found = {name: value for name, value in state.items() if name.startswith("electra.")}
+    check_weights(found, wanted, "the official checkpoint", "the network that its sizes describe")
+    if bad := not_finite(state):
+        raise UserError(f"the official checkpoint: {bad[0]} holds numbers that are not finite")
+    return write_networks(directory, config, state)
 
 
 def export_official(directory: Path) -> StateDict:

@@ -108,7 +108,8 @@ class Run:
         if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
             raise UserError(
                 f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
-                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+                f"than {MOST_UNKNOWN:.0%}: for a script without spaces between words make every character a piece "
+                "(--data.characters true); otherwise give a vocabulary that was learned from such text"
             )
         if share > SAY_UNKNOWN:
             say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
@@ -117,7 +118,7 @@ class Run:
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
         opened.begin(inputs)
         if is_main_process():
-            tokenizer.save(folder / "tokenizer")
+            tokenizer.save(folder / "tokenizer", config.model.max_position)
         run.seconds["data"] = time.perf_counter() - started
         return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.errors import UserError
 from common.files import write_atomically
 
 INDEX = ".safetensors.index.json"
+_ANY_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")  # of a variant too: model.safetensors.index.fp16.json
 CHECKSUM = "tensors_sha256"  # the note
 
 
@@ -68,9 +70,9 @@ def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[
         UserError: there is no such file, or it is truncated, damaged or something else.
     """
     label = f"{option} {path}".strip()
-    if path.name.endswith(INDEX):
+    if _ANY_INDEX.search(path.name):
         state: dict[str, Tensor] = {}
-        for shard in _shards(path, label):
+        for shard in weight_shards(path, label):
             state |= read_weights(shard, option)[0]
         return state, {}
     if not path.is_file():
@@ -98,7 +100,12 @@ def read_notes(path: Path, option: str = "") -> dict[str, str]:
         raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
 
 
-def _shards(index: Path, label: str) -> list[Path]:
+def weight_shards(index: Path, label: str) -> list[Path]:
+    """The files that an index of shards names, each beside it.
+
+    Raises:
+        UserError: the index is damaged, or one of them is missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.parent / name for name in names]

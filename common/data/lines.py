@@ -60,6 +60,18 @@ def read_text(path: str | Path) -> str:
     return "".join(line + "\n" for _, line in read_lines(path, blank=True))
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        UserError: it has none, or as `read_lines`.
+    """
+    prompts = [line.strip() for _, line in read_lines(path)]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it; expected one a line")
+    return prompts
+
+
 def text_files(path: Path) -> list[Path]:
     """A text file, or the .txt files below a folder in the order of their names; others are said to be passed over."""
     if not path.is_dir():

@@ -184,7 +184,7 @@ def test_a_run_folder_draws_converts_and_is_measured_without_its_data(lonely: tu
     options = ["--model", str(folder), "--count", "2", "--steps", "2", "--out", str(tmp_path / "out.png")]
     sample.main([*options, *(["--prompt", "red 3"] if text else [])])
     assert (tmp_path / "out.png").is_file()
-    with pytest.raises(UserError, match="GroupNorms have . groups|cannot carry this text encoder"):
+    with pytest.raises(UserError, match=r"GroupNorms have . groups|cannot carry this text encoder"):
         convert(["--from", "ours", "--to", "compvis", str(folder), str(tmp_path / "model.ckpt")])
     convert(["--from", "ours", "--to", "ours", str(folder), str(tmp_path / "model.safetensors")])
     converted = load_file(tmp_path / "model.safetensors")
@@ -194,7 +194,9 @@ def test_a_run_folder_draws_converts_and_is_measured_without_its_data(lonely: tu
     )
     if name == "text":
         # By way of the one file, which holds the tokenizer too.
-        convert(["--from", "ours", "--to", "diffusers", str(tmp_path / "model.safetensors"), str(tmp_path / "pipeline")])
+        convert(
+            ["--from", "ours", "--to", "diffusers", str(tmp_path / "model.safetensors"), str(tmp_path / "pipeline")]
+        )
         prompts = ["red 3", "red 20"]
         ours, exported = (
             sample.pipeline_images(open_pipeline(place / "pipeline"), prompts, 3, 2.0, 5)

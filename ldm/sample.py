@@ -154,7 +154,7 @@ def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int |
 
 
 def draw_boxes(boxes: Tensor, classes: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Box outlines, uint8 [N, 3, H, W] of this size; boxes [N, K, 4] as (x0, y0, x1, y1) fractions, class -1: no box."""
+    """Box outlines, uint8 [N, 3, H, W] of this size; boxes [N, K, 4] as fractions x0 y0 x1 y1, class -1: no box."""
     import torch
 
     height, width = (size, size) if isinstance(size, int) else size

@@ -179,15 +179,61 @@ def test_the_vocabulary_travels_with_both_networks(tmp_path: Path) -> None:
         assert ids == [2, 5, 6, 7, 3]
 
 
+def spoil(directory: Path, change: Any) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+
+
+def in_shards(directory: Path) -> Path:
+    """The weights in two files and an index; returns the second."""
+    state = load_file(directory / "model.safetensors")
+    files = {"a.safetensors": sorted(state)[::2], "b.safetensors": sorted(state)[1::2]}
+    for file, mine in files.items():
+        save_file({name: state[name] for name in mine}, directory / file, {"format": "pt"})
+    places = {name: file for file, mine in files.items() for name in mine}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (directory / "model.safetensors").unlink()
+    return directory / "b.safetensors"
+
+
+def test_weights_in_shards_are_read_like_whole_ones(tmp_path: Path) -> None:
+    save_transformers(randomised(pretrainer()), tmp_path)
+    whole = load_pretrained(tmp_path)
+    in_shards(tmp_path)
+    shards = load_pretrained(tmp_path)
+    assert shards.config == whole.config and shards.state.keys() == whole.state.keys()
+    assert all(torch.equal(shards.state[name], value) for name, value in whole.state.items())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "sentence"),
+    [
+        (lambda v: v.pop("electra/encoder/layer_0/output/dense/bias"), "layer.0.output.dense.bias is missing"),
+        (lambda v: v["electra/encoder/layer_0/output/dense/bias"].fill_(float("inf")), "not finite"),
+        (lambda v: v["discriminator_predictions/dense/bias"].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_official_variables_that_are_not_whole_are_named(spoilt: Any, sentence: str, tmp_path: Path) -> None:
+    variables = {name: value.clone() for name, value in to_official(randomised(pretrainer()).state_dict()).items()}
+    spoilt(variables)
+    with pytest.raises(UserError, match=sentence):
+        import_official(variables, tmp_path / "out", heads=2, generator_heads=1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda d: os.remove(d / "config.json"), "no config.json"),
         (lambda d: os.remove(d / "model.safetensors"), "no model.safetensors"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x08" * 100), "damaged"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x08" * 100), "not a safetensors file"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
         (lambda d: change_config(d, model_type="bert"), "model_type is 'bert'"),
         (lambda d: change_config(d, hidden_act="relu"), "hidden_act is 'relu'"),
+        (lambda d: change_config(d, position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
+        (lambda d: spoil(d, lambda s: s["electra.encoder.layer.0.output.dense.bias"].fill_(float("nan"))), "not finite"),
+        (lambda d: in_shards(d).unlink(), "shard b.safetensors is missing"),
         (lambda d: change_config(d, vocab_size=51), "word_embeddings.weight has shape"),
         (lambda d: change_config(d, num_hidden_layers=3), "is missing"),
     ],

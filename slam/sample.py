@@ -93,26 +93,22 @@ def open_model(options: argparse.Namespace) -> tuple[Student, Teacher, float | N
     """
     import torch
 
-    from common.adaptors import merge_adaptors, read_adaptors
-    from common.files import read_object
+    from common.adaptors import adaptor_card, merge_adaptors, read_adaptors
     from common.teacher import Teacher
-    from slam.export import CARD, load_student
+    from slam.export import CARD, load_student, paths_of, student_card
     from slam.model import Student, copy_unet
-    from slam.subpath import SubPaths
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.lora:
         around = Teacher.load(options.model, device)
         unet = copy_unet(around, None)
         merge_adaptors(unet, read_adaptors(options.lora, unet))
-        folder = options.lora if options.lora.is_dir() else options.lora.parent
-        card = read_object(folder / CARD) if (folder / CARD).is_file() else {}
-        paths = SubPaths(around.schedule, int(card.get("solver_steps", 50)))
-        student = Student(unet.eval().requires_grad_(False), paths)
+        card = adaptor_card(options.lora, CARD)
+        student = Student(unet.eval().requires_grad_(False), paths_of(around.schedule, card))
     else:
         teacher = Teacher.load(options.teacher, device) if options.teacher else None
         student, around = load_student(options.model, teacher)
-        card = read_object(options.model / CARD) if (options.model / CARD).is_file() else {}
+        card = student_card(options.model)
     trained = card.get("guidance_scale", 1.0)
     w = None
     if isinstance(trained, list):

@@ -85,7 +85,11 @@ def test_own_pictures_get_the_classes_that_the_evaluation_counts(
     one = program.main(["--model", str(model), "--predict", str(data / "test" / "dark" / "3.png")])["pictures"]
     assert one[0]["class"] == next(p["class"] for p in pictures if p["file"].endswith("dark/3.png"))
     refused("no such picture or folder", program.main, ["--model", str(model), "--predict", str(tmp_path / "none")])
-    refused("--predict goes with --model alone", program.main, ["--model", str(model), "--data", "folder", "--predict", str(data)])
+    refused(
+        "--predict goes with --model alone",
+        program.main,
+        ["--model", str(model), "--data", "folder", "--predict", str(data)],
+    )
 
 
 def test_a_network_of_grey_pictures_sees_the_users_in_grey(tmp_path: Path) -> None:

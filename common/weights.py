@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,23 @@ def read_notes(path: Path, option: str = "") -> dict[str, str]:
     except (SafetensorError, OSError) as error:
         label = f"{option} {path}".strip()
         raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
+
+
+def json_note(path: Path, name: str, option: str = "") -> dict[str, Any]:
+    """What a .safetensors file says under `name` in its header, as JSON; {} where it says nothing, or of another file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        found = json.loads(read_notes(path, option).get(name, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {path}".strip() + f": the note {name} in its header is damaged")
+    return found
 
 
 def weight_shards(index: Path, label: str) -> list[Path]:

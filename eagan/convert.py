@@ -125,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from eagan.searching import new_discriminator
 
     if options.model is not None:
-        generator, discriminator = load_generator(options.model)[0], load_discriminator(options.model)
-        genes = {"generator": generator.genotype, "discriminator": discriminator.genotype}
-        content = {
-            "avg_gen_state_dict": to_authors(generator.state_dict()),
-            "dis_state_dict": to_authors(discriminator.state_dict()),
+        made, judge = load_generator(options.model)[0], load_discriminator(options.model)
+        genes = {"generator": made.genotype, "discriminator": judge.genotype}
+        theirs = {
+            "avg_gen_state_dict": to_authors(made.state_dict()),
+            "dis_state_dict": to_authors(judge.state_dict()),
             "genotype": json.dumps(genes),  # the authors' code does not look here; weights do not tell it
         }
-        write_atomically(options.out, lambda temporary: torch.save(content, temporary))
+        write_atomically(options.out, lambda temporary: torch.save(theirs, temporary))
         return options.out
     content = load_checkpoint(options.checkpoint)
     states = {

@@ -13,6 +13,7 @@ What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,8 +40,10 @@ from electra.wordpiece import Tokenizer
 StateDict = dict[str, Tensor]
 Architecture = Literal["ElectraForPreTraining", "ElectraForMaskedLM"]
 
-# transformers has no relative positions: such a directory carries another model type, so that AutoModel refuses it.
-MODEL_TYPE, RELATIVE_MODEL_TYPE = "electra", "electra-relative"
+# transformers' Electra has no relative positions. Its LayoutLMv3, whose text half is the same network otherwise, has: a
+# network whose embeddings are as wide as its hidden states is saved as one, with positions of a page that are all zero.
+# The others carry a type of their own, so that AutoModel refuses them.
+MODEL_TYPE, STOCK_RELATIVE_TYPE, RELATIVE_MODEL_TYPE = "electra", "layoutlmv3", "electra-relative"
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _SLOTS = ("/adam_m", "/adam_v")  # the official optimizer's moments
 
@@ -114,15 +117,81 @@ _MUST_BE = {
 
 def transformers_config(config: ElectraConfig, architecture: Architecture, pad_id: int = 0) -> dict[str, Any]:
     """The content of config.json; what transformers does not know stands under `pretraining`."""
-    return {
+    kind = MODEL_TYPE
+    if config.relative_positions:
+        kind = RELATIVE_MODEL_TYPE if why_not_stock(config, pad_id) else STOCK_RELATIVE_TYPE
+    values: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": RELATIVE_MODEL_TYPE if config.relative_positions else MODEL_TYPE,
+        "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONAL).items()},
         "hidden_act": "gelu",
         "pad_token_id": pad_id,
         "tie_word_embeddings": True,
         "pretraining": {"init": config.init, "relative_positions": config.relative_positions},
     }
+    if kind != STOCK_RELATIVE_TYPE:
+        return values
+    columns, length = config.hidden_size // 8, config.max_position
+    return values | {
+        "architectures": ["LayoutLMv3Model"],
+        "max_position_embeddings": length + 1,  # position 0 is that of padding
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "visual_embed": False,
+        "has_spatial_attention_bias": False,
+        "max_2d_position_embeddings": 1,
+        "coordinate_size": columns,
+        "shape_size": (config.hidden_size - 4 * columns) // 2,
+        "has_relative_attention_bias": True,
+        "rel_pos_bins": 4 * length,  # every distance below `length` has a bin of its own, to either side
+        "max_rel_pos": 2 * length,
+        "pretraining": {**values["pretraining"], "architecture": architecture},
+    }
+
+
+def why_not_stock(config: ElectraConfig, pad_id: int = 0) -> str | None:
+    """Why transformers has no network like this one; None where it has one."""
+    if not config.relative_positions:
+        return None
+    if config.embedding_size != config.hidden_size:
+        return f"it has relative positions and embeddings of {config.embedding_size} for states of {config.hidden_size}"
+    return (
+        None if pad_id == 0 and config.hidden_size % 2 == 0 else "it has relative positions and an odd width or pad id"
+    )
+
+
+def to_stock_relative(config: ElectraConfig, state: Mapping[str, Tensor]) -> StateDict:
+    """Parameters by the names of LayoutLMv3; `relative_positions.bias` stays too, since scaling it rounds."""
+    renamed = {re.sub(r"^electra\.", f"{STOCK_RELATIVE_TYPE}.", name): value for name, value in state.items()}
+    base, length, width = f"{STOCK_RELATIVE_TYPE}.", config.max_position, config.hidden_size
+    positions = f"{base}embeddings.position_embeddings.weight"
+    renamed[positions] = torch.cat([torch.zeros(1, width), renamed[positions].float()])
+    bias_AR = renamed[f"{base}relative_positions.bias"].float()
+    bins_AK = torch.zeros(config.heads, 4 * length)
+    distance = torch.arange(length)
+    bins_AK[:, distance] = bias_AR[:, length - 1 - distance]  # keys before the query, and itself
+    bins_AK[:, 2 * length + distance[1:]] = bias_AR[:, length - 1 + distance[1:]]
+    # There the bias is divided by the root of a head's width.
+    renamed[f"{base}encoder.rel_pos_bias.weight"] = bins_AK * math.sqrt(width // config.heads)
+    columns = width // 8
+    for name, size in (
+        ("x", columns),
+        ("y", columns),
+        ("h", width // 2 - 2 * columns),
+        ("w", width // 2 - 2 * columns),
+    ):
+        renamed[f"{base}embeddings.{name}_position_embeddings.weight"] = torch.zeros(1, size)
+    return renamed
+
+
+def from_stock_relative(state: Mapping[str, Tensor]) -> StateDict:
+    """The inverse of `to_stock_relative`."""
+    ours = {re.sub(rf"^{STOCK_RELATIVE_TYPE}\.", "electra.", name): value for name, value in state.items()}
+    ours = {k: v for k, v in ours.items() if not re.search(r"rel_pos_bias|embeddings\.[xyhw]_position_", k)}
+    positions = "electra.embeddings.position_embeddings.weight"
+    if positions in ours:
+        ours[positions] = ours[positions][1:]
+    return ours
 
 
 def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ElectraConfig, StateDict]:
@@ -135,6 +204,9 @@ def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         UserError: another architecture, an option that ELECTRA lacks, or a vocabulary head with its own table.
     """
     kind = values.get("model_type", MODEL_TYPE)
+    if kind == STOCK_RELATIVE_TYPE and (values.get("pretraining") or {}).get("relative_positions"):
+        values = {**values, "max_position_embeddings": values.get("max_position_embeddings", 1) - 1}
+        kind, state = RELATIVE_MODEL_TYPE, from_stock_relative(state)
     if kind not in (MODEL_TYPE, RELATIVE_MODEL_TYPE):
         raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
     for option, usual in _MUST_BE.items():
@@ -203,7 +275,8 @@ def load_pretrained(directory: Path) -> Pretrained:
             raise UserError(f"{weights}: {name} {what}")
     if bad := not_finite(renamed):
         raise UserError(f"{weights}: {bad[0]} holds numbers that are not finite")
-    return Pretrained(config, (values.get("architectures") or ["ElectraModel"])[0], renamed)
+    own = (values.get("pretraining") or {}).get("architecture")
+    return Pretrained(config, own or (values.get("architectures") or ["ElectraModel"])[0], renamed)
 
 
 def encoder_folder(path: Path) -> Path:
@@ -234,8 +307,11 @@ def write_directory(
     directory: Path, config: ElectraConfig, architecture: Architecture, state: Mapping[str, Tensor], pad_id: int = 0
 ) -> None:
     """config.json and model.safetensors, each written atomically."""
+    values = transformers_config(config, architecture, pad_id)
+    if values["model_type"] == STOCK_RELATIVE_TYPE:
+        state = to_stock_relative(config, state)
     save_weights(directory / "model.safetensors", state, {"format": "pt"}, torch.float32)
-    write_json(directory / "config.json", transformers_config(config, architecture, pad_id))
+    write_json(directory / "config.json", values)
 
 
 def write_networks(directory: Path, config: ElectraConfig, state: Mapping[str, Tensor], pad_id: int = 0) -> list[Path]:

@@ -128,8 +128,15 @@ class Checkpoint:
             return None
         sizes = text_encoder_to_diffusers(weights, about.get("dim_head", 64))[1]
         head = "transformer.to_logits.weight" in weights
-        names = ("d_model", "encoder_layers", "vocab_size", "max_position_embeddings", "encoder_attention_heads")
-        return TransformerEmbedder(*(sizes[name] for name in names), sizes["head_dim"], logits_head=head)
+        return TransformerEmbedder(
+            sizes["d_model"],
+            sizes["encoder_layers"],
+            sizes["vocab_size"],
+            sizes["max_position_embeddings"],
+            sizes["encoder_attention_heads"],
+            sizes["head_dim"],
+            logits_head=head,
+        )
 
 
 class _Inert:

@@ -283,8 +283,8 @@ def unet_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         }
         return _rename(state, names, "U-Net"), theirs
     head_widths = {width // _heads_at(config, width) for width in _attention_widths(config)}
-    heads = {_heads_at(config, width) for width in _attention_widths(config)}
-    if len(head_widths) != 1 and heads != {1}:
+    counts = {_heads_at(config, width) for width in _attention_widths(config)}
+    if len(head_widths) != 1 and counts != {1}:
         raise UserError(
             f"UNet2DModel has one head width for all levels, this U-Net has {sorted(head_widths)}; keep --to ours"
         )

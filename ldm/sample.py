@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.data.lines import read_prompts
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Range, Seed, Share
 
@@ -246,8 +246,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.guidance is None:
         options.guidance = 1.0 if options.classifier else 3.0
     size = _size(options.size) if options.size else None
-    if options.prompts is not None:
-        options.prompt = [*(options.prompt or []), *read_prompts(options.prompts)]
     if (options.model / "model.safetensors").is_file() and (options.model / "config.yaml").is_file():
         drawn = _from_run(options, size)
     else:
@@ -323,8 +321,7 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
     if options.sampler or options.eta:
         kind = type(pipeline.scheduler).__name__
         raise UserError(f"--sampler and --eta are for run folders; {options.model} draws with a scheduler, its {kind}")
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red apple, flat style")
     # Stock pipelines want multiples of 8 whatever the autoencoder's factor is.
     multiple = math.lcm(8, int(pipeline.vae_scale_factor))
     check_drawing(size, multiple, options.steps, int(pipeline.scheduler.config.num_train_timesteps))
@@ -369,7 +366,9 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> list
             "classifier_scale": options.classifier_scale,
         }
     if task == "text":
-        named = options.prompt or list(dict.fromkeys(run.task.captions))[:4]
+        named = list(dict.fromkeys(run.task.captions))[:4]
+        if options.prompt or options.prompts:
+            named = prompts_of(options.prompt, options.prompts, named[0])
         columns = run.task.caption_columns([prompt for prompt in named for _ in range(options.count)])
         images = draw(ldm, task, columns, len(named) * options.count, side, sampling, options.seed)
         return _by_condition(named, images)

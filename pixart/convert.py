@@ -421,8 +421,8 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
             f"transformer/config.json: out_channels={outputs}; expected {inputs}, or {2 * inputs} with sigma"
         )
     rest = dict(state)
-    theirs = rest.pop(THEIR_NULL_CAPTION, None)
-    null = rest.pop(NULL_CAPTION, theirs)
+    published = rest.pop(THEIR_NULL_CAPTION, None)
+    null = rest.pop(NULL_CAPTION, published)
     rest.pop("pos_embed.pos_embed", None)
     joined: StateDict = {}
     for ours, theirs in _split_names(depth):

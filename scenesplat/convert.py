@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import UserError, run_main
@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> Path:
 
     if options.model:
         model = SceneModel.load(options.model)
-        known = {"network": asdict(model.network.options), "voxel": model.voxel}
-        known |= {"attributes": model.attributes, "classes": model.classes}
+        about: dict[str, Any] = {"network": asdict(model.network.options), "voxel": model.voxel}
+        about |= {"attributes": model.attributes, "classes": model.classes}
         state = {f"backbone.{name}": value for name, value in model.network.state_dict().items()}
-        save_weights(options.out, state, {NOTE: json.dumps(known)})
+        save_weights(options.out, state, {NOTE: json.dumps(about)})
         print(f"left behind: the space of its texts ({model.text.source}), which --text is to name again")
         return options.out
     state = read_checkpoint(options.checkpoint)

@@ -21,7 +21,7 @@ from tests.common.tiny_teacher import SCHEDULER, WORDS
 from tests.refusals import refused
 from tests.word_tokenizer import word_tokenizer
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL: dict[str, Any] = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 UNET: dict[str, Any] = {
     "sample_size": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -129,16 +129,22 @@ def old_names(folder: Path, part: str) -> None:
     save_file(state, weights_file(folder / part), {"format": "pt"})
 
 
-def in_shards(folder: Path, part: str) -> None:
-    """The weights in two files and an index."""
-    state = load_file(weights_file(folder / part))
-    names = sorted(state)
-    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, mine in files.items():
-        save_file({name: state[name] for name in mine}, folder / part / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, mine in files.items() for name in mine}}
-    (folder / part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    weights_file(folder / part).unlink()
+def in_shards(folder: Path, *parts: str) -> None:
+    """The weights of these parts in two files and an index each."""
+    for part in parts:
+        state = load_file(weights_file(folder / part))
+        names = sorted(state)
+        files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, mine in files.items():
+            save_file({name: state[name] for name in mine}, folder / part / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, mine in files.items() for name in mine}}
+        (folder / part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        weights_file(folder / part).unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    in_shards(folder, "unet")
+    (folder / "unet" / "b.safetensors").unlink()
 
 
 Change = Callable[[Path], None]
@@ -178,7 +184,7 @@ GRID: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, Chang
     "no scaling factor": ({}, {}, {}, "bert", lambda f: edit(f / "vae" / "config.json", scaling_factor="absent")),
     "attention of the autoencoder, old names": ({}, ATTENTION, {}, "bert", lambda f: old_names(f, "vae")),
     "no middle attention": ({}, {"mid_block_add_attention": False}, {}, "bert", None),
-    "shards": ({}, {}, {}, "bert", lambda f: (in_shards(f, "unet"), in_shards(f, "vae"))[0]),
+    "shards": ({}, {}, {}, "bert", lambda f: in_shards(f, "unet", "vae")),
     "heads, linear projection": (
         {"attention_head_dim": (2, 4), "use_linear_projection": True, "resnet_time_scale_shift": "scale_shift"},
         {},
@@ -291,7 +297,7 @@ FAULTS: dict[str, tuple[str, Change]] = {
     ),
     "a shard is missing": (
         "shard b.safetensors is missing",
-        lambda f: (in_shards(f, "unet"), (f / "unet" / "b.safetensors").unlink())[0],
+        lose_a_shard,
     ),
     "shifted latents": ("latents that are shifted", lambda f: edit(f / "vae" / "config.json", shift_factor=0.1)),
     "another activation": ("act_fn='relu'", lambda f: edit(f / "vae" / "config.json", act_fn="relu")),

@@ -60,6 +60,24 @@ def _sort_notes(path: Path) -> None:
             file.write(text.ljust(length))
 
 
+def refuse_other_files(path: Path, label: str) -> None:
+    """Raise UserError where a file is what a failed download leaves: nothing, a page, an error, a Git LFS pointer."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    what = ""
+    if not start:
+        what = "is empty"
+    elif text.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer in place of the file: fetch the file itself (git lfs pull)"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "is a web page in place of the file, as a sign-in or an error gives: fetch the file itself"
+    elif text.startswith((b'{"', b"{\n", b"[")) and b"\0" not in start:
+        what = "is JSON text; expected weights"
+    if what:
+        raise UserError(f"{label} {what}")
+
+
 def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and notes of a .safetensors file, or of all shards of a `*.safetensors.index.json`. Those that
     `save_weights` wrote are compared with their checksum.
@@ -78,6 +96,7 @@ def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[
         return state, {}
     if not path.is_file():
         raise UserError(f"{label}: no such file")
+    refuse_other_files(path, label)
     try:
         with safe_open(path, "pt") as file:
             tensors, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError
+from electra.config import ElectraConfig
 from electra.convert import (
     export_official,
     from_official,
@@ -445,3 +446,21 @@ def test_relative_positions_are_not_exported_to_the_official_code(tmp_path: Path
     save_transformers(pretrainer(relative_positions=True), tmp_path)
     with pytest.raises(UserError, match="no relative positions"):
         export_official(tmp_path)
+
+
+def test_what_stock_transformers_cannot_read_is_said_at_the_start(capfd: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from electra.run import Run
+
+    def said(config: ElectraConfig, *arms: str) -> str:
+        run = SimpleNamespace(model=config, config=SimpleNamespace(arms=arms), special=SPECIAL)
+        Run.say_what_transformers_lacks(cast(Run, run))
+        return capfd.readouterr()[1]
+
+    relative = replace(TINY, relative_positions=True, embedding_size=TINY.hidden_size, generator_factor=0.5)
+    assert said(TINY, "electra") == said(relative, "mlm") == ""
+    message = said(relative, "electra", "mlm")
+    assert message.startswith("the generator is saved for this program alone") and message.count("\n") == 1
+    assert "embeddings of 16 for states of 8" in message

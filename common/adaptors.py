@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.weights import read_weights, save_weights
+from common.files import read_object, write_json
+from common.weights import read_notes, read_weights, save_weights
 
+Layout = Literal["diffusers", "kohya"]
 FILE = "pytorch_lora_weights.safetensors"  # the name that stock diffusers looks for in a folder
 DOWN, UP = (
     ("lora_A.weight", "lora.down.weight", "lora_down.weight"),
@@ -82,7 +84,7 @@ def write_adaptors(
     path: Path,
     adaptors: Mapping[str, tuple[Tensor, Tensor]],
     notes: Mapping[str, str],
-    layout: Literal["diffusers", "kohya"] = "diffusers",
+    layout: Layout = "diffusers",
 ) -> Path:
     """Write adaptors {module: (A, B)} whose strength is in B; returns the file.
 
@@ -114,6 +116,44 @@ def write_adaptors(
         header["lora_adapter_metadata"] = json.dumps(described, sort_keys=True)
     save_weights(file, tensors, header)
     return file
+
+
+def write_with_card(
+    path: Path,
+    adaptors: Mapping[str, tuple[Tensor, Tensor]],
+    card: Mapping[str, Any],
+    name: str,
+    layout: Layout = "diffusers",
+) -> Path:
+    """`write_adaptors` with what is known of them: as JSON in the header, and in a folder as the file `name` too."""
+    notes = {name: json.dumps(card, sort_keys=True)} if card else {}
+    file = write_adaptors(path, adaptors, notes, layout)
+    if card and file.parent == path:
+        write_json(path / name, dict(card))
+    return file
+
+
+def adaptor_card(path: Path, name: str, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is known of the adaptors in a folder or file: of its header, else of the file `name` beside it; {} where
+    nothing is said.
+
+    Args:
+        kinds: for `read_object`.
+
+    Raises:
+        UserError: what is said is damaged.
+    """
+    if path.suffix == ".safetensors" and path.is_file() and name in (notes := read_notes(path)):
+        try:
+            card = json.loads(notes[name])
+        except ValueError:
+            card = None
+        wanted = (kinds or {}).items()
+        if not isinstance(card, dict) or not all(isinstance(card.get(key), kind) for key, kind in wanted):
+            raise UserError(f"{path}: the note {name} in its header is damaged")
+        return card
+    beside = (path if path.is_dir() else path.parent) / name
+    return read_object(beside, kinds=dict(kinds or {})) if beside.is_file() else {}
 
 
 def _padded(half: Tensor, dim: int, rank: int) -> Tensor:

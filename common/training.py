@@ -44,6 +44,7 @@ from common.processes import (
     start_process_group,
 )
 from common.stopping import Steps, Stopped, command
+from common.weights import refuse_other_files
 
 LAST_CHECKPOINT = "last.ckpt"
 INPUTS = "inputs.json"
@@ -53,6 +54,7 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """`torch.load` with `weights_only=True` and a clear sentence for a missing, truncated, damaged or pickled file."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
+    refuse_other_files(path, f"checkpoint {path}")
     refuse_damaged(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from common.errors import UserError
 from common.files import write_atomically
 
 INDEX = ".safetensors.index.json"
+_ANY_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")  # of a variant too: model.safetensors.index.fp16.json
 CHECKSUM = "tensors_sha256"  # the note
 
 
@@ -57,6 +60,24 @@ def _sort_notes(path: Path) -> None:
             file.write(text.ljust(length))
 
 
+def refuse_other_files(path: Path, label: str) -> None:
+    """Raise UserError where a file is what a failed download leaves: nothing, a page, an error, a Git LFS pointer."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    what = ""
+    if not start:
+        what = "is empty"
+    elif text.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer in place of the file: fetch the file itself (git lfs pull)"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "is a web page in place of the file, as a sign-in or an error gives: fetch the file itself"
+    elif text.startswith((b'{"', b"{\n", b"[")) and b"\0" not in start:
+        what = "is JSON text; expected weights"
+    if what:
+        raise UserError(f"{label} {what}")
+
+
 def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and notes of a .safetensors file, or of all shards of a `*.safetensors.index.json`. Those that
     `save_weights` wrote are compared with their checksum.
@@ -68,13 +89,14 @@ def read_weights(path: Path, option: str = "") -> tuple[dict[str, Tensor], dict[
         UserError: there is no such file, or it is truncated, damaged or something else.
     """
     label = f"{option} {path}".strip()
-    if path.name.endswith(INDEX):
+    if _ANY_INDEX.search(path.name):
         state: dict[str, Tensor] = {}
-        for shard in _shards(path, label):
+        for shard in weight_shards(path, label):
             state |= read_weights(shard, option)[0]
         return state, {}
     if not path.is_file():
         raise UserError(f"{label}: no such file")
+    refuse_other_files(path, label)
     try:
         with safe_open(path, "pt") as file:
             tensors, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -98,7 +120,29 @@ def read_notes(path: Path, option: str = "") -> dict[str, str]:
         raise UserError(f"{label} is truncated or not a safetensors file: {error}") from None
 
 
-def _shards(index: Path, label: str) -> list[Path]:
+def json_note(path: Path, name: str, option: str = "") -> dict[str, Any]:
+    """What a .safetensors file says under `name` in its header, as JSON; {} where it says nothing, or of another file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        found = json.loads(read_notes(path, option).get(name, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {path}".strip() + f": the note {name} in its header is damaged")
+    return found
+
+
+def weight_shards(index: Path, label: str) -> list[Path]:
+    """The files that an index of shards names, each beside it.
+
+    Raises:
+        UserError: the index is damaged, or one of them is missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.parent / name for name in names]
@@ -115,14 +159,14 @@ def _shards(index: Path, label: str) -> list[Path]:
 def check_weights(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], label: str, against: str, ignore: Collection[str] = ()
 ) -> None:
-    """Refuse tensors that are not exactly those wanted.
+    """Refuse tensors that are not exactly those wanted, or that hold numbers that are not finite.
 
     Args:
         label: what is read; against: what decides what is wanted; both as the user knows them.
         ignore: wanted tensors that may be missing.
 
     Raises:
-        UserError: naming missing and surplus tensors and those of another shape.
+        UserError: naming missing and surplus tensors, those of another shape and those with NaN or infinity.
     """
     faults = [f"{name} is missing" for name in wanted if name not in given and name not in ignore]
     faults += [f"{name} is unknown" for name in given if name not in wanted]
@@ -131,9 +175,16 @@ def check_weights(
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
+    if not faults:
+        faults = [f"{name} holds numbers that are not finite" for name in not_finite(given)]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{label} does not fit {against}: {'; '.join(faults[:3])}{more}")
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors with NaN or infinity in them."""
+    return [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
 def load_weights(

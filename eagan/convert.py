@@ -9,6 +9,7 @@ Their files hold `avg_gen_state_dict` (the averaged generator), `gen_state_dict`
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from eagan.config import NetworkConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from eagan.genotypes import Genes
+
+USUAL = "best_G,cifar10_D"
 TWIN = re.compile(r"(.*\.ops\.\d+)\.op\.\d\.(.*)")  # a convolution's second name in their files
 
 
@@ -72,12 +76,40 @@ def sizes_of(generator: Mapping[str, Tensor], discriminator: Mapping[str, Tensor
     return NetworkConfig(gf_dim, df_dim, 3 * part, round((rows / gf_dim) ** 0.5))
 
 
+def pair_of(told: object, given: str | None, path: Path) -> tuple[Genes, Genes | None]:
+    """The genotypes that a file of ours tells, or that are given; no weight tells how a picture is enlarged.
+
+    Raises:
+        UserError: what it tells is damaged, or something else is given.
+    """
+    from eagan.config import RunConfig
+    from eagan.genotypes import DISCRIMINATOR, GENERATOR, parse
+    from eagan.run import given_pair
+
+    pair = None if told is not None and given is None else given_pair(RunConfig(genotype=given or USUAL))
+    if told is None:
+        assert pair is not None
+        return pair
+    where = f"--checkpoint {path}: its genotype"
+    try:
+        genes = json.loads(str(told))
+        own = genes["generator"], genes["discriminator"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where} is damaged; expected what --model writes") from None
+    found = parse(GENERATOR, own[0], where), None if own[1] is None else parse(DISCRIMINATOR, own[1], where)
+    if pair is not None and pair != found:
+        raise UserError(f"--genotype {given} is not that of {path}, which tells its own: leave --genotype out")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="of the authors' code (.pth)")
     source.add_argument("--model", type=Path, help="a trained pair of ours")
-    parser.add_argument("--genotype", default="best_G,cifar10_D", help="with --checkpoint: names, or a JSON file")
+    parser.add_argument(
+        "--genotype", help="with --checkpoint: names, or a JSON file (default: the file's, or best_G,cifar10_D)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder (from --checkpoint) or .pth file to write")
     options = parser.parse_args(argv)
     if options.out.exists():
@@ -88,18 +120,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from common.files import write_atomically
     from common.training import load_checkpoint
     from common.weights import check_weights
-    from eagan.config import RunConfig
     from eagan.model import Generator
     from eagan.retraining import load_discriminator, load_generator, save_pair
-    from eagan.run import given_pair
     from eagan.searching import new_discriminator
 
     if options.model is not None:
-        content = {
-            "avg_gen_state_dict": to_authors(load_generator(options.model)[0].state_dict()),
-            "dis_state_dict": to_authors(load_discriminator(options.model).state_dict()),
+        made, judge = load_generator(options.model)[0], load_discriminator(options.model)
+        genes = {"generator": made.genotype, "discriminator": judge.genotype}
+        theirs = {
+            "avg_gen_state_dict": to_authors(made.state_dict()),
+            "dis_state_dict": to_authors(judge.state_dict()),
+            "genotype": json.dumps(genes),  # the authors' code does not look here; weights do not tell it
         }
-        write_atomically(options.out, lambda temporary: torch.save(content, temporary))
+        write_atomically(options.out, lambda temporary: torch.save(theirs, temporary))
         return options.out
     content = load_checkpoint(options.checkpoint)
     states = {
@@ -108,8 +141,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     averaged = states.get("avg_gen_state_dict", states.get("gen_state_dict"))
     if averaged is None:
         raise UserError(f"--checkpoint {options.checkpoint}: it has no avg_gen_state_dict; it has {', '.join(content)}")
-    pair = given_pair(RunConfig(genotype=options.genotype))
-    assert pair is not None
+    pair = pair_of(content.get("genotype"), options.genotype, options.checkpoint)
+    named = (
+        "its genotype"
+        if options.genotype is None and "genotype" in content
+        else f"--genotype {options.genotype or USUAL}"
+    )
     tensors = from_authors(averaged)
     judged = from_authors(states["dis_state_dict"]) if "dis_state_dict" in states else None
     config = sizes_of(tensors, judged)
@@ -119,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if network is not None and given is not None:
             wanted = network.state_dict()
             counters = [name for name in wanted if name.endswith("num_batches_tracked")]
-            check_weights(
-                given, wanted, f"--checkpoint {options.checkpoint}", f"--genotype {options.genotype}", counters
-            )
+            check_weights(given, wanted, f"--checkpoint {options.checkpoint}", named, counters)
             network.load_state_dict(given, strict=False)
     save_pair(options.out, generator, discriminator, {"origin": options.checkpoint.name})
     return options.out

@@ -1,7 +1,9 @@
-"""Measure a trained network, count a cell's network, or see how many random networks early exit lets in.
+"""Measure a trained network, let it name your own pictures, count a cell's network, or see how many random networks
+early exit lets in.
 
     python eeea_net/evaluate.py --model runs/eeea_net-small/eeea_net_0/model
     python eeea_net/evaluate.py --model MODEL --data folder --path PHOTOS          # other pictures, the same classes
+    python eeea_net/evaluate.py --model MODEL --predict PHOTOS                     # class of every picture of a folder
     python eeea_net/evaluate.py --genotype EEEA_C                                  # parameters and MACs, 36 channels
     python eeea_net/evaluate.py --genotype EEEA_C --channels 32 --layers 20 --classes 100
     python eeea_net/evaluate.py --subnet EEEA_C2                                   # of the once-for-all space
@@ -60,6 +62,17 @@ def evaluate_model(folder: Path, name: str | None, path: str | None) -> dict[str
     return {"model": str(folder), "data": data.name, "test_pictures": len(data.test), "test_error": error, "loss": loss}
 
 
+def predict(folder: Path, pictures: Path, output: Path | None) -> dict[str, Any]:
+    """Print the class of every picture; see `common.predicting`."""
+    from common.predicting import label_pictures, told
+    from eeea_net.training import load_model
+
+    found = {"model": str(folder), "pictures": told(label_pictures(*load_model(folder), pictures))}
+    if output is not None:
+        write_json(output, found)
+    return found
+
+
 def count_genotype(name: str, channels: int, layers: int, classes: int, size: int) -> dict[str, Any]:
     """Parameters and MACs of a cell's network."""
     from eeea_net.config import NetworkConfig
@@ -104,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--acceptance", action="store_true", help="early exit of random networks by beta")
     parser.add_argument("--data", help="with --model: a data set, as --data.name of train.py")
     parser.add_argument("--path", help="with --model: folder of the data")
+    parser.add_argument("--predict", type=Path, metavar="PICTURES", help="with --model: a picture or folder to label")
     parser.add_argument("--channels", type=Count, default=36, help="width of the first cell")
     parser.add_argument("--layers", type=Count, default=20, help="number of cells")
     parser.add_argument("--classes", type=Count, default=10, help="of the classifier")
@@ -118,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     asked = [given.model is not None, given.genotype is not None, given.subnet is not None, given.acceptance]
     if sum(asked) != 1:
         raise UserError("give one of --model FOLDER, --genotype NAME_OR_FILE, --subnet NAME and --acceptance")
+    if given.predict is not None and (given.model is None or given.data or given.path):
+        raise UserError("--predict goes with --model alone")
+    if given.predict is not None:
+        return predict(given.model, given.predict, given.output)
     if given.model is not None:
         found = evaluate_model(given.model, given.data, given.path)
     elif given.genotype is not None:

@@ -5,7 +5,6 @@ States: 0 and 1 are the outputs of the two cells before, 2, 3, ... those of the 
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_yaml, text_of, write_json
+from common.literals import logged_call
 
 Pair = tuple[str, int]  # an operation and the state that it reads
 
@@ -119,26 +119,11 @@ class Genotype:
             raise UserError(f"genotype {str(name)!r}: neither a file nor one of {', '.join(published())}")
         text = text_of(path, "expected a genotype").strip()
         try:
-            return cls.of(_logged(text) if text.startswith("Genotype(") else json.loads(text))
-        except (ValueError, SyntaxError, AttributeError, RecursionError):
+            return cls.of(logged_call(text) if text.startswith("Genotype(") else json.loads(text))
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"genotype {path}: expected JSON or a logged Genotype(...)") from None
         except UserError as error:
             raise UserError(f"genotype {path}: {error}") from None
-
-
-def _logged(text: str) -> dict[str, Any]:
-    """The keywords of a logged `Genotype(...)`; literals and `range(a, b)`, nothing is evaluated."""
-    call = ast.parse(text, mode="eval").body
-    if not isinstance(call, ast.Call):
-        raise ValueError("not a call")
-    found: dict[str, Any] = {}
-    for keyword in call.keywords:
-        value = keyword.value
-        if isinstance(value, ast.Call):
-            found[str(keyword.arg)] = list(range(*map(ast.literal_eval, value.args)))
-        else:
-            found[str(keyword.arg)] = ast.literal_eval(value)
-    return found
 
 
 @cache

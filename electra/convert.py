@@ -14,6 +14,7 @@ What differs between the layouts: kernels are [in, out] in TensorFlow; LayerNorm
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
 from common.options import Whole
-from common.weights import save_weights
+from common.weights import INDEX, check_weights, not_finite, read_weights, save_weights
 from electra.config import ElectraConfig
 from electra.model import Encoder
 from electra.objectives import ElectraPretrainer
@@ -41,8 +42,10 @@ StateDict = dict[str, Tensor]
 Architecture = Literal["ElectraForPreTraining", "ElectraForMaskedLM"]
 PRETRAINED: tuple[str, ...] = (*get_args(Architecture), "ElectraModel")
 
-# transformers has no relative positions: such a directory carries another model type, so that AutoModel refuses it.
-MODEL_TYPE, RELATIVE_MODEL_TYPE = "electra", "electra-relative"
+# transformers' Electra has no relative positions. Its LayoutLMv3, whose text half is the same network otherwise, has: a
+# network whose embeddings are as wide as its hidden states is saved as one, with positions of a page that are all zero.
+# The others carry a type of their own, so that AutoModel refuses them.
+MODEL_TYPE, STOCK_RELATIVE_TYPE, RELATIVE_MODEL_TYPE = "electra", "layoutlmv3", "electra-relative"
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _SLOTS = ("/adam_m", "/adam_v")  # the official optimizer's moments
 
@@ -118,15 +121,81 @@ _ONLY: dict[str, tuple[Any, str]] = {
 
 def transformers_config(config: ElectraConfig, architecture: str, pad_id: int = 0) -> dict[str, Any]:
     """The content of config.json; what transformers does not know stands under `pretraining`."""
-    return {
+    kind = MODEL_TYPE
+    if config.relative_positions:
+        kind = RELATIVE_MODEL_TYPE if why_not_stock(config, pad_id) else STOCK_RELATIVE_TYPE
+    values: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": RELATIVE_MODEL_TYPE if config.relative_positions else MODEL_TYPE,
+        "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONAL).items()},
         "hidden_act": "gelu",
         "pad_token_id": pad_id,
         "tie_word_embeddings": True,
         "pretraining": {"init": config.init, "relative_positions": config.relative_positions},
     }
+    if kind != STOCK_RELATIVE_TYPE:
+        return values
+    columns, length = config.hidden_size // 8, config.max_position
+    return values | {
+        "architectures": ["LayoutLMv3Model"],
+        "max_position_embeddings": length + 1,  # position 0 is that of padding
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "visual_embed": False,
+        "has_spatial_attention_bias": False,
+        "max_2d_position_embeddings": 1,
+        "coordinate_size": columns,
+        "shape_size": (config.hidden_size - 4 * columns) // 2,
+        "has_relative_attention_bias": True,
+        "rel_pos_bins": 4 * length,  # every distance below `length` has a bin of its own, to either side
+        "max_rel_pos": 2 * length,
+        "pretraining": {**values["pretraining"], "architecture": architecture},
+    }
+
+
+def why_not_stock(config: ElectraConfig, pad_id: int = 0) -> str | None:
+    """Why transformers has no network like this one; None where it has one."""
+    if not config.relative_positions:
+        return None
+    if config.embedding_size != config.hidden_size:
+        return f"it has relative positions and embeddings of {config.embedding_size} for states of {config.hidden_size}"
+    return (
+        None if pad_id == 0 and config.hidden_size % 2 == 0 else "it has relative positions and an odd width or pad id"
+    )
+
+
+def to_stock_relative(config: ElectraConfig, state: Mapping[str, Tensor]) -> StateDict:
+    """Parameters by the names of LayoutLMv3; `relative_positions.bias` stays too, since scaling it rounds."""
+    renamed = {re.sub(r"^electra\.", f"{STOCK_RELATIVE_TYPE}.", name): value for name, value in state.items()}
+    base, length, width = f"{STOCK_RELATIVE_TYPE}.", config.max_position, config.hidden_size
+    positions = f"{base}embeddings.position_embeddings.weight"
+    renamed[positions] = torch.cat([torch.zeros(1, width), renamed[positions].float()])
+    bias_AR = renamed[f"{base}relative_positions.bias"].float()
+    bins_AK = torch.zeros(config.heads, 4 * length)
+    distance = torch.arange(length)
+    bins_AK[:, distance] = bias_AR[:, length - 1 - distance]  # keys before the query, and itself
+    bins_AK[:, 2 * length + distance[1:]] = bias_AR[:, length - 1 + distance[1:]]
+    # There the bias is divided by the root of a head's width.
+    renamed[f"{base}encoder.rel_pos_bias.weight"] = bins_AK * math.sqrt(width // config.heads)
+    columns = width // 8
+    for name, size in (
+        ("x", columns),
+        ("y", columns),
+        ("h", width // 2 - 2 * columns),
+        ("w", width // 2 - 2 * columns),
+    ):
+        renamed[f"{base}embeddings.{name}_position_embeddings.weight"] = torch.zeros(1, size)
+    return renamed
+
+
+def from_stock_relative(state: Mapping[str, Tensor]) -> StateDict:
+    """The inverse of `to_stock_relative`."""
+    ours = {re.sub(rf"^{STOCK_RELATIVE_TYPE}\.", "electra.", name): value for name, value in state.items()}
+    ours = {k: v for k, v in ours.items() if not re.search(r"rel_pos_bias|embeddings\.[xyhw]_position_", k)}
+    positions = "electra.embeddings.position_embeddings.weight"
+    if positions in ours:
+        ours[positions] = ours[positions][1:]
+    return ours
 
 
 def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ElectraConfig, StateDict]:
@@ -136,9 +205,12 @@ def from_transformers(values: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     position_ids buffer are dropped.
 
     Raises:
-        UserError: another architecture, an activation that is not gelu, or a vocabulary head with its own table.
+        UserError: another architecture, an option that ELECTRA lacks, or a vocabulary head with its own table.
     """
     kind = values.get("model_type", MODEL_TYPE)
+    if kind == STOCK_RELATIVE_TYPE and (values.get("pretraining") or {}).get("relative_positions"):
+        values = {**values, "max_position_embeddings": values.get("max_position_embeddings", 1) - 1}
+        kind, state = RELATIVE_MODEL_TYPE, from_stock_relative(state)
     if kind not in (MODEL_TYPE, RELATIVE_MODEL_TYPE):
         raise UserError(f'config.json: model_type is {kind!r}; expected "{MODEL_TYPE}"')
     if values.get("hidden_act", "gelu") != "gelu":
@@ -183,7 +255,7 @@ class Pretrained:
 
 
 def load_pretrained(directory: Path) -> Pretrained:
-    """Read config.json and model.safetensors of an Electra model.
+    """Read config.json and model.safetensors (or its shards) of an Electra model.
 
     Raises:
         UserError: a missing or damaged file, pickled weights only, or weights that do not fit the configuration.
@@ -192,14 +264,13 @@ def load_pretrained(directory: Path) -> Pretrained:
     config_file, weights = directory / "config.json", directory / "model.safetensors"
     if not config_file.is_file():
         raise UserError(f"{directory}: no config.json; expected a directory that transformers or train.py wrote")
+    if not weights.is_file() and (shards := directory / f"model{INDEX}").is_file():
+        weights = shards
     if not weights.is_file():
         hint = " (pytorch_model.bin is pickled and not read)" if (directory / "pytorch_model.bin").exists() else ""
         raise UserError(f"{directory}: no model.safetensors{hint}; save the model with safe_serialization")
-    try:
-        values = read_object(config_file)
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged: {error}") from None
+    values = read_object(config_file)
+    state = read_weights(weights)[0]
     config, renamed = from_transformers(values, {k: v.float() for k, v in state.items()})
     with torch.device("meta"):
         expected = {f"electra.{k}": v.shape for k, v in Encoder(config).state_dict().items()}
@@ -208,7 +279,10 @@ def load_pretrained(directory: Path) -> Pretrained:
         if found is None or found.shape != shape:
             what = "is missing" if found is None else f"has shape {list(found.shape)}, config.json means {list(shape)}"
             raise UserError(f"{weights}: {name} {what}")
-    return Pretrained(config, (values.get("architectures") or ["ElectraModel"])[0], renamed)
+    if bad := not_finite(renamed):
+        raise UserError(f"{weights}: {bad[0]} holds numbers that are not finite")
+    own = (values.get("pretraining") or {}).get("architecture")
+    return Pretrained(config, own or (values.get("architectures") or ["ElectraModel"])[0], renamed)
 
 
 def encoder_folder(path: Path) -> Path:
@@ -239,8 +313,11 @@ def write_directory(
     directory: Path, config: ElectraConfig, architecture: Architecture, state: Mapping[str, Tensor], pad_id: int = 0
 ) -> None:
     """config.json and model.safetensors, each written atomically."""
+    values = transformers_config(config, architecture, pad_id)
+    if values["model_type"] == STOCK_RELATIVE_TYPE:
+        state = to_stock_relative(config, state)
     save_weights(directory / "model.safetensors", state, {"format": "pt"}, torch.float32)
-    write_json(directory / "config.json", transformers_config(config, architecture, pad_id))
+    write_json(directory / "config.json", values)
 
 
 def write_networks(directory: Path, config: ElectraConfig, state: Mapping[str, Tensor], pad_id: int = 0) -> list[Path]:
@@ -273,7 +350,7 @@ def save_transformers(model: ElectraPretrainer, directory: Path, tokenizer: Toke
     state = {name: value for name, value in model.state_dict().items() if "." in name}
     for folder in write_networks(directory, model.config, state, model.special.pad):
         if tokenizer is not None:
-            tokenizer.save(folder)
+            tokenizer.save(folder, model.config.max_position)
 
 
 def pretraining_state(discriminator: Pretrained, generator: Pretrained | None) -> tuple[ElectraConfig, StateDict]:
@@ -373,7 +450,14 @@ def import_official(
     state = from_official(variables)
     if official_tasks(variables):
         return import_finetuned(variables, state, directory, heads)
-    return write_networks(directory, infer_config(state, heads, generator_heads), state)
+    config = infer_config(state, heads, generator_heads)
+    with torch.device("meta"):
+        wanted = {f"electra.{name}": value for name, value in Encoder(config).state_dict().items()}
+    found = {name: value for name, value in state.items() if name.startswith("electra.")}
+    check_weights(found, wanted, "the official checkpoint", "the network that its sizes describe")
+    if bad := not_finite(state):
+        raise UserError(f"the official checkpoint: {bad[0]} holds numbers that are not finite")
+    return write_networks(directory, config, state)
 
 
 def export_official(directory: Path, task: str = "") -> StateDict:

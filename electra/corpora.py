@@ -10,7 +10,8 @@ Named corpora (a comma joins several: "sotu,brown"):
     datasets:NAME[:CONFIG[:COLUMN]]   a Hugging Face data set, read as a stream
 
 Of every text file the last 3 % are held out; of dictionaries and streams, whose entries do not follow from one another,
-a fixed 3 % of the entries.
+a fixed 3 % of the entries. In the user's own files the cut falls between two sentences, in a line too; of many files
+too short for one every thirty-third or so is held out as a whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,10 +37,13 @@ from electra.fetch_text import find_text, wikipedia_dump
 
 RULES = 1  # raise when a reader changes what it yields: stores made before are then built anew
 HELD_OUT = 0.03
+LONGEST_SENTENCE = 2000  # characters; what has no full stop for longer is cut between words
 NAMED = ("sotu", "brown", "wordnet", "gcide", "wikipedia")
 Split = Literal["train", "held_out"]
 
 _ENTRIES_PER_DOCUMENT = 32
+_SHORT_FILE = 2**20  # bytes; a longer one always has a sentence, or a piece of one, in its last 3 %
+_OWN_TEXT = "text 2"  # of the user's files; raise it when their reader changes what it yields
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _load_one(name: str, root: str | Path | None) -> Corpus:
         files = text_files(path)
         if not files:
             raise UserError(f"corpus {name}: the folder has no .txt file")
-        return Corpus(name, lambda split: _read_text_files(files, split), _file_fingerprint("text", files))
+        return Corpus(name, lambda split: _read_text_files(files, split), _file_fingerprint(_OWN_TEXT, files))
     raise UserError(
         f"corpus {name!r}: neither a known name ({', '.join(NAMED)}, datasets:NAME) nor a file or folder that exists"
     )
@@ -159,15 +164,33 @@ _ENDS_IN_ABBREVIATION = re.compile(rf"(?:^|[\s(\"'“‘.])(?:{_ABBREVIATIONS})\
 
 def split_sentences(paragraph: str) -> list[str]:
     """Cut a paragraph after ., ! or ? where a capital or a figure follows, but not after abbreviations."""
-    sentences, start = [], 0
+    return [sentence for _, sentence in placed_sentences(paragraph)]
+
+
+def placed_sentences(paragraph: str) -> Iterator[tuple[int, str]]:
+    """(where it begins, sentence) of `split_sentences`."""
+    start = 0
     for match in _SENTENCE_END.finditer(paragraph):
-        piece = paragraph[start : match.end(1)]
-        if _ENDS_IN_ABBREVIATION.search(piece[-12:]):
+        end = match.end(1)
+        if _ENDS_IN_ABBREVIATION.search(paragraph[max(start, end - 12) : end]):
             continue
-        sentences.append(piece.strip())
+        if sentence := paragraph[start:end].strip():
+            yield start, sentence
         start = match.end()
-    sentences.append(paragraph[start:].strip())
-    return [sentence for sentence in sentences if sentence]
+    if sentence := paragraph[start:].strip():
+        yield start, sentence
+
+
+def _pieces(sentence: str) -> Iterator[tuple[int, str]]:
+    """(where it begins, piece) of a sentence, cut at white space into pieces of LONGEST_SENTENCE characters at most."""
+    start = 0
+    while len(sentence) - start > LONGEST_SENTENCE:
+        stop = start + LONGEST_SENTENCE
+        blank = max(sentence.rfind(" ", start, stop), sentence.rfind("\t", start, stop))
+        stop = stop if blank <= start else blank
+        yield start, sentence[start:stop].strip()
+        start = stop
+    yield start, sentence[start:].strip()
 
 
 def _read_prose(files: Sequence[Path], read: Callable[[Path], list[str]], split: Split) -> Iterator[Document]:
@@ -337,29 +360,74 @@ def _plain_article(wikitext: str) -> list[str]:
     return sentences
 
 
-def _read_text_files(files: Sequence[Path], split: Split) -> Iterator[Document]:
-    """Read line by line; lines that begin in the last 3 % of a file's bytes are held out."""
-    for path in files:
-        border = path.stat().st_size * (1 - HELD_OUT)
-        sentences: list[str] = []
-        number = position = 0
-        with path.open("rb") as file:
-            for raw in file:
-                inside = (position >= border) == (split == "held_out")
-                if position == 0:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                position += len(raw)
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str, int]]:
+    """(first byte, line without blanks around it, bytes) of a file, whichever signs end its lines."""
+    position = 0
+    with path.open("rb") as file:
+        for raw in file:
+            start = 0
+            for end in [*(match.end() for match in _LINE_END.finditer(raw)), len(raw)]:
+                part = raw[start:end]
+                if position + start == 0:
+                    part = part.removeprefix(codecs.BOM_UTF8)
                 try:
-                    line = raw.decode("utf-8").strip()
+                    line = part.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}: not a text file in UTF-8 ({error.reason} near byte {position})"
-                    ) from error
-                if line and inside:
-                    sentences += split_sentences(line)
-                elif sentences:
-                    yield Document(f"{path.stem}-{number}", sentences)
-                    sentences, number = [], number + 1
+                    place = position + start + error.start
+                    raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} near byte {place})") from error
+                if end > start:
+                    yield position + start, line.strip(), end - start
+                start = end
+            position += len(raw)
+
+
+def _text_sentences(path: Path) -> Iterator[tuple[int, str]]:
+    """(about the first byte, sentence) of a file; "" where a blank line ends a document."""
+    for position, line, size in _text_lines(path):
+        scale = size / max(1, len(line))
+        for start, sentence in placed_sentences(line):
+            for offset, piece in _pieces(sentence):
+                yield position + int(scale * (start + offset)), piece
+        if not line:
+            yield position, ""
+
+
+def _borders(files: Sequence[Path]) -> list[float]:
+    """For each file the byte from which on its sentences are held out; 0 takes all of it, infinity none."""
+    owed = 0.0  # bytes that files too short for a cut should have had held out
+    borders: list[float] = []
+    last = -1, 0
+    for number, path in enumerate(files):
+        size = path.stat().st_size
+        border = size * (1 - HELD_OUT)
+        if size < _SHORT_FILE:
+            starts = [start for start, sentence in _text_sentences(path) if sentence]
+            if starts:
+                last = number, starts[-1]
+            if not starts or starts[-1] < border:
+                owed += HELD_OUT * size
+                border = 0.0 if starts and owed >= size else math.inf
+                owed -= size if border == 0 else 0
+        borders.append(border)
+    if all(border == math.inf for border in borders) and (last[1] > 0 or len(files) > 1):
+        borders[last[0]] = float(last[1])
+    return borders
+
+
+def _read_text_files(files: Sequence[Path], split: Split) -> Iterator[Document]:
+    """A file's documents up to its border (train), or from there on."""
+    for path, border in zip(files, _borders(files)):
+        sentences: list[str] = []
+        number = 0
+        for start, sentence in _text_sentences(path):
+            if sentence and (start >= border) == (split == "held_out"):
+                sentences.append(sentence)
+            elif sentences:
+                yield Document(f"{path.stem}-{number}", sentences)
+                sentences, number = [], number + 1
         yield Document(f"{path.stem}-{number}", sentences)
 
 

@@ -34,7 +34,7 @@ from electra.corpora import Split, load_corpus
 from electra.examples import ExampleStore, build_store
 from electra.masking import Draws, slots_per_row
 from electra.model import Batch
-from electra.wordpiece import Tokenizer, load_tokenizer, train_wordpiece
+from electra.wordpiece import Rules, Tokenizer, load_tokenizer, train_wordpiece
 
 VOCABULARY_RULES = 1  # raise when train_wordpiece makes another vocabulary of the same text
 
@@ -46,9 +46,12 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
         UserError: no vocabulary there, an unknown corpus, or a size too small for its characters.
     """
     if config.vocabulary is not None:
+        if config.characters:
+            raise UserError("--data.characters is for a vocabulary that is learned here: leave --data.vocabulary out")
         return load_tokenizer(config.vocabulary)
     corpus = load_corpus(config.corpus)
     key = f"{VOCABULARY_RULES} {corpus.fingerprint} {config.vocabulary_size} {config.max_tokens}"
+    key += " characters" if config.characters else ""
     path = cache_dir("electra", "vocabularies") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
 
     def learn(place: Path) -> None:
@@ -59,10 +62,11 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
             words += texts[-1].count(" ") + 1
             if config.max_tokens is not None and words >= config.max_tokens:  # a stream has no end
                 break
-        trained = train_wordpiece(texts, config.vocabulary_size)
+        trained = train_wordpiece(texts, config.vocabulary_size, characters=config.characters)
         place.write_text("\n".join(trained.vocabulary) + "\n", encoding="utf-8")
 
-    return load_tokenizer(checked_file(path, learn))
+    learned = load_tokenizer(checked_file(path, learn))
+    return Tokenizer(learned.vocabulary, Rules(characters=True)) if config.characters else learned
 
 
 def open_examples(config: DataConfig, tokenizer: Tokenizer, split: Split = "train", seed: int = 0) -> ExampleStore:

@@ -148,30 +148,42 @@ def fine_tune(tasks: Sequence[Task], options: DownstreamConfig, encoders: Mappin
 def predict_lines(
     directory: Path, task: Task, config: FinetuneConfig, sentences: Path, vocabulary: Path | None = None
 ) -> list[str]:
-    """Fine-tune on the task, then label every line of a text file: "label TAB line" (a tab in the line parts a pair).
+    """Fine-tune on the task, then answer every line of a text file: "answer TAB line". A line is a sentence, a pair
+    with a tab between (for questions: the question and its passage), or for tagging words with blanks between them.
 
-    There are as many answers as lines, in their order; a blank line gets an empty label.
+    There are as many answers as lines, in their order; a blank line gets an empty one.
 
     Raises:
-        UserError: the task is not one of classes or scores, or the file has no line.
+        UserError: the file has no line, or for questions one without a passage.
     """
     from electra.convert import encoder_folder
-    from electra.finetuning import finetune_model, predict
+    from electra.finetuning import answer_text, finetune_model, predict
     from electra.tasks import Item
     from electra.wordpiece import load_tokenizer
 
-    if task.kind not in ("classification", "regression"):
-        raise UserError(f"--predict needs a task with classes or scores; {task.name} is of the kind {task.kind}")
     lines = [line for _, line in read_lines(sentences, blank=True)]
     if not any(line.strip() for line in lines):
         raise UserError(f"--predict {sentences}: the file is empty; expected one sentence a line")
+
+    def item_of(number: int, line: str) -> Item | None:
+        first, _, second = line.partition("\t")
+        if not line.strip():
+            return None
+        if task.kind == "tagging":
+            return Item(words=tuple(line.split()))
+        if task.kind != "questions":
+            return Item(first, second)
+        if not (first.strip() and second.strip()):
+            raise UserError(f"--predict {sentences} line {number}: expected a question, a tab, and its passage")
+        return Item(first, words=tuple(second.split()))
+
+    items = [item_of(number, line) for number, line in enumerate(lines, 1)]
     directory = encoder_folder(directory)
     tokenizer = load_tokenizer(vocabulary or directory)
     model, _ = finetune_model(directory, tokenizer, task, config)
-    items = [Item(line.partition("\t")[0], line.partition("\t")[2]) for line in lines if line.strip()]
-    values = predict(model, items, task, tokenizer, config)
-    labels = iter([task.classes[int(v)] if task.classes else f"{v:.4f}" for v in values])
-    return [f"{next(labels) if line.strip() else ''}\t{line}" for line in lines]
+    answers = iter(predict(model, [item for item in items if item is not None], task, tokenizer, config))
+    told = ["" if item is None else answer_text(next(answers), item, task) for item in items]
+    return [f"{answer}\t{line}" for answer, line in zip(told, lines)]
 
 
 def split_tasks(text: str) -> list[str]:
@@ -192,7 +204,7 @@ def _parser() -> Parser:
     parser.add_argument("--vocab", type=Path, help="vocab.txt, if the directories hold none")
     parser.add_argument("--data_root", type=Path, help="folder with the files of a fetched corpus")
     parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
-    parser.add_argument("--predict", type=Path, metavar="FILE", help="label the lines of a text file instead")
+    parser.add_argument("--predict", type=Path, metavar="FILE", help="answer the lines of a text file instead")
     parser.add_argument("--train_examples", type=Count, help="at most so many training examples")
     parser.add_argument("--test_examples", type=Count, help="at most so many test examples")
     parser.add_argument(

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,33 @@ class Example:
     second: list[int]
 
 
+class _Tokens:
+    """Lines joined to one, from whose front tokens are taken without copying the rest: a line may be a whole book."""
+
+    def __init__(self, line: Sequence[int] = ()) -> None:
+        self._parts: deque[tuple[Sequence[int], int]] = deque([(line, 0)] if len(line) else [])
+        self._length = len(line)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, other: _Tokens) -> None:
+        self._parts.extend(other._parts)
+        self._length += len(other)
+
+    def take(self, count: int) -> list[int]:
+        """The first `count` tokens, or as many as there are; they are gone from here."""
+        taken: list[int] = []
+        while self._parts and len(taken) < count:
+            line, start = self._parts.popleft()
+            stop = start + count - len(taken)
+            taken += line[start:stop]
+            if stop < len(line):
+                self._parts.appendleft((line, stop))
+        self._length -= len(taken)
+        return taken
+
+
 class ExampleBuilder:
     """Cuts a stream of token lines into examples.
 
@@ -61,12 +89,12 @@ class ExampleBuilder:
         self.keep_overflow = keep_overflow
         self._rng = rng
         self._target = max_length
-        self._lines: list[list[int]] = []
+        self._lines: list[_Tokens] = []
         self._length = 0
 
     def add(self, ids: Sequence[int]) -> list[Example]:
         """Add the tokens of one line; returns the examples that became complete. `finish` ends the document."""
-        self._lines.append(list(ids))
+        self._lines.append(_Tokens(ids))
         self._length += len(ids)
         made = []
         while self._length >= self._target:
@@ -90,8 +118,7 @@ class ExampleBuilder:
         # Two segments share the target; three places go to [CLS] and two [SEP].
         single = self._rng.random() < SINGLE_SEGMENT
         middle = float("inf") if single else (self._target - 3) // 2
-        first: list[int] = []
-        second: list[int] = []
+        first, second = _Tokens(), _Tokens()
         for line in self._lines:
             joins = (
                 not first
@@ -99,10 +126,9 @@ class ExampleBuilder:
                 or (not second and len(first) < middle and self._rng.random() < JOIN_OVERLONG)
             )
             (first if joins else second).extend(line)
-        kept_first = first[: self.max_length - 2]
-        kept_second = second[: max(0, self.max_length - len(kept_first) - 3)]
-        rest = [part for part in (first[len(kept_first) :], second[len(kept_second) :]) if part]
-        self._lines = rest if self.keep_overflow else []
+        kept_first = first.take(self.max_length - 2)
+        kept_second = second.take(max(0, self.max_length - len(kept_first) - 3))
+        self._lines = [part for part in (first, second) if part] if self.keep_overflow else []
         self._length = sum(map(len, self._lines))
         if self._rng.random() < RANDOM_LENGTH:
             self._target = self._rng.randint(5, self.max_length)
@@ -241,7 +267,10 @@ def _write_rows(
             if max_tokens is not None and offsets[-1] >= max_tokens:
                 break
     if not first_lengths:
-        raise UserError("no text was found to build pre-training examples from; check the corpus")
+        raise UserError(
+            "no text was found to build pre-training examples from: the corpus is empty, or too short to train on a "
+            "part of it and to hold out another"
+        )
     ids_T = np.memmap(flat, np.int32, "r", shape=(offsets[-1],))
     np.save(work / "ids.npy", ids_T, allow_pickle=False)
     del ids_T

@@ -367,23 +367,42 @@ def evaluate(model: FinetuneModel, rows: Sequence[Row], config: FinetuneConfig |
 @torch.inference_mode()
 def predict(
     model: FinetuneModel, items: Sequence[Item], task: Task, tokenizer: Tokenizer, config: FinetuneConfig | None = None
-) -> list[float]:
-    """The class index or the score of every item, in their order (classification and regression)."""
+) -> list[Any]:
+    """What the network answers to every item, in their order: a class index, a score, a class index for every tagged
+    word that a row has room for, or the first and last word of the answer (None: there is none).
+    """
     config = config or FinetuneConfig()
     device = next(model.parameters()).device
-    length = min(config.max_length, model.electra.config.max_position)
-    rows = encode_items(items, task, tokenizer, length)
-    values: dict[int, float] = {}
+    rows = encode_items(items, task, tokenizer, min(config.max_length, model.electra.config.max_position))
+    answers: dict[int, Any] = {}
     size = _EVALUATION_BATCH[model.kind]
     for start in range(0, len(rows), size):
         place = {id(row): start + i for i, row in enumerate(rows[start : start + size])}
         batch = PackedRows.of(rows[start : start + size], model.kind, device)
-        output = model.head(model.hidden(batch))
+        hidden = model.hidden(batch)
+        refuse_not_finite(hidden)
+        if isinstance(model.head, QuestionAnsweringHead):
+            answers |= {place[id(row)]: span for span, _, row in _answers(model.head, hidden, batch)}
+            continue
+        output = model.head(hidden)
         refuse_not_finite(output)
-        output_B = output.argmax(-1) if model.kind == "classification" else output
-        for row, value in zip(batch.rows, output_B.tolist()):
-            values[place[id(row)]] = value
-    return [values[i] for i in range(len(rows))]
+        values = (output if model.kind == "regression" else output.argmax(-1)).tolist()
+        if model.kind == "tagging":
+            ends = np.cumsum([len(row.places) for row in batch.rows]).tolist()
+            values = [values[end - len(row.places) : end] for row, end in zip(batch.rows, ends)]
+        answers |= {place[id(row)]: value for row, value in zip(batch.rows, values)}
+    return [answers[i] for i in range(len(rows))]
+
+
+def answer_text(answer: Any, item: Item, task: Task) -> str:
+    """An answer of `predict` for people: the class or the score; the classes of the words, `?` for those beyond the
+    longest row; the words of the passage, nothing where there is no answer.
+    """
+    if task.kind == "questions":
+        return "" if answer is None else " ".join(item.words[answer[0] : answer[1] + 1])
+    if task.kind == "tagging":
+        return " ".join([*(task.classes[k] for k in answer), *["?"] * (len(item.words) - len(answer))])
+    return task.classes[int(answer)] if task.classes else f"{answer:.4f}"
 
 
 def refuse_not_finite(output: Tensor) -> None:

@@ -23,7 +23,14 @@ from common.training import EveryNSteps, check_trainer, holds_work, open_run_fol
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
-from electra.convert import encoder_folder, generator_folder, load_pretrained, pretraining_state, save_transformers
+from electra.convert import (
+    encoder_folder,
+    generator_folder,
+    load_pretrained,
+    pretraining_state,
+    save_transformers,
+    why_not_stock,
+)
 from electra.corpora import load_corpus
 from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
 from electra.evaluate import open_tasks
@@ -108,16 +115,18 @@ class Run:
         if (share := train.statistics["unknown_share"]) > MOST_UNKNOWN:
             raise UserError(
                 f"{share:.0%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary, more "
-                f"than {MOST_UNKNOWN:.0%}: give one that was learned from such text, or text with spaces between words"
+                f"than {MOST_UNKNOWN:.0%}: for a script without spaces between words make every character a piece "
+                "(--data.characters true); otherwise give a vocabulary that was learned from such text"
             )
         if share > SAY_UNKNOWN:
             say_once(f"{share:.1%} of the tokens of --data.corpus {config.data.corpus} are unknown to the vocabulary")
         run = cls(config, folder, tokenizer, train, held_out, tasks)
+        run.say_what_transformers_lacks()
         run.check_networks()
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(train), "rows of text")
         opened.begin(inputs)
         if is_main_process():
-            tokenizer.save(folder / "tokenizer")
+            tokenizer.save(folder / "tokenizer", config.model.max_position)
         run.seconds["data"] = time.perf_counter() - started
         return run
 
@@ -176,6 +185,15 @@ class Run:
         if config.init_from is not None:
             start_from(network, Path(config.init_from))
         return network
+
+    def say_what_transformers_lacks(self) -> None:
+        """Name the networks that stock transformers will not read."""
+        networks = {"the main network": self.model}
+        if self.model.generator == "network" and set(self.config.arms) - {"mlm"}:
+            networks["the generator"] = self.model.generator_config()
+        for name, config in networks.items():
+            if (why := why_not_stock(config, self.special.pad)) is not None:
+                say_once(f"{name} is saved for this program alone, not for stock transformers: {why}")
 
     def check_networks(self) -> None:
         """Refuse sizes that no network has, and an `init_from` that does not fit; nothing is trained.

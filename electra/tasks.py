@@ -616,6 +616,12 @@ def _normal_row(row: dict[str, Any], where: str, columns: _Columns) -> dict[str,
         words, tags = row.get("words", row.get("tokens")), row.get("tags")
         if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags) or not words:
             raise UserError(f"{where}: words and tags must be lists of one length")
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f'{where}: "words" holds {word!r}; expected words')
+        for tag in tags:
+            if isinstance(tag, bool) or not isinstance(tag, str | int) or not str(tag).strip():
+                raise UserError(f'{where}: "tags" holds {tag!r}; expected a word or a whole number')
         return {"words": tuple(map(str, words)), "tags": tuple(tags)}
     for name in (columns.text, columns.label):
         if row.get(name) is None or not str(row[name]).strip():

@@ -5,7 +5,7 @@
     python hipa/convert.py --lora FILE --teacher FOLDER2 --out FOLDER3 --layout unfused    # the teacher again
 
 Adaptors are read in diffusers', peft's and kohya's layout, with their alphas, and written with a strength that every
-reader understands (common/adaptors.py).
+reader understands (common/adaptors.py). What they are for travels in the file's header.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def main(argv: list[str] | None = None) -> Path:
     if options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name")
 
-    from common.adaptors import merge_adaptors, read_adaptors, write_adaptors
+    from common.adaptors import merge_adaptors, read_adaptors, write_with_card
     from common.teacher import Teacher
-    from hipa.export import card_of, one_step_scheduler, read_card, write_pipeline
+    from hipa.export import CARD, card_of, one_step_scheduler, read_card, write_pipeline
     from hipa.model import bare_copy
 
     teacher = Teacher.load(options.teacher, pictures=True)
     unet = bare_copy(teacher)
     adaptors = read_adaptors(options.lora, unet)
-    if options.layout in ("diffusers", "kohya"):
-        return write_adaptors(options.out, adaptors, {}, options.layout)
     card, task = read_card(options.lora)
+    if options.layout in ("diffusers", "kohya"):
+        return write_with_card(options.out, adaptors, card, CARD, options.layout)
     fuse = options.layout == "fused"
     merge_adaptors(unet, adaptors, 1.0 if fuse else -1.0)
     known = card_of(teacher, task, 1.0, teacher.schedule.steps - 1) | card

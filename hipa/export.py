@@ -17,9 +17,9 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from common.adaptors import adaptor_state, merge_adaptors, write_adaptors
+from common.adaptors import adaptor_card, adaptor_state, merge_adaptors, write_adaptors
 from common.errors import UserError
-from common.files import read_object, replace_folder
+from common.files import replace_folder
 from common.options import check_ranges
 from common.pretrained import quiet_libraries
 from common.teacher import NoiseSchedule, Teacher
@@ -60,15 +60,15 @@ def card_of(teacher: Teacher, task: TaskConfig, guidance: float, time: int) -> d
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], TaskConfig]:
-    """(the card beside some weights, {} where there is none, the task that it names).
+    """(the card in or beside some weights, {} where there is none, the task that it names).
 
     Raises:
         UserError: the card is damaged.
     """
     file = (folder if folder.is_dir() else folder.parent) / CARD
-    if not file.is_file():
+    card = adaptor_card(folder, CARD, {"task": dict, "time": int, "guidance_inside": (int, float)})
+    if not card:
         return {}, TaskConfig()
-    card = read_object(file, kinds={"task": dict, "time": int, "guidance_inside": (int, float)})
     try:
         task = TaskConfig(**card["task"])
         check_ranges(task, "task.")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Seed, device
 
@@ -49,6 +50,7 @@ def parser_of() -> Parser:
     parser.add_argument("--model", type=Path, required=True, help="a pipeline folder; with --lora: the teacher's")
     parser.add_argument("--lora", type=Path, help="adaptors: a folder or a .safetensors file")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--negative", default="", help="refused: guidance is inside the adaptors")
     parser.add_argument("--guidance", type=NotNegative, help="refused but for 1: guidance is inside the adaptors")
     parser.add_argument("--image", type=Path, help="picture to begin from")
@@ -66,8 +68,7 @@ def parser_of() -> Parser:
 
 def main(argv: list[str] | None = None) -> Path:
     options = parser_of().parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red star"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red star")
     if options.negative:
         raise UserError(
             "--negative does nothing here: the guidance against the empty prompt is inside the adaptors; leave it out, "

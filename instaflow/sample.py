@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Range, Seed, device
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory written by train.py, or a published one")
     parser.add_argument("--layout", choices=("diffusers", "official"), help="of a directory that does not say")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--negative", default="", help="what to keep away from; acts with guidance above 1")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
     parser.add_argument("--count", type=Count, default=8, help="images per prompt, or along the interpolation")
@@ -43,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save_latents", type=Path, help="write the final latents there (.safetensors)")
     parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
     options = parser.parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red star"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red star")
     pipeline = open_pipeline(options)
     images, captions = draw(pipeline, options)
     from common.images import save_grid

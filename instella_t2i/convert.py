@@ -5,11 +5,13 @@
 
 Parameters bear the same names in both. Widths, layers, tokens, bits and the patch are read from the tensors; what they
 do not say (after which blocks the grid is resized, the axes of the coordinates, the scale) is taken as released unless
-options say otherwise. The released weights are under a research licence, which a conversion does not change.
+options or the header of a file from here say otherwise. The released weights are under a research licence, which a
+conversion does not change.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from instella_t2i.config import NetworkConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+NOTE = "instella_t2i"  # in the header of what we write
+UNTOLD = ("down_after", "up_after", "axes", "theta", "scale")  # options that no tensor tells
 REPA = "decoder.repa_proj."  # supervision of the released training; no part of the tokenizer
 
 
@@ -79,14 +83,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     parser.add_argument("--scale", type=NotNegative, help="pixels of stretched coordinates, 0 for none; released: 1024")
     parser.add_argument("--theta", type=Positive, help="base of the rotary frequencies; released: 10000")
-    parser.add_argument("--size", type=Whole, default=512, help="side of the pictures that it is to encode")
+    parser.add_argument(
+        "--size", type=Whole, help="side of the pictures that it is to encode (default: the file's, or 512)"
+    )
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name")
 
     import torch
 
-    from common.weights import check_weights, read_weights, save_weights
+    from common.weights import check_weights, json_note, read_weights, save_weights
     from instella_t2i.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
     if options.model:
@@ -97,23 +103,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 f"--model {options.model}: the released layout knows quantizer binary, layout line and rotary released "
                 f"alone, this is {config.quantizer}, {config.layout}, {config.rotary}"
             )
-        save_weights(options.out, tokenizer.state_dict())
-        print(f"{options.out}; its reader needs down_after {config.down_after}, up_after {config.up_after}, axes "
-              f"{config.axes}, scale {config.scale}")  # fmt: skip
+        known = {name: getattr(config, name) for name in UNTOLD} | {"size": tokenizer.size}
+        save_weights(options.out, tokenizer.state_dict(), {NOTE: json.dumps(known)})
+        print(f"{options.out}; other readers than this program need to be told {known}")
         return options.out
     state, _ = read_weights(options.released, "--released")
     left = sorted(name for name in state if name.startswith(REPA))
     state = {name: tensor.float() for name, tensor in state.items() if name not in left}
     if left:
         print(f"left out {len(left)} tensors {REPA}*: they supervised the training and are no part of the tokenizer")
-    scale = {} if options.scale is None else {"scale": options.scale or None}
-    config = infer_network(
-        state, down_after=options.down_after, up_after=options.up_after, axes=options.axes, theta=options.theta
-    )
-    for name, value in scale.items():
-        setattr(config, name, value)
+    known = json_note(options.released, NOTE, "--released")
+    said = {name: getattr(options, name) for name in UNTOLD if getattr(options, name) is not None}
+    told = {name: known[name] for name in UNTOLD if name in known} | said
+    scale = told.pop("scale", NetworkConfig.scale)
+    config = infer_network(state, **told)
+    config.scale = scale or None
     with torch.device("meta"):
-        tokenizer = Tokenizer(config, options.size)
+        tokenizer = Tokenizer(config, options.size or known.get("size", 512))
     check_weights(state, tokenizer.state_dict(), f"--released {options.released}", "the network that its tensors tell")
     tokenizer.load_state_dict(state, assign=True)
     return save_tokenizer(tokenizer, options.out, {"converted": options.released.name})

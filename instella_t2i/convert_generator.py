@@ -11,6 +11,7 @@ weights are under a research licence, which a conversion does not change.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from instella_t2i.generators import Shape
 
+NOTE = "instella_t2i"  # in the header of what we write
+TARGETS = ("epsilon", "x")
 UNUSED = "time_embed."  # of autoregressive weights: 4.2M numbers that nothing reads
 
 
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, required=True, help="folder, or with --model the file, to write")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer whose codes it makes")
     parser.add_argument("--text", help="folder of the language model that it reads")
-    parser.add_argument("--target", choices=("epsilon", "x"), default="epsilon", help="of a denoiser")
+    parser.add_argument("--target", choices=TARGETS, help="of a denoiser (default: the file's, or epsilon)")
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name")
@@ -105,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     import torch
 
-    from common.weights import check_weights, save_weights
+    from common.weights import check_weights, json_note, save_weights
     from instella_t2i.codes import fingerprint
     from instella_t2i.generation import Trained, load_generator, save_generator
     from instella_t2i.generators import make_generator
@@ -113,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from instella_t2i.tokenizer import load_tokenizer
 
     if options.model:
-        save_weights(options.out, load_generator(options.model, option="--model").network.state_dict())
+        trained = load_generator(options.model, option="--model")
+        save_weights(options.out, trained.network.state_dict(), {NOTE: json.dumps({"target": trained.target})})
         return options.out
     given = {name: tensor.float() for name, tensor in without_unused(read_released(options.released)).items()}
     kind, stream, shape = infer_generator(given)
@@ -132,7 +136,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise UserError(
             f"--text {options.text} is {reader.width} wide, the generator reads features {shape.text_width} wide"
         )
-    save_generator(Trained(network, options.target, reader.fingerprint, fingerprint(tokenizer)), options.out)
+    target = options.target or json_note(options.released, NOTE, "--released").get("target", TARGETS[0])
+    if target not in TARGETS:
+        raise UserError(f"--released {options.released}: the target in its header is {target!r}; expected epsilon or x")
+    save_generator(Trained(network, target, reader.fingerprint, fingerprint(tokenizer)), options.out)
     print(f"{options.out}: {kind}, {sum(p.numel() for p in network.parameters()):,} parameters")
     return options.out
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Positive, Seed
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--tokenizer", type=Path, help="with --model: folder of their tokenizer")
     parser.add_argument("--text", help="with --model: folder of their language model")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument(
         "--by", choices=("both", "diffusion", "autoregression"), default="both", help="which generators"
     )
@@ -41,8 +43,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     options = parser.parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red star"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red star")
     if (options.run_dir is None) == (options.model is None):
         raise UserError("expected either --run_dir, a run, or --model, folders of generators")
     if options.model and not (options.tokenizer and options.text):

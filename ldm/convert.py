@@ -6,19 +6,22 @@
     python ldm/convert.py --from ours      --to compvis   model.safetensors model.ckpt
     python ldm/convert.py --from ours      --to diffusers runs/ldm-small folder/       # a finished run, float32
 
-compvis    the authors' `.ckpt`: model.diffusion_model.*, first_stage_model.*, cond_stage_model.*, model_ema.*
-ours       one .safetensors with the same names, averaged weights in place, and the architecture as JSON in its header;
+compvis    the authors' `.ckpt`: model.diffusion_model.*, first_stage_model.*, cond_stage_model.*, model_ema.*; their
+           YAML is written, and read, beside it under the same name
+ours       one .safetensors with the same names, averaged weights in place, and all else as JSON in its header;
            or a run folder, which holds one
-diffusers  a folder with unet/, vae/ or vqvae/, bert/ (the paper's tau as LDMBertModel) and scheduler/
+diffusers  a folder with unet/, vae/ or vqvae/, bert/ (the paper's tau as LDMBertModel) or another text encoder,
+           tokenizer/ and scheduler/
 
-`--config` (a file of ldm/configs/paper or one of the authors' YAMLs) is needed to go from a `.ckpt` to diffusers: the
-number of attention heads is not in the weights.
+A model draws the same pictures in every home, or what cannot be carried there is named and nothing is written;
+`--parts` then takes some of its networks alone. `--config` (a file of ldm/configs/paper or one of the authors' YAMLs)
+is needed to go from one of the authors' `.ckpt` to diffusers: the number of attention heads is not in the weights.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,13 +34,28 @@ from torch import Tensor
 from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import read_object, read_yaml, replace_folder, write_atomically
-from common.weights import check_weights, read_weights, save_weights
+from common.weights import check_weights, not_finite, read_weights, save_weights, weight_shards
 from ldm.autoencoder import AutoencoderKL, VQModel
-from ldm.diffusion import make_betas
+from ldm.carried import (
+    PREDICTIONS,
+    authors_config,
+    authors_yaml,
+    authors_yaml_text,
+    read_index,
+    read_tokenizer_files,
+    refuse_other_sampling,
+    schedule_of_betas,
+    schedule_of_scheduler,
+    scheduler_config,
+)
+from ldm.conditioners import TransformerEmbedder
+from ldm.diffusion import NoiseSchedule
 from ldm.layouts import (
     StateDict,
     first_stage_from_diffusers,
     first_stage_to_diffusers,
+    infer_first_stage_config,
+    infer_unet_config,
     text_encoder_from_diffusers,
     text_encoder_to_diffusers,
     unet_from_diffusers,
@@ -51,20 +69,74 @@ PREFIXES = {
     "first_stage": "first_stage_model.",
     "conditioner": "cond_stage_model.",
 }
+Components = dict[str, tuple[StateDict, dict[str, Any]]]  # weights and config.json by folder
 # Layout version that exported configs declare (the pinned diffusers).
 _DIFFUSERS_VERSION = "0.42.1"
 
 
 @dataclass
 class Checkpoint:
-    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known of the architecture.
+    """Weights in the authors' names by part (unet, first_stage, conditioner), and what is known besides.
 
-    tokenizer: the folder of the one that a run of ours has learned.
+    config: arguments of the networks by part, `schedule` and `scale_factor`; from diffusers also `scheduler` and
+        `pipeline`, its scheduler_config.json and model_index.json as they were.
+    tokenizer: its files by name.
     """
 
     parts: dict[str, StateDict] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Path | None = None
+    tokenizer: dict[str, str] = field(default_factory=dict)
+
+    def only(self, parts: Sequence[str]) -> None:
+        """Leave the other networks out, and with them the pipeline.
+
+        Raises:
+            UserError: one that it has not.
+        """
+        for part in parts:
+            if part not in self.parts:
+                raise UserError(f"--parts {part}: not in this checkpoint, which has {', '.join(self.parts)}")
+        self.parts = {part: weights for part, weights in self.parts.items() if part in parts}
+        self.config.pop("pipeline", None)
+        if "conditioner" not in self.parts:
+            self.tokenizer = {}
+
+    def check(self) -> None:
+        """Refuse networks that lack weights, or whose weights have other shapes or are not finite.
+
+        Raises:
+            UserError: naming the weight.
+        """
+        for part, weights in self.parts.items():
+            if bad := not_finite(weights):
+                raise UserError(f"{part}: {bad[0]} holds numbers that are not finite")
+            with torch.device("meta"):
+                network = self._network(part)
+            if network is not None:
+                check_weights(weights, network.state_dict(), part, "the network that is described")
+
+    def _network(self, part: str) -> torch.nn.Module | None:
+        weights, about = self.parts[part], self.config.get(part) or {}
+        if part == "unet":
+            return unet_of(about if "model_channels" in about else infer_unet_config(weights, num_heads=1))
+        if part == "first_stage":
+            found = infer_first_stage_config(weights)
+            return autoencoder_of(
+                found["ddconfig"], found["embed_dim"], found["n_embed"], norm_groups=about.get("norm_groups", 32)
+            )
+        if "transformer.token_emb.weight" not in weights:
+            return None
+        sizes = text_encoder_to_diffusers(weights, about.get("dim_head", 64))[1]
+        head = "transformer.to_logits.weight" in weights
+        return TransformerEmbedder(
+            sizes["d_model"],
+            sizes["encoder_layers"],
+            sizes["vocab_size"],
+            sizes["max_position_embeddings"],
+            sizes["encoder_attention_heads"],
+            sizes["head_dim"],
+            logits_head=head,
+        )
 
 
 class _Inert:
@@ -148,12 +220,34 @@ def split_compvis(state: Mapping[str, Tensor], ema: bool = True, what: str = "ch
         found.parts["unet"] = averaged or unet
     if "scale_factor" in state:
         found.config["scale_factor"] = float(state["scale_factor"])
+    if "betas" in state:
+        found.config["schedule"] = schedule_of_betas(state["betas"])
     return found
 
 
 def load_compvis(path: Path, ema: bool = True) -> Checkpoint:
-    """Read one of the authors' checkpoints (weights only); see `split_compvis`."""
-    return split_compvis(read_state_dict(path), ema, f"checkpoint {path}")
+    """Read one of the authors' checkpoints (weights only); see `split_compvis`. Of a YAML beside it under the same name
+    the rest is taken."""
+    found = split_compvis(read_state_dict(path), ema, f"checkpoint {path}")
+    if path.suffix != ".safetensors" and authors_yaml(path).is_file():
+        adopt_config(found, authors_yaml(path))
+    return found
+
+
+def adopt_config(checkpoint: Checkpoint, path: Path) -> None:
+    """Take what a config says of the architecture; of noise levels and scale the checkpoint has the last word.
+
+    Raises:
+        UserError: the U-Net is of another network.
+    """
+    given = read_config(path)
+    schedule = {**given.get("schedule", {}), **checkpoint.config.get("schedule", {})}
+    if "unet" in checkpoint.parts and "unet" in given:
+        with torch.device("meta"):
+            expected = unet_of(given["unet"]).state_dict()
+        check_weights(checkpoint.parts["unet"], expected, "the checkpoint", str(path))
+        checkpoint.config["unet"] = given["unet"]
+    checkpoint.config = {**given, **checkpoint.config, **({"schedule": schedule} if schedule else {})}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -165,14 +259,21 @@ def read_config(path: Path) -> dict[str, Any]:
         if isinstance(content.get("first_stage"), str):
             zoo = read_yaml(path.parent / "first_stages.yaml")
             content["first_stage"] = zoo[content["first_stage"]]
+        if content.get("schedule"):  # all models of the paper predict the noise, on levels linear in sqrt(beta)
+            content["schedule"] = {"kind": "linear", "prediction": "epsilon", **content["schedule"]}
         return content
     params = content["model"].get("params", {})
     unet = dict(params.get("unet_config", {}).get("params", {}))
     unet.pop("use_checkpoint", None)
+    prediction = params.get("parameterization", "eps")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"config {path}: parameterization is {prediction!r}; expected {', '.join(PREDICTIONS)}")
     schedule = {
+        "kind": params.get("beta_schedule", "linear"),
         "linear_start": params.get("linear_start", 1e-4),
         "linear_end": params.get("linear_end", 2e-2),
         "timesteps": params.get("timesteps", 1000),
+        "prediction": PREDICTIONS[prediction],
     }
     result: dict[str, Any] = {"unet": unet, "schedule": schedule}
     first_stage = params.get("first_stage_config", {}).get("params", {})
@@ -180,6 +281,10 @@ def read_config(path: Path) -> dict[str, Any]:
         result["first_stage"] = {k: first_stage.get(k) for k in ("ddconfig", "embed_dim", "n_embed")}
     if "scale_factor" in params:
         result["scale_factor"] = params["scale_factor"]
+    conditioner = params.get("cond_stage_config")
+    if isinstance(conditioner, Mapping) and str(conditioner.get("target", "")).endswith("BERTEmbedder"):
+        sizes = {k: v for k, v in conditioner.get("params", {}).items() if k not in ("device", "use_tokenizer")}
+        result["conditioner"] = {"kind": "tau", **sizes}
     return result
 
 
@@ -187,15 +292,38 @@ def _json(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def read_component(folder: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Weights (float32) and config.json of one component of a diffusers folder."""
-    config = _json(folder / "config.json")
-    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
-    for name in (f"{stem}{v}.{ext}" for ext in ("safetensors", "bin") for stem in stems for v in ("", ".fp16")):
-        if (folder / name).is_file():
-            state = read_state_dict(folder / name)
-            return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANTS = ("", ".fp16")
+
+
+def _weight_file(folder: Path) -> Path:
+    """The weights of a component of a diffusers folder, or the index of their shards.
+
+    Raises:
+        UserError: there are none.
+    """
+    for kind in ("safetensors", "bin"):
+        for stem in _STEMS:
+            for variant in _VARIANTS:
+                for name in (f"{stem}{variant}.{kind}", f"{stem}.{kind}.index{variant}.json"):
+                    if (folder / name).is_file():
+                        return folder / name
     raise UserError(f"{folder}: no weights (expected diffusion_pytorch_model.safetensors or model.safetensors)")
+
+
+def read_component(folder: Path) -> tuple[StateDict, dict[str, Any]]:
+    """Weights (float32), whole or in shards, and config.json of one component of a diffusers folder."""
+    config = _json(folder / "config.json")
+    path = _weight_file(folder)
+    if path.suffix == ".json" and ".bin." in path.name:
+        state: StateDict = {}
+        for shard in weight_shards(path, str(path)):
+            state |= read_state_dict(shard)
+    elif path.suffix == ".json":
+        state = read_weights(path, "checkpoint")[0]
+    else:
+        state = read_state_dict(path)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config
 
 
 def autoencoder_from_diffusers_dir(path: Path) -> AutoencoderKL | VQModel:
@@ -218,15 +346,21 @@ def unet_from_diffusers_dir(path: Path) -> UNet:
     return unet
 
 
+_FOLDERS = {"unet": ["unet"], "first_stage": ["vae", "vqvae"], "conditioner": ["bert", "text_encoder"]}
+
+
 def load_diffusers(path: Path) -> Checkpoint:
-    """Every component of a diffusers folder that a latent diffusion model has."""
+    """Every component of a diffusers folder that a latent diffusion model has.
+
+    Raises:
+        UserError: something in it that decides what is drawn and cannot be carried.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder (a diffusers pipeline or component)")
     found = Checkpoint()
-    folders = {"unet": ["unet"], "first_stage": ["vae", "vqvae"], "conditioner": ["bert", "text_encoder"]}
     places = {
         part: folder
-        for part, names in folders.items()
+        for part, names in _FOLDERS.items()
         for folder in (path / name for name in names)
         if (folder / "config.json").is_file()
     }
@@ -235,6 +369,8 @@ def load_diffusers(path: Path) -> Checkpoint:
         places["unet" if kind.startswith("UNet") else "first_stage"] = path
     if not places:
         raise UserError(f"{path}: no unet/, vae/ or vqvae/ with a config.json in it")
+    if index := read_index(path):
+        found.config["pipeline"] = index
     for part, folder in places.items():
         state, config = read_component(folder)
         if part == "unet":
@@ -245,44 +381,45 @@ def load_diffusers(path: Path) -> Checkpoint:
         elif config.get("model_type") == "ldmbert":
             found.parts[part], found.config[part] = text_encoder_from_diffusers(state, config)
         else:
-            print(f"{folder}: {config.get('model_type')} text encoder is not the paper's; left out")
+            prefix = "bert." if config.get("model_type") == "bert" else "transformer."
+            found.parts[part] = {prefix + name: tensor for name, tensor in state.items()}
+            found.config[part] = config
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        values = _json(scheduler)
-        found.config["schedule"] = {
-            "linear_start": values.get("beta_start"),
-            "linear_end": values.get("beta_end"),
-            "timesteps": values.get("num_train_timesteps", 1000),
-            "prediction": values.get("prediction_type", "epsilon"),
-        }
+        found.config["scheduler"] = _json(scheduler)
+        found.config["schedule"] = schedule_of_scheduler(found.config["scheduler"])
+    if (path / "tokenizer").is_dir():
+        found.tokenizer = read_tokenizer_files(path / "tokenizer")
     return found
 
 
 def load_ours(path: Path) -> Checkpoint:
-    """A .safetensors with the authors' names and the architecture in its header, or the folder of a run with one."""
-    tokenizer = path / "tokenizer" if path.is_dir() else None
+    """A .safetensors with the authors' names and all else in its header, or the folder of a run with one."""
+    folder = path / "tokenizer" if path.is_dir() else None
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors":
         return load_compvis(path)
     state, notes = read_weights(path, "checkpoint")
     found = split_compvis(state, what=f"checkpoint {path}")
     found.config |= described(notes, path)
-    found.tokenizer = tokenizer if tokenizer and tokenizer.is_dir() else None
+    found.tokenizer = described(notes, path, "tokenizer")
+    if folder and folder.is_dir():
+        found.tokenizer = read_tokenizer_files(folder)
     return found
 
 
-def described(notes: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The architecture in the header of one of our files; empty where it says nothing.
+def described(notes: Mapping[str, str], path: Path, note: str = "config") -> dict[str, Any]:
+    """What the header of one of our files says of the architecture (or its `tokenizer`); empty where it says nothing.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        about = json.loads(notes.get("config", "{}"))
+        about = json.loads(notes.get(note, "{}"))
     except ValueError as error:
-        raise UserError(f"{path}: the note `config` in its header is no JSON ({error})") from None
+        raise UserError(f"{path}: the note `{note}` in its header is no JSON ({error})") from None
     if not isinstance(about, dict):
-        raise UserError(f"{path}: the note `config` in its header is no JSON object")
+        raise UserError(f"{path}: the note `{note}` in its header is no JSON object")
     return about
 
 
@@ -311,44 +448,47 @@ def to_compvis_names(checkpoint: Checkpoint) -> StateDict:
 
 
 def save_compvis(checkpoint: Checkpoint, path: Path) -> None:
-    """A `.ckpt` that the authors' code loads (no averaged copies: the weights already are the ones to sample with)."""
+    """A `.ckpt` that the authors' code loads (no averaged copies: the weights already are the ones to sample with),
+    with their tables of noise levels, and their YAML beside it.
+
+    Raises:
+        UserError: their code would draw something else.
+    """
+    config = checkpoint.config
+    kind = (config.get("conditioner") or {}).get("model_type")
+    if kind and "conditioner" in checkpoint.parts:
+        raise UserError(
+            f"the authors' code cannot carry this text encoder ({kind}) and its tokenizer: convert --to ours, or leave "
+            "it out with --parts unet first_stage"
+        )
+    if "scheduler" in config:
+        refuse_other_sampling(config["scheduler"])
     state = to_compvis_names(checkpoint)
+    schedule = config.get("schedule")
+    if schedule and set(checkpoint.parts) != {"first_stage"}:
+        state |= {name: table.clone() for name, table in _tables(schedule).items()}
+    described_by = authors_config(config, checkpoint.parts)
+    if "unet" in checkpoint.parts and "unet" in config:
+        text = authors_yaml_text(described_by, authors_yaml(path))
+        write_atomically(authors_yaml(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     write_atomically(path, lambda temporary: torch.save({"state_dict": state}, temporary))
 
 
+def _tables(schedule: Mapping[str, Any]) -> StateDict:
+    """The tables of a schedule under the authors' names."""
+    given, steps = schedule.get("betas"), schedule.get("timesteps", 1000)
+    ends = schedule["linear_start"], schedule["linear_end"]
+    return NoiseSchedule(schedule.get("kind", "linear"), steps, *ends, betas=given).official_tables()
+
+
 def save_ours(checkpoint: Checkpoint, path: Path) -> None:
-    """The authors' names in one .safetensors, with the architecture as JSON in the header."""
+    """The authors' names in one .safetensors, with all else as JSON in the header."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: our format is one .safetensors file; give a name that ends so")
-    save_weights(path, to_compvis_names(checkpoint), {"config": json.dumps(checkpoint.config)})
-
-
-# The noise schedules of `make_betas` by diffusers' names; others are written as their betas.
-BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
-
-
-def scheduler_config(
-    beta_start: float, beta_end: float, timesteps: int = 1000, prediction: str = "epsilon", schedule: str = "linear"
-) -> dict[str, Any]:
-    """Settings with which diffusers' DDIMScheduler equals the authors' DDIM sampler (golden diffusers_ddim_equal).
-
-    Args:
-        schedule: see `make_betas`; stock diffusers draws with the same noise levels.
-    """
-    if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"prediction {prediction!r}: expected epsilon, v_prediction or sample")
-    betas = None if schedule in BETA_SCHEDULES else make_betas(schedule, timesteps, beta_start, beta_end).tolist()
-    return {
-        "num_train_timesteps": timesteps,
-        "beta_start": beta_start,
-        "beta_end": beta_end,
-        "beta_schedule": BETA_SCHEDULES.get(schedule, "linear"),
-        **({} if betas is None else {"trained_betas": betas}),
-        "prediction_type": prediction,
-        "steps_offset": 1,
-        "set_alpha_to_one": False,
-        "clip_sample": False,
-    }
+    notes = {"config": json.dumps(checkpoint.config)}
+    if checkpoint.tokenizer:
+        notes["tokenizer"] = json.dumps(checkpoint.tokenizer)
+    save_weights(path, to_compvis_names(checkpoint), notes)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -373,9 +513,14 @@ def _write_scheduler(folder: Path, values: dict[str, Any]) -> None:
 
 
 def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
-    """Component folders unet/, vae/ or vqvae/, bert/, scheduler/; load each with its class's `from_pretrained`."""
-    components: dict[str, tuple[StateDict, dict[str, Any]]] = {}
-    config = checkpoint.config
+    """A pipeline where diffusers has one, else component folders unet/, vae/ or vqvae/, bert/, scheduler/; load each of
+    those with its class's `from_pretrained`.
+
+    Raises:
+        UserError: something that diffusers has not.
+    """
+    components: Components = {}
+    config, index = checkpoint.config, checkpoint.config.get("pipeline") or {}
     if "unet" in checkpoint.parts:
         components["unet"] = unet_to_diffusers(checkpoint.parts["unet"], config.get("unet") or {})
     if "first_stage" in checkpoint.parts:
@@ -386,31 +531,75 @@ def save_diffusers(checkpoint: Checkpoint, path: Path) -> None:
             ddconfig.get("resolution", 256),
             (config.get("first_stage") or {}).get("norm_groups", 32),
         )
-        components["vae" if converted[1]["_class_name"] == "AutoencoderKL" else "vqvae"] = converted
+        usual = "vae" if converted[1]["_class_name"] == "AutoencoderKL" else "vqvae"
+        components[next((name for name in ("vae", "vqvae") if name in index), usual)] = converted
     tau = checkpoint.parts.get("conditioner", {})
-    whole = "bert.embeddings.word_embeddings.weight" in tau and "conditioner" in config and checkpoint.tokenizer
-    if whole:
+    about = config.get("conditioner") or {}
+    bert = "bert.embeddings.word_embeddings.weight" in tau and "vae" in components
+    learned = bert and not index and bool(about) and bool(checkpoint.tokenizer)
+    if learned:
         components["vae"][1]["force_upcast"] = False
-        bert = {name.removeprefix("bert."): tensor for name, tensor in tau.items()}
-        components["text_encoder"] = text_component(bert, config["conditioner"])
+        components["text_encoder"] = text_component(_bare(tau), about)
     elif "transformer.token_emb.weight" in tau:
-        components["bert"] = text_encoder_to_diffusers(tau)
+        components["bert"] = text_encoder_to_diffusers(tau, about.get("dim_head", 64))
+    elif tau and "model_type" in about:
+        components["text_encoder"] = _bare(tau), about
     elif tau:
-        print("the conditioner has no counterpart in diffusers and is left out (class embeddings, map rescalers)")
+        raise UserError(
+            f"diffusers has no counterpart of the conditioner ({next(iter(tau))}, ...: class embeddings, map rescalers "
+            "or a text encoder without its config): convert --to ours, or the rest with --parts unet first_stage"
+        )
+    if not index and not tau and "unet" in components:
+        components, index = _unconditional(components)
 
     def fill(folder: Path) -> None:
         for name, (state, component) in components.items():
             _write_component(folder / name, state, component)
-        if schedule := config.get("schedule"):
-            start, end = schedule["linear_start"], schedule["linear_end"]
-            timesteps, prediction = schedule.get("timesteps", 1000), schedule.get("prediction", "epsilon")
-            values = scheduler_config(start, end, timesteps, prediction, schedule.get("kind", "linear"))
-            _write_scheduler(folder / "scheduler", values)
-        if whole and checkpoint.tokenizer is not None:
-            shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
+        if "scheduler" in config:
+            _write_scheduler(folder / "scheduler", config["scheduler"])
+        elif schedule := config.get("schedule"):
+            _write_scheduler(folder / "scheduler", _scheduler_of(schedule))
+        if checkpoint.tokenizer:
+            (folder / "tokenizer").mkdir()
+            for name, text in checkpoint.tokenizer.items():
+                (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+        if learned:
             _write_pipeline_files(folder)
+        elif index and (folder / "scheduler").is_dir():
+            _write_json(folder / "model_index.json", index)
 
     replace_folder(path, fill)
+
+
+def _bare(weights: StateDict) -> StateDict:
+    """A text encoder's weights by transformers' names."""
+    return {re.sub(r"^(bert|transformer)\.", "", name): tensor for name, tensor in weights.items()}
+
+
+def _scheduler_of(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json of a schedule that was never diffusers'."""
+    kind, levels = schedule.get("kind", "linear"), schedule.get("betas")
+    ends, steps = (schedule["linear_start"], schedule["linear_end"]), schedule.get("timesteps", 1000)
+    return scheduler_config(*ends, steps, schedule.get("prediction", "epsilon"), kind, levels)
+
+
+def _unconditional(components: Components) -> tuple[Components, dict[str, Any]]:
+    """The components and model_index.json of stock diffusers' pipeline without conditions, where these networks make
+    one; else the components and nothing.
+    """
+    unet = components["unet"][1]
+    stage = next((components[name] for name in ("vae", "vqvae") if name in components), None)
+    plain = unet["_class_name"] == "UNet2DModel" and unet["in_channels"] == unet["out_channels"]
+    if stage is None or not plain or not unet["sample_size"] or unet["num_class_embeds"]:
+        return components, {}
+    index = {
+        "_class_name": "LDMPipeline",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "vqvae": ["diffusers", stage[1]["_class_name"]],  # the pipeline's name of any autoencoder
+    }
+    return {"unet": components["unet"], "vqvae": stage}, index
 
 
 def write_pipeline(
@@ -505,6 +694,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", dest="target", required=True, choices=homes, help="layout of the output")
     parser.add_argument("--config", type=Path, help="architecture: ldm/configs/paper/*.yaml or the authors' YAML")
     parser.add_argument("--no-ema", action="store_true", help="take the trained weights instead of their average")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PREFIXES), help="convert only these of its networks")
     parser.add_argument("input", type=Path, help="file or directory to read")
     parser.add_argument("output", type=Path, help="file or directory to write")
     options = parser.parse_args(arguments)
@@ -515,13 +705,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         checkpoint = load_diffusers(options.input)
     if options.config is not None:
-        given = read_config(options.config)
-        checkpoint.config = {**given, **checkpoint.config}
-        if "unet" in checkpoint.parts and "unet" in given:
-            with torch.device("meta"):
-                expected = unet_of(given["unet"]).state_dict()
-            check_weights(checkpoint.parts["unet"], expected, "the checkpoint", str(options.config))
-            checkpoint.config["unet"] = given["unet"]
+        adopt_config(checkpoint, options.config)
+    if options.parts:
+        checkpoint.only(options.parts)
+    checkpoint.check()
     {"compvis": save_compvis, "ours": save_ours, "diffusers": save_diffusers}[options.target](
         checkpoint, options.output
     )

@@ -8,7 +8,7 @@ Shape suffixes: B batch, C channels, H and W latent height and width, T number o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,7 @@ class NoiseSchedule(nn.Module):
 
     Args:
         kind, timesteps, start, end, cosine_s: see `make_betas`.
+        betas: the levels themselves, in place of a kind's.
         v_posterior: variance of p(z_{t-1} | z_t) = (1 - v) beta~_t + v beta_t.
         prediction: what the network predicts; decides the weights of the variational bound.
     """
@@ -81,22 +82,23 @@ class NoiseSchedule(nn.Module):
         cosine_s: float = 8e-3,
         v_posterior: float = 0.0,
         prediction: Prediction = "eps",
+        betas: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if prediction not in ("eps", "x0", "v"):
             raise UserError(f"prediction {prediction!r} is unknown: use eps, x0 or v")
         if timesteps < 2:
             raise UserError(f"timesteps must be at least 2, got {timesteps}")
-        betas = make_betas(kind, timesteps, start, end, cosine_s)
-        if not ((betas > 0) & (betas < 1)).all():
+        levels = np.asarray(betas) if betas else make_betas(kind, timesteps, start, end, cosine_s)
+        if not ((levels > 0) & (levels < 1)).all():
             raise UserError(f"schedule {kind} from {start} to {end} leaves (0, 1): every beta must lie strictly inside")
-        alphas = 1.0 - betas
+        alphas = 1.0 - levels
         abar = np.cumprod(alphas)
         abar_prev = np.append(1.0, abar[:-1])
-        posterior_variance = (1 - v_posterior) * betas * (1 - abar_prev) / (1 - abar) + v_posterior * betas
+        posterior_variance = (1 - v_posterior) * levels * (1 - abar_prev) / (1 - abar) + v_posterior * levels
         # In float32 as in the authors' code: 1 - abar loses digits at the first steps, and theirs has lost them too.
         betas_f, variance_f, alphas_f, abar_f = (
-            table.astype(np.float32) for table in (betas, posterior_variance, alphas, abar)
+            table.astype(np.float32) for table in (levels, posterior_variance, alphas, abar)
         )
         if prediction == "eps":
             with np.errstate(divide="ignore"):
@@ -113,7 +115,7 @@ class NoiseSchedule(nn.Module):
         self.v_posterior = v_posterior
         self.abar: list[float] = abar.tolist()
         tables = {
-            "betas": betas,
+            "betas": levels,
             "alphas_cumprod": abar,
             "alphas_cumprod_prev": abar_prev,
             "sqrt_alphas_cumprod": np.sqrt(abar),
@@ -123,7 +125,7 @@ class NoiseSchedule(nn.Module):
             "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / abar - 1),
             "posterior_variance": posterior_variance,
             "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
-            "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (1 - abar),
+            "posterior_mean_coef1": levels * np.sqrt(abar_prev) / (1 - abar),
             "posterior_mean_coef2": (1 - abar_prev) * np.sqrt(alphas) / (1 - abar),
             "lvlb_weights": bound,
         }

@@ -81,8 +81,15 @@ def infer_unet_config(state: Mapping[str, Tensor], num_heads: int = -1, num_head
     """Arguments of `UNet` that fit a state dict in the authors' names; the heads are not in the weights.
 
     Raises:
-        UserError: the state dict is not that of a U-Net.
+        UserError: the state dict is not that of a whole U-Net.
     """
+    try:
+        return _infer_unet(state, num_heads, num_head_channels)
+    except KeyError as error:
+        raise UserError(f"not a whole latent diffusion U-Net: {error} is missing") from None
+
+
+def _infer_unet(state: Mapping[str, Tensor], num_heads: int, num_head_channels: int) -> dict[str, Any]:
     needed = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "output_blocks.0.0.in_layers.0.weight")
     for key in needed:
         if key not in state:
@@ -207,6 +214,12 @@ _UNET_MUST_BE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), (False,)),
     **dict.fromkeys(("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "timestep_post_act"), (None,)),
     **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
+    **dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False,)),
+    **dict.fromkeys(("cross_attention_norm", "reverse_transformer_layers_per_block"), (None,)),
+    **dict.fromkeys(("time_embedding_dim", "time_embedding_act_fn", "attn_norm_num_groups"), (None,)),
+    "mid_block_only_cross_attention": (None, False),
+    "attention_type": ("default",),
+    "resnet_out_scale_factor": (1.0,),
 }
 _UNET_FIXED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding", "act_fn")
 
@@ -276,14 +289,15 @@ def unet_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         }
         return _rename(state, names, "U-Net"), theirs
     head_widths = {width // _heads_at(config, width) for width in _attention_widths(config)}
-    if len(head_widths) != 1:
+    counts = {_heads_at(config, width) for width in _attention_widths(config)}
+    if len(head_widths) != 1 and counts != {1}:
         raise UserError(
             f"UNet2DModel has one head width for all levels, this U-Net has {sorted(head_widths)}; keep --to ours"
         )
     theirs |= {
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": head_widths.pop(),
+        "attention_head_dim": head_widths.pop() if len(head_widths) == 1 else None,  # one head of any width
         "time_embedding_type": "positional",
         "center_input_sample": False,
     }
@@ -312,6 +326,8 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
             raise UserError(
                 f"unet/config.json: {key}={config[key]!r} is not a latent diffusion U-Net (needs {allowed[0]!r})"
             )
+    if isinstance(config.get("cross_attention_dim"), (list, tuple)):
+        raise UserError("unet/config.json: cross_attention_dim differs between levels; expected one number")
     widths = list(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)
     depths = config.get("transformer_layers_per_block", 1)
@@ -343,7 +359,7 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
         "context_dim": config.get("cross_attention_dim") if spatial else None,
     }
     if not spatial:
-        ours["num_head_channels"] = heads if heads is not None else widths[-1]
+        ours |= {"num_heads": 1} if heads is None else {"num_head_channels": heads}
     elif isinstance(heads, (list, tuple)):
         here = [(w, n) for w, n, a in zip(widths, heads, attends) if a] + [(widths[-1], heads[-1])]
         if len({n for _, n in here}) == 1:
@@ -357,13 +373,16 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
     names, plain = _unet_names(ours)
     for a, b in plain:
         names += _nested(a, b, _ATTENTION_NAMES)
-    renamed = _rename(state, _swap(names), "U-Net")
+    renamed = _rename(_modern(state), _swap(names), "U-Net")
     _refuse_groups(ours["norm_groups"], _norm_widths(renamed), "unet")
     if spatial:
         for key, value in renamed.items():
             if key.endswith((".proj_in.weight", ".proj_out.weight")) and value.ndim == 2:
                 renamed[key] = value[:, :, None, None]  # use_linear_projection
-    for a, _ in plain:
+    for a, theirs in plain:
+        parts = [f"{a}.{part}.{kind}" for part in ("to_q", "to_k", "to_v", "proj_out") for kind in ("weight", "bias")]
+        if lacking := [part for part in [f"{a}.norm.weight", *parts] if part not in renamed]:
+            raise UserError(f"U-Net: of {theirs} the weight {lacking[0].removeprefix(a + '.')} is missing")
         n = _heads_at(ours, len(renamed[f"{a}.norm.weight"]))
         for kind in ("weight", "bias"):
             rows = [renamed.pop(f"{a}.{part}.{kind}").unflatten(0, (n, -1)) for part in ("to_q", "to_k", "to_v")]
@@ -371,6 +390,21 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
             renamed[f"{a}.qkv.{kind}"] = qkv[..., None] if kind == "weight" else qkv
         renamed[f"{a}.proj_out.weight"] = renamed[f"{a}.proj_out.weight"][..., None]
     return renamed, ours
+
+
+# Names of plain attention that diffusers used before 0.18; checkpoints on the hub still have them.
+_OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _modern(state: Mapping[str, Tensor]) -> StateDict:
+    """A component's weights under the names of today's diffusers."""
+
+    def modern(key: str) -> str:
+        for old, new in _OLD_ATTENTION_NAMES.items():
+            key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
+        return key
+
+    return {modern(key): value for key, value in state.items()}
 
 
 _FIRST_RES_NAMES: Names = [(n, n) for n in ("norm1", "conv1", "norm2", "conv2")] + [("nin_shortcut", "conv_shortcut")]
@@ -381,8 +415,12 @@ _FIRST_ATTENTION_NAMES: Names = [
     ("v", "to_v"),
     ("proj_out", "to_out.0"),
 ]
-# Names that diffusers used before 0.18; checkpoints on the hub still have them.
-_OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _width(state: Mapping[str, Tensor], name: str) -> int:
+    if name not in state:
+        raise UserError(f'not a whole first stage: "{name}" is missing')
+    return len(state[name])
 
 
 def infer_first_stage_config(state: Mapping[str, Tensor], resolution: int = 256) -> dict[str, Any]:
@@ -391,7 +429,13 @@ def infer_first_stage_config(state: Mapping[str, Tensor], resolution: int = 256)
     Args:
         resolution: nominal image side; only decides by which number attn_resolutions names a level.
     """
-    for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight"):
+    needed = (
+        "encoder.conv_in.weight",
+        "decoder.conv_out.weight",
+        "quant_conv.weight",
+        "encoder.down.0.block.0.conv1.weight",
+    )
+    for key in (*needed, "decoder.conv_in.weight", "post_quant_conv.weight"):
         if key not in state:
             raise UserError(f'not a first stage: "{key}" is missing')
     levels = 1 + max(int(m[1]) for key in state if (m := re.match(r"encoder\.down\.(\d+)\.", key)))
@@ -406,7 +450,7 @@ def infer_first_stage_config(state: Mapping[str, Tensor], resolution: int = 256)
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "out_ch": state["decoder.conv_out.weight"].shape[0],
         "ch": ch,
-        "ch_mult": [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)],
+        "ch_mult": [_width(state, f"encoder.down.{i}.block.0.conv1.weight") // ch for i in range(levels)],
         "num_res_blocks": blocks,
         "attn_resolutions": [
             resolution // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in state
@@ -448,6 +492,13 @@ def _first_norm_widths(state: Mapping[str, Tensor]) -> list[int]:
     return [len(v) for k, v in state.items() if re.search(r"norm\w*\.weight$", k)]
 
 
+# What diffusers' options must be, where they are given, for the paper's first stage.
+_FIRST_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "norm_type": ("group",),
+    "lookup_from_codebook": (False,),
+    "latents_std": (None,),
+}
 _FIRST_ATTENTION_WEIGHT = re.compile(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$")
 
 
@@ -491,11 +542,6 @@ def first_stage_to_diffusers(
 
 
 # What diffusers' options must be, where they are given, for a first stage of the paper's.
-_FIRST_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "norm_type": ("group",),
-    "lookup_from_codebook": (False,),
-}
 
 
 def first_stage_from_diffusers(
@@ -513,17 +559,17 @@ def first_stage_from_diffusers(
             raise UserError(f"vae/config.json: {key}={config[key]!r} is missing here (only {only[0]!r})")
     if config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std"):
         raise UserError("vae/config.json: latents that are shifted are not the paper's (expected only scaling_factor)")
-
-    def modern(key: str) -> str:
-        for old, new in _OLD_ATTENTION_NAMES.items():
-            key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
-        return key
-
     attends = ["Attn" in name for name in config["down_block_types"]]
-    if ["Attn" in name for name in config.get("up_block_types", config["down_block_types"][::-1])] != attends[::-1]:
-        raise UserError("vae/config.json: up_block_types must mirror down_block_types")
+    blocks = {"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}
+    if not set(config["down_block_types"]) <= blocks or [
+        name.replace("UpDecoder", "DownEncoder") for name in reversed(config.get("up_block_types", []))
+    ] != list(config["down_block_types"]):
+        raise UserError(
+            f"vae/config.json: block types {config['down_block_types']} and {config.get('up_block_types')}; expected "
+            "DownEncoderBlock2D and AttnDownEncoderBlock2D and, mirrored, UpDecoderBlock2D"
+        )
     names = _first_stage_names(len(attends), config.get("layers_per_block", 1), attends)
-    ours = _rename({modern(k): v for k, v in state.items()}, _swap(names), "first stage")
+    ours = _rename(_modern(state), _swap(names), "first stage")
     ours = {k: v[:, :, None, None] if v.ndim == 2 and _FIRST_ATTENTION_WEIGHT.search(k) else v for k, v in ours.items()}
     groups = config.get("norm_num_groups", 32)
     _refuse_groups(groups, _first_norm_widths(ours), "vae")
@@ -577,6 +623,10 @@ def text_encoder_from_diffusers(
     """Weights of `TransformerEmbedder` and its arguments from diffusers' LDMBertModel (its logits head is dropped)."""
     if config.get("model_type") != "ldmbert":
         raise UserError(f"text encoder: model_type {config.get('model_type')!r}, expected ldmbert (the paper's tau)")
+    if config.get("activation_function", "gelu") != "gelu":
+        raise UserError(
+            f"text encoder: activation_function {config['activation_function']!r}, the paper's tau has gelu"
+        )
     state = {k: v for k, v in state.items() if not k.startswith("to_logits.") and k != "model.embed_positions_ids"}
     arguments = {
         "n_embed": config["d_model"],

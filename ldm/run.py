@@ -213,6 +213,12 @@ class Run:
         return cls(config, folder, build_task(config, kept or own, own, tokenizer))
 
     @property
+    def latent_factor(self) -> int:
+        """f: by which the first stage makes a picture's sides smaller."""
+        stage = self.config.first_stage
+        return 1 if stage.kind == "pixels" else 2 ** (len(stage.ch_mult) - 1)
+
+    @property
     def finished(self) -> bool:
         """Whether the trained model is there already."""
         return self.config.resume == "auto" and (self.folder / "model.safetensors").is_file()

@@ -3,19 +3,27 @@
     python ldm/sample.py --prompt "two hearts" --model ldm/pretrained/shapes32-v # a diffusers directory (ours or yours)
     python ldm/sample.py --model runs/ldm-small              # a finished run of train.py: its task's grid
     python ldm/sample.py --model runs/ldm-small --size 64x96 # larger than trained (convolutional sampling)
+    python ldm/sample.py --model runs/ldm-class --label star --label ring    # classes by name
+    python ldm/sample.py --model runs/ldm-inpaint --image MINE.png --mask HOLE.png   # white is painted anew
+    python ldm/sample.py --model runs/ldm-superres --image FOLDER --folder LARGER    # all pictures of a folder
     python ldm/sample.py --model runs/ldm-class --classifier runs/ldm-classifier --classifier_scale 3
 
-`--model` is a run folder of train.py or any diffusers text-to-image directory.
+`--model` is a run folder of train.py or any diffusers text-to-image directory. What else each task takes, a layout or a
+label map for instance, stands in `own_input.py`; without any of it a run draws its first held-out conditions.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Range, Seed, Share
 
@@ -126,8 +134,8 @@ def task_grid(ldm: LatentDiffusion, task: Task, config: LdmConfig, path: Path) -
     save_grid(stacked, path, columns=12, tile=scale)
 
 
-def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int) -> Tensor | None:
-    """The condition as a uint8 picture [N, 3, size, size], for tasks whose condition is a picture."""
+def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int | tuple[int, int]) -> Tensor | None:
+    """The condition as a uint8 picture [N, 3, H, W] of this size, for tasks whose condition is a picture."""
     import torch
     import torch.nn.functional as F
 
@@ -145,16 +153,18 @@ def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int) 
     return None
 
 
-def draw_boxes(boxes: Tensor, classes: Tensor, size: int) -> Tensor:
-    """Box outlines, uint8 [N, 3, size, size]; boxes [N, K, 4] as (x0, y0, x1, y1) fractions, class -1 is no box."""
+def draw_boxes(boxes: Tensor, classes: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Box outlines, uint8 [N, 3, H, W] of this size; boxes [N, K, 4] as fractions x0 y0 x1 y1, class -1: no box."""
     import torch
 
-    canvas = torch.full((len(boxes), 3, size, size), 245, dtype=torch.uint8)
+    height, width = (size, size) if isinstance(size, int) else size
+    canvas = torch.full((len(boxes), 3, height, width), 245, dtype=torch.uint8)
     for n in range(len(boxes)):
         for box, category in zip(boxes[n], classes[n]):
             if int(category) < 0:
                 continue
-            x0, y0, x1, y1 = (min(size - 1, max(0, int(v * (size - 1)))) for v in box.tolist())
+            last = (width - 1, height - 1) * 2
+            x0, y0, x1, y1 = (min(most, max(0, int(v * most))) for v, most in zip(box.tolist(), last))
             colour = torch.tensor([(67 * int(category) + 40) % 200, (131 * int(category)) % 200, 90], dtype=torch.uint8)
             canvas[n, :, [y0, y1], x0 : x1 + 1] = colour[:, None, None]
             canvas[n, :, y0 : y1 + 1, [x0, x1]] = colour[:, None, None]
@@ -212,6 +222,12 @@ def check_drawing(size: tuple[int, int] | None, multiple: int, steps: int, most:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--label", action="append", help="task class: a class by name or number; may be repeated")
+    parser.add_argument("--layout", action="append", help='task layout: "NAME x0 y0 x1 y1; ..." or a .jsonl file')
+    parser.add_argument("--image", type=Path, help="tasks superres and inpaint: your picture, or a folder of them")
+    parser.add_argument("--mask", type=Path, help="inpaint: white is painted; semantic: label numbers; or a folder")
+    parser.add_argument("--folder", type=Path, help="write each picture into this folder instead")
     parser.add_argument("--model", type=Path, default=PRETRAINED / "emoji64", help="run folder or diffusers directory")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
     parser.add_argument("--count", type=Count, default=8, help="images per prompt")
@@ -231,19 +247,66 @@ def main(argv: list[str] | None = None) -> None:
         options.guidance = 1.0 if options.classifier else 3.0
     size = _size(options.size) if options.size else None
     if (options.model / "model.safetensors").is_file() and (options.model / "config.yaml").is_file():
-        images, captions = _from_run(options, size)
+        drawn = _from_run(options, size)
     else:
-        images, captions = _from_pipeline(options, size)
+        drawn = _from_pipeline(options, size)
+    if options.folder is not None:
+        save_each(drawn, options.folder)
+    else:
+        save_together(drawn, options.out, options.count)
+
+
+@dataclass
+class Drawn:
+    """Pictures uint8 [N, 3, H, W] of one condition; `shown` [1, 3, H, W] is the condition where that is a picture."""
+
+    name: str
+    images: Tensor
+    shown: Tensor | None = None
+
+
+def save_each(drawn: list[Drawn], folder: Path) -> None:
+    """NAME.png, of several pictures of one condition NAME-0.png, NAME-1.png, ...; equal names are numbered."""
+    from PIL import Image
+
+    from common.images import save_png
+
+    names: dict[str, int] = {}
+    for found in drawn:
+        stem = re.sub(r"[^\w.-]+", "-", found.name)[:80].strip("-.") or "sample"
+        names[stem] = names.get(stem, -1) + 1
+        stem += f"-{names[stem]}" if names[stem] else ""
+        for number, image in enumerate(found.images):
+            name = f"{stem}-{number}.png" if len(found.images) > 1 else f"{stem}.png"
+            save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / name)
+    print(folder)
+
+
+def save_together(drawn: list[Drawn], path: Path, columns: int) -> None:
+    """One picture with a row a condition: the condition, where it is a picture, and what was drawn.
+
+    Raises:
+        UserError: the pictures have different sizes.
+    """
+    import torch
+
     from common.images import save_grid
 
+    if len({found.images.shape[1:] for found in drawn}) > 1:
+        raise UserError("pictures of different sizes make no sheet: give --folder to write each by itself, or --size")
+    parts = [part for found in drawn for part in (found.shown, found.images) if part is not None]
+    names = [found.name for found in drawn for part in (found.shown, found.images) if part is not None for _ in part]
+    images = torch.cat(parts)
+    shown = any(found.shown is not None for found in drawn)
     tile = max(images.shape[-1], 128 // images.shape[-1] * images.shape[-1])
-    print(save_grid(images, options.out, columns=options.count, captions=captions, tile=tile))
+    print(save_grid(images, path, columns=columns + shown, captions=names if any(names) else None, tile=tile))
 
 
-def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
+def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) -> list[Drawn]:
     import torch
 
     from common.teacher import check_steps, open_pipeline
+    from ldm.own_input import refuse_other_options
 
     if not (options.model / "model_index.json").is_file():
         raise UserError(
@@ -252,53 +315,77 @@ def _from_pipeline(options: argparse.Namespace, size: tuple[int, int] | None) ->
         )
     cuda = torch.cuda.is_available()
     pipeline = open_pipeline(options.model, "cuda" if cuda else "cpu", torch.float16 if cuda else torch.float32)
+    refuse_other_options(options, "text", options.model)
     if options.classifier:
         raise UserError(f"--classifier guides runs of task class; {options.model} is a text-to-image pipeline")
     if options.sampler or options.eta:
         kind = type(pipeline.scheduler).__name__
         raise UserError(f"--sampler and --eta are for run folders; {options.model} draws with a scheduler, its {kind}")
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red apple, flat style"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red apple, flat style")
     # Stock pipelines want multiples of 8 whatever the autoencoder's factor is.
     multiple = math.lcm(8, int(pipeline.vae_scale_factor))
     check_drawing(size, multiple, options.steps, int(pipeline.scheduler.config.num_train_timesteps))
     check_steps(pipeline.scheduler, options.steps)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     extra = {"height": size[0], "width": size[1]} if size else {}
-    return pipeline_images(pipeline, prompts, options.steps, options.guidance, options.seed, **extra), prompts
+    images = pipeline_images(pipeline, prompts, options.steps, options.guidance, options.seed, **extra)
+    return _by_condition(options.prompt, images)
 
 
-def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Tensor, list[str] | None]:
+def _by_condition(names: Sequence[str], images: Tensor) -> list[Drawn]:
+    """The pictures of each condition, which stand one after the other."""
+    parts = images.split(len(images) // len(names))
+    return [Drawn(name, part) for name, part in zip(names, parts)]
+
+
+def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> list[Drawn]:
+    from common.data.sampling import derive_seed
     from ldm.config import SamplingConfig
+    from ldm.own_input import class_names, own_inputs, refuse_other_options
     from ldm.run import Run
 
     run = Run.existing(options.model, data=False)
-    config, ldm = run.config, run.load()
+    config, task = run.config, run.config.task
+    refuse_other_options(options, task, options.model)
+    if options.classifier and task != "class":
+        raise UserError(f"--classifier guides runs of task class; {options.model} was trained for task {task}")
     side = size or (config.data.size, config.data.size)
-    halvings = len(config.unet.channel_mult) - 1
-    multiple = int(ldm.first_stage_model.downsampling) * 2**halvings  # type: ignore[arg-type]
+    multiple = run.latent_factor * 2 ** (len(config.unet.channel_mult) - 1)
     check_drawing(size, multiple, options.steps, config.diffusion.timesteps)
+    inputs = own_inputs(options, run, size, multiple)
+    ldm = run.load()
     sampling = SamplingConfig(options.sampler or "ddim", options.steps, options.eta, options.guidance)
-    if config.task != "text":
-        if options.prompt:
-            raise UserError(f"--prompt: {options.model} was trained for task {config.task}, which takes no text")
-        columns = condition_columns(run.task, config, options.count)
-        guide: dict[str, Any] = {}
-        if options.classifier:
-            from ldm.classifier import load_classifier
-
-            if size and size != (config.data.size, config.data.size):
-                raise UserError("--classifier judges latents of the training size: leave --size out")
-            guide = {
-                "classifier": load_classifier(options.classifier, run, ldm),
-                "classifier_scale": options.classifier_scale,
-            }
-        return draw(ldm, config.task, columns, options.count, side, sampling, options.seed, **guide), None
+    guide: dict[str, Any] = {}
     if options.classifier:
-        raise UserError(f"--classifier guides runs of task class; {options.model} was trained for task text")
-    prompts = [prompt for prompt in options.prompt or run.task.captions[:4] for _ in range(options.count)]
-    columns = run.task.caption_columns(prompts)
-    return draw(ldm, "text", columns, len(prompts), side, sampling, options.seed), prompts
+        from ldm.classifier import load_classifier
+
+        if size and size != (config.data.size, config.data.size):
+            raise UserError("--classifier judges latents of the training size: leave --size out")
+        guide = {
+            "classifier": load_classifier(options.classifier, run, ldm),
+            "classifier_scale": options.classifier_scale,
+        }
+    if task == "text":
+        named = list(dict.fromkeys(run.task.captions))[:4]
+        if options.prompt or options.prompts:
+            named = prompts_of(options.prompt, options.prompts, named[0])
+        columns = run.task.caption_columns([prompt for prompt in named for _ in range(options.count)])
+        images = draw(ldm, task, columns, len(named) * options.count, side, sampling, options.seed)
+        return _by_condition(named, images)
+    drawn = []
+    for number, given in enumerate(inputs):
+        columns = {name: column.repeat_interleave(options.count, 0) for name, column in given.columns.items()}
+        seed = options.seed if number == 0 else derive_seed(options.seed, number)
+        images = draw(ldm, task, columns, options.count, given.side, sampling, seed, **guide)
+        drawn.append(Drawn(given.name, images, conditions_as_images(task, given.columns, given.side)))
+    if inputs:
+        return drawn
+    columns = condition_columns(run.task, config, options.count)
+    images = draw(ldm, task, columns, options.count, side, sampling, options.seed, **guide)
+    if task == "class":
+        names = class_names(run)
+        return [Drawn(names[int(label)], image[None]) for label, image in zip(columns["label"], images)]
+    return [Drawn("", images)]
 
 
 if __name__ == "__main__":

@@ -501,22 +501,33 @@ def box_categories(item: dict[str, Any]) -> Tensor:
     return item["categories"]
 
 
+def layout_tokenizer(objects: int) -> LayoutTokenizer:
+    """Of layouts with at most so many objects."""
+    return LayoutTokenizer(n_categories=BOX_CATEGORIES, max_objects=objects, no_tokens=1024)
+
+
+def layout_columns(item: dict[str, Any]) -> dict[str, Tensor]:
+    """The columns of a layout: its tokens, and boxes, classes and colours to draw it."""
+    classes = item["classes"] if "classes" in item else item["categories"]
+    present = classes != NO_OBJECT
+    corners = item["boxes"][present]
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    layout = layout_tokenizer(len(item["boxes"]))
+    return {
+        "layout": torch.as_tensor(layout.encode(box_categories(item)[present].tolist(), boxes)),
+        "boxes": item["boxes"],
+        "classes": classes,
+        **({"colours": item["colours"]} if "colours" in item else {}),
+    }
+
+
 def _layout(config: LdmConfig, train: Any, held_out: Any, tokenizer: Any) -> Task:
     first = held_out[0]
     _need(first, "boxes", config)
-    layout = LayoutTokenizer(n_categories=BOX_CATEGORIES, max_objects=len(first["boxes"]), no_tokens=1024)
+    layout = layout_tokenizer(len(first["boxes"]))
 
     def columns(item: dict[str, Any], i: int) -> dict[str, Tensor]:
-        classes = item["classes"] if "classes" in item else item["categories"]
-        present = classes != NO_OBJECT
-        corners = item["boxes"][present]
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-        return {
-            "layout": torch.as_tensor(layout.encode(box_categories(item)[present].tolist(), boxes)),
-            "boxes": item["boxes"],
-            "classes": classes,
-            **({"colours": item["colours"]} if "colours" in item else {}),
-        }
+        return layout_columns(item)
 
     options = config.conditioner
     conditioner = TransformerEmbedder(options.width, options.layers, layout.no_tokens, layout.length)

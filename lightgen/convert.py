@@ -5,7 +5,8 @@
     python lightgen/convert.py --mar MAR_CHECKPOINT.pth --out mar.safetensors
 
 A checkpoint of the authors holds trained and averaged weights: --weights says which (their own scripts take the trained
-ones). Sizes are read from the weights; heads are those of the published widths, else --heads says how many.
+ones). Sizes are read from the weights; heads are those of the published widths, else --heads says how many. In files
+that --model wrote heads, size, length and sampling stand in the header.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightgen.model import Mar, MarConfig
 
 HEADS = {768: 12, 1024: 16, 1280: 16}
+NOTE = "lightgen"  # in the header of what we write: heads, sizes and sampling, which weights do not tell
 STATES = {"ema": "model_ema", "trained": "model"}
 
 
@@ -42,8 +44,12 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--weights", choices=tuple(STATES), default="ema", help="which of a checkpoint's weights")
     parser.add_argument("--autoencoder", default="pixels", help="diffusers directory with vae/, with --official")
     parser.add_argument("--text", help="transformers directory of the text encoder, with --official")
-    parser.add_argument("--length", type=Count, default=128, help="tokens of a caption, with --official")
-    parser.add_argument("--size", type=Count, default=256, help="side of the pictures it draws, with --official")
+    parser.add_argument(
+        "--length", type=Count, help="tokens of a caption, with --official (default: the file's, or 128)"
+    )
+    parser.add_argument(
+        "--size", type=Count, help="side of what it draws, with --official (default: the file's, or 256)"
+    )
     parser.add_argument("--heads", type=Count, help="of all attention, for widths that were not published")
     options = parser.parse_args(argv)
     if options.out.exists():
@@ -62,25 +68,38 @@ def main(argv: list[str] | None = None) -> Path:
     from lightgen.model import official
     from lightgen.painter import Painter
 
-    model = Painter.load(options.model).model
-    theirs = {official(name): value for name, value in model.state_dict().items()}
-    save_weights(options.out, {str(name): value for name, value in theirs.items()})
+    painter = Painter.load(options.model)
+    theirs = {official(name): value for name, value in painter.model.state_dict().items()}
+    known = {
+        "network": asdict(painter.model.config),
+        "length": painter.text.config.length,
+        "size": painter.size,
+        "sampling": asdict(painter.sampling),
+    }
+    save_weights(options.out, {str(name): value for name, value in theirs.items()}, {NOTE: json.dumps(known)})
     return options.out
 
 
 def from_official(options: argparse.Namespace) -> Path:
     """A model folder of LightGen's weights."""
-    from common.weights import check_weights
-    from lightgen.config import SamplingConfig, TextConfig
+    from common.weights import check_weights, json_note
+    from lightgen.config import NetworkConfig, SamplingConfig, TextConfig
     from lightgen.data import Autoencoder
     from lightgen.model import Fluid
     from lightgen.painter import Painter
     from lightgen.text import TextStates
 
     state = renamed(read_official(options.official, options.weights, "--official"), "fluid", options.official)
+    known = json_note(options.official, NOTE, "--official")
     autoencoder = Autoencoder(options.autoencoder)
-    config = network_config(state, autoencoder.channels, options.heads, options.official)
-    text = TextStates(TextConfig(options.text, options.length))
+    try:
+        told = NetworkConfig(**known["network"]) if known and options.heads is None else None
+        sampling = SamplingConfig(**known.get("sampling", {}))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--official {options.official}: the note {NOTE} in its header is damaged ({error})") from None
+    config = told or network_config(state, autoencoder.channels, options.heads, options.official)
+    size = options.size or known.get("size", 256)
+    text = TextStates(TextConfig(options.text, options.length or known.get("length", 128)))
     wanted = state["text.first.weight"].shape[1]
     if text.width != wanted:
         raise UserError(
@@ -90,8 +109,8 @@ def from_official(options: argparse.Namespace) -> Path:
     model = Fluid(config, autoencoder.channels, text.width)
     check_weights(state, model.state_dict(), f"--official {options.official}", "the network that its sizes describe")
     model.load_state_dict(state)
-    painter = Painter(model.eval(), text, autoencoder, SamplingConfig(), options.size)
-    painter.grid(options.size, options.size)
+    painter = Painter(model.eval(), text, autoencoder, sampling, size)
+    painter.grid(size, size)
     painter.save(options.out, options.autoencoder, {"origin": f"{options.official.name}, {options.weights}"})
     return options.out
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Range, Seed
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model (RUN/model)")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--count", type=Count, default=8, help="pictures a prompt")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: the model's own")
@@ -47,8 +49,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--seed", type=Seed, default=0, help="of orders and noises")
     parser.add_argument("--device", help="cpu or cuda")
     options = parser.parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red star"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red star")
     if (options.image is None) != (options.mask is None and options.outpaint is None):
         raise UserError("--image goes with --mask or --outpaint, and they with it")
     if options.mask is not None and options.outpaint is not None:

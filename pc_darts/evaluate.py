@@ -1,7 +1,8 @@
-"""Measure a trained network, or take a cell to another data set and train it there.
+"""Measure a trained network, let it name your own pictures, or take a cell to another data set and train it there.
 
     python pc_darts/evaluate.py --model runs/pc_darts-small/pc_darts/retrain/model
     python pc_darts/evaluate.py --model MODEL --data folder --path PHOTOS          # other pictures, the same classes
+    python pc_darts/evaluate.py --model MODEL --predict PHOTOS                     # class of every picture of a folder
     python pc_darts/evaluate.py --genotype runs/pc_darts-small/pc_darts/genotype.json --config my.yaml
     python pc_darts/evaluate.py --genotype PC_DARTS_cifar --data.name fashion-mnist    # transfer: train from scratch
     python pc_darts/evaluate.py --genotype PC_DARTS_cifar --count                  # parameters and MACs only
@@ -56,6 +57,18 @@ def evaluate_model(folder: Path, name: str | None, path: str | None, device: str
     return {"model": str(folder), "data": data.name, "test_pictures": len(data.test), "test_error": 1 - right}
 
 
+def predict(folder: Path, pictures: Path, output: Path | None) -> dict[str, Any]:
+    """Print the class of every picture; see `common.predicting`."""
+    from common.files import write_json
+    from common.predicting import label_pictures, told
+    from pc_darts.retraining import load_model
+
+    found = {"model": str(folder), "pictures": told(label_pictures(*load_model(folder), pictures))}
+    if output is not None:
+        write_json(output, found)
+    return found
+
+
 def count_genotype(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """Parameters and MACs of a cell's final network, for the options of `train.py`; nothing is trained."""
     import torch
@@ -78,14 +91,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--genotype", help="a published name or a JSON file")
     parser.add_argument("--data", help="with --model: a data set, as --data.name of train.py")
     parser.add_argument("--path", help="with --model: folder of the data")
+    parser.add_argument("--predict", type=Path, metavar="PICTURES", help="with --model: a picture or folder to label")
     parser.add_argument("--count", action="store_true", help="with --genotype: only count parameters and MACs")
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     options, rest = parser.parse_known_args(argv)
     if (options.model is None) == (options.genotype is None):
         raise UserError("give either --model FOLDER or --genotype NAME_OR_FILE")
+    if options.predict is not None and (options.model is None or options.data or options.path):
+        raise UserError("--predict goes with --model alone")
     if options.model is not None:
         if rest:
-            raise UserError(f"unknown option {rest[0]}; --model takes --data, --path and --output")
+            raise UserError(f"unknown option {rest[0]}; --model takes --data, --path, --predict and --output")
+        if options.predict is not None:
+            return predict(options.model, options.predict, options.output)
         result = evaluate_model(options.model, options.data, options.path)
         output = options.output
     elif options.count:

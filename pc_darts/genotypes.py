@@ -8,19 +8,18 @@ the edges from states 0, 1; node 1 from states 0, 1, 2; and so on. Shape suffixe
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt, log
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_json
+from common.literals import logged_call
 from pc_darts.operations import FURTHER_OPERATIONS, PRIMITIVES
 
 Choice = tuple[str, int]  # operation, state it reads
@@ -86,9 +85,9 @@ class Genotype:
         if text in PUBLISHED:
             return PUBLISHED[text]
         try:
-            fields = _logged_fields(text) if text.startswith("Genotype(") else json.loads(text)
+            fields = logged_call(text) if text.startswith("Genotype(") else json.loads(text)
             return cls(**{name: fields[name] for name in ("normal", "normal_concat", "reduce", "reduce_concat")})
-        except (ValueError, SyntaxError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"genotype {text[:60]!r} cannot be read; expected one of {', '.join(PUBLISHED)}, JSON with normal, "
                 "normal_concat, reduce and reduce_concat, or a logged Genotype(...)"
@@ -110,22 +109,6 @@ class Genotype:
                 f"genotype {str(name_or_path)!r} is neither a readable file nor one of {', '.join(PUBLISHED)}"
             ) from None
         return cls.parse(text)
-
-
-def _logged_fields(text: str) -> dict[str, Any]:
-    """Keyword arguments of a logged `Genotype(...)`: literals and `range(a, b)`; nothing is evaluated."""
-    call = ast.parse(text, mode="eval").body
-    if not isinstance(call, ast.Call):
-        raise ValueError("not a call")
-    fields: dict[str, Any] = {}
-    for keyword in call.keywords:
-        value = keyword.value
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("range", "list"):
-            inner = value.args[0] if value.func.id == "list" and isinstance(value.args[0], ast.Call) else value
-            fields[str(keyword.arg)] = list(range(*(ast.literal_eval(argument) for argument in inner.args)))
-        else:
-            fields[str(keyword.arg)] = ast.literal_eval(value)
-    return fields
 
 
 def _cell(text: str) -> tuple[Choice, ...]:

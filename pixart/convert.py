@@ -29,7 +29,7 @@ from common.errors import UserError, run_main
 from common.files import read_object, write_atomically, write_json
 from common.options import Count
 from common.pretrained import from_folder, quiet_libraries
-from common.weights import INDEX, check_weights, read_weights, save_weights
+from common.weights import check_weights, read_weights, save_weights
 from pixart.config import PixArtConfig, Timestep
 from pixart.model import DiT, PixArt, position_embedding
 from pixart.samplers import diffusers_scheduler
@@ -75,7 +75,7 @@ def read_state_dict(path: Path, weights: str = "ema") -> StateDict:
     Raises:
         UserError: no such file, truncated, pickled objects in it, or no weights.
     """
-    if path.name.endswith((".safetensors", INDEX)):
+    if path.name.endswith(".safetensors") or ".safetensors.index" in path.name:
         content: dict[str, Any] = read_weights(path, "checkpoint")[0]
     else:
         from common.training import load_checkpoint  # imports Lightning, which --help need not wait for
@@ -140,19 +140,29 @@ def infer_config(state: Mapping[str, Tensor], what: str, heads: int | None = Non
         shape,
         caption_channels=state["y_embedder.y_proj.fc1.weight"].shape[1],
         caption_tokens=120 if null is None else len(null),
-        interpolation_scale=_recorded_scale(state[POSITIONS], side, input_size),
+        interpolation_scale=_recorded_scale(state[POSITIONS], side, input_size, what),
         multi_scale="csize_embedder.mlp.0.weight" in state,
         adaln="single" if "t_block.1.weight" in state else "block",
     )
 
 
-def _recorded_scale(positions_1ND: Tensor, side: int, input_size: int) -> float:
-    """The interpolation scale of stored positions; multi-scale files store zeros, for them the authors' rule."""
-    for scale in (1.0, 2.0, 4.0, 0.5):
+def _recorded_scale(positions_1ND: Tensor, side: int, input_size: int, what: str) -> float:
+    """The interpolation scale of stored positions; multi-scale files store zeros, for them the authors' rule.
+
+    Raises:
+        UserError: positions of none of the usual scales.
+    """
+    rule = float(max(input_size // 64, 1))
+    if not positions_1ND.any():
+        return rule
+    for scale in (1.0, 2.0, 4.0, 0.5, 8.0, 16.0, rule):
         made = position_embedding(positions_1ND.shape[2], side, side, side, scale)
         if torch.allclose(made, positions_1ND[0].float(), atol=1e-2):
             return scale
-    return float(max(input_size // 64, 1))
+    raise UserError(
+        f"{what}: {POSITIONS} holds positions of none of the interpolation scales 0.5, 1, 2, 4, 8, 16; give the "
+        "network's config"
+    )
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -184,10 +194,34 @@ def _read_network(path: Path, weights: str = "ema") -> tuple[StateDict, PixArtCo
     if not path.is_dir():
         return read_state_dict(path, weights), None
     if is_diffusers(path):
+        refuse_other_levels(path / "scheduler" / "scheduler_config.json")
         return from_diffusers(*_read_diffusers(path / "transformer" if (path / "transformer").is_dir() else path))
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return read_state_dict(path / WEIGHTS), _build_config(read_object(path / CONFIG), path / CONFIG)
     raise UserError(f"{path}: no network in this folder (expected {WEIGHTS} and {CONFIG}, or a diffusers transformer)")
+
+
+# The noise levels that the paper's networks are trained and sampled on.
+_LEVELS: dict[str, Any] = {
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 2e-2,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "use_flow_sigmas": False,
+}
+
+
+def refuse_other_levels(path: Path) -> None:
+    """Raise UserError where a pipeline's scheduler says that its network predicts something else, or on other levels:
+    what is read here, and converted, is sampled on the paper's.
+    """
+    values = read_object(path) if path.is_file() else {}
+    for option, usual in _LEVELS.items():
+        if values.get(option, usual) != usual:
+            raise UserError(f"{path}: {option} is {values[option]!r}, which is not carried; PixArt-alpha has {usual!r}")
 
 
 def load_transformer(
@@ -395,6 +429,11 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
             "transformer/config.json: PixArt-alpha projects captions (caption_channels) to the width of its "
             f"cross-attention (cross_attention_dim = {width})"
         )
+    outputs, inputs = config.get("out_channels") or config.get("in_channels", 4), config.get("in_channels", 4)
+    if outputs not in (inputs, 2 * inputs):
+        raise UserError(
+            f"transformer/config.json: out_channels={outputs}; expected {inputs}, or {2 * inputs} with sigma"
+        )
     rest = dict(state)
     published_null = rest.pop(_PUBLISHED_NULL_CAPTION, None)
     null = rest.pop(NULL_CAPTION, published_null)
@@ -433,7 +472,8 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
 
 def _read_diffusers(folder: Path) -> tuple[StateDict, dict[str, Any]]:
     half, pickled = "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"
-    names = (DIFFUSERS_WEIGHTS, half, pickled, f"{DIFFUSERS_WEIGHTS}.index.json")
+    shards = (f"{DIFFUSERS_WEIGHTS}.index.json", f"{DIFFUSERS_WEIGHTS}.index.fp16.json")
+    names = (DIFFUSERS_WEIGHTS, half, pickled, *shards)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: no weights (expected {DIFFUSERS_WEIGHTS})")
@@ -455,10 +495,23 @@ def save_official(model: PixArt, path: Path | str) -> None:
     """A `.pth` as the authors' scripts read it: `state_dict` and `state_dict_ema` hold the same weights.
 
     Multi-scale networks have zeros as positions there, which the authors' code deletes.
+
+    Raises:
+        UserError: a fact of the network that such a file cannot say.
     """
+    config = model.config
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-    if model.config.multi_scale:
+    if not model.has_null_caption:
+        raise UserError("a .pth holds a null caption, which this network lacks (diffusers has none): convert --to ours")
+    if config.multi_scale:
         state[POSITIONS] = torch.zeros_like(model.pos_embed, device="cpu")
+    said = infer_config(state, str(path), _AUTHORS_HEADS if config.width == _AUTHORS_WIDTH else config.heads)
+    if lost := [field.name for field in fields(config) if getattr(said, field.name) != getattr(config, field.name)]:
+        name = lost[0]
+        raise UserError(
+            f"{path}: a .pth cannot say {name} {getattr(config, name)}, its readers would take {getattr(said, name)}: "
+            "convert --to ours"
+        )
     write_atomically(Path(path), lambda t: torch.save({"state_dict": state, "state_dict_ema": state}, t))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.files import read_object
 from common.options import Count, NotNegative, Range, Seed
@@ -250,6 +251,7 @@ def default_weights() -> Path:
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = Parser(description=__doc__)
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--weights", type=Path, help="our folder, an official .pth, or a diffusers directory")
     parser.add_argument("--vae", help="diffusers AutoencoderKL directory, if the weights do not name theirs")
     parser.add_argument("--text_encoder", help="transformers encoder directory, if the weights do not name theirs")
@@ -271,8 +273,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--control", type=Path, help="picture whose edges to follow (ControlNet weights)")
     parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     options = parser.parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red circle left of a blue square"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red circle left of a blue square")
     steps = (
         {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100}[options.sampler] if options.steps is None else options.steps
     )

@@ -5,15 +5,16 @@
 
 Both released language models (11 and 14 attributes) and the five-stage encoder are known by their tensors. What the
 official loader skips silently is said here: tensors that are missing or of another shape are refused, and those that
-are no part of the encoder (heads, an average's copy) are listed.
+are no part of the encoder (heads, an average's copy) are listed. Files that --model wrote tell their network's options.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import UserError, run_main
@@ -23,6 +24,7 @@ from scenesplat.config import FIVE_STAGES, NetworkConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+NOTE = "scenesplat"  # in the header of what we write: options, voxel, attributes and classes
 STEM = "embedding.stem.conv.weight"
 PREFIXES = ("module.", "backbone_student.", "backbone.")  # DDP's, the self-supervised wrapper's, the pre-trainer's
 COUNTS = "num_batches_tracked"  # of no effect, absent from some exports
@@ -82,27 +84,37 @@ def main(argv: list[str] | None = None) -> Path:
     source.add_argument("--model", type=Path, help="a folder of ours, to be written as the released code reads it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; with --model a .safetensors file")
     parser.add_argument("--text", help="the SigLIP2 folder that texts are to be encoded with; a table of names")
-    parser.add_argument("--voxel", type=Portion, default=0.02, help="side of a voxel in metres that the weights expect")
+    parser.add_argument(
+        "--voxel", type=Portion, help="side of a voxel in metres that the weights expect (default: the file's, or 0.02)"
+    )
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name")
 
-    from common.weights import check_weights, save_weights
-    from scenesplat.export import SceneModel
+    from common.weights import check_weights, json_note, save_weights
+    from scenesplat.export import SceneModel, network_options
     from scenesplat.model import PointTransformer
     from scenesplat.text import TextSpace
 
     if options.model:
         model = SceneModel.load(options.model)
-        save_weights(options.out, {f"backbone.{name}": value for name, value in model.network.state_dict().items()})
+        about: dict[str, Any] = {"network": asdict(model.network.options), "voxel": model.voxel}
+        about |= {"attributes": model.attributes, "classes": model.classes}
+        state = {f"backbone.{name}": value for name, value in model.network.state_dict().items()}
+        save_weights(options.out, state, {NOTE: json.dumps(about)})
+        print(f"left behind: the space of its texts ({model.text.source}), which --text is to name again")
         return options.out
     state = read_checkpoint(options.checkpoint)
     found, others = encoder_tensors(state)
-    shape = options_of(found, f"--checkpoint {options.checkpoint}")
+    known = json_note(options.checkpoint, NOTE, "--checkpoint")
+    told = known.get("network")
+    shape = (
+        network_options(told, options.checkpoint) if told else options_of(found, f"--checkpoint {options.checkpoint}")
+    )
     network = PointTransformer(shape)
     wanted = network.state_dict()
     counts = [name for name in wanted if name.endswith(COUNTS)]
-    against = f"the published {len(shape.enc_depths)}-stage encoder"
+    against = "the network in its header" if told else f"the published {len(shape.enc_depths)}-stage encoder"
     check_weights(found, wanted, f"--checkpoint {options.checkpoint}", against, counts)
     network.load_state_dict(found, strict=False)
     print(f"{len(state)} tensors read, {len(found)} of the encoder, none missing, none of another shape")
@@ -116,7 +128,9 @@ def main(argv: list[str] | None = None) -> Path:
             f"{shape.dec_channels[0]}; expected google/siglip2-base-patch16-512 (768)"
         )
     attributes = ["colour", "opacity", "quaternion", "scale"] + ["normal"] * (shape.in_channels == 14)
-    return SceneModel(network, text, options.voxel, attributes, []).save(options.out)
+    voxel = options.voxel if options.voxel is not None else known.get("voxel", 0.02)
+    model = SceneModel(network, text, voxel, known.get("attributes", attributes), known.get("classes", []))
+    return model.save(options.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python slam/convert.py --lora FILE --teacher FOLDER --out FOLDER2 --layout fused       # merged into the teacher
 
 Adaptors are read in diffusers', peft's and kohya's layout, with their alphas; published SLAM U-Nets have diffusers'
-keys and one more, time_embedding.cond_proj.weight.
+keys and one more, time_embedding.cond_proj.weight. The sub-paths that adaptors were trained on travel with them.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ def main(argv: list[str] | None = None) -> Path:
     if options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name")
 
-    from common.adaptors import merge_adaptors, read_adaptors, write_adaptors
+    from common.adaptors import adaptor_card, merge_adaptors, read_adaptors, write_with_card
     from common.files import replace_folder
     from common.teacher import Teacher
-    from slam.export import load_student, write_pipeline
+    from slam.export import CARD, load_student, paths_of, student_card, write_pipeline
     from slam.model import copy_unet
-    from slam.subpath import SubPaths
 
     teacher = Teacher.load(options.teacher)
     if options.unet:
         student, _ = load_student(options.unet, teacher)
-        card = {"guidance_scale": 1.0, "solver_steps": student.paths.steps}
+        card = {"guidance_scale": 1.0, "solver_steps": student.paths.steps} | student_card(options.unet)
         replace_folder(options.out, lambda place: write_pipeline(student.unet, teacher, student.paths, place, card))
         return options.out
     unet = copy_unet(teacher, None)
     adaptors = read_adaptors(options.lora, unet)
+    known = adaptor_card(options.lora, CARD)
     if options.layout == "fused":
         merge_adaptors(unet, adaptors)
-        paths = SubPaths(teacher.schedule)
-        card = {"guidance_scale": 1.0, "solver_steps": paths.steps}
+        paths = paths_of(teacher.schedule, known)
+        card = {"guidance_scale": 1.0, "solver_steps": paths.steps} | known
         replace_folder(options.out, lambda place: write_pipeline(unet, teacher, paths, place, card))
         return options.out
-    return write_adaptors(options.out, adaptors, {}, options.layout)
+    return write_with_card(options.out, adaptors, known, CARD, options.layout)
 
 
 if __name__ == "__main__":

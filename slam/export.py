@@ -11,6 +11,7 @@ Guidance is inside the student: stock code must be called with guidance_scale 1,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from common.adaptors import adaptor_state, merge_adaptors, write_adaptors
 from common.errors import UserError
 from common.files import read_object, replace_folder
 from common.pretrained import quiet_libraries, read_network
-from common.teacher import Teacher, load_parts, read_schedule
+from common.teacher import NoiseSchedule, Teacher, load_parts, read_schedule
 from slam.config import SlamConfig, SubPathConfig
 from slam.model import Student, copy_unet
 from slam.subpath import TIMESTEP_SCALING, SubPaths
@@ -107,6 +108,24 @@ def write_pipeline(unet: Any, teacher: Teacher, paths: SubPaths, folder: Path, c
     unet.to(device)
 
 
+def student_card(folder: Path) -> dict[str, Any]:
+    """What is known of a student: the card in its folder, or above that of its U-Net; {} where there is none."""
+    places = (folder / CARD, folder.parent / CARD if folder.name == "unet" else folder / CARD)
+    return next((read_object(place) for place in places if place.is_file()), {})
+
+
+def paths_of(schedule: NoiseSchedule, card: Mapping[str, Any], steps: int = 50) -> SubPaths:
+    """The sub-paths that a card tells of, `steps` of them where it does not.
+
+    Raises:
+        UserError: it tells of none that there are.
+    """
+    told, sigma = card.get("solver_steps", steps), card.get("sigma", "quadrature")
+    if not isinstance(told, int) or sigma not in ("quadrature", "linear"):
+        raise UserError(f"{CARD}: solver_steps {told!r}, sigma {sigma!r}; expected what slam/train.py writes")
+    return SubPaths(schedule, told, sigma)
+
+
 def load_student(
     folder: Path, teacher: Teacher | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Student, Teacher]:
@@ -130,8 +149,7 @@ def load_student(
         config, around = {"original_inference_steps": 50}, teacher
     else:
         raise UserError(f"{folder}: no model_index.json; expected a pipeline folder, or a U-Net's with --teacher")
-    card = read_object(folder / CARD) if (folder / CARD).is_file() else {}
+    card = student_card(folder)
     schedule = read_schedule(config, str(folder)) if "beta_schedule" in config else around.schedule
-    steps = int(card.get("solver_steps", config.get("original_inference_steps", 50)))
-    paths = SubPaths(schedule, steps, card.get("sigma", "quadrature"))
+    paths = paths_of(schedule, card, int(config.get("original_inference_steps", 50)))
     return Student(unet.eval().requires_grad_(False), paths), around

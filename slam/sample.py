@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import Parser
+from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Portion, Seed
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--lora", type=Path, help="adaptors: a folder or a .safetensors file")
     parser.add_argument("--teacher", type=Path, help="pipeline folder around a --model that is a U-Net alone")
     parser.add_argument("--prompt", action="append", help="what to draw; repeat it for several prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--negative", default="", help="refused: guidance is inside the student")
     parser.add_argument("--guidance", type=NotNegative, help="only for students trained with a range of guidances")
     parser.add_argument("--image", type=Path, help="picture to begin from")
@@ -45,8 +47,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     parser.add_argument("--device", help="cpu or cuda")
     options = parser.parse_args(argv)
-    if not options.prompt:
-        raise UserError('--prompt is missing, for example --prompt "a red star"')
+    options.prompt = prompts_of(options.prompt, options.prompts, "a red star")
     if options.negative:
         raise UserError(
             "--negative does nothing here: the guidance against the empty prompt is inside the student's weights; "
@@ -93,26 +94,22 @@ def open_model(options: argparse.Namespace) -> tuple[Student, Teacher, float | N
     """
     import torch
 
-    from common.adaptors import merge_adaptors, read_adaptors
-    from common.files import read_object
+    from common.adaptors import adaptor_card, merge_adaptors, read_adaptors
     from common.teacher import Teacher
-    from slam.export import CARD, load_student
+    from slam.export import CARD, load_student, paths_of, student_card
     from slam.model import Student, copy_unet
-    from slam.subpath import SubPaths
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.lora:
         around = Teacher.load(options.model, device)
         unet = copy_unet(around, None)
         merge_adaptors(unet, read_adaptors(options.lora, unet))
-        folder = options.lora if options.lora.is_dir() else options.lora.parent
-        card = read_object(folder / CARD) if (folder / CARD).is_file() else {}
-        paths = SubPaths(around.schedule, int(card.get("solver_steps", 50)))
-        student = Student(unet.eval().requires_grad_(False), paths)
+        card = adaptor_card(options.lora, CARD)
+        student = Student(unet.eval().requires_grad_(False), paths_of(around.schedule, card))
     else:
         teacher = Teacher.load(options.teacher, device) if options.teacher else None
         student, around = load_student(options.model, teacher)
-        card = read_object(options.model / CARD) if (options.model / CARD).is_file() else {}
+        card = student_card(options.model)
     trained = card.get("guidance_scale", 1.0)
     w = None
     if isinstance(trained, list):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +58,33 @@ def read_text(path: str | Path) -> str:
         UserError: as `read_lines`.
     """
     return "".join(line + "\n" for _, line in read_lines(path, blank=True))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        UserError: it has none, or as `read_lines`.
+    """
+    prompts = [line.strip() for _, line in read_lines(path)]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it; expected one a line")
+    return prompts
+
+
+def prompts_of(given: Sequence[str] | None, file: Path | None, example: str) -> list[str]:
+    """The prompts of `--prompt`, then those of `--prompts FILE`.
+
+    Args:
+        example: of a prompt, for the message where there is none.
+
+    Raises:
+        UserError: there is none, or the file cannot be read.
+    """
+    found = [*(given or ()), *(read_prompts(file) if file is not None else ())]
+    if not found:
+        raise UserError(f'--prompt is missing, for example --prompt "{example}" (or --prompts FILE, one a line)')
+    return found
 
 
 def text_files(path: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.lines import read_json_lines, read_lines, read_rows, read_text, text_files
+from common.data.lines import prompts_of, read_json_lines, read_lines, read_rows, read_text, text_files
 from tests.refusals import refused
 
 # What str.splitlines takes for line ends besides the newline.
@@ -106,3 +106,21 @@ def test_texts_are_found_and_read_by_the_same_rules(tmp_path: Path, capsys: pyte
 def test_cells_parted_by_another_sign_are_refused(tmp_path: Path, name: str, head: str, sign: str) -> None:
     (tmp_path / name).write_text(f"{head}\nb\n")
     refused(f"{name} line 1: cells parted by {sign}; expected", list, read_rows(tmp_path / name))
+
+
+def test_prompts_come_from_words_and_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red ring\r\n\n two \u2028 hearts \n".encode())
+    assert prompts_of(["a bell"], path, "x") == ["a bell", "a red ring", "two \u2028 hearts"]
+    assert prompts_of(None, path, "x") == ["a red ring", "two \u2028 hearts"]
+    refused('--prompt is missing, for example --prompt "a bell"', prompts_of, None, None, "a bell")
+    path.write_text(" \n")
+    refused("no prompt in it; expected one a line", prompts_of, None, path, "x")
+
+
+@pytest.mark.parametrize("paper", ["ldm", "pixart", "instaflow", "slam", "hipa", "lightgen", "instella_t2i"])
+def test_every_program_that_draws_words_takes_a_file_of_them(paper: str) -> None:
+    from tests.programs import options_of
+
+    names = {name for action, _ in options_of(f"{paper}.sample") for name in action.option_strings}
+    assert {"--prompt", "--prompts"} <= names

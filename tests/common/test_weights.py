@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import UserError
-from common.weights import load_weights, read_weights, save_weights
+from common.weights import check_weights, load_weights, read_weights, save_weights
 from tests.refusals import refused
 
 
@@ -77,3 +77,41 @@ def test_flipped_bit_is_refused_by_name_and_equal_tensors_give_equal_bytes(tmp_p
     content[-3] ^= 1
     (tmp_path / "a.safetensors").write_bytes(content)
     refused(r"a.safetensors is damaged \(its tensors do not fit", read_weights, tmp_path / "a.safetensors")
+
+
+NOT_WEIGHTS = {
+    "empty": (b"", "is empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html><html><title>Sign in</title></html>", "is a web page in place of the file"),
+    "error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page"),
+    "json": (b'{"error": "Repository not found"}', "is JSON text; expected weights"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+def test_what_a_failed_download_leaves_is_named(kind: str, suffix: str, tmp_path: Path) -> None:
+    from common.training import load_checkpoint
+
+    content, message = NOT_WEIGHTS[kind]
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as failure:
+        (read_weights if suffix == ".safetensors" else load_checkpoint)(path)
+    assert str(path) in str(failure.value) and "pickle" not in str(failure.value)
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    good = {"a": torch.ones(2), "b": torch.ones(3), "steps": torch.tensor(3)}
+    check_weights(good, good, "file", "network")
+    bad = {**good, "b": torch.tensor([1.0, float("nan"), 2.0])}
+    with pytest.raises(UserError, match="file does not fit network: b holds numbers that are not finite"):
+        check_weights(bad, good, "file", "network")
+
+
+def test_shards_of_a_variant_are_read_too(tmp_path: Path) -> None:
+    save_weights(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    save_weights(tmp_path / "b.safetensors", {"y": torch.zeros(3)})
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    assert read_weights(index)[0].keys() == {"x", "y"}

@@ -39,6 +39,27 @@ def test_a_pair_comes_back_from_the_authors_form_unchanged(tmp_path: Path) -> No
         assert torch.equal(load_discriminator(folder)(x), discriminator(x))
 
 
+def test_a_genotype_that_no_weight_tells_comes_back_too(tmp_path: Path) -> None:
+    cells = PUBLISHED["best_G"]
+    genes = ((0, *cells[0][1:]), *cells[1:])  # enlarged to the nearest pixel instead of between them
+    torch.manual_seed(2)
+    generator = Generator(SMALL, genes).eval()
+    assert generator.state_dict().keys() == pair()[0].state_dict().keys()
+    save_pair(tmp_path / "pair", generator, pair()[1], {})
+    file = main(["--model", str(tmp_path / "pair"), "--out", str(tmp_path / "theirs.pth")])
+    again = load_generator(main(["--checkpoint", str(file), "--out", str(tmp_path / "back")]))[0]
+    z = torch.randn(3, 9)
+    usual = Generator(SMALL, cells).eval()
+    usual.load_state_dict(generator.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(z), generator(z)) and not torch.equal(usual(z), generator(z))
+    other = ["--checkpoint", str(file), "--genotype", "best_G,cifar10_D", "--out", str(tmp_path / "other")]
+    refused("--genotype best_G,cifar10_D is not that of", main, other)
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, "genotype": "[1]"}, file)
+    refused("its genotype is damaged", main, ["--checkpoint", str(file), "--out", str(tmp_path / "other")])
+
+
 @pytest.mark.parametrize("stem", ["generator_best_G", "discriminator_mixed", "discriminator_cifar10_D"])
 def test_second_names_of_convolutions_are_those_of_the_records(stem: str) -> None:
     (path,) = [file for file in golden_files("eagan", None) if file.stem == stem]

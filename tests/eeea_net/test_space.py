@@ -125,7 +125,7 @@ def test_a_genotype_file_of_pc_darts_or_of_a_log_is_read(tmp_path: Path) -> None
     [
         ("{}", "needs the lists normal, normal_concat"),
         ("[1, 2]", "needs the lists"),
-        ("Genotype(__import__('os'))", "needs the lists"),
+        ("Genotype(__import__('os'))", "expected JSON or a logged"),
         ("not json", "expected JSON or a logged Genotype"),
         (
             json.dumps({"normal": [["warp", 0]], "normal_concat": [2], "reduce": [], "reduce_concat": []}),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError
+from electra.config import ElectraConfig
 from electra.convert import (
     export_official,
     from_official,
@@ -30,11 +31,12 @@ from electra.convert import (
     read_variables,
     save_transformers,
     to_official,
+    why_not_stock,
 )
 from electra.model import Batch
 from electra.objectives import ElectraPretrainer
 from electra.wordpiece import SPECIAL_TOKENS, Tokenizer
-from tests.electra.test_objectives import SPECIAL, pretrainer, texts
+from tests.electra.test_objectives import SPECIAL, TINY, pretrainer, texts
 
 HEADS = ("--heads", "2", "--generator-heads", "1")
 
@@ -160,7 +162,56 @@ def test_networks_that_do_not_belong_together_are_refused(tmp_path: Path) -> Non
         pretraining_state(load_pretrained(tmp_path / "b"), load_pretrained(tmp_path / "a" / "generator"))
 
 
-def test_auto_classes_refuse_a_network_with_relative_positions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", [2, 1])
+def test_the_default_recipes_network_is_read_by_stock_transformers(heads: int, tmp_path: Path) -> None:
+    """Relative positions, and embeddings as wide as the hidden states; rows of pairs, of unequal lengths."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = randomised(pretrainer(relative_positions=True, embedding_size=TINY.hidden_size, heads=heads))
+    save_transformers(model, tmp_path, Tokenizer([*SPECIAL_TOKENS, *(f"w{i}" for i in range(TINY.vocab_size - 5))]))
+    stock, problems = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not problems["missing_keys"] and not problems["mismatched_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rows = [("w1 w2 w3 nobody w4", "w5 w6"), ("w7", ""), (" ".join(["w9 w8"] * 7), "w1 w0")]
+    given = tokenizer(*map(list, zip(*rows)), padding=True, return_tensors="pt")
+    assert given["token_type_ids"].sum() > 0 and given["input_ids"].shape[1] <= TINY.max_position
+    batch = Batch.from_padded(given["input_ids"], given["attention_mask"], given["token_type_ids"])
+    states: list[Tensor] = []
+    with torch.no_grad():
+        found = stock.eval()(**given, output_hidden_states=True).hidden_states
+        model.electra.eval()(batch, states=states)
+    real = given["attention_mask"].bool()
+    assert len(found) == len(states) == TINY.layers + 1
+    for theirs, ours in zip(found, states):
+        torch.testing.assert_close(theirs[real], ours, rtol=1e-5, atol=1e-5)
+    assert ours.std() > 0.1
+    loaded = load_pretrained(tmp_path)  # and here as it was, bit by bit
+    assert loaded.config == replace(model.config, **{k: getattr(loaded.config, k) for k in GENERATORS})
+    assert loaded.architecture == "ElectraForPreTraining"
+    wanted = {k: v for k, v in model.state_dict().items() if k.startswith(("electra.", "discriminator_"))}
+    assert loaded.state.keys() == wanted.keys()
+    assert all(torch.equal(loaded.state[k], v) for k, v in wanted.items())
+
+
+# What the main network's file does not say of the generator.
+GENERATORS = ("generator_factor", "generator_heads", "generator_intermediate_size", "generator", "tying")
+
+
+def test_the_default_configuration_is_such_a_network() -> None:
+    from common.cli import parse_config
+    from electra.config import ElectraRun
+    from electra.train import CONFIGS
+
+    for name in ("small", "smoke", "paper_small"):
+        config = parse_config(ElectraRun, CONFIGS / f"{name}.yaml", "", [])[0].model.with_vocabulary(500)
+        assert why_not_stock(config) is None
+    assert "embeddings of 64 for states of 32" in str(why_not_stock(replace(config, **RELATIVE)))
+
+
+RELATIVE = {"relative_positions": True, "embedding_size": 64, "hidden_size": 32, "heads": 2}
+
+
+def test_auto_classes_refuse_a_network_with_relative_positions_that_they_lack(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     model = randomised(pretrainer(relative_positions=True))
@@ -181,15 +232,67 @@ def test_the_vocabulary_travels_with_both_networks(tmp_path: Path) -> None:
         assert ids == [2, 5, 6, 7, 3]
 
 
+def spoil(directory: Path, change: Any) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+
+
+def in_shards(directory: Path) -> Path:
+    """The weights in two files and an index; returns the second."""
+    state = load_file(directory / "model.safetensors")
+    files = {"a.safetensors": sorted(state)[::2], "b.safetensors": sorted(state)[1::2]}
+    for file, mine in files.items():
+        save_file({name: state[name] for name in mine}, directory / file, {"format": "pt"})
+    places = {name: file for file, mine in files.items() for name in mine}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (directory / "model.safetensors").unlink()
+    return directory / "b.safetensors"
+
+
+def test_weights_in_shards_are_read_like_whole_ones(tmp_path: Path) -> None:
+    save_transformers(randomised(pretrainer()), tmp_path)
+    whole = load_pretrained(tmp_path)
+    in_shards(tmp_path)
+    shards = load_pretrained(tmp_path)
+    assert shards.config == whole.config and shards.state.keys() == whole.state.keys()
+    assert all(torch.equal(shards.state[name], value) for name, value in whole.state.items())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "sentence"),
+    [
+        (lambda v: v.pop("electra/encoder/layer_0/output/dense/bias"), "layer.0.output.dense.bias is missing"),
+        (lambda v: v["electra/encoder/layer_0/output/dense/bias"].fill_(float("inf")), "not finite"),
+        (lambda v: v["discriminator_predictions/dense/bias"].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_official_variables_that_are_not_whole_are_named(spoilt: Any, sentence: str, tmp_path: Path) -> None:
+    variables = {name: value.clone() for name, value in to_official(randomised(pretrainer()).state_dict()).items()}
+    spoilt(variables)
+    with pytest.raises(UserError, match=sentence):
+        import_official(variables, tmp_path / "out", heads=2, generator_heads=1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda d: os.remove(d / "config.json"), "no config.json"),
         (lambda d: os.remove(d / "model.safetensors"), "no model.safetensors"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x08" * 100), "damaged"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x08" * 100), "not a safetensors file"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
         (lambda d: change_config(d, model_type="bert"), "model_type is 'bert'"),
         (lambda d: change_config(d, hidden_act="relu"), "hidden_act is 'relu'"),
+        (
+            lambda d: change_config(d, position_embedding_type="relative_key"),
+            "position_embedding_type is 'relative_key'",
+        ),
+        (
+            lambda d: spoil(d, lambda s: s["electra.encoder.layer.0.output.dense.bias"].fill_(float("nan"))),
+            "not finite",
+        ),
+        (lambda d: in_shards(d).unlink(), "shard b.safetensors is missing"),
         (lambda d: change_config(d, vocab_size=51), "word_embeddings.weight has shape"),
         (lambda d: change_config(d, num_hidden_layers=3), "is missing"),
     ],
@@ -345,3 +448,21 @@ def test_relative_positions_are_not_exported_to_the_official_code(tmp_path: Path
     save_transformers(pretrainer(relative_positions=True), tmp_path)
     with pytest.raises(UserError, match="no relative positions"):
         export_official(tmp_path)
+
+
+def test_what_stock_transformers_cannot_read_is_said_at_the_start(capfd: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from electra.run import Run
+
+    def said(config: ElectraConfig, *arms: str) -> str:
+        run = SimpleNamespace(model=config, config=SimpleNamespace(arms=arms), special=SPECIAL)
+        Run.say_what_transformers_lacks(cast(Run, run))
+        return capfd.readouterr()[1]
+
+    relative = replace(TINY, relative_positions=True, embedding_size=TINY.hidden_size, generator_factor=0.5)
+    assert said(TINY, "electra") == said(relative, "mlm") == ""
+    message = said(relative, "electra", "mlm")
+    assert message.startswith("the generator is saved for this program alone") and message.count("\n") == 1
+    assert "embeddings of 16 for states of 8" in message

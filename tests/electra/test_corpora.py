@@ -83,6 +83,64 @@ def test_a_text_file_ends_its_documents_at_blank_lines(tmp_path: Path) -> None:
     assert len(train) + 0 == 97 + (len(held_out) < 5)
 
 
+WORDS = [f"word{i}" for i in range(40_000)]
+
+
+def parts(path: Path) -> tuple[list[str], list[str]]:
+    """Sentences that are trained on, and those held out."""
+    corpus = load_corpus(str(path))
+    train, held_out = ([s for d in corpus.documents(part) for s in d] for part in ("train", "held_out"))  # type: ignore[arg-type]
+    return train, held_out
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r"])
+def test_a_book_of_one_line_is_cut_between_sentences(tmp_path: Path, end: str) -> None:
+    sentences = [f"This is sentence {i} of the book." for i in range(1000)]
+    (tmp_path / "book.txt").write_bytes((" ".join(sentences) + end).encode())
+    train, held_out = parts(tmp_path / "book.txt")
+    assert train + held_out == sentences
+    assert len(held_out) in (29, 30, 31)
+
+
+@pytest.mark.parametrize("length", [40_000, 4_000])
+def test_a_line_without_any_stop_is_cut_between_words(tmp_path: Path, length: int) -> None:
+    (tmp_path / "text8.txt").write_text(" ".join(WORDS[:length]))
+    train, held_out = parts(tmp_path / "text8.txt")
+    assert " ".join(train + held_out).split(" ") == WORDS[:length]
+    assert max(map(len, train)) <= 2000
+    share = sum(map(len, held_out)) / sum(map(len, train + held_out))
+    assert 0 < share < 0.07
+
+
+def test_of_many_files_of_one_line_some_are_held_out_whole(tmp_path: Path) -> None:
+    for i in range(500):
+        (tmp_path / f"{i:03}.txt").write_text(f"Only this line is in file {i:03}")
+    train, held_out = parts(tmp_path)
+    assert not set(train) & set(held_out)
+    assert len(train) + len(held_out) == 500
+    assert len(held_out) in (14, 15, 16)
+
+
+def test_lines_may_end_as_on_any_system(tmp_path: Path) -> None:
+    found = []
+    for name, end in (("unix", "\n"), ("windows", "\r\n"), ("mac", "\r")):
+        lines = [f"Line {i} is here.{end}" + (end if i % 7 == 0 else "") for i in range(300)]
+        (tmp_path / f"{name}.txt").write_bytes("".join(lines).encode("utf-8-sig"))
+        corpus = load_corpus(str(tmp_path / f"{name}.txt"))
+        found.append([list(corpus.documents(part)) for part in ("train", "held_out")])  # type: ignore[arg-type]
+    assert found[0] == found[1] == found[2]
+    assert found[0][0][1] == [f"Line {i} is here." for i in range(1, 8)]
+
+
+@pytest.mark.parametrize(("texts", "kept"), [(["One. Two."], 1), (["One", "Two"], 1), (["One"], 0), (["", " "], 0)])
+def test_the_shortest_texts_have_something_held_out_where_there_is_a_second_sentence(
+    tmp_path: Path, texts: list[str], kept: int
+) -> None:
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert len(parts(tmp_path)[1]) == kept
+
+
 def test_a_change_of_the_text_changes_the_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("One line.\n")

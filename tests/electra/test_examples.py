@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,34 @@ def test_keeping_the_overflow_loses_no_token_and_keeps_their_order() -> None:
     builder = ExampleBuilder(24, random.Random(3), keep_overflow=True)
     kept = [t for e in builder.document(lines) for t in e.first + e.second]
     assert kept == [t for line in lines for t in line]
+
+
+class CountedLine(list[int]):
+    """A line of tokens that counts how many were read."""
+
+    read = 0
+
+    def __getitem__(self, part: slice) -> list[int]:  # type: ignore[override]
+        found = super().__getitem__(part)
+        CountedLine.read += len(found)
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        CountedLine.read += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("keep_overflow", [True, False])
+def test_the_work_on_a_long_line_grows_with_its_length_alone(keep_overflow: bool) -> None:
+    def work(tokens: int) -> int:
+        CountedLine.read = 0
+        builder = ExampleBuilder(64, random.Random(0), keep_overflow)
+        made = list(builder.document([[1, 2, 3], CountedLine(range(tokens)), [4]]))
+        assert sum(len(e.first) + len(e.second) for e in made) == (tokens + 4 if keep_overflow else 62)
+        return CountedLine.read
+
+    assert work(40_000) <= 40_000
+    assert work(80_000) <= 2 * work(40_000) + 64
 
 
 def test_the_official_builder_drops_what_exceeds_the_length() -> None:

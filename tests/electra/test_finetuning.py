@@ -10,7 +10,16 @@ from common.errors import UserError
 from electra.config import ElectraConfig, FinetuneConfig
 from electra.evaluate import format_table
 from electra.evaluate import main as evaluate_main
-from electra.finetuning import FinetuneModel, answer_f1, encode_items, evaluate, finetune, finetune_model, predict
+from electra.finetuning import (
+    FinetuneModel,
+    answer_f1,
+    answer_text,
+    encode_items,
+    evaluate,
+    finetune,
+    finetune_model,
+    predict,
+)
 from electra.heads import AnswerBeams, QuestionAnsweringHead, answer_candidates, best_span
 from electra.model import Encoder
 from electra.optim import parameter_groups
@@ -85,7 +94,15 @@ def test_tagging_reads_the_first_piece_of_every_word() -> None:
     row = encode_items([Item(words=("goodx", "w1"), tags=(1, 0))], task, TOKENIZER, 24)[0]
     assert row.places == [1, 3]
     assert set(row.types) == {1}  # as in the official code
-    assert finetune(TINY, TOKENIZER, task, FAST).score > 95
+    model, result = finetune_model(TINY, TOKENIZER, task, FAST)
+    assert result.score > 95
+    own = [Item(words=("w1", "goodx", "badx", "w2")), Item(words=("w3",) * 40), Item(words=("w1",))]
+    found = predict(model, own, task, TOKENIZER, FAST)
+    assert [answer_text(tags, item, task) for tags, item in zip(found, own)] == [
+        "O X X O",
+        " ".join(["O"] * 22 + ["?"] * 18),  # a row has 24 places, [CLS] and [SEP] among them
+        "O",
+    ]
 
 
 def test_answers_are_found_and_their_absence_too() -> None:
@@ -98,9 +115,15 @@ def test_answers_are_found_and_their_absence_too() -> None:
             words[place] = "good"
         items.append(Item("where", words=tuple(words), answer=(place, place) if i % 3 else None))
     task = Task("toy", "questions", (), items[:240], [], items[240:], "f1", "")
-    result = finetune(TINY, TOKENIZER, task, FinetuneConfig(lr=5e-3, epochs=8, batch_size=16, device="cpu"))
+    config = FinetuneConfig(lr=5e-3, epochs=8, batch_size=16, device="cpu")
+    model, result = finetune_model(TINY, TOKENIZER, task, config)
     assert result.test["f1"] > 70
     assert result.test["answerable_accuracy"] > 70
+    told = [
+        answer_text(a, item, task) for a, item in zip(predict(model, task.test, task, TOKENIZER, config), task.test)
+    ]
+    right = sum(answer == ("" if item.answer is None else "good") for answer, item in zip(told, task.test))
+    assert 100 * right / len(told) == pytest.approx(result.test["exact_match"])
 
 
 def test_rows_are_cut_to_the_length_and_the_longer_of_a_pair_first() -> None:
@@ -188,15 +211,20 @@ def test_only_the_second_segment_and_cls_may_answer() -> None:
     assert set(beams.starts_BK.flatten().tolist()) == {0, 2, 3}
 
 
+def save_encoder(folder: Path) -> Path:
+    """A transformers directory of random weights."""
+    from electra.convert import write_directory
+
+    state = {f"electra.{k}": v for k, v in Encoder(TINY).state_dict().items()}
+    write_directory(folder, TINY, "ElectraForPreTraining", state)
+    TOKENIZER.save(folder, 64)
+    return folder
+
+
 def test_the_program_scores_a_saved_encoder_beside_scratch_and_labels_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from electra.convert import write_directory
-
-    folder = tmp_path / "encoder"
-    state = {f"electra.{k}": v for k, v in Encoder(TINY).state_dict().items()}
-    write_directory(folder, TINY, "ElectraForPreTraining", state)
-    TOKENIZER.save(folder)
+    folder = save_encoder(tmp_path / "encoder")
     rows = [f"{item.text}\t{('bad', 'good')[int(item.label)]}" for item in _classification(200).train]
     (tmp_path / "mine.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
     options = [str(folder), "--tasks", f"file:{tmp_path}/mine.tsv", "--epochs", "8", "--lr", "0.01", "--device", "cpu"]
@@ -214,6 +242,36 @@ def test_the_program_scores_a_saved_encoder_beside_scratch_and_labels_lines(
     answers = [line.split("\t") for line in capsys.readouterr().out.removesuffix("\n").split("\n")]
     assert [line for _, line in answers] == odd
     assert [label for label, _ in answers] == ["good", "", "bad", "good"]
+
+
+def test_words_and_questions_of_the_users_are_answered_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from electra.evaluate import predict_lines
+
+    save_encoder(tmp_path / "encoder")
+    monkeypatch.setattr("electra.finetuning.predict", lambda model, items, *_: [made[item] for item in items])
+    made: dict[Item, object] = {
+        Item(words=("w1", "goodx")): [0, 1],
+        Item("where is it", words=("the", "good", "place")): (1, 2),
+        Item("where", words=("bad",)): None,
+    }
+    items = [Item(words=("w1", "badx"), tags=(0, 1)), Item(words=("w2",), tags=(0,))]
+    tagging = Task("toy", "tagging", ("O", "X"), items, [], items, "accuracy", "")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("w1 goodx\n\n")
+    quick = FinetuneConfig(epochs=1, batch_size=2, device="cpu")
+    assert predict_lines(tmp_path / "encoder", tagging, quick, lines) == ["O X\tw1 goodx", "\t"]
+    asked = [Item("where", words=("w1", "good"), answer=(1, 1)), Item("where", words=("w1",))]
+    questions = Task("toy", "questions", (), asked, [], asked, "f1", "")
+    lines.write_text("where is it\tthe good place\nwhere\tbad\n")
+    assert predict_lines(tmp_path / "encoder", questions, quick, lines) == [
+        "good place\twhere is it\tthe good place",
+        "\twhere\tbad",
+    ]
+    lines.write_text("where\tbad\nwhere is it\n")
+    with pytest.raises(UserError, match="line 2: expected a question, a tab, and its passage"):
+        predict_lines(tmp_path / "encoder", questions, quick, lines)
 
 
 def test_the_table_shows_the_median_and_the_spread() -> None:

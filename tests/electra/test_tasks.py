@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -259,3 +260,24 @@ def test_columns_of_any_name_are_named_after_the_path(tmp_path: Path) -> None:
 def test_an_unknown_task_is_refused(spec: str) -> None:
     with pytest.raises(UserError):
         load_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"words": ["a", null], "tags": ["X", "Y"]}', '"words" holds None; expected words'),
+        ('{"words": ["a", " "], "tags": ["X", "Y"]}', "\"words\" holds ' '"),
+        (
+            '{"words": ["a", "b"], "tags": ["X", {"q": 1}]}',
+            "\"tags\" holds {'q': 1}; expected a word or a whole number",
+        ),
+        ('{"words": ["a", "b"], "tags": ["X", true]}', '"tags" holds True'),
+        ('{"words": ["a"], "tags": ["X", "Y"]}', "lists of one length"),
+    ],
+)
+def test_tagged_words_are_refused_by_line_and_column(row: str, message: str, tmp_path: Path) -> None:
+    good = [f'{{"words": ["w{i}"], "tags": ["X"]}}' for i in range(3)]
+    (tmp_path / "mine.jsonl").write_text("\n".join([*good, row]))
+    with pytest.raises(UserError, match=re.escape(message)) as failure:
+        load_task(f"file:{tmp_path / 'mine.jsonl'}")
+    assert f"{tmp_path / 'mine.jsonl'} line 4: " in str(failure.value)

@@ -50,7 +50,10 @@ def test_released_weights_make_a_folder_that_draws_and_go_back(kind: str, around
     sample.main(["--model", str(folder), *around, *command])
     with Image.open(out) as picture:
         assert picture.width >= 256
+    (folder / "config.json").write_text(json.dumps({**about, "target": "x"}))
     back = convert_generator.main(["--model", str(folder), "--out", str(tmp_path / "back.safetensors")])
+    again = convert_generator.main(["--released", str(back), *around, "--out", str(tmp_path / "again")])
+    assert json.loads((again / "config.json").read_text()) == {**about, "target": "x"}
     found = read_weights(back)[0]
     wanted = {name: tensor for name, tensor in state.items() if kind == "diffusion" or "time_embed" not in name}
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

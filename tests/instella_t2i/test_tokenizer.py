@@ -153,6 +153,8 @@ def test_released_weights_come_and_go_unchanged(tmp_path: Path) -> None:
     found = read_weights(back)[0]
     assert found.keys() == ours.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in ours.state_dict().items())
+    once_more = load_tokenizer(convert.main(["--released", str(back), "--out", str(tmp_path / "once-more")]))
+    assert once_more.config == ours.config and once_more.size == again.size  # as its header tells
     other = save_tokenizer(tiny(quantizer="lfq"), tmp_path / "lfq")
     refused(
         "the released layout knows quantizer binary",

@@ -221,6 +221,14 @@ def test_the_authors_weights_come_in_and_go_out(reference: Path, place: Path, tm
     given += ["--length", "6", "--size", "16", "--heads", "2"]
     back = convert.main([*given, "--out", str(tmp_path / "back")])
     assert same_weights(back / "model.safetensors", reference / "model" / "model.safetensors")
+    # Our own file tells the rest by itself.
+    direct = ["--official", str(theirs), "--autoencoder", str(teacher), "--text", str(encoder)]
+    again, source = (
+        Painter.load(folder)
+        for folder in (convert.main([*direct, "--out", str(tmp_path / "direct")]), reference / "model")
+    )
+    assert again.model.config == source.model.config and again.sampling == source.sampling
+    assert (again.size, again.text.config.length) == (source.size, source.text.config.length)
     other = convert.main([*given, "--weights", "trained", "--out", str(tmp_path / "other")])
     assert not same_weights(other / "model.safetensors", back / "model.safetensors")
     a, b = (Painter.load(folder).model for folder in (back, reference / "model"))

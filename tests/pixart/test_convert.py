@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError, run_main
@@ -60,16 +61,102 @@ def run_peer(peer: Any, config: PixArtConfig) -> Tensor:
     return peer(x, caption, t, **options).sample
 
 
+GRID = {
+    "single": SINGLE,
+    "without sigma": replace(SINGLE, learn_sigma=False),
+    "interpolated": replace(SINGLE, interpolation_scale=2.0),
+    "larger patches": replace(SINGLE, patch_size=4, in_channels=3),
+    "multi": replace(MULTI, interpolation_scale=1.0),
+    "multi, interpolated": MULTI,
+    "deep and wide": replace(SINGLE, depth=3, width=48, heads=4, caption_tokens=9),
+    "odd scale": replace(SINGLE, interpolation_scale=3.0),
+    "other base": replace(SINGLE, base_size=8),
+    "narrow mlp": replace(SINGLE, mlp_ratio=2.0),
+    "block": replace(SINGLE, adaln="block"),
+}
+LOST = {  # by the layout that cannot say it
+    "multi, interpolated": {"official": "interpolation_scale 2.0, its readers would take 1.0"},
+    "odd scale": {"official": "positions of none of the interpolation scales"},
+    "other base": {"official": "a .pth cannot say interpolation_scale 1.0", "diffusers": "base_size"},
+    "narrow mlp": {"diffusers": "ratio of 4"},
+    "block": {"diffusers": 'adaln "block"'},
+}
+
+
+@pytest.mark.parametrize("target", ["ours", "official", "diffusers"])
+@pytest.mark.parametrize("name", GRID)
+def test_a_converted_network_is_the_same_or_what_it_loses_is_named(name: str, target: str, tmp_path: Path) -> None:
+    net = make(GRID[name])
+    save_transformer(net, tmp_path / "source")
+    out = tmp_path / ("a.pth" if target == "official" else "a")
+    command = ["--to", target, str(tmp_path / "source"), str(out)]
+    if message := LOST.get(name, {}).get(target):
+        refused(message, main, command)
+        assert not out.exists()
+        return
+    main(command)
+    main(["--to", "ours", "--heads", str(net.config.heads), str(out), str(tmp_path / "back")])
+    back = load_transformer(tmp_path / "back").eval()
+    assert back.config == net.config
+    assert torch.equal(run(back, net.config, drop=True), run(net, net.config, drop=True))
+
+
+def test_published_folders_are_read_by_their_old_names(tmp_path: Path) -> None:
+    net = make(SINGLE)
+    save_diffusers(net, tmp_path / "transformer")
+    (tmp_path / "transformer" / "null_caption.safetensors").unlink()
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights) | {"caption_projection.y_embedding": net.y_embedder.y_embedding.detach()}
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    config["_class_name"] = "Transformer2DModel"
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    places = {key: f"{number % 2}.safetensors" for number, key in enumerate(state)}
+    for file in set(places.values()):
+        mine = {key: value.contiguous() for key, value in state.items() if places[key] == file}
+        save_file(mine, tmp_path / "transformer" / file, {"format": "pt"})
+    weights.unlink()
+    (tmp_path / "transformer" / f"{weights.name}.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = load_transformer(tmp_path).eval()
+    assert loaded.config == SINGLE and loaded.has_null_caption
+    assert torch.equal(run(loaded, SINGLE, drop=True), run(net, SINGLE, drop=True))
+
+
+def test_a_pipeline_on_other_noise_levels_is_refused(tmp_path: Path) -> None:
+    save_diffusers(make(SINGLE), tmp_path / "transformer")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"}))
+    load_transformer(tmp_path)
+    for change, message in (
+        ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule is 'scaled_linear'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+    ):
+        path.write_text(json.dumps(change))
+        refused(message, main, ["--to", "ours", str(tmp_path), str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["t_block.1.bias", "blocks.1.attn.qkv.weight"])
+def test_weights_that_are_not_finite_are_not_converted(part: str, tmp_path: Path) -> None:
+    net = make(SINGLE)
+    with torch.no_grad():
+        net.get_parameter(part).view(-1)[0] = float("nan")
+    save_official(net, tmp_path / "bad.pth")
+    message = f"{part} holds numbers that are not finite"
+    refused(message, main, ["--to", "ours", "--heads", "2", str(tmp_path / "bad.pth"), str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_form_gives_the_same_network_back(tmp_path: Path, name: str) -> None:
-    config = CONFIGS[name]
+    config = replace(CONFIGS[name], interpolation_scale=1.0)  # the one that a .pth of a multi-scale network means
     net = make(config)
     expected = run(net, config, drop=True)
     save_transformer(net, tmp_path / "ours")
     save_official(net, tmp_path / "official.pth")
     save_diffusers(net, tmp_path / "theirs")
-    # The interpolation scale of a multi-scale network is not in a .pth.
-    official = load_transformer(tmp_path / "official.pth", config if config.multi_scale else None, heads=2)
+    official = load_transformer(tmp_path / "official.pth", heads=2)
     for path, loaded in (
         (tmp_path / "ours", load_transformer(tmp_path / "ours")),
         (tmp_path / "official.pth", official),

@@ -49,6 +49,19 @@ def test_released_weights_come_and_go_without_a_change(
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_a_network_of_ones_own_sizes_comes_back_by_its_header(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = PointTransformer(tiny_network(dec_channels=[12]))
+    model = SceneModel(network, TextSpace(width=12), 0.05, ["colour", "opacity", "quaternion", "scale"], ["chair"])
+    model.save(tmp_path / "model")
+    file = convert.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "a.safetensors")])
+    back = SceneModel.load(convert.main(["--checkpoint", str(file), "--out", str(tmp_path / "back")]))
+    assert back.network.options == network.options
+    assert (back.voxel, back.attributes, back.classes) == (0.05, model.attributes, ["chair"])
+    weights = back.network.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
+
+
 def test_fourteen_attributes_and_five_stages_are_known_by_their_tensors() -> None:
     with torch.device("meta"):
         normal = PointTransformer(NetworkConfig(in_channels=14)).state_dict()

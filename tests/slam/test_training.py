@@ -151,7 +151,7 @@ def test_sampling_and_converting_need_the_folder_alone(
         [*adaptors, "--teacher", str(teacher), "--out", str(tmp_path / "k.safetensors"), "--layout=kohya"]
     )
     again = sample.main(["--model", str(teacher), "--lora", str(kohya), *common, "--out", str(tmp_path / "f.png")])
-    assert abs(open_rgb(by_file).astype(int) - open_rgb(again)).max() <= 60  # another grid of times: no card beside it
+    assert abs(open_rgb(by_file).astype(int) - open_rgb(again)).max() <= 1  # its header tells the grid of times
     whole = convert.main(["--unet", f"{model}/unet", "--teacher", str(teacher), "--out", str(tmp_path / "published")])
     found = evaluate.main(["--model", str(whole), "--steps", "1", "--images", "4"])
     assert list(found["arms"]) == ["1 steps"]

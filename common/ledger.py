@@ -35,7 +35,7 @@ import torch
 from common.cpu import cpu_kind, cpu_name
 from common.errors import UserError
 from common.files import read_object, read_yaml, write_json
-from common.paths import REPOSITORY
+from common.paths import CHECKOUT, REPOSITORY
 
 Tier = Literal["smoke", "small", "paper"]
 Op = Literal[">=", ">", "<=", "<"]
@@ -625,7 +625,7 @@ def commit() -> str:
 
     Files under results/ do not count: the run that records a commit writes there itself.
     """
-    head = _git("rev-parse", "--short=12", "HEAD")
+    head = _git("rev-parse", "--short=12", "HEAD") if CHECKOUT else None  # site-packages may lie in another checkout
     if head is None:
         return "unknown"
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)results")

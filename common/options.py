@@ -247,6 +247,19 @@ def device_or_auto(word: str) -> str:
     return word if word == "auto" else device(word)
 
 
+def chosen_device(word: str = "auto") -> str:
+    """cpu or cuda, by name or by what this machine has.
+
+    Raises:
+        UserError: it is none, or this machine has no GPU.
+    """
+    if word == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device(word)
+
+
 def is_text(word: str) -> bool:
     """Whether it can be written as UTF-8 and be part of a path."""
     return "\0" not in word and not any("\ud800" <= letter <= "\udfff" for letter in word)

@@ -11,7 +11,7 @@ from common.cli import Parser
 from common.errors import UserError
 from common.figures import keep_captions
 from common.files import read_object, read_yaml
-from common.paths import REPOSITORY
+from common.paths import WORKPLACE
 
 
 def read_run(folder: Path, *needed: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,7 +81,7 @@ def main(text: str | None, publish: Callable[[Path, str], Path], arguments: Sequ
     parser.add_argument("--name", required=True, help="of the folder below pretrained/")
     options = parser.parse_args(arguments)
     target = publish(options.run_dir, options.name)
-    print(f"{target.relative_to(REPOSITORY)}: {weights_megabytes(target):.1f} MB")
+    print(f"{target.relative_to(WORKPLACE)}: {weights_megabytes(target):.1f} MB")
 
 
 def weights_megabytes(folder: Path) -> float:

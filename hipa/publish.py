@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "hipa" / "pretrained"
 CAPTIONS = {
     "comparison": "Default run, same prompts and noises: teacher with 20 and 2 steps; one step: frozen, adapted by "
     "pixel loss, by the spatial loss, by HiPA.",

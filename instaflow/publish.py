@@ -15,9 +15,9 @@ from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "instaflow" / "pretrained"
 CAPTION = "Default run, same prompts and noises: teacher with 25 steps and 1, 2-RF and InstaFlow with 1."
 COLUMNS = {
     "fd_data": "FD to held-out data",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from common import publishing
 from common.errors import UserError, run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "instella_t2i" / "pretrained"
 CAPTION = "Default run, held-out emoji: originals, what stage 1 keeps of them, what stage 2 does (32 tokens x 32 bits)."
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "ldm" / "pretrained"
 PROMPTS = {
     "shapes": [
         "a star",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "lightgen" / "pretrained"
 CAPTION = "Default run, same prompts and noises: before preferences, after as many steps on the winners, after DPO."
 COURSE = "DPO in the default run: implicit accuracy, margin, and both raw errors against the reference's."
 

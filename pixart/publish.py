@@ -16,9 +16,9 @@ from typing import Any
 from common import publishing
 from common.errors import UserError, run_main
 from common.files import read_object
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "pixart" / "pretrained"
 TASKS = ("single", "two", "count", "color", "position", "attr", "mean")
 CAPTIONS = {
     "stage1": "Default run, stage 1: single objects by class.",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "scenesplat" / "pretrained"
 CAPTION = "Default run: a room that was never seen, its true and predicted classes, and what three queries find."
 
 

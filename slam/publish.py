@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "slam" / "pretrained"
 CAPTION = "Default run, same prompts and noises: teacher with 25 and 4 steps, LCM with 4, SLAM with 1, 2, 4 and 8."
 
 

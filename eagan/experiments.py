@@ -148,9 +148,8 @@ class Study(CommonStudy[Sizes]):
 
     def found(self, search: Search) -> Found:
         """Finish a stage, by one process at a time, and note it."""
-        with locked(search.folder.with_suffix(".run")):
-            with self.counted(search.folder):
-                found = search.run()
+        with locked(search.folder.with_suffix(".run")), self.counted(search.folder):
+            found = search.run()
         name, _, seed = search.folder.name.rpartition("-seed")
         values = {"rounds": search.history, "generator": found.generator, "discriminator": found.discriminator}
         self.note(f"stage-{name}", int(seed), {"options": asdict(search.options), **self.settings}, values)

@@ -142,7 +142,7 @@ class Study(CommonStudy[Sizes]):
             generator,
             discriminator,
             derive_seed(seed, KINDS[searched], 1),
-            RunOptions(checkpoint_every=50, log_every=1, progress=False),
+            RunOptions(checkpoint_every=50, log_every=1, progress=False, logger="none"),
             CPU,
         )
 
@@ -184,7 +184,7 @@ class Study(CommonStudy[Sizes]):
                 self.real,
                 self.workplace(f"trainings/{name}-seed{seed}", settings),
                 seed,
-                RunOptions(checkpoint_every=50, log_every=10, progress=False),
+                RunOptions(checkpoint_every=50, log_every=10, progress=False, logger="none"),
                 CPU,
             )
             averaged, _ = training.run()

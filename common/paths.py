@@ -26,6 +26,14 @@ def existing_path(path: str | Path) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
+def shipped(path: str | Path) -> Path:
+    """A path as given; one that comes with a paper (ldm/pretrained/..., ldm/configs/...) is found from any folder."""
+    given = Path(path)
+    if given.parts[1:2] in (("pretrained",), ("configs",)) and not given.exists() and (REPOSITORY / given).exists():
+        return REPOSITORY / given
+    return given
+
+
 def cache_root() -> Path:
     """The folder of derived data: `REPRO_CACHE`, else the checkout's .cache, else the user's."""
     if given := os.environ.get("REPRO_CACHE"):

@@ -29,6 +29,7 @@ def load_pipeline(
     from common.errors import UserError
     from common.options import chosen_device
     from common.paths import existing_path
+    from common.pretrained import quiet_libraries
     from common.teacher import open_pipeline
 
     folder = existing_path(adaptors)
@@ -38,6 +39,7 @@ def load_pipeline(
         )
     pipeline = open_pipeline(existing_path(teacher), chosen_device(device))
     read_adaptors(folder, pipeline.unet)  # says by name what does not fit
-    pipeline.load_lora_weights(str(folder), weight_name=FILE)
+    with quiet_libraries():  # they miss adaptors of the text encoder
+        pipeline.load_lora_weights(str(folder), weight_name=FILE)
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     return pipeline

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from common.errors import UserError
 from common.files import refuse_deep, text_of
 from common.options import check_ranges, is_text, ranges_of, sections_of, types_of
-from common.paths import REPOSITORY
+from common.paths import REPOSITORY, shipped
 
 Config = TypeVar("Config")
 
@@ -46,6 +46,7 @@ def parse_config(
             wrote it.
     """
     given, arguments = take("--config", argv)
+    given = [str(shipped(name)) for name in given]
     parser = _parser(config_class, description, default_config)
     for name in given:
         empty = [key for key, value in read_options(Path(name)).items() if value is None]
@@ -186,7 +187,8 @@ class Parser(argparse.ArgumentParser):
                 value = word
             allowed.check(str(name).removeprefix("--"), value, kind)
             return value
-        return super()._get_value(action, word)  # type: ignore[misc]
+        value = super()._get_value(action, word)  # type: ignore[misc]
+        return shipped(value) if isinstance(value, Path) else value
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -35,7 +35,7 @@ import torch
 from common.cpu import cpu_kind, cpu_name
 from common.errors import UserError
 from common.files import read_object, read_yaml, write_json
-from common.paths import REPOSITORY
+from common.paths import CHECKOUT, REPOSITORY
 
 Tier = Literal["smoke", "small", "paper"]
 Op = Literal[">=", ">", "<=", "<"]
@@ -623,12 +623,12 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The checked-out commit, with "-dirty" when code differs from it ("unknown" outside a git checkout).
 
-    Files under results/ do not count: the run that records a commit writes there itself.
+    Files under results/ and pretrained/, and pages, do not count: programs write there, and no result hangs on them.
     """
-    head = _git("rev-parse", "--short=12", "HEAD")
+    head = _git("rev-parse", "--short=12", "HEAD") if CHECKOUT else None  # site-packages may lie in another checkout
     if head is None:
         return "unknown"
-    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results")
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)*/pretrained", ":(exclude)*.md")
     return f"{head}-dirty" if changed else head
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.errors import UserError, run_main
-from common.paths import REPOSITORY
+from common.paths import REPOSITORY, need_checkout
 
 TEMPLATE = Path(__file__).parent / "template"
 PLACEHOLDER = "newpaper"  # in names and texts of the template; with a capital in the names of classes
@@ -47,7 +47,9 @@ def new_paper(name: str, root: Path = REPOSITORY) -> list[Path]:
 def main() -> None:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", help="of the package: small letters, digits and _")
-    for path in new_paper(parser.parse_args().name):
+    name = parser.parse_args().name
+    need_checkout("a new paper's room")
+    for path in new_paper(name):
         print(path.relative_to(REPOSITORY))
 
 

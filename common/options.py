@@ -80,6 +80,7 @@ NotNegative = Annotated[float, Range(0)]
 Threads = Annotated[int, Range(0, 4096)]
 Decay = Annotated[float, Range(0, 0.999999)]  # of a moving average that must not stand still
 
+Events = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Attention = Literal["auto", "fused", "fused_float32", "written_out", "parts"]
 
@@ -93,12 +94,15 @@ class RunOptions:
         log_every: steps between lines of the logs.
         threads: CPU threads of a process; 0 leaves torch's default.
         progress: show how far it is.
+        logger: event files with numbers and pictures: tensorboard; wandb, which also keeps a W&B run on disk (an
+            extra; sent only where WANDB_MODE=online is set); or none.
     """
 
     checkpoint_every: Count = 500
     log_every: Count = 20
     threads: Threads = 0
     progress: bool = True
+    logger: Events = "tensorboard"
 
 
 @dataclass
@@ -138,6 +142,7 @@ FREE_TRAINER_OPTIONS = (
     "log_every",
     "threads",
     "progress",
+    "logger",
 )
 
 
@@ -245,6 +250,19 @@ def device(word: str) -> str:
 def device_or_auto(word: str) -> str:
     """The same, or auto."""
     return word if word == "auto" else device(word)
+
+
+def chosen_device(word: str = "auto") -> str:
+    """cpu or cuda, by name or by what this machine has.
+
+    Raises:
+        UserError: it is none, or this machine has no GPU.
+    """
+    if word == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device(word)
 
 
 def is_text(word: str) -> bool:

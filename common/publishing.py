@@ -1,9 +1,15 @@
-"""A finished run into the repository: complete folders only, half precision, a card from the run's own numbers."""
+"""A finished run into the repository: complete folders only, half precision, a card from the run's own numbers.
+
+The folders are what `huggingface_hub.upload_folder(folder_path=FOLDER, repo_id=USER/NAME)` takes as they are: nothing
+in them points outside, and the card's front matter says the licence, the task, what it was measured to do and by what,
+the base model, data, seeds and commit. Nothing here talks to the hub.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,7 @@ from common.cli import Parser
 from common.errors import UserError
 from common.figures import keep_captions
 from common.files import read_object, read_yaml
-from common.paths import REPOSITORY
+from common.paths import WORKPLACE
 
 
 def read_run(folder: Path, *needed: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -27,9 +33,17 @@ def read_run(folder: Path, *needed: str) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def origin(*packages: str) -> dict[str, str]:
-    """Facts of every card: hardware, versions of `packages`, commit. Ask before the published files change the tree."""
+    """Facts of every card: hardware, versions of `packages`, commit. Ask before the published files change the tree.
+
+    Raises:
+        UserError: code differs from the commit, which the card would then name in vain.
+    """
     from common.ledger import commit, hardware, versions
 
+    if commit().endswith("-dirty"):
+        raise UserError(
+            "the checkout has changes that are not committed, and a card names the commit of its code: commit first"
+        )
     found = ", ".join(f"{name} {version}" for name, version in versions().items() if name in packages)
     return {"hardware": hardware(), "versions": found, "commit": commit()}
 
@@ -64,10 +78,57 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def model_card(name: str, library: str | None, *blocks: str) -> str:
-    """A card in the hub's format: `blocks` are its paragraphs, code and tables."""
-    fields = ["license: apache-2.0", *([f"library_name: {library}"] if library else []), "pipeline_tag: text-to-image"]
-    return "\n".join(["---", *fields, "---", f"# {name}", "", "\n\n".join(block.rstrip() for block in blocks)]) + "\n"
+@dataclass(frozen=True)
+class About:
+    """What a card's front matter says, for the hub and its tools.
+
+    Args:
+        task: the hub's pipeline_tag. library: the hub's library_name, None where no library of others loads the files.
+        data: what it learnt from. seeds: of the run.
+        measured: the numbers of the run by name. judge: what they were measured with. held_out: on what.
+        base_model: the folder that it was made from.
+    """
+
+    name: str
+    task: str
+    library: str | None
+    data: str
+    seeds: Sequence[int]
+    commit: str
+    measured: Mapping[str, float]
+    judge: str
+    held_out: str
+    base_model: str | Path | None = None
+
+
+def model_card(about: About, *blocks: str) -> str:
+    """A card in the hub's format: `blocks` are its paragraphs, code and tables.
+
+    A base model in this repository is named as its folder is, which is also a name that the hub takes.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            about.task, "held-out", about.held_out, name, round(float(value), 6), metric_name=f"{name} ({about.judge})"
+        )
+        for name, value in about.measured.items()
+    ]
+    front = ModelCardData(
+        license="apache-2.0",
+        library_name=about.library,
+        pipeline_tag=about.task,
+        base_model=None if about.base_model is None else Path(about.base_model).name,
+        tags=["less-compute"],
+        metrics=list(about.measured),
+        model_name=about.name,
+        eval_results=results,
+        training_data=about.data,
+        seeds=list(about.seeds),
+        commit=about.commit,
+    )
+    lines = ["---", front.to_yaml(), "---", f"# {about.name}", ""]
+    return "\n".join([*lines, "\n\n".join(block.rstrip() for block in blocks)]) + "\n"
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
@@ -81,7 +142,7 @@ def main(text: str | None, publish: Callable[[Path, str], Path], arguments: Sequ
     parser.add_argument("--name", required=True, help="of the folder below pretrained/")
     options = parser.parse_args(arguments)
     target = publish(options.run_dir, options.name)
-    print(f"{target.relative_to(REPOSITORY)}: {weights_megabytes(target):.1f} MB")
+    print(f"{target.relative_to(WORKPLACE)}: {weights_megabytes(target):.1f} MB")
 
 
 def weights_megabytes(folder: Path) -> float:

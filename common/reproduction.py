@@ -37,10 +37,10 @@ from common.ledger import (
     write_claims,
 )
 from common.options import Count, Seed
-from common.paths import REPOSITORY, RESULTS
+from common.paths import RESULTS, WORKPLACE
 from common.study import Study, kept
 
-RUNS = REPOSITORY / "runs" / "reproduce"
+RUNS = WORKPLACE / "runs" / "reproduce"
 S = TypeVar("S", bound=Study[Any])
 Measure = Callable[[S, int], Mapping[str, float]]
 

@@ -43,6 +43,7 @@ CHECKPOINT_EVERY = 200  # steps of an arm between checkpoints
 S = TypeVar("S")
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
+Other = TypeVar("Other", bound="Study[Any]")
 
 
 def open_sizes(sizes: type[S], paper: str | Path, tier: Tier, rung: int = 1) -> S:
@@ -258,6 +259,7 @@ class Study(Generic[S]):
         self.finished_arms: Path | None = None  # where finished arms are noted, if they are
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
         self._used: dict[Path, float] = {}  # what the pieces that a measurement read had taken to make, in seconds
+        self._beside: list[Study[Any]] = []
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -370,15 +372,35 @@ class Study(Generic[S]):
         if path not in self._used:
             self._used[path] = float(booked.read_text()) if booked.is_file() else 0.0
 
+    @contextmanager
+    def counted(self, folder: Path) -> Iterator[None]:
+        """Work that keeps itself in a folder of its own and goes on there: what it took at earlier starts is counted
+        as part of what a claim costs, as `values` and `arm` count what they read."""
+        booked = folder / "seconds.txt"
+        before = float(booked.read_text()) if booked.is_file() else 0.0
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = before + time.perf_counter() - started
+            write_atomically(booked, partial(Path.write_text, data=str(spent)))
+        self._used.setdefault(booked, before)  # the measurement's own clock counts the rest
+
+    def beside(self, study: Other) -> Other:
+        """Another study of the same measurement (another teacher or task): its pieces count as this one's do."""
+        self._beside.append(study)
+        return study
+
     @property
     def reused_seconds(self) -> float:
         """What the pieces took that were read, not made, since the last `forget`: part of what a claim costs."""
-        return sum(self._used.values())
+        return sum(self._used.values()) + sum(study.reused_seconds for study in self._beside)
 
     def forget(self) -> None:
         """Drop the networks from memory (they stay on disk), and what was read so far."""
         self._arms.clear()
         self._used.clear()
+        self._beside.clear()
 
     def show(
         self,

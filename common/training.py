@@ -22,7 +22,7 @@ import torch
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
@@ -31,6 +31,7 @@ from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
 from common.errors import UserError, first_line, stop_if_not_finite
+from common.events import loggers, show_picture
 from common.files import read_object, read_yaml, reading, sweep, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
 from common.options import TrainerOptions, check_ranges
@@ -256,7 +257,8 @@ class ExpectedTime(Callback):
 
 
 class EveryNSteps(Callback):
-    """Calls `action(step)` on the main process every `every` steps (sample grids)."""
+    """Calls `action(step)` on the main process every `every` steps; the sample grids that it draws into the stage's
+    `samples/`, named by the step, also go to the event files."""
 
     def __init__(self, every: int, action: Callable[[int], None]) -> None:
         self.every, self.action = every, action
@@ -273,6 +275,8 @@ class EveryNSteps(Callback):
             self._done = step
             if trainer.is_global_zero:
                 self.action(step)
+                for path in sorted((Path(trainer.default_root_dir) / "samples").glob(f"*{step:06d}.png")):
+                    show_picture(trainer.loggers, path, step)
 
 
 Inputs = Mapping[str, Callable[[], str] | str]  # fingerprints by the names that messages use: data, tokenizer, ...
@@ -583,7 +587,7 @@ def build_trainer(
         callbacks=[*own, *callbacks, saving],
         logger=[
             CSVLogger(folder, name="logs", flush_logs_every_n_steps=options.log_every),
-            TensorBoardLogger(folder, name="tensorboard"),
+            *loggers(folder, options.logger),
         ]
         if logs
         else False,

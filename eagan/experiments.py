@@ -142,13 +142,13 @@ class Study(CommonStudy[Sizes]):
             generator,
             discriminator,
             derive_seed(seed, KINDS[searched], 1),
-            RunOptions(checkpoint_every=50, log_every=1, progress=False),
+            RunOptions(checkpoint_every=50, log_every=1, progress=False, logger="none"),
             CPU,
         )
 
     def found(self, search: Search) -> Found:
         """Finish a stage, by one process at a time, and note it."""
-        with locked(search.folder.with_suffix(".run")):
+        with locked(search.folder.with_suffix(".run")), self.counted(search.folder):
             found = search.run()
         name, _, seed = search.folder.name.rpartition("-seed")
         values = {"rounds": search.history, "generator": found.generator, "discriminator": found.discriminator}
@@ -184,7 +184,7 @@ class Study(CommonStudy[Sizes]):
                 self.real,
                 self.workplace(f"trainings/{name}-seed{seed}", settings),
                 seed,
-                RunOptions(checkpoint_every=50, log_every=10, progress=False),
+                RunOptions(checkpoint_every=50, log_every=10, progress=False, logger="none"),
                 CPU,
             )
             averaged, _ = training.run()

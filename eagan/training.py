@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
+from common.events import Board
 from common.files import write_atomically
 from common.options import RunOptions
 from common.stopping import Steps
@@ -227,6 +228,7 @@ class Loop(ABC):
     """
 
     kind: str
+    board: Board
 
     def __init__(self, folder: Path, total: int, run: RunOptions, device: torch.device) -> None:
         self.folder, self.total, self.run_options, self.device = folder, total, run, device
@@ -256,6 +258,7 @@ class Loop(ABC):
             UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
         """
         self._open()
+        self.board = Board(self.folder, self.run_options.logger, self.step)
         last = self.total if stop_after is None else min(stop_after, self.total)
         show = self.run_options.progress and not os.environ.get("CI")
         bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
@@ -288,6 +291,7 @@ class Loop(ABC):
         save_checkpoint(path, content | state, flat_tensors(state.get("networks", {})), self.step)
         if self.rows:
             write_rows(self.folder / "log.csv", self.rows)
+        self.board.keep(self.rows, self.step)
         return f"step {self.step} is saved in {path}"
 
     def _open(self) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from common.data.classes import ImageSet
 from common.errors import UserError
+from common.events import Board
 from common.files import read_object, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
 from common.publishing import markdown_table
@@ -118,6 +119,8 @@ class Comparison:
         evaluations = self.folder / "evaluations.json"
         evaluator = Evaluator(self.setting, self.space, evaluations, config.engine, config.workers, config.progress)
 
+        board = Board(self.folder / name, config.logger)
+
         def after(generations: list[Generation]) -> None:
             last = generations[-1]
             front = len(last.front)
@@ -133,6 +136,9 @@ class Comparison:
                 self.folder / name / "generations" / f"{last.number:03d}.png",
                 f"{name}, generation {last.number}: the front and its hypervolume.",
             )
+            best = min(values[0] for values in everyone.values())
+            row = {"step": last.number + 1, "hypervolume": last.hypervolume, "front": front, "best_error": best}
+            board.keep([row], last.number + 1)
 
         found = Search(options, self.scale, evaluator, self.folder / name, config.seed, after)
         found.run()

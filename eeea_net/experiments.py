@@ -131,7 +131,8 @@ class Study(CommonStudy[Sizes]):
             setting = Setting(sizes.data, replace(sizes.proxy, steps=sizes.steps), seed)
             evaluator = Evaluator(setting, self.scale.space, folder / "evaluations.json")
             found = Search(options, self.scale, evaluator, folder / name, seed)
-            found.run()
+            with self.counted(folder / name):
+                found.run()
         values = {"hypervolume": [g.hypervolume for g in found.generations], "best_error": found.best_error()}
         values["front"] = [member.objectives for member in found.front()]
         values |= {"accepted": found.generations[0].accepted, **found.costs()}

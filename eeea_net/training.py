@@ -25,6 +25,7 @@ from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError, stop_if_not_finite
+from common.events import Board
 from common.files import read_object, reading, write_atomically, write_json
 from common.options import RunOptions
 from common.stopping import Steps
@@ -123,6 +124,7 @@ class Loop(ABC):
         about: what a checkpoint must agree with to be gone on from.
     """
 
+    board: Board
     fused = True  # the optimiser's form; these networks have hundreds of small tensors
 
     def __init__(
@@ -189,6 +191,7 @@ class Loop(ABC):
             Stopped: between two steps.
         """
         self._open()
+        self.board = Board(self.folder, self.run_options.logger, self.step)
         wall, cpu = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
         show = self.run_options.progress and not os.environ.get("CI")
         last, per_epoch = self.total_steps, self.batches.steps_per_epoch
@@ -246,6 +249,7 @@ class Loop(ABC):
         save_checkpoint(self._place, state, state["network"], self.step)
         if self.rows:
             write_atomically(self.folder / "log.csv", self._write_log)
+        self.board.keep(self.rows, self.step)
         return f"step {self.step} is saved in {self._place}"
 
     def _write_log(self, temporary: Path) -> None:
@@ -336,7 +340,7 @@ def train(
         if found.genotype != genotype:
             raise UserError(f"{done} is the result of another cell; choose another --run_dir, or delete it")
         return found
-    run = run or RunOptions(checkpoint_every=200, log_every=20, progress=False)
+    run = run or RunOptions(checkpoint_every=200, log_every=20, progress=False, logger="none")
     training = Training(genotype, options, data, pictures, folder, seed, device, run)
     training.run()
     network = training.network

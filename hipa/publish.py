@@ -8,20 +8,39 @@ from the run's own metrics, and brings its pictures to results/figures/hipa/. It
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "hipa" / "pretrained"
 CAPTIONS = {
     "comparison": "Default run, same prompts and noises: teacher with 20 and 2 steps; one step: frozen, adapted by "
     "pixel loss, by the spatial loss, by HiPA.",
     "spectra": "Default run: power by frequency, agreement with the teacher's 20 steps by band, and FD after bands are "
     "exchanged between one and many steps.",
 }
+
+
+def about(name: str, seed: int, metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the adaptors' card."""
+    arm = metrics["arms"]["HiPA, 1 step"]
+    return publishing.About(
+        name,
+        "text-to-image",
+        "diffusers",
+        data=f"pictures of the frozen teacher from prompts of {metrics['prompts']}",
+        seeds=[seed],
+        commit=commit,
+        measured={key: arm[key] for key in ("fd_data", "fd_teacher", "perceptual", "hf_error", "accuracy")},
+        judge=metrics["judge"],
+        held_out=f"{metrics['images']} held-out prompts of {metrics['prompts']}",
+        base_model=metrics["teacher"],
+    )
 
 
 def publish(run_dir: Path, name: str) -> Path:
@@ -60,10 +79,8 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     text = publishing.model_card(
-        name,
-        "diffusers",
-        f"Low-rank adaptors that make `{config['teacher']}` draw in one step, by [`hipa`](../../README.md) of this "
-        "repository.",
+        about(name, config["seed"], metrics, origin["commit"]),
+        f"Low-rank adaptors that make `{config['teacher']}` draw in one step, by `hipa` of this repository.",
         f"""```python
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 

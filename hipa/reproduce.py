@@ -35,7 +35,7 @@ TEACHERS = REPOSITORY / "ldm" / "pretrained"
 
 def on_emoji(study: Study) -> Study:
     """The same study on the teacher of emoji, in a folder of its own."""
-    return Study(Teacher.load(TEACHERS / "emoji64"), study.sizes, study.folder / "emoji64", "emoji")
+    return study.beside(Study(Teacher.load(TEACHERS / "emoji64"), study.sizes, study.folder / "emoji64", "emoji"))
 
 
 def few_parameters(study: Study, seed: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def h6(study: Study, seed: int) -> dict[str, float]:
     result: dict[str, float] = {}
     distances, gains = [], []
     for name, task in TASKS.items():
-        own = Study(study.teacher, study.sizes, study.folder / name, study.data, task)
+        own = study.beside(Study(study.teacher, study.sizes, study.folder / name, study.data, task))
         ours, frozen, many = own.measures("hipa", seed), own.frozen_measures("one"), own.frozen_measures("many")
         distances.append(ours["perceptual"] / frozen["perceptual"])
         gains.append(ours["accuracy"] - frozen["accuracy"])

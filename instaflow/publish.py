@@ -7,17 +7,18 @@ card from the run's own metrics, and brings the comparison sheet (results/figure
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.files import write_atomically, write_json
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "instaflow" / "pretrained"
 CAPTION = "Default run, same prompts and noises: teacher with 25 steps and 1, 2-RF and InstaFlow with 1."
 COLUMNS = {
     "fd_data": "FD to held-out data",
@@ -42,13 +43,30 @@ def arms_table(metrics: dict[str, Any]) -> str:
     return f"{publishing.markdown_table(head, rows)}\n\nWall seconds: {seconds}.\n"
 
 
-def card(name: str, table: str, facts: dict[str, str]) -> str:
-    """The model card's text; every number comes from the run."""
-    return publishing.model_card(
+def about(name: str, seed: int, metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the flow's card."""
+    arm = metrics["arms"]["InstaFlow 1-step"]
+    return publishing.About(
         name,
+        "text-to-image",
         "diffusers",
-        "A one-step text-to-image model: `ldm/pretrained/shapes32-v`, reflowed and distilled by "
-        "[`instaflow`](../../README.md) of this repository.",
+        data=f"pictures of the teacher from prompts of {metrics['prompts']}",
+        seeds=[seed],
+        commit=commit,
+        measured={key: arm[key] for key in COLUMNS if key in arm},
+        judge=metrics["judge"],
+        held_out=f"{metrics['images']} held-out prompts of {metrics['prompts']}",
+        base_model=metrics["teacher"],
+    )
+
+
+def card(front: publishing.About, table: str, facts: dict[str, str]) -> str:
+    """The model card's text; every number comes from the run."""
+    name = front.name
+    return publishing.model_card(
+        front,
+        "A one-step text-to-image model: `ldm/pretrained/shapes32-v`, reflowed and distilled by `instaflow` of this "
+        "repository.",
         f"""```python
 from diffusers import StableDiffusionPipeline
 
@@ -93,9 +111,9 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
         "hardware": f"{origin['hardware']}; one thread, other programs were running beside it",
     }
-    (target / "README.md").write_text(card(name, table, facts))
-    (RESULTS / "run_instaflow.md").write_text(table)
-    (RESULTS / "runs" / "instaflow-small.json").write_text(json.dumps({**metrics, "facts": facts}, indent=1) + "\n")
+    (target / "README.md").write_text(card(about(name, config["seed"], metrics, origin["commit"]), table, facts))
+    write_atomically(RESULTS / "run_instaflow.md", lambda temporary: temporary.write_text(table))
+    write_json(RESULTS / "runs" / "instaflow-small.json", {**metrics, "facts": facts})
     publishing.copy_picture(run_dir / "comparison.png", RESULTS / "figures" / "instaflow" / "default_run.png", CAPTION)
     return target
 

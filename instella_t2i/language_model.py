@@ -117,24 +117,38 @@ def train(
 
 def card(name: str, source: str, parameters: int, options: argparse.Namespace, held: float) -> str:
     """README.md of the folder."""
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
+    from common.ledger import commit
+    from common.publishing import About, facts_table, model_card
 
-A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators read the
-features of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.
-
-| | |
-|---|---|
-| data | {source}; one different caption in {HELD_OUT} held out |
-| architecture | OLMo, {options.layers} layers, {options.width} wide, {parameters:,} parameters, float16 on disk |
-| tokenizer | byte-level BPE in lower case, {options.entries} entries and {LONGEST} tokens at most, first {BEGIN} |
-| training | {options.steps} steps of {BATCH} captions, AdamW, one cycle up to {LEARNING_RATE}, seed {options.seed} |
-| held-out cross-entropy | {held:.3f} nats a token |
-"""
+    held_out = f"one different caption in {HELD_OUT}"
+    made_with = commit()
+    about = About(
+        name,
+        "text-generation",
+        "transformers",
+        data=source,
+        seeds=[options.seed],
+        commit=made_with,
+        measured={"cross_entropy": held},
+        judge="nats a token",
+        held_out=held_out,
+    )
+    facts = {
+        "data": f"{source}; {held_out} held out",
+        "architecture": f"OLMo, {options.layers} layers, {options.width} wide, {parameters:,} parameters, float16",
+        "tokenizer": f"byte-level BPE in lower case, {options.entries} entries and {LONGEST} tokens at most, first "
+        f"{BEGIN}",
+        "training": f"{options.steps} steps of {BATCH} captions, AdamW, one cycle up to {LEARNING_RATE}, seed "
+        f"{options.seed}",
+        "held-out cross-entropy": f"{held:.3f} nats a token",
+        "commit": made_with,
+    }
+    return model_card(
+        about,
+        "A causal language model of captions, trained from scratch by `instella_t2i/language_model.py`. Generators "
+        "read the features of its layers; it stands in for AMD-OLMo-1B and is good for nothing else.",
+        facts_table(facts),
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

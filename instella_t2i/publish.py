@@ -7,15 +7,33 @@ its pictures to results/figures/instella_t2i/. Its numbers come into results/ wi
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import publishing
 from common.errors import UserError, run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "instella_t2i" / "pretrained"
 CAPTION = "Default run, held-out emoji: originals, what stage 1 keeps of them, what stage 2 does (32 tokens x 32 bits)."
+
+
+def about(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the tokenizer's card: the numbers of its last stage."""
+    arms = metrics["arms"]
+    return publishing.About(
+        name,
+        "image-feature-extraction",
+        None,
+        data=f"pictures of {metrics['data']}",
+        seeds=[config["seed"]],
+        commit=commit,
+        measured=arms[next(arm for arm in ("decoder", "tokenizer", *arms) if arm in arms)],
+        judge=f"{metrics['features']} and {metrics['lpips_trunk']}",
+        held_out=f"{metrics['images']} held-out pictures of {metrics['data']}",
+    )
 
 
 def publish(run_dir: Path, name: str) -> Path:
@@ -48,9 +66,8 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     text = publishing.model_card(
-        name,
-        None,
-        "A one-dimensional binary tokenizer, trained by [`instella_t2i`](../../README.md) of this repository.",
+        about(name, config, metrics, origin["commit"]),
+        "A one-dimensional binary tokenizer, trained by `instella_t2i` of this repository.",
         f"""```python
 from instella_t2i.tokenizer import load_tokenizer
 
@@ -61,7 +78,7 @@ again = tokenizer.decode(codes, {tokenizer.size})
         "![originals and reconstructions](reconstructions.png)",
         publishing.facts_table(facts),
         (run_dir / "table.md").read_text(),
-    ).replace("pipeline_tag: text-to-image", "pipeline_tag: image-feature-extraction")
+    )
     (target / "README.md").write_text(text)
     place = RESULTS / "figures" / "instella_t2i" / "default_run_reconstructions.png"
     publishing.copy_picture(run_dir / "reconstructions.png", place, CAPTION)

@@ -13,9 +13,9 @@ from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "ldm" / "pretrained"
 PROMPTS = {
     "shapes": [
         "a star",
@@ -46,8 +46,12 @@ PROMPTS = {
 PER_PROMPT = 6
 
 
-def card(name: str, metrics: dict[str, Any], facts: dict[str, str]) -> str:
-    """The model card's text; every number comes from the run."""
+def card(name: str, seed: int, metrics: dict[str, Any], facts: dict[str, str], base: str | None = None) -> str:
+    """The model card's text; every number comes from the run.
+
+    Args:
+        base: the model that it was started from.
+    """
     summary, sampling, judge = metrics["summary"], metrics["sampling"], metrics["judge"]
     at_floor = f"{summary['metrics_at_floor_n/fid_lite0']:.0f}"
     rows = [
@@ -65,7 +69,7 @@ def card(name: str, metrics: dict[str, Any], facts: dict[str, str]) -> str:
         ]
     blocks = [
         f"A small text-conditional latent diffusion model ({facts['prediction']}-prediction), trained from scratch by "
-        "[`ldm`](../../README.md) of this repository. It is a teacher for experiments, not a product.",
+        "`ldm` of this repository. It is a teacher for experiments, not a product.",
         f"""```python
 from diffusers import DiffusionPipeline
 
@@ -92,7 +96,22 @@ image = pipeline("{facts["prompt"]}", num_inference_steps=50, guidance_scale=3.0
         ]
         blocks.append("Shapes score (the exact verifier, 100 prompts a task, 95 % interval):")
         blocks.append(publishing.markdown_table(("task", "accuracy", "interval"), tasks))
-    return publishing.model_card(name, "diffusers", *blocks)
+    measured = {key: summary[key] for key in ("kid_lite0", "fid_lite0", "precision_lite0", "recall_lite0")}
+    measured |= {"shapes_score": metrics["shapes_score"]["mean"]} if "shapes_score" in metrics else {}
+    measured |= {"r_at_1": metrics["alignment"]["r_at_1"]} if "alignment" in metrics else {}
+    about = publishing.About(
+        name,
+        "text-to-image",
+        "diffusers",
+        data=facts["data"],
+        seeds=[seed],
+        commit=facts["commit"],
+        measured=measured,
+        judge="EfficientNet-Lite0 at 112 px",
+        held_out=f"{judge['n_real']} held-out images",
+        base_model=base,
+    )
+    return publishing.model_card(about, *blocks)
 
 
 def logged_seconds(stage: Path) -> float:
@@ -154,7 +173,7 @@ def publish(run_dir: Path, name: str) -> Path:
         "versions": origin["versions"],
         "commit": origin["commit"],
     }
-    (target / "README.md").write_text(card(name, metrics, facts))
+    (target / "README.md").write_text(card(name, config["seed"], metrics, facts, config.get("init_from")))
     kept = {
         k: metrics[k] for k in ("summary", "first_stage", "shapes_score", "alignment", "alignment_real") if k in metrics
     }

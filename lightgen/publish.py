@@ -8,16 +8,36 @@ its pictures to results/figures/lightgen/. Its numbers come into results/ with
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "lightgen" / "pretrained"
 CAPTION = "Default run, same prompts and noises: before preferences, after as many steps on the winners, after DPO."
 COURSE = "DPO in the default run: implicit accuracy, margin, and both raw errors against the reference's."
+
+
+def about(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the model's card: the numbers of the last stage that was trained."""
+    arms = metrics["arms"]
+    last = next(arm for arm in ("dpo", "base", *arms) if arm in arms)
+    return publishing.About(
+        name,
+        "text-to-image",
+        None,
+        data=f"{config['data']['images']} pictures of {metrics['data']}, drawn by {config['teacher']}",
+        seeds=[config["seed"]],
+        commit=commit,
+        measured=arms[last],
+        judge=metrics["judge"],
+        held_out=f"{metrics['prompts']} held-out prompts of {metrics['data']}",
+        base_model=config["teacher"],
+    )
 
 
 def publish(run_dir: Path, name: str) -> Path:
@@ -49,9 +69,8 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     text = publishing.model_card(
-        name,
-        None,
-        "A small masked autoregressive text-to-image model, trained by [`lightgen`](../../README.md).",
+        about(name, config, metrics, origin["commit"]),
+        "A small masked autoregressive text-to-image model, trained by `lightgen` of this repository.",
         f"""```bash
 .venv/bin/python lightgen/sample.py --model lightgen/pretrained/{name} --prompt "a red star"
 ```""",

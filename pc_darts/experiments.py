@@ -104,7 +104,9 @@ class Study(CommonStudy[Sizes]):
     def _found(self, name: str, seed: int, options: SearchOptions, **more: Any) -> SearchResult:
         """What a search comes to; only one process is at it."""
         with locked(self.folder / "searches" / f"{name}-seed{seed}"):
-            found = self.searcher(options, name, seed, **more).run()
+            searcher = self.searcher(options, name, seed, **more)
+            with self.counted(searcher.folder):
+                found = searcher.run()
         values = {key: getattr(found, key) for key in ("steps", "seconds", "cpu_seconds", "memory_bytes", "alphas")}
         values["genotype"] = json.loads(found.genotype.to_json())
         self.note(name, seed, {"options": dataclasses.asdict(options), **more}, values)
@@ -129,7 +131,10 @@ class Study(CommonStudy[Sizes]):
         settings |= {"options": dataclasses.asdict(sizes.retrain)}
         with locked(self.folder / "trainings" / f"{name}-{number}"):
             folder = self.workplace(f"trainings/{name}-{number}", settings)
-            found = retrain(genotype, sizes.retrain, self.data, self.augment, folder, seed=number, keep_weights=False)
+            with self.counted(folder):
+                found = retrain(
+                    genotype, sizes.retrain, self.data, self.augment, folder, seed=number, keep_weights=False
+                )
         values = {key: getattr(found, key) for key in ("test_error", "parameters", "steps", "seconds", "cpu_seconds")}
         self.note(f"training-{name}", number, settings, values)
         return found

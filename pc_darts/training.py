@@ -28,6 +28,7 @@ from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError, stop_if_not_finite
+from common.events import Board
 from common.files import read_object, reading, write_atomically, write_json
 from common.options import RunOptions
 from common.processes import start_process_group
@@ -209,6 +210,7 @@ class Loop(ABC, Generic[N]):
     """
 
     kind: str
+    board: Board
 
     def __init__(
         self,
@@ -223,7 +225,7 @@ class Loop(ABC, Generic[N]):
     ) -> None:
         self.network, self.weights, self.schedule, self.training = network, list(weights), options, batches
         self.folder, self.seed, self.machine = folder, seed, machine
-        self.run_options = run or RunOptions(checkpoint_every=50, log_every=10, progress=False)
+        self.run_options = run or RunOptions(checkpoint_every=50, log_every=10, progress=False, logger="none")
         self.optimiser = torch.optim.SGD(
             self.weights, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
@@ -268,6 +270,7 @@ class Loop(ABC, Generic[N]):
             UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
         """
         self._open()
+        self.board = Board(self.folder, self.run_options.logger, self.step, self.machine.main)
         start_peak(self.machine.device)
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         show = self.run_options.progress and self.machine.main and not os.environ.get("CI")
@@ -345,6 +348,7 @@ class Loop(ABC, Generic[N]):
             save_state(self.folder, state | self._state())
             if self.rows:
                 write_rows(self.folder / "log.csv", self.rows)
+            self.board.keep(self.rows, self.step)
         self.machine.wait()
         return f"step {self.step} is saved in {self.folder / LAST_CHECKPOINT}"
 

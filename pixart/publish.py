@@ -7,7 +7,6 @@ into the repository.
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 from common import publishing
 from common.errors import UserError, run_main
-from common.files import read_object
-from common.paths import RESULTS
+from common.files import read_object, write_atomically, write_json
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "pixart" / "pretrained"
 TASKS = ("single", "two", "count", "color", "position", "attr", "mean")
 CAPTIONS = {
     "stage1": "Default run, stage 1: single objects by class.",
@@ -57,15 +56,29 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
 
 def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str]) -> str:
     """The model card's text; every number comes from the run."""
-    metrics = last["metrics"]
+    metrics, config = last["metrics"], last["config"]
     judge, summary, sampling = metrics["judge"], metrics["summary"], metrics["sampling"]
     score, own = metrics["shapes_score"], metrics["own_captions"]
     accuracy = [(task, f"{score[task]:.3f}", f"{own[task]:.3f}") for task in TASKS if task in score and task in own]
-    return publishing.model_card(
+    about = publishing.About(
         name,
+        "text-to-image",
         None,
-        "A small PixArt-alpha network, trained from scratch in the paper's stages by [`pixart`](../../README.md) of "
-        "this repository.",
+        data=facts["data"],
+        seeds=[config["seed"]],
+        commit=facts["commit"],
+        measured={
+            "kid_lite0": summary["kid_lite0"],
+            "fid_lite0": summary["fid_lite0"],
+            "shapes_score": score["mean"],
+            "own_captions": own["mean"],
+        },
+        judge="EfficientNet-Lite0 at 112 px; the exact verifier of Shapes",
+        held_out=f"{judge['n_real']} held-out pictures of the last stage's kind",
+    )
+    return publishing.model_card(
+        about,
+        "A small PixArt-alpha network, trained from scratch in the paper's stages by `pixart` of this repository.",
         '```\n.venv/bin/python pixart/sample.py --prompt "a red circle left of a blue square"\n```',
         "![samples](samples.png)",
         f"Held-out captions of the last stage, {sampling['steps']} {sampling['sampler']} steps, guidance "
@@ -101,8 +114,8 @@ def read_stages(run_dir: Path) -> list[dict[str, Any]]:
 
 def publish(run_dir: Path, name: str) -> Path:
     """Copy the run's last stage to pretrained/`name` and its pictures and numbers to results/."""
-    origin = publishing.origin("torch", "transformers")
     stages = read_stages(run_dir)
+    origin = publishing.origin("torch", "transformers")
     last = stages[-1]
     source, target = run_dir / last["name"], PRETRAINED / name
     table, minutes = stage_table(stages), last["total_seconds"] / 60
@@ -119,10 +132,11 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     (target / "README.md").write_text(card(name, last, table, facts))
-    (RESULTS / "run_pixart.md").write_text(f"{table}\n{minutes:.1f} minutes in all on {origin['hardware']}.\n")
+    text = f"{table}\n{minutes:.1f} minutes in all on {origin['hardware']}.\n"
+    write_atomically(RESULTS / "run_pixart.md", lambda temporary: temporary.write_text(text))
     kept = ("task", "summary", "shapes_score", "own_captions", "held_out", "curve", "seconds")
     runs = {stage["name"]: {key: stage["metrics"][key] for key in kept if key in stage["metrics"]} for stage in stages}
-    (RESULTS / "runs" / "pixart-small.json").write_text(json.dumps({"stages": runs, "facts": facts}, indent=1) + "\n")
+    write_json(RESULTS / "runs" / "pixart-small.json", {"stages": runs, "facts": facts})
     for stage in stages:
         picture = RESULTS / "figures" / "pixart" / f"default_run_{stage['name']}.png"
         caption = CAPTIONS.get(stage["name"], f"Default run, {stage['name']}.")

@@ -24,7 +24,7 @@ from common.data.lines import prompts_of
 from common.errors import UserError, run_main
 from common.files import read_object
 from common.options import Count, NotNegative, Range, Seed
-from common.paths import REPOSITORY, cache_dir, existing_path
+from common.paths import WORKPLACE, cache_dir, existing_path
 from pixart.config import SamplingConfig, Steps
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def default_weights() -> Path:
     """The committed small weights, else the newest finished text-conditional stage below runs/."""
     if PRETRAINED.is_dir():
         return PRETRAINED
-    roots = {Path("runs").resolve(), (REPOSITORY / "runs").resolve()}
+    roots = {Path("runs").resolve(), (WORKPLACE / "runs").resolve()}
     found = [path for root in roots for path in root.glob(f"*/*/model/{ABOUT}")]
     found = [path for path in found if read_object(path).get("kind") == "text"]
     if not found:

@@ -27,7 +27,7 @@ from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import TIERS, read_claims, read_notes, verdict, within_noise
-from common.paths import REPOSITORY, RESULTS
+from common.paths import REPOSITORY, RESULTS, WORKPLACE
 from report.papers import Paper, all_papers
 from report.pictures import Album, Picture, read_pictures, strongest_first, with_code
 from report.plots import number, rung_plot, seed_plot
@@ -430,7 +430,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON files and figures/")
     parser.add_argument(
-        "--output", type=Path, default=REPOSITORY / "report" / "site" / "index.html", help="page to write"
+        "--output", type=Path, default=WORKPLACE / "report" / "site" / "index.html", help="page to write"
     )
     arguments = parser.parse_args()
     page = build(arguments.results, arguments.output)

@@ -8,15 +8,32 @@ metrics, and brings its picture to results/figures/scenesplat/. Its numbers come
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "scenesplat" / "pretrained"
 CAPTION = "Default run: a room that was never seen, its true and predicted classes, and what three queries find."
+
+
+def about(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the encoder's card."""
+    return publishing.About(
+        name,
+        "image-segmentation",
+        "pytorch",
+        data=f"{config['data']['rooms']} furnished rooms of 3D Gaussians, 2D labels lifted",
+        seeds=[config["seed"]],
+        commit=commit,
+        measured=metrics["arms"]["network"],
+        judge="labels of the rooms",
+        held_out=f"{metrics['scenes']} unseen rooms",
+    )
 
 
 def publish(run_dir: Path, name: str) -> Path:
@@ -45,10 +62,9 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     text = publishing.model_card(
-        name,
-        "pytorch",
-        "An encoder of 3D Gaussians that answers in the space of a text encoder, trained by "
-        "[`scenesplat`](../../README.md) of this repository on furnished rooms with simulated 2D labels.",
+        about(name, config, metrics, origin["commit"]),
+        "An encoder of 3D Gaussians that answers in the space of a text encoder, trained by `scenesplat` of this "
+        "repository on furnished rooms with simulated 2D labels.",
         f"""```bash
 python scenesplat/query.py ROOM.ply "a chair" --model scenesplat/pretrained/{name}
 ```""",
@@ -56,7 +72,7 @@ python scenesplat/query.py ROOM.ply "a chair" --model scenesplat/pretrained/{nam
         publishing.facts_table(facts),
         (run_dir / "table.md").read_text(),
     )
-    (target / "README.md").write_text(text.replace("text-to-image", "image-segmentation"))
+    (target / "README.md").write_text(text)
     publishing.copy_picture(run_dir / "room.png", RESULTS / "figures" / "scenesplat" / "default_run_room.png", CAPTION)
     return target
 

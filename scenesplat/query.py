@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.errors import UserError, run_main
 from common.options import Count, Share, Whole, device_or_auto
-from common.paths import REPOSITORY
+from common.paths import REPOSITORY, WORKPLACE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from scenesplat.gaussians import Gaussians
     from scenesplat.ply import Reading
 
-TRAINED = REPOSITORY / "runs" / "scenesplat-small" / "model"
+TRAINED = WORKPLACE / "runs" / "scenesplat-small" / "model"
 PUBLISHED = REPOSITORY / "scenesplat" / "pretrained" / "rooms"
 SHARPNESS = 10.0  # LERF's
 

@@ -22,7 +22,7 @@ from common.cli import Parser
 from common.data.lines import read_text
 from common.errors import UserError, run_main
 from common.options import Count, NotNegative, Seed, device
-from common.paths import REPOSITORY
+from common.paths import WORKPLACE
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def default_model() -> Path:
     """The model that comes with the repository, else the newest that train.py wrote."""
     if (PRETRAINED / "config.json").exists():
         return PRETRAINED
-    found = sorted((REPOSITORY / "runs").glob("se_moe*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted((WORKPLACE / "runs").glob("se_moe*/model/config.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("there is no trained model yet: run `make se_moe-train`, or name a folder with --model")
     return found[-1].parent

@@ -36,6 +36,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     # Torch is imported here, so that --help and a misspelt option answer at once.
     import torch
 
+    from common.events import Board
     from common.paths import existing_path
     from common.processes import start_process_group
     from common.stopping import Steps
@@ -85,6 +86,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
             return f"step {trainer.done} is saved in {last}"
         return ""
 
+    board = Board(folder, config.logger, first, main)
     with log_file(folder / "log.jsonl", first, main) as write, Steps() as steps:
         while trainer.done < config.steps:
             profiled: dict[str, bool] = {}
@@ -99,7 +101,10 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
             for what, value in (("loss", log.loss), ("gradient norm", log.grad_norm)):
                 kept = last or checkpoints / "step-000000"
                 stop_if_not_finite(value, trainer.done, kept, advice="a lower optimiser.lr", what=what)
-            if main and config.progress and (log.step % config.log_every == 0 or trainer.done == config.steps):
+            shown = log.step % config.log_every == 0 or trainer.done == config.steps
+            if shown:
+                board.keep([asdict(log)], log.step)
+            if main and config.progress and shown:
                 print(
                     f"[{arm}] step {log.step:5d}  loss {log.loss:.4f}  lm {log.lm_loss:.4f}  "
                     f"{tokens / log.seconds:,.0f} tokens/s  {log.cpu_seconds:.2f} CPU-s",

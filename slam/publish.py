@@ -8,15 +8,34 @@ card from the run's own metrics, and brings its pictures to results/figures/slam
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import publishing
 from common.errors import run_main
-from common.paths import RESULTS
+from common.paths import RESULTS, WORKPLACE
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = WORKPLACE / "slam" / "pretrained"
 CAPTION = "Default run, same prompts and noises: teacher with 25 and 4 steps, LCM with 4, SLAM with 1, 2, 4 and 8."
+
+
+def about(name: str, seed: int, metrics: Mapping[str, Any], commit: str) -> publishing.About:
+    """The front matter of the student's card."""
+    arms = {key: value for key, value in metrics["arms"].items() if key.startswith("SLAM")}
+    return publishing.About(
+        name,
+        "text-to-image",
+        "diffusers",
+        data=f"captioned pictures of {metrics['data']}",
+        seeds=[seed],
+        commit=commit,
+        measured={f"{key}, {arm}": arms[arm][key] for arm in arms for key in ("fd_data", "accuracy")},
+        judge=metrics["judge"],
+        held_out=f"{metrics['images']} held-out prompts of {metrics['data']}",
+        base_model=metrics["teacher"],
+    )
 
 
 def publish(run_dir: Path, name: str) -> Path:
@@ -52,10 +71,8 @@ def publish(run_dir: Path, name: str) -> Path:
     }
     call = f"num_inference_steps=4, guidance_scale=1.0, original_inference_steps={config['subpath']['solver_steps']}"
     text = publishing.model_card(
-        name,
-        "diffusers",
-        f"A 1 to 8 step text-to-image model: `{config['teacher']}`, distilled by [`slam`](../../README.md) of this "
-        "repository.",
+        about(name, config["seed"], metrics, origin["commit"]),
+        f"A 1 to 8 step text-to-image model: `{config['teacher']}`, distilled by `slam` of this repository.",
         f"""```python
 from diffusers import LatentConsistencyModelPipeline
 

@@ -113,7 +113,7 @@ def s4(study: Study, seed: int) -> dict[str, float]:
 
 def other_teacher(study: Study, name: str) -> Study:
     """The same study on another teacher of the repository, in a folder of its own."""
-    return Study(Teacher.load(TEACHERS / name), study.sizes, study.folder / name)
+    return study.beside(Study(Teacher.load(TEACHERS / name), study.sizes, study.folder / name))
 
 
 def ablations(study: Study, given: argparse.Namespace) -> bool:

@@ -474,7 +474,7 @@ class Payload:
 def records(run: Path) -> list[Path]:
     """What a run wrote down: its configuration, results and logs, without what libraries write."""
     kinds = (".json", ".yaml", ".jsonl", ".csv")
-    others = {"pipeline", "reflowed", "tokenizer", "logs", "tensorboard"}
+    others = {"pipeline", "reflowed", "tokenizer", "logs", "tensorboard", "wandb"}
     mine = (path.relative_to(run) for path in run.rglob("*") if path.suffix in kinds)
     return sorted(file for file in mine if not others & set(file.parts))
 

@@ -13,6 +13,7 @@ from typing import Any
 import jsonargparse
 import pytest
 
+from common import entry
 from common.cli import Parser
 from common.paths import REPOSITORY
 from common.training import RunFolder
@@ -67,7 +68,8 @@ def shown(suffix: str, text: str) -> Iterator[str]:
         lines = [line for line in usage[1].splitlines() if line.startswith("    ")] if usage else []
     for line in lines:
         command = re.sub(r"\s+#.*", "", line).strip()
-        if re.match(r"(\w+=\S+ )*(python|torchrun|make) ", command):
+        command = command.replace(".venv/bin/", "")
+        if re.match(r"(\w+=\S+ )*(python|torchrun|make|less-compute) ", command):
             yield command
 
 
@@ -76,6 +78,9 @@ def of_program(command: str) -> tuple[str, list[str]] | None:
     words = shlex.split(command)
     while "=" in words[0]:
         words = words[1:]
+    if words[0] == "less-compute":
+        found = entry.chosen(words[1:])
+        return None if isinstance(found, str) else found
     if words[0] == "python" and words[1] == "-m":
         module = words[2] if (REPOSITORY / f"{words[2].replace('.', '/')}.py").is_file() else f"{words[2]}.__main__"
         return (module, words[3:]) if words[2].split(".")[0] in TOPS else None
@@ -95,6 +100,8 @@ def test_commands_are_found_in_pages_usage_texts_and_configs() -> None:
     assert places == {".md", ".py", ".yaml"} and len(documented()) > 60
     assert [*shown(".md", "x\n```bash\nmake a  # b\npython x.py \\\n  --y\n```\n")] == ["make a", "python x.py --y"]
     assert of_program("A=1 python ldm/plan.py --json") == ("ldm.plan", ["--json"])
+    assert of_program("less-compute ldm plan --json") == ("ldm.plan", ["--json"])
+    assert [*shown(".md", "```bash\n.venv/bin/python ldm/plan.py\n```")] == ["python ldm/plan.py"]
     assert of_program("torchrun --nnodes 2 ... ldm/train.py --seed 1") == ("ldm.train", ["--seed", "1"])
     assert of_program("python -m benchmarks.acceleration --list") == ("benchmarks.acceleration.__main__", ["--list"])
 

@@ -23,7 +23,7 @@ from common.ledger import commit, hardware, versions
 from common.metrics.judge import ShapesJudge
 from common.metrics.measures import EVALUATION_SEED, PromptSet, Yardstick, shapes_prompts
 from common.metrics.perceptual import perceptual_distance
-from common.paths import REPOSITORY
+from common.paths import WORKPLACE
 from common.study import kept, kept_tensors
 from common.weights import save_weights
 
@@ -73,7 +73,7 @@ class Runner:
     def __init__(self, bench: Bench, settings: Settings, folder: Path | None = None) -> None:
         self.bench, self.settings = bench, settings
         key = f"{bench.level}-{bench.teacher.checksum()[:12]}-g{bench.guidance:g}-n{settings.images}"
-        self.folder = (folder or REPOSITORY / "runs" / "acceleration") / key
+        self.folder = (folder or WORKPLACE / "runs" / "acceleration") / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self._yardsticks: dict[int, Yardstick] = {}
 

@@ -90,10 +90,12 @@ class FeatureStats:
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     """Squared Frechet distance of two Gaussians: |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
 
-    Heusel et al. 2017, Eq. 6, with the symmetric product, whose eigenvalues are real and non-negative.
+    Heusel et al. 2017, Eq. 6, with the symmetric product, whose eigenvalues are real and non-negative. Of fewer than
+    FEW images it says so on stderr.
     """
     if a.mean_D.shape != b.mean_D.shape:
         raise UserError(f"Frechet distance of {len(a.mean_D)} against {len(b.mean_D)} dimensions: use one extractor")
+    _warn_few(min(a.n, b.n))
     s_a, s_b = a.covariance_DD, b.covariance_DD
     values, vectors = torch.linalg.eigh(s_a)
     root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
@@ -114,6 +116,11 @@ def _say_few(count: int) -> None:
     )
 
 
+def _warn_few(count: int) -> None:
+    if count < FEW:
+        _say_few(count)
+
+
 def fid(real_ND: Tensor, fake_ND: Tensor) -> float:
     """Frechet distance of two feature sets [N,D].
 
@@ -122,8 +129,7 @@ def fid(real_ND: Tensor, fake_ND: Tensor) -> float:
     FEW images that is said on stderr.
     """
     real, fake = _pair(real_ND, fake_ND, 2, "FID")
-    if (count := min(len(real), len(fake))) < FEW:
-        _say_few(count)
+    _warn_few(min(len(real), len(fake)))
     if len(real) * len(fake) > real.shape[1] ** 2:
         return frechet_distance(FeatureStats.of(real), FeatureStats.of(fake))
     mean_a, mean_b = real.mean(0), fake.mean(0)

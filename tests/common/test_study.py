@@ -189,6 +189,39 @@ def test_labels_end_the_keys_of_an_arm() -> None:
     assert labelled({"fid": 1.0, "kid": 2.0}, "pixel", "kid") == {"kid_pixel": 2.0}
 
 
+def test_what_an_earlier_start_and_a_study_beside_it_took_is_part_of_what_a_claim_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search keeps itself in its own folder: the second claim that uses it costs what the first start took."""
+    now = [0.0]
+    monkeypatch.setattr("common.study.time.perf_counter", lambda: now[0])
+
+    def search(study: Study[None], seconds: float) -> None:
+        with study.counted(tmp_path / "search"):
+            now[0] += seconds
+
+    study = Study(None, tmp_path)
+    search(study, 30)
+    assert study.reused_seconds == 0  # the measurement's own clock has counted them
+    search(study, 1)
+    assert study.reused_seconds == 0
+    study.forget()
+    search(study, 2)
+    assert study.reused_seconds == 31
+    with pytest.raises(KeyboardInterrupt), study.counted(tmp_path / "other"):
+        now[0] += 5
+        raise KeyboardInterrupt
+    search(other := study.beside(Study(None, tmp_path / "beside")), 0)
+    other.values("teacher", lambda: {"a": 1.0})
+    other.forget()
+    other.values("teacher", lambda: {"a": 1.0})
+    with other.counted(tmp_path / "other"):
+        pass
+    assert study.reused_seconds == 31 + 5
+    study.forget()
+    assert study.reused_seconds == 0
+
+
 @dataclass(frozen=True)
 class Data:
     size: int

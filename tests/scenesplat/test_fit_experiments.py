@@ -12,8 +12,10 @@ from scenesplat import fit_experiments, fitted
 from scenesplat.data_config import DataConfig
 from scenesplat.experiments import Sizes, Study
 from scenesplat.fit_config import PicturesConfig
+from scenesplat.self_experiments import SelfSizes
 
-SIZES = Sizes(rooms=1, few_rooms=1, eval_rooms=1, batch=1, lr=0.006, block_lr=0.003, steps=2)
+SELF = SelfSizes(2, 0.004, 0.002, 8, 4, 0.006, 0.002, 1, 1)
+SIZES = Sizes(rooms=1, few_rooms=1, eval_rooms=1, batch=1, lr=0.006, block_lr=0.003, steps=2, self_supervision=SELF)
 
 
 @pytest.fixture

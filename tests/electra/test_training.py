@@ -16,7 +16,7 @@ from common.cli import parse_config
 from common.errors import UserError
 from common.training import load_checkpoint, read_logs
 from electra.config import DataConfig, ElectraConfig, ElectraRun, ModelConfig, TrainerConfig
-from electra.convert import encoder_folder, generator_folder
+from electra.convert import encoder_folder, generator_folder, load_pretrained
 from electra.convert import main as convert
 from electra.masking import SpecialIds
 from electra.model import Batch, attend
@@ -67,10 +67,25 @@ def test_run_leaves_logs_curves_and_directories_with_their_vocabulary(reference:
     assert (reference / "curves.png").stat().st_size > 1000
     for part, architecture in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):
         folder = reference / "electra" / part
-        assert json.loads((folder / "config.json").read_text())["architectures"] == [architecture]
+        assert load_pretrained(folder).architecture == architecture
         assert (folder / "vocab.txt").read_text() == (reference / "tokenizer" / "vocab.txt").read_text()
     metrics = json.loads((reference / "metrics.json").read_text())
     assert metrics["arms"]["electra"]["steps"] == 6 and metrics["arms"]["electra"]["flops"] > 0
+
+
+def test_stock_transformers_reads_what_a_run_leaves(reference: Path) -> None:
+    """A run with relative positions, as the default one has."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = reference / "electra" / "discriminator"
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    encoded = tokenizer("The people of this nation.", "They speak.", return_tensors="pt")
+    batch = Batch.from_padded(encoded["input_ids"], None, encoded["token_type_ids"])
+    with torch.no_grad():
+        theirs = model(**encoded).last_hidden_state[0]
+        ours = load_pretrained(folder).encoder().eval()(batch)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_absolute_positions_give_a_directory_that_transformers_loads(cache: None, tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def similarity(a_HW3: Tensor, b_HW3: Tensor) -> Tensor:
     a, b = a_HW3.permute(2, 0, 1), b_HW3.permute(2, 0, 1)
     every = torch.cat([a, b, a * a, b * b, a * b])
     rows, columns = (_blur(side, str(a_HW3.device)) for side in a_HW3.shape[:2])
-    blurred = rows @ (
-        every @ columns.t()
-    )  # many times faster than convolutions
+    blurred = rows @ (every @ columns.t())  # many times faster than convolutions
     mean_a, mean_b, square_a, square_b, product = blurred.split(3)
     variances, covariance = square_a - mean_a**2 + square_b - mean_b**2, product - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2

@@ -18,7 +18,8 @@ class PicturesConfig:
         room: number of that room.
         density: its Gaussians per square metre.
         views: pictures of it.
-        width: pixels; wider pictures are shrunk to it, 0 leaves them; the room's have three quarters of it in height.
+        width: pixels of a row; wider pictures are shrunk to it, 0 leaves them; the height of the room's is three
+            quarters of it.
         test_every: each so many-th picture is held out.
         drop_blurred: share of the training pictures, the least sharp, that are left out.
         depth: use depth pictures where there are any.

@@ -137,6 +137,11 @@ def trained_on_fitted(study: Study, seed: int) -> dict[str, float]:
     return {"gain_of_fitted": gain, **{f"f_miou_{name}": value for name, value in found.items()}}
 
 
+def correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's; 0 where one of the two stays the same."""
+    return float(spearmanr(a, b).statistic) if len({*a}) > 1 and len({*b}) > 1 else 0.0
+
+
 def by_length(study: Study, seed: int) -> dict[str, float]:
     """Claim Pg: over fits of some rooms that were stopped at several lengths."""
 
@@ -157,7 +162,7 @@ def by_length(study: Study, seed: int) -> dict[str, float]:
                 psnrs[-1].append(fitting.measure()["psnr"])
                 scores[-1].append(score_of(study, model, [room], texts))
         means = torch.tensor(psnrs).mean(0), torch.tensor(scores).mean(0)
-        found = {"spearman_fits": statistics.fmean(float(spearmanr(a, b).statistic) for a, b in zip(psnrs, scores))}
+        found = {"spearman_fits": statistics.fmean(correlation(a, b) for a, b in zip(psnrs, scores))}
         for name, values in zip(("psnr", "f_miou"), means):
             found |= {f"{name}_{kind}": float(values[at]) for kind, at in (("shortest", 0), ("longest", -1))}
         return found

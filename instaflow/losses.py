@@ -48,8 +48,8 @@ def sample_times(
     """Training times [count] in the paper's direction.
 
     Args:
-        schedule: `uniform` (reflow), `t0` (one-step distillation: always the noise end), or a number k as text
-            (k-step distillation: {0, 1/k, .., (k-1)/k}).
+        schedule: `uniform` (reflow), `t0` (one-step distillation: always the noise end), `t1` (always the data end:
+            one step from an image to its noise), or a number k as text (k-step distillation: {0, 1/k, .., (k-1)/k}).
         eps: times are squeezed into [eps, 1]. 0 here, so that training and sampling see the same time; the CIFAR-10
             code of Rectified Flow has 1e-3.
     """
@@ -57,11 +57,13 @@ def sample_times(
         t_B = torch.rand(count, generator=generator, device=device)
     elif schedule == "t0":
         t_B = torch.zeros(count, device=device)
+    elif schedule == "t1":
+        t_B = torch.ones(count, device=device)
     elif schedule.isdigit() and int(schedule) > 0:
         k = int(schedule)
         t_B = torch.randint(0, k, (count,), generator=generator, device=device).float() / k
     else:
-        raise UserError(f"time schedule {schedule!r}: expected uniform, t0 or a number of steps such as 4")
+        raise UserError(f"time schedule {schedule!r}: expected uniform, t0, t1 or a number of steps such as 4")
     return t_B * (1 - eps) + eps
 
 

@@ -195,13 +195,14 @@ class SearchNetwork(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images to logits [B, K]."""
-        if x_BCHW.device.type == "cpu" and self.training and any(cell.fused for cell in self.cells):
-            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         if self.config.stem == "imagenet":
             s0_BCHW = self.get_submodule("stem0")(x_BCHW)
             s1_BCHW = self.get_submodule("stem1")(s0_BCHW)
         else:
             s0_BCHW = s1_BCHW = self.get_submodule("stem")(x_BCHW)
+        if x_BCHW.device.type == "cpu" and self.training and any(cell.fused for cell in self.cells):
+            # Not before: over the stem's many pixels torch sums a channels-last batch norm less exactly.
+            s0_BCHW, s1_BCHW = (s.contiguous(memory_format=torch.channels_last) for s in (s0_BCHW, s1_BCHW))
         kinds = (False, True)
         op_weights = {reduction: self.op_weights(reduction) for reduction in kinds}
         edge_weights = {reduction: self.edge_weights(reduction) for reduction in kinds}

@@ -289,11 +289,15 @@ class MoELayer(nn.Module):
         """x [..., D] -> MoEOutput; `used_token` [...] is 0 for padding, whose output is zero."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
-        y_TD = self.dispatch(x_TD, routing)
-        if self.mlp is not None and self.coefficient is not None:
-            share_T2 = torch.softmax(self.coefficient(x_TD), dim=-1)
-            y_TD = y_TD * share_T2[:, :1] + self.mlp(x_TD) * share_T2[:, 1:]
+        y_TD = self.with_dense_expert(self.dispatch(x_TD, routing), x_TD)
         return MoEOutput(y_TD.view(x.shape), routing.aux_loss, routing.z_loss, routing.requested_E)
+
+    def with_dense_expert(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """The mixture's result beside the dense expert's, each by its share of a learnt softmax; as is without one."""
+        if self.mlp is None or self.coefficient is None:
+            return y_TD
+        share_T2 = torch.softmax(self.coefficient(x_TD), dim=-1)
+        return y_TD * share_T2[:, :1] + self.mlp(x_TD) * share_T2[:, 1:]
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Send every kept route's token to its expert and bring the weighted results back, [T, D]."""

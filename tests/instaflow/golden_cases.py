@@ -74,8 +74,10 @@ def loss_case(case: Case) -> None:
     given, wanted, config = case.group("in"), case.group("out"), case.config
     toy = ToyVelocity(case)
     t = given["t"]
-    drawn = sample_times(64, config["t_schedule"], eps=config["eps"], generator=torch.Generator().manual_seed(0))
-    if config["t_schedule"] == "uniform":
+    law, law_of_loss = str(config["t_schedule"]), config.get("loss", "l2")
+    assert law_of_loss == "l2", f"loss {law_of_loss!r}: only l2 is checked here"
+    drawn = sample_times(64, law, eps=config["eps"], generator=torch.Generator().manual_seed(0))
+    if law == "uniform":
         assert config["eps"] <= float(drawn.min()) < float(drawn.max()) <= 1
     else:  # the recorded times must be among those that the schedule can draw
         assert bool((t[:, None] - drawn.unique()[None]).abs().amin(1).lt(1e-6).all())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.data.pairs import generate_pairs
 from common.errors import UserError
+from common.paths import REPOSITORY
 from common.teacher import PREDICTION_TYPES, NoiseSchedule, read_schedule
 from instaflow.flow import (
     FlowSource,
@@ -27,7 +28,9 @@ from instaflow.flow import (
 )
 from instaflow.losses import rectified_flow_loss, sample_times
 from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
+from tests.golden_case import Case, load_case
 from tests.instaflow.gaussian_flow import gaussian_flow
+from tests.instaflow.golden_cases import ToyVelocity, loss_case
 
 STATES = torch.zeros(4, 6, 16)
 
@@ -186,6 +189,7 @@ def test_the_optimal_coupling_is_recovered_by_the_reflow_target() -> None:
 def test_k_step_times_are_the_starts_of_k_equal_steps() -> None:
     drawn = sample_times(200, "4", generator=torch.Generator().manual_seed(0))
     assert sorted(set(drawn.tolist())) == [0.0, 0.25, 0.5, 0.75]
+    assert sample_times(3, "t1", eps=0.25).tolist() == sample_times(3, "t1").tolist() == [1.0, 1.0, 1.0]
     for wrong in ("0", "some", "-1"):
         with pytest.raises(UserError, match="time schedule"):
             sample_times(2, wrong)
@@ -202,3 +206,20 @@ def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> Non
     torch.testing.assert_close(rows["x1"], wanted, atol=2e-3, rtol=2e-3)
     assert made.evaluations == 6
     assert made.describe()["flow"] != FlowSource(UNetFlow(teacher.vae), teacher).describe()["flow"]
+
+
+def test_the_time_law_t1_teaches_the_velocity_at_the_picture() -> None:
+    """A recorded step of the authors' loss at t0, turned to t = 1: its value and gradients in float64, by the formula."""
+    case = load_case(REPOSITORY / "tests" / "golden" / "instaflow" / "rf_loss_distill_t0.safetensors")
+    z0, z1 = case.tensors["in/z0"], case.tensors["in/z1"]
+    toy = ToyVelocity(case).double()
+    t = torch.ones(len(z0))
+    # At t = 1 the network reads the picture itself, and its label is 999.
+    shift = torch.tanh(toy.t(torch.ones(len(z0), 1, dtype=torch.float64)))[:, :, None, None]
+    loss = (toy.conv(z1.double()) + shift - (z1 - z0).double()).square().mean()
+    loss.backward()
+    out = {"x_t": z1, "labels": 999.0 * t, "loss": loss.detach().float()}
+    out |= {f"grad/{name}": p.grad.float() for name, p in toy.named_parameters() if p.grad is not None}
+    tensors = {f"param/{name}": value for name, value in case.group("param").items()}
+    tensors |= {"in/z0": z0, "in/z1": z1, "in/t": t} | {f"out/{name}": value for name, value in out.items()}
+    loss_case(Case(case.path, "rf_loss_t1", case.source, config={**case.config, "t_schedule": "t1"}, tensors=tensors))

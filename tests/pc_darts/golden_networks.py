@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pc_darts.architect import Architect
 from pc_darts.config import FinalConfig, SearchConfig
 from pc_darts.counting import count
-from pc_darts.genotypes import PUBLISHED, Genotype, derive, edge_softmax
+from pc_darts.genotypes import PUBLISHED, Genotype, derive, edge_softmax, node_count
 from pc_darts.model import AuxiliaryHead, FinalNetwork
 from pc_darts.operations import channel_shuffle, drop_path
 from pc_darts.search_space import Cell, MixedOp, SearchNetwork
@@ -56,6 +56,7 @@ def check_mixed_op(case: Case) -> None:
 
 def check_cell(case: Case) -> None:
     config, given, expected = case.config, case.group("in"), case.group("out")
+    refuse_other_outputs(config, config["steps"])
     search = SearchConfig(channels=config["C"], nodes=config["steps"], partial=config["k"])
     for fused in (False, True):
         cell = Cell(
@@ -75,13 +76,24 @@ def check_cell(case: Case) -> None:
         in_both_modes(cell, run, expected, "y")
 
 
+def refuse_other_outputs(config: dict[str, Any], nodes: int) -> None:
+    """What the authors' constructors take beside the number of nodes, and ours do not."""
+    multiplier, stem = config.get("multiplier", nodes), config.get("stem_multiplier", 3)
+    assert multiplier == nodes, f"multiplier {multiplier} with {nodes} nodes: a cell's output is all its nodes here"
+    assert stem == 3, f"stem_multiplier {stem}: it is 3 here"
+
+
 def network_of(case: Case, stem: str, fused: bool) -> SearchNetwork:
-    """A search network with the recorded weights, alphas and betas."""
+    """A search network with the recorded weights, alphas and betas; the number of nodes follows from the alphas."""
     config, given = case.config, case.group("in")
+    nodes = node_count(len(given["alphas_normal"]))
+    assert config.get("steps", nodes) == nodes, "the alphas are those of another number of nodes"
+    refuse_other_outputs(config, nodes)
     network = SearchNetwork(
         SearchConfig(
             channels=config["C"],
             cells=config["layers"],
+            nodes=nodes,
             classes=config["num_classes"],
             partial=config["k"],
             stem=stem,  # type: ignore[arg-type]

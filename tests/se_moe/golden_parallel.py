@@ -24,27 +24,40 @@ def _of_rank(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
+# What a record of DeepSpeed's layer says; of the last ones a single value is read.
+LAYER_OPTIONS = {"world", "d", "h", "E", "T", "k", "cf", "minc", "aux", "seed", "drop_tokens", "drop_policy"}
+RESIDUAL = ("residual", "use_residual")
+LAYER_ONLY: dict[str, Any] = {"noisy_gate_policy": None, "use_tutel": False, "enable_expert_tensor_parallelism": False}
+
+
 def _layer_on_rank(rank: int, case: Case) -> dict[str, Tensor]:
     config, param = case.config, case.group("param")
+    unknown = config.keys() - LAYER_OPTIONS - set(RESIDUAL) - LAYER_ONLY.keys()
+    assert not unknown, f"options {sorted(unknown)} of DeepSpeed's layer are not known here"
+    for name, value in LAYER_ONLY.items():
+        assert config.get(name, value) == value, f"option {name} is {config[name]!r}: missing here"
     given = _of_rank(case.group("in"), rank)
-    layer = MoELayer(config["d"], config["h"], config["E"], GateConfig(config["k"]), make_groups())
+    dense = {name: value for name, value in param.items() if name.startswith(("mlp.", "coefficient."))}
+    residual = any(config.get(name, False) for name in RESIDUAL)
+    assert residual == bool(dense), "a residual layer has a dense expert and its coefficient, and no other has"
+    layer = MoELayer(config["d"], config["h"], config["E"], GateConfig(config["k"]), make_groups(), residual)
     first = rank * layer.num_local
-    state = {"deepspeed_moe.gate.wg.weight": param["gate.weight"]}
+    state = {"deepspeed_moe.gate.wg.weight": param["gate.weight"], **dense}
     for name, value in param.items():
         if (match := re.fullmatch(r"experts\.(\d+)\.(.*)", name)) and 0 <= int(match[1]) - first < layer.num_local:
             state[f"deepspeed_moe.experts.deepspeed_experts.{int(match[1]) - first}.{match[2]}"] = value
     layer.load_state_dict(state, strict=True)
     x = given["x"].clone().requires_grad_()
     logits = F.linear(x, layer.gate.wg.weight)
-    limits = (config["cf"], config["minc"])
+    limits = (config["cf"], config["minc"], config.get("drop_tokens", True))
     noise, used = given.get("gumbel_noise"), given.get("used_token")
     if config["k"] == 1:
         routing = switch_routing(logits, *limits, used_token_T=used, rts_TE=given.get("uniform_rts"), noise_TE=noise)
     elif config["k"] == 2:
         routing = gshard_routing(logits, *limits, used_token_T=used, noise_TE=noise)
     else:
-        routing = topk_routing(logits, config["k"], *limits, used_token_T=used)
-    y = layer.dispatch(x, routing)
+        routing = topk_routing(logits, config["k"], *limits, config.get("drop_policy", "probs"), used)
+    y = layer.with_dense_expert(layer.dispatch(x, routing), x)
     ((y * given["upstream"]).sum() + config["aux"] * routing.aux_loss).backward()
     assert x.grad is not None and layer.gate.wg.weight.grad is not None
     found = {
@@ -54,6 +67,10 @@ def _layer_on_rank(rank: int, case: Case) -> dict[str, Tensor]:
         f"rank{rank}.grad_x": x.grad,
         f"rank{rank}.grad.gate.weight": layer.gate.wg.weight.grad,
     }
+    for name in dense:
+        gradient = layer.get_parameter(name).grad
+        assert gradient is not None
+        found[f"rank{rank}.grad.{name}"] = found[f"grad.{name}"] = gradient
     for i, expert in enumerate(layer.local_experts):
         for name, parameter in expert.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

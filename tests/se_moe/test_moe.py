@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from common.paths import REPOSITORY
 from se_moe import moe
 from se_moe.communication import make_groups
 from se_moe.config import GateConfig, ModelConfig
 from se_moe.model import MoELanguageModel, global_names, initialise
 from se_moe.moe import MoELayer, stacked
+from tests.golden_case import Case, assert_close, load_case
+from tests.se_moe.golden_parallel import _layer_on_rank
 from tests.se_moe.ranks import run_ranks
 
 SMALL = ModelConfig(
@@ -322,3 +325,35 @@ def test_the_lean_feed_forward_has_the_gradients_of_the_plain_one() -> None:
     torch.testing.assert_close(found, wanted)
     with torch.no_grad():
         torch.testing.assert_close(layer(x_BLD), plain(x_BLD))
+
+
+def test_the_residual_layer_has_deepspeeds_output_and_gradients() -> None:
+    """DeepSpeed's recorded mixture, mixed with a dense expert as its layer does; gradients by autograd and by parts."""
+    case = load_case(REPOSITORY / "tests" / "golden" / "se_moe" / "ds_moe_layer_top1_1rank.safetensors")
+    plain, out = case.group("param"), case.group("out")
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"mlp.fc1.weight": (20, 12), "mlp.fc1.bias": (20,), "mlp.fc2.weight": (12, 20), "mlp.fc2.bias": (12,)}
+    shapes |= {"coefficient.weight": (2, 12), "coefficient.bias": (2,)}
+    dense = {n: (torch.randn(s, generator=generator) / 3).requires_grad_() for n, s in shapes.items()}
+    x, upstream = case.tensors["in/rank0.x"], case.tensors["in/rank0.upstream"]
+    share = F.linear(x, dense["coefficient.weight"], dense["coefficient.bias"]).softmax(-1)
+    hidden = F.gelu(F.linear(x, dense["mlp.fc1.weight"], dense["mlp.fc1.bias"]))
+    y = out["rank0.y"] * share[:, :1] + F.linear(hidden, dense["mlp.fc2.weight"], dense["mlp.fc2.bias"]) * share[:, 1:]
+    (y * upstream).sum().backward()
+    tensors = {name: value for name, value in case.tensors.items() if name.startswith("in/")}
+    tensors |= {f"param/{name}": value for name, value in plain.items()}
+    tensors |= {f"param/{name}": value.detach() for name, value in dense.items()}
+    tensors |= {f"out/rank0.grad.{name}": value.grad for name, value in dense.items() if value.grad is not None}
+    tensors |= {"out/rank0.y": y.detach(), "out/rank0.l_aux": out["rank0.l_aux"]}
+    residual = Case(case.path, case.stem, case.source, config={**case.config, "residual": True}, tensors=tensors)
+    mixed = _layer_on_rank(0, residual)
+    for name, value in residual.group("out").items():
+        assert_close(mixed[name], value, name)
+    # The experts see what reaches them through their share, in the layer that is recorded without a dense expert.
+    scaled = {**case.tensors, "in/rank0.upstream": upstream * share[:, :1].detach()}
+    alone = _layer_on_rank(0, Case(case.path, case.stem, case.source, config=case.config, tensors=scaled))
+    for name in (name for name in alone if name.startswith("grad.experts")):
+        assert_close(mixed[name], alone[name], name)
+    with pytest.raises(AssertionError, match="option use_tutel is True: missing here"):
+        residual.config["use_tutel"] = True
+        _layer_on_rank(0, residual)

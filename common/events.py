@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -108,10 +108,14 @@ class Board:
         for logger in self._loggers:
             logger.save()
 
-    def close(self) -> None:
-        """No more will come."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """No more will come, also where the loop failed: the writers' threads end."""
         for logger in self._loggers or ():
-            logger.finalize("success")
+            logger.finalize("success" if kind is None else "failed")
+        self._loggers = None
 
     def _pictures(self) -> list[Path]:
         found = (path for name in DRAWN for path in (self.folder / name).glob("*") if path.suffix in (".png", ".svg"))

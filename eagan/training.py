@@ -262,7 +262,7 @@ class Loop(ABC):
         last = self.total if stop_after is None else min(stop_after, self.total)
         show = self.run_options.progress and not os.environ.get("CI")
         bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, Steps() as steps:
+        with bar, self.board, Steps() as steps:
             while self.step < last:
                 self._one_step()
                 self.step += 1

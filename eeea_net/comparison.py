@@ -141,7 +141,8 @@ class Comparison:
             board.keep([row], last.number + 1)
 
         found = Search(options, self.scale, evaluator, self.folder / name, config.seed, after)
-        found.run()
+        with board:
+            found.run()
         if not found.chosen():
             raise UserError(f"{name}: every network diverged; try a lower --proxy.lr")
         self._export(name, found)

@@ -196,7 +196,7 @@ class Loop(ABC):
         show = self.run_options.progress and not os.environ.get("CI")
         last, per_epoch = self.total_steps, self.batches.steps_per_epoch
         bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, Steps() as steps:
+        with bar, self.board, Steps() as steps:
             for x_BCHW, y_B in self.batches.run(self.step, last):
                 self._one_step(x_BCHW, y_B)
                 self.step += 1

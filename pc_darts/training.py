@@ -275,7 +275,7 @@ class Loop(ABC, Generic[N]):
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         show = self.run_options.progress and self.machine.main and not os.environ.get("CI")
         bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, Steps() as steps:
+        with bar, self.board, Steps() as steps:
             for batch in self.batches(self.step, last):
                 self._one_step(*batch)
                 self.step += 1

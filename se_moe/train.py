@@ -87,7 +87,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
         return ""
 
     board = Board(folder, config.logger, first, main)
-    with log_file(folder / "log.jsonl", first, main) as write, Steps() as steps:
+    with log_file(folder / "log.jsonl", first, main) as write, board, Steps() as steps:
         while trainer.done < config.steps:
             profiled: dict[str, bool] = {}
             if trainer.done == first + 2:

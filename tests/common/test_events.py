@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,19 @@ def test_the_grids_that_a_trainer_draws_are_in_its_event_files(tmp_path: Path) -
 
 def test_a_board_writes_each_row_once_and_each_picture_where_it_was_drawn(tmp_path: Path) -> None:
     rows = [{"step": 10, "loss": 2.0, "note": "words"}]
-    board = Board(tmp_path, "tensorboard", step=0)
-    assert not list(tmp_path.iterdir())
-    board.keep(rows, 10)
-    (tmp_path / "epochs").mkdir()
-    square = '<rect width="4" height="8" fill="rgb(255,0,0)"/>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8">{square}</svg>'
-    (tmp_path / "epochs" / "001_normal.svg").write_text(svg)
-    rows.append({"step": 20, "loss": 1.0, "note": "words"})
-    board.keep(rows, 20)
-    board.keep(rows, 20)
-    board.close()
+    before = threading.active_count()
+    with pytest.raises(InterruptedError), Board(tmp_path, "tensorboard", step=0) as board:
+        assert not list(tmp_path.iterdir())
+        board.keep(rows, 10)
+        (tmp_path / "epochs").mkdir()
+        square = '<rect width="4" height="8" fill="rgb(255,0,0)"/>'
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8">{square}</svg>'
+        (tmp_path / "epochs" / "001_normal.svg").write_text(svg)
+        rows.append({"step": 20, "loss": 1.0, "note": "words"})
+        board.keep(rows, 20)
+        board.keep(rows, 20)
+        raise InterruptedError
+    assert threading.active_count() <= before, "a thread that is left would be forked into other processes"
     found = read(tmp_path)
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(10, 2.0), (20, 1.0)]
     (image,) = found.Images("epochs/normal")
@@ -61,9 +64,8 @@ def test_a_board_writes_each_row_once_and_each_picture_where_it_was_drawn(tmp_pa
 def test_a_start_that_goes_on_writes_neither_the_rows_nor_the_pictures_of_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "rounds").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "rounds" / "01.png")
-    board = Board(tmp_path, "tensorboard", step=10)
-    board.keep([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], 20)
-    board.close()
+    with Board(tmp_path, "tensorboard", step=10) as board:
+        board.keep([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], 20)
     found = read(tmp_path)
     assert [event.step for event in found.Scalars("loss")] == [20] and found.Tags()["images"] == []
 
@@ -112,9 +114,9 @@ def test_a_wandb_run_is_kept_with_its_numbers_and_pictures(tmp_path: Path) -> No
     Image.new("RGB", (4, 4)).save(tmp_path / "step_000001.png")
     code = (
         "import sys; from pathlib import Path; from common.events import Board; here = Path(sys.argv[1]); "
-        "b = Board(here, 'wandb'); (here / 'samples').mkdir(); "
+        "b = Board(here, 'wandb').__enter__(); (here / 'samples').mkdir(); "
         "(here / 'step_000001.png').rename(here / 'samples' / 'step_000001.png'); "
-        "b.keep([{'step': 1, 'loss': 2.0}], 1); b.close()"
+        "b.keep([{'step': 1, 'loss': 2.0}], 1); b.__exit__(None)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -209,7 +209,7 @@ def test_a_flow_makes_pairs_by_euler_with_guided_velocity(tmp_path: Path) -> Non
 
 
 def test_the_time_law_t1_teaches_the_velocity_at_the_picture() -> None:
-    """A recorded step of the authors' loss at t0, turned to t = 1: its value and gradients in float64, by formula."""
+    """A recorded step at t0, turned to t = 1: value and gradients of the loss in float64, by the formula."""
     case = load_case(REPOSITORY / "tests" / "golden" / "instaflow" / "rf_loss_distill_t0.safetensors")
     z0, z1 = case.tensors["in/z0"], case.tensors["in/z1"]
     toy = ToyVelocity(case).double()

@@ -1,6 +1,6 @@
 """Muon for networks with convolutions: orthogonalised momentum for weight matrices, Adam for everything else.
 
-Not of the paper, which uses Adam: the small teachers are trained with it because a CPU sees few images.
+Of none of the papers, which use Adam: small models are trained with it because a CPU sees few images.
 `torch.optim.Muon` takes 2-D parameters only, and would be a second optimiser; this one takes a whole network.
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); scale of the step after
 J. Liu et al., "Muon is scalable for LLM training" (2025), equation 4, so that one learning rate serves both rules.

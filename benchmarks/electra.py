@@ -337,7 +337,7 @@ class Arm:
 
 def prepare(size: str, folder: Path) -> None:
     """Write the peer's networks from our weights."""
-    from electra.convert import save_transformers
+    from electra.layouts import save_transformers
 
     save_transformers(build(size), folder / "network")
 

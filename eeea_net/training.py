@@ -124,7 +124,7 @@ class Loop(ABC):
         about: what a checkpoint must agree with to be gone on from.
     """
 
-    board: Board
+    board: Board | None = None
     fused = True  # the optimiser's form; these networks have hundreds of small tensors
 
     def __init__(
@@ -249,7 +249,8 @@ class Loop(ABC):
         save_checkpoint(self._place, state, state["network"], self.step)
         if self.rows:
             write_atomically(self.folder / "log.csv", self._write_log)
-        self.board.keep(self.rows, self.step)
+        if self.board is not None:
+            self.board.keep(self.rows, self.step)
         return f"step {self.step} is saved in {self._place}"
 
     def _write_log(self, temporary: Path) -> None:

@@ -23,9 +23,9 @@ def load_discriminator(folder: str | Path) -> ElectraForPreTraining:
     from common.files import read_object
     from common.paths import existing_path
     from common.pretrained import from_folder
-    from electra.convert import MODEL_TYPE
+    from electra.layouts import MODEL_TYPE, encoder_folder
 
-    place = existing_path(folder)
+    place = encoder_folder(existing_path(folder))
     kind = read_object(place / "config.json", f"{place}: expected a folder that train.py exported").get("model_type")
     if kind != MODEL_TYPE:
         raise UserError(f"{place}: model type {kind}; stock transformers reads {MODEL_TYPE}, with absolute positions")
@@ -35,6 +35,7 @@ def load_discriminator(folder: str | Path) -> ElectraForPreTraining:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The vocabulary of such a folder; UserError where there is none."""
     from common.paths import existing_path
+    from electra.layouts import encoder_folder
     from electra.wordpiece import load_tokenizer as load
 
-    return load(existing_path(folder))
+    return load(encoder_folder(existing_path(folder)))

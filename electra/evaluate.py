@@ -51,8 +51,8 @@ def evaluate_encoders(
     """
     import statistics
 
-    from electra.convert import encoder_folder, load_pretrained
     from electra.finetuning import finetune
+    from electra.layouts import encoder_folder, load_pretrained
     from electra.wordpiece import load_tokenizer
 
     places = {folder: encoder_folder(folder) for folder in directories}
@@ -156,8 +156,8 @@ def predict_lines(
     Raises:
         UserError: the file has no line, or for questions one without a passage.
     """
-    from electra.convert import encoder_folder
     from electra.finetuning import answer_text, finetune_model, predict
+    from electra.layouts import encoder_folder
     from electra.tasks import Item
     from electra.wordpiece import load_tokenizer
 

@@ -28,12 +28,12 @@ from common.study import CHECKPOINT_EVERY, Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from electra.adversarial import AdversarialPretrainer, sample_entropy
 from electra.config import DataConfig, ElectraConfig, ElectraRun, FinetuneConfig, OptimiserConfig, TrainerConfig
-from electra.convert import Pretrained
 from electra.data import PretrainingData, StepBatches, corpus_counts, held_out_batches, open_examples, open_tokenizer
 from electra.examples import ExampleStore
 from electra.fetch_text import find_text
 from electra.finetuning import FinetuneResult, finetune
 from electra.flops import steps_for, training_flops
+from electra.layouts import Pretrained
 from electra.masking import Corrupted, SpecialIds, corrupt
 from electra.model import Batch
 from electra.objectives import ElectraPretrainer, auc

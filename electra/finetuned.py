@@ -28,8 +28,8 @@ from common.errors import UserError
 from common.files import read_object, write_json
 from common.weights import save_weights
 from electra.config import ElectraConfig
-from electra.convert import Pretrained, StateDict, infer_config, load_pretrained, to_official, transformers_config
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead
+from electra.layouts import Pretrained, StateDict, infer_config, load_pretrained, to_official, transformers_config
 from electra.model import Batch, Encoder
 
 Architecture = Literal[
@@ -108,7 +108,7 @@ class FinetunedNetwork(nn.Module):
 def finetuned_from_transformers(
     config: ElectraConfig, values: Mapping[str, Any], architecture: str, state: Mapping[str, Tensor], choices: int = 1
 ) -> FinetunedNetwork:
-    """The network of transformers' weights, as `electra.convert.from_transformers` renamed them.
+    """The network of transformers' weights, as `electra.layouts.from_transformers` renamed them.
 
     Args:
         values: config.json.
@@ -143,7 +143,7 @@ def load_finetuned(directory: Path, choices: int = 1) -> FinetunedNetwork:
     """A fine-tuned network of a transformers directory.
 
     Raises:
-        UserError: see `electra.convert.load_pretrained` and `finetuned_from_transformers`.
+        UserError: see `electra.layouts.load_pretrained` and `finetuned_from_transformers`.
     """
     found = load_pretrained(directory)
     values = read_object(directory / "config.json")
@@ -304,7 +304,7 @@ def import_finetuned(
 
     Args:
         variables: official; `state` the same under our names.
-        heads: of the attention, see `electra.convert.infer_config`.
+        heads: of the attention, see `electra.layouts.infer_config`.
     """
     config = infer_config(state, heads)
     encoder = {name: value for name, value in state.items() if name.startswith("electra.")}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from common.errors import UserError, stop_if_not_finite
 from common.processes import say_once
 from electra.config import ElectraConfig, FinetuneConfig
-from electra.convert import Pretrained, load_pretrained
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates, best_span
+from electra.layouts import Pretrained, load_pretrained
 from electra.model import Batch, Encoder
 from electra.optim import OfficialAdam, clip_global_norm, learning_rate, parameter_groups, set_learning_rate
 from electra.tasks import Item, Task

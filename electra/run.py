@@ -23,7 +23,12 @@ from common.training import EveryNSteps, check_trainer, holds_work, open_run_fol
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
-from electra.convert import (
+from electra.corpora import load_corpus
+from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
+from electra.evaluate import open_tasks
+from electra.examples import ExampleStore
+from electra.flops import training_flops
+from electra.layouts import (
     encoder_folder,
     generator_folder,
     load_pretrained,
@@ -31,11 +36,6 @@ from electra.convert import (
     save_transformers,
     why_not_stock,
 )
-from electra.corpora import load_corpus
-from electra.data import PretrainingData, corpus_counts, open_examples, open_tokenizer
-from electra.evaluate import open_tasks
-from electra.examples import ExampleStore
-from electra.flops import training_flops
 from electra.masking import SpecialIds
 from electra.objectives import ElectraPretrainer
 from electra.tasks import Task

@@ -29,7 +29,7 @@ def load_pipeline(
     from common.errors import UserError
     from common.options import chosen_device
     from common.paths import existing_path
-    from common.pretrained import quiet_libraries
+    from common.pretrained import from_folder, quiet_libraries
     from common.teacher import open_pipeline
 
     folder = existing_path(adaptors)
@@ -41,5 +41,5 @@ def load_pipeline(
     read_adaptors(folder, pipeline.unet)  # says by name what does not fit
     with quiet_libraries():  # they miss adaptors of the text encoder
         pipeline.load_lora_weights(str(folder), weight_name=FILE)
-    pipeline.scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    pipeline.scheduler = from_folder(DDIMScheduler, folder / "scheduler")
     return pipeline

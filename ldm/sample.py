@@ -348,7 +348,8 @@ def _from_run(options: argparse.Namespace, size: tuple[int, int] | None) -> list
     config, task = run.config, run.config.task
     refuse_other_options(options, task, options.model)
     if options.classifier and task != "class":
-        raise UserError(f"--classifier guides runs of task class; {options.model} was trained for task {task}")
+        trained = f"was trained for task {task}, which has no classes"
+        raise UserError(f"--classifier guides runs of task class; {options.model} {trained}")
     side = size or (config.data.size, config.data.size)
     multiple = run.latent_factor * 2 ** (len(config.unet.channel_mult) - 1)
     check_drawing(size, multiple, options.steps, config.diffusion.timesteps)

@@ -1,7 +1,7 @@
 """Pictures of a room that nobody has seen -> a splat that is fitted to them -> a page that finds things in it by words.
 
     python scenesplat/demo.py                                   # runs/scenesplat-demo/page.html
-    python scenesplat/demo.py --pictures FOLDER --up -y         # the user's own: transforms.json, or COLMAP's folder
+    python scenesplat/demo.py --pictures FOLDER --up=-y         # the user's own: transforms.json, or COLMAP's folder
     python scenesplat/demo.py --steps 300 --output runs/quick
 
 Some ten minutes on two CPU cores; started again, it goes on where it stopped. Open page.html in any browser.

@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from common.data.sampling import derive_seed
 from common.errors import UserError, stop_if_not_finite
+from common.events import Board
 from common.files import write_atomically
 from common.images import save_grid
 from common.metrics.image import SIGMA, WINDOW
@@ -214,7 +216,8 @@ class Fitting:
         show = self.config.progress and not os.environ.get("CI")
         bar = tqdm(total=last, initial=self.step, desc="fit", unit="step", mininterval=1.0, disable=not show)
         began = time.perf_counter() - self.seconds
-        with bar, Steps() as steps:
+        board = Board(self._folder, self.config.logger, self.step) if self._folder else None
+        with bar, board or nullcontext(), Steps() as steps:
             while self.step < last:
                 found = self._one_step()
                 self.step += 1
@@ -225,6 +228,8 @@ class Fitting:
                     bar.set_postfix_str(f"PSNR {row['psnr']:.2f} dB, {len(self):,} Gaussians", refresh=False)
                 if self.step % self.config.checkpoint_every == 0 or self.step == last:
                     self.save()
+                    if board is not None:
+                        board.keep(self.rows, self.step)
                 bar.update()
                 steps.ended(self.save)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from common.errors import stop_if_not_finite
 from scenesplat.gaussians import Gaussians
 from scenesplat.losses import cosine_loss, l2_loss
 from scenesplat.model import unit
@@ -41,11 +42,13 @@ def fit(features_ND: Tensor, code: int, seed: int, steps: int = STEPS) -> tuple[
         network = Autoencoder(features_ND.shape[1], code)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(network.parameters(), RATE)
-    for _ in range(steps):
+    for step in range(steps):
         batch = features_ND[torch.randint(len(features_ND), (BATCH,), generator=generator)]
         found = network(batch)
+        loss = cosine_loss(found, batch) + l2_loss(found, batch)
+        stop_if_not_finite(float(loss), step, what="loss of the codes' autoencoder")
         optimiser.zero_grad()
-        (cosine_loss(found, batch) + l2_loss(found, batch)).backward()
+        loss.backward()
         optimiser.step()
     network.requires_grad_(False)
     few = features_ND[:: max(1, len(features_ND) // 20_000)]

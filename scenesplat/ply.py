@@ -373,7 +373,7 @@ def _cleaned(scene: Gaussians, path: Path, how: Reading) -> Gaussians:
     if how.up is None and lowest != 2 and room:
         raise UserError(
             f"{path}: the scene is lowest along {'xyz'[lowest]} ({float(spread[lowest]):.3g} m), not along z: say "
-            "which axis of the file points upwards, --up y or --up -y (or --up z, if z does)"
+            "which axis of the file points upwards, --up y or --up=-y (or --up z, if z does)"
         )
     large = scene.scales_N3.exp().amax(1) > LARGEST_SHARE * float(spread.max())
     if bool(large.any()) and not bool(large.all()):

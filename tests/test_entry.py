@@ -54,7 +54,7 @@ def test_a_misspelt_word_is_a_sentence(words: Sequence[str], message: str) -> No
 def test_a_program_runs_as_if_python_had_been_given_its_module(capfd: pytest.CaptureFixture[str]) -> None:
     """Launchers start the other processes of a run by the name of the main module."""
     done = subprocess.run(
-        [sys.executable, "-c", "from common.entry import start; start()", "pc_darts", "drawing", "--no_such"],
+        [sys.executable, "-c", "from common.entry import start; start()", "ldm", "sample", "--no_such"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from electra.config import ElectraConfig
-from electra.convert import from_official
 from electra.finetuned import head_from_official
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
+from electra.layouts import from_official
 from electra.model import Batch, Encoder
 from tests.electra.golden_pretraining import sizes_of
 from tests.golden_case import Case, Check, assert_close

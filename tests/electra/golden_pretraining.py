@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra.config import ElectraConfig, Tying
-from electra.convert import from_official, from_transformers, to_official
 from electra.finetuned import ARCHITECTURES, finetuned_from_transformers
 from electra.flops import (
     Transformer,
@@ -18,6 +17,7 @@ from electra.flops import (
     classifier_inference_flops,
     electra_training_flops,
 )
+from electra.layouts import from_official, from_transformers, to_official
 from electra.masking import Draws, SpecialIds, corrupt, slots_per_row
 from electra.model import Batch, Encoder, MlmHead, OutputBias, RtdHead
 from electra.objectives import ElectraPretrainer

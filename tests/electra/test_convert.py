@@ -18,13 +18,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from electra.config import ElectraConfig
-from electra.convert import (
-    export_official,
+from electra.convert import export_official, import_official, main
+from electra.layouts import (
     from_official,
-    import_official,
     infer_config,
     load_pretrained,
-    main,
     official_name,
     our_name,
     pretraining_state,

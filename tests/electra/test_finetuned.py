@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from electra import convert
 from electra.config import ElectraConfig, FinetuneConfig
-from electra.convert import export_official, import_official, load_pretrained, read_variables, to_official
+from electra.convert import export_official, import_official
 from electra.finetuned import (
     ARCHITECTURES,
     head_from_official,
@@ -28,6 +28,7 @@ from electra.finetuned import (
 )
 from electra.finetuning import FinetuneModel
 from electra.heads import AnswerLogits, ClassificationHead, QuestionAnsweringHead, RegressionHead, answer_candidates
+from electra.layouts import load_pretrained, read_variables, to_official
 from electra.masking import Draws, SpecialIds
 from electra.model import Batch
 from electra.objectives import ElectraPretrainer

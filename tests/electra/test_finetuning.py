@@ -213,7 +213,7 @@ def test_only_the_second_segment_and_cls_may_answer() -> None:
 
 def save_encoder(folder: Path) -> Path:
     """A transformers directory of random weights."""
-    from electra.convert import write_directory
+    from electra.layouts import write_directory
 
     state = {f"electra.{k}": v for k, v in Encoder(TINY).state_dict().items()}
     write_directory(folder, TINY, "ElectraForPreTraining", state)

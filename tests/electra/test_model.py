@@ -133,7 +133,7 @@ def test_states_equal_those_of_transformers() -> None:
     from transformers import ElectraConfig as TheirConfig
     from transformers import ElectraModel
 
-    from electra.convert import transformers_config
+    from electra.layouts import transformers_config
 
     torch.manual_seed(0)
     theirs = ElectraModel(TheirConfig(**transformers_config(TINY, "ElectraForPreTraining"))).eval()

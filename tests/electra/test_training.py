@@ -16,8 +16,8 @@ from common.cli import parse_config
 from common.errors import UserError
 from common.training import load_checkpoint, read_logs
 from electra.config import DataConfig, ElectraConfig, ElectraRun, ModelConfig, TrainerConfig
-from electra.convert import encoder_folder, generator_folder, load_pretrained
 from electra.convert import main as convert
+from electra.layouts import encoder_folder, generator_folder, load_pretrained
 from electra.masking import SpecialIds
 from electra.model import Batch, attend
 from electra.objectives import OBJECTIVES, ElectraPretrainer

@@ -31,7 +31,7 @@ METRICS: dict[str, Any] = {
 
 
 def finished_run(folder: Path) -> Path:
-    config = {"data": {"size": 32}, "trainer": {"max_steps": 7, "batch_size": 4, "threads": 1}}
+    config = {"seed": 0, "data": {"size": 32}, "trainer": {"max_steps": 7, "batch_size": 4, "threads": 1}}
     for name, metrics in (("stage1", {"task": "class", "seconds": METRICS["seconds"]}), ("stage2", METRICS)):
         (folder / name / "model").mkdir(parents=True)
         (folder / name / "config.yaml").write_text(yaml.safe_dump(config))

@@ -163,7 +163,7 @@ def test_bad_options_are_refused(run: Path, words: list[str], sentence: str) -> 
 
 def test_default_weights_are_the_newest_finished_text_stage(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("pixart.sample.PRETRAINED", tmp_path / "absent")
-    monkeypatch.setattr("pixart.sample.REPOSITORY", tmp_path)
+    monkeypatch.setattr("pixart.sample.WORKPLACE", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no trained network was found"):
         default_weights()

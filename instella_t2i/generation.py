@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import instella_t2i.autoregression as autoregression
+import instella_t2i.diffusion as diffusion
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
 from common.files import read_object, write_json
@@ -20,7 +22,6 @@ from common.images import to_uint8
 from common.metrics.measures import EVALUATION_SEED, PromptSet, shapes_prompts, variety
 from common.options import check_ranges
 from common.weights import load_weights, save_weights
-from instella_t2i import autoregression, diffusion
 from instella_t2i.codes import fingerprint
 from instella_t2i.config import DataConfig, SamplingConfig, StreamConfig, TextConfig
 from instella_t2i.data import Pictures

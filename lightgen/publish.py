@@ -16,6 +16,7 @@ from typing import Any
 from common import publishing
 from common.errors import run_main
 from common.paths import RESULTS, WORKPLACE
+from lightgen.geneval import COLUMNS
 
 PRETRAINED = WORKPLACE / "lightgen" / "pretrained"
 CAPTION = "Default run, same prompts and noises: before preferences, after as many steps on the winners, after DPO."
@@ -33,7 +34,7 @@ def about(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any], comm
         data=f"{config['data']['images']} pictures of {metrics['data']}, drawn by {config['teacher']}",
         seeds=[config["seed"]],
         commit=commit,
-        measured=arms[last],
+        measured={key: arms[last][key] for key in COLUMNS if key in arms[last]} or arms[last],
         judge=metrics["judge"],
         held_out=f"{metrics['prompts']} held-out prompts of {metrics['data']}",
         base_model=config["teacher"],

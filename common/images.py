@@ -242,14 +242,14 @@ def make_grid(
     captions: Sequence[str] | None = None,
     tile: int | None = None,
     padding: int = 2,
-    caption_lines: int = 2,
+    caption_lines: int | None = 2,
     font_size: int = 10,
 ) -> Image.Image:
     """Tile a batch into one picture, row by row on white.
 
     images:   what `as_uint8` takes.
     columns:  tiles a row; by default the nearest to a square.
-    captions: one string per image, written under its tile, wrapped and cut to `caption_lines` lines.
+    captions: one string per image, written under its tile, wrapped and cut to `caption_lines` lines; None: not cut.
     tile:     side in pixels to show each image at; whole-number enlargements keep pixels crisp, others are resampled.
     """
     batch = as_uint8(images)
@@ -268,17 +268,19 @@ def make_grid(
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     line = font_size + 2
+    font = ImageFont.load_default(font_size)
+    characters = max(4, int(width / font.getlength("n")))
+    if caption_lines is None:
+        caption_lines = max((len(textwrap.wrap(caption, characters)) for caption in captions or ()), default=0)
     strip = caption_lines * line if captions is not None else 0
     step_x, step_y = width + padding, height + strip + padding
     canvas = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(font_size)
     for index, pixels in enumerate(batch.permute(0, 2, 3, 1).cpu().numpy()):
         left = padding + (index % columns) * step_x
         top = padding + (index // columns) * step_y
         canvas.paste(Image.fromarray(pixels), (left, top))
         if captions is not None:
-            characters = max(4, int(width / draw.textlength("n", font=font)))
             lines = textwrap.wrap(captions[index], characters, max_lines=caption_lines, placeholder="…")
             draw.multiline_text((left, top + height), "\n".join(lines), fill="black", font=font, spacing=2)
     return canvas
@@ -318,4 +320,4 @@ def comparison_grid(arms: Mapping[str, Tensor], prompts: Sequence[str], count: i
     first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:count]
     rows = torch.cat([images[first] for images in arms.values()])
     captions = [f"{arm}: {prompts[i]}" for arm in arms for i in first]
-    return save_png(make_grid(rows, len(first), captions, tile, caption_lines=3), path)
+    return save_png(make_grid(rows, len(first), captions, tile, caption_lines=None), path)

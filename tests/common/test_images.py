@@ -132,6 +132,18 @@ def test_saving_makes_the_folder_and_leaves_no_partial_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
 
 
+def test_captions_that_are_not_cut_get_as_many_lines_as_the_longest_needs() -> None:
+    images, long = noise(2, 40, 40), "a red star to the right of a green square"
+    heights = {
+        lines: np.asarray(make_grid(images, captions=["one", long], caption_lines=lines)).shape[0]
+        for lines in (1, 3, None)
+    }
+    line = (heights[3] - heights[1]) // 2
+    assert (heights[None] - heights[1]) % line == 0 and heights[None] >= heights[3] + line
+    short = make_grid(images, captions=["one", "two"], caption_lines=None)
+    assert np.asarray(short).shape[0] == heights[1]
+
+
 def test_grids_that_cannot_be_made_or_saved_are_explained(tmp_path):
     refused("2 images but 1 captions", make_grid, noise(2, 8, 8), captions=["one"])
     refused("at least one image", make_grid, noise(0, 8, 8))

@@ -47,7 +47,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-_PACKAGES = ("torch", "triton", "numpy", "pytorch-lightning", "diffusers", "transformers", "deepspeed")
+ORIGIN = "origin.json"  # of a run's folder
+_PACKAGES = ("torch", "triton", "numpy", "pytorch-lightning", "diffusers", "transformers", "deepspeed", "peft")
 
 
 @dataclass(frozen=True)
@@ -384,6 +385,26 @@ def provenance(precision: str = "32-true") -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def note_start(folder: Path) -> None:
+    """Add to `folder`/origin.json where and with what a run begins, or goes on, now."""
+    starts, start = starts_of(folder), {"hardware": hardware(), "versions": versions(), "commit": commit()}
+    if start not in starts:
+        write_json(folder / ORIGIN, {"starts": [*starts, start]})
+
+
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """What `note_start` has noted in a run's folder, oldest first; none of a run before there were such notes."""
+    file = folder / ORIGIN
+    return list(read_object(file, kinds={"starts": list})["starts"]) if file.is_file() else []
+
+
+def origin_of(*folders: Path) -> dict[str, Any]:
+    """Hardware, versions and commit of a run, in all its folders and starts; those of now where none are noted."""
+    starts = [start for folder in folders for start in starts_of(folder)]
+    together = _together(starts or [provenance()])
+    return {key: together[key] for key in ("hardware", "versions", "commit")}
 
 
 def _together(made: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -32,20 +32,22 @@ def read_run(folder: Path, *needed: str) -> tuple[dict[str, Any], dict[str, Any]
     return read_yaml(folder / "config.yaml"), read_object(folder / "metrics.json")
 
 
-def origin(*packages: str) -> dict[str, str]:
-    """Facts of every card: hardware, versions of `packages`, commit. Ask before the published files change the tree.
+def origin(folders: Sequence[Path], *packages: str) -> dict[str, str]:
+    """Facts of every card: hardware, versions of `packages` and commit of the training in these folders.
 
     Raises:
-        UserError: code differs from the commit, which the card would then name in vain.
+        UserError: code differed from the commit, which the card would then name in vain.
     """
-    from common.ledger import commit, hardware, versions
+    from common.ledger import origin_of
 
-    if commit().endswith("-dirty"):
+    made = origin_of(*folders)
+    if "-dirty" in made["commit"]:
         raise UserError(
-            "the checkout has changes that are not committed, and a card names the commit of its code: commit first"
+            f"{folders[-1]}: the run's code had changes that were not committed, and a card names the commit of its "
+            "code: commit them and train again"
         )
-    found = ", ".join(f"{name} {version}" for name, version in versions().items() if name in packages)
-    return {"hardware": hardware(), "versions": found, "commit": commit()}
+    found = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if name in packages)
+    return {"hardware": made["hardware"], "versions": found, "commit": made["commit"]}
 
 
 def copy_half(source: Path, target: Path) -> None:

@@ -34,6 +34,7 @@ from common.errors import UserError, first_line, stop_if_not_finite
 from common.events import loggers, show_picture
 from common.files import read_object, read_yaml, reading, sweep, write_atomically, write_json
 from common.kernels.attention import fix_form, use_choices
+from common.ledger import note_start
 from common.options import TrainerOptions, check_ranges
 from common.precision import choose_precision
 from common.processes import (
@@ -295,7 +296,8 @@ class RunFolder:
     moved: Mapping[str, str] = field(default_factory=dict)
 
     def begin(self, inputs: Inputs) -> None:
-        """Refuse a run that was begun with other inputs (`record_inputs`), then write the config and the record.
+        """Refuse a run that was begun with other inputs (`record_inputs`), then write the config and the record, and
+        note on what machine, with which code, it begins or goes on (`common.ledger.note_start`).
 
         Args:
             inputs: fingerprints of what the run learns from.
@@ -313,6 +315,7 @@ class RunFolder:
         write_atomically(saved, lambda temporary: temporary.write_text(self.config_yaml, encoding="utf-8"))
         if record != _recorded_inputs(self.path):
             write_json(self.path / INPUTS, record)
+        note_start(self.path)
 
 
 def open_run_folder(

@@ -52,7 +52,7 @@ def publish(run_dir: Path, name: str) -> Path:
     from common.adaptors import FILE
 
     config, metrics = publishing.read_run(run_dir, "comparison.png", "spectra.png", f"hipa/lora/{FILE}")
-    origin = publishing.origin("torch", "diffusers", "peft")
+    origin = publishing.origin([run_dir], "torch", "diffusers", "peft")
 
     import torch
     from diffusers import StableDiffusionPipeline

@@ -86,7 +86,7 @@ def publish(run_dir: Path, name: str) -> Path:
         UserError: the run is not finished.
     """
     config, metrics = publishing.read_run(run_dir, "comparison.png", "pipeline/model_index.json")
-    origin = publishing.origin("torch", "diffusers", "transformers")
+    origin = publishing.origin([run_dir], "torch", "diffusers", "transformers")
 
     import torch
     from diffusers import StableDiffusionPipeline

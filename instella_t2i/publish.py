@@ -43,7 +43,7 @@ def publish(run_dir: Path, name: str) -> Path:
         UserError: the run is not finished.
     """
     config, metrics = publishing.read_run(run_dir, "reconstructions.png", "table.md")
-    origin = publishing.origin("torch")
+    origin = publishing.origin([run_dir], "torch")
     from instella_t2i.pack import label
     from instella_t2i.tokenizer import ABOUT, WEIGHTS, load_tokenizer
 

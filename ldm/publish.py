@@ -136,7 +136,7 @@ def publish(run_dir: Path, name: str) -> Path:
     from ldm.sample import pipeline_images
 
     config, metrics = publishing.read_run(run_dir, "pipeline/model_index.json", "reconstruction.png")
-    origin = publishing.origin("torch", "diffusers", "transformers")
+    origin = publishing.origin([run_dir], "torch", "diffusers", "transformers")
     target, figures = PRETRAINED / name, RESULTS / "figures" / "ldm"
     publishing.copy_pipeline(run_dir / "pipeline", target)
     pipeline = open_pipeline(target)

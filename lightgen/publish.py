@@ -48,7 +48,7 @@ def publish(run_dir: Path, name: str) -> Path:
         UserError: the run is not finished.
     """
     config, metrics = publishing.read_run(run_dir, "comparison.png", "model/config.json")
-    origin = publishing.origin("torch", "diffusers", "transformers")
+    origin = publishing.origin([run_dir], "torch", "diffusers", "transformers")
 
     from common.costs import parameter_count
     from lightgen.painter import Painter

@@ -115,7 +115,7 @@ def read_stages(run_dir: Path) -> list[dict[str, Any]]:
 def publish(run_dir: Path, name: str) -> Path:
     """Copy the run's last stage to pretrained/`name` and its pictures and numbers to results/."""
     stages = read_stages(run_dir)
-    origin = publishing.origin("torch", "transformers")
+    origin = publishing.origin([run_dir / stage["name"] for stage in stages], "torch", "transformers")
     last = stages[-1]
     source, target = run_dir / last["name"], PRETRAINED / name
     table, minutes = stage_table(stages), last["total_seconds"] / 60

@@ -23,7 +23,7 @@ import yaml
 from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
-from common.ledger import commit, hardware, versions
+from common.ledger import origin_of
 from common.paths import RESULTS
 from common.precision import bf16_possible, precisions_taken
 from common.publishing import copy_picture
@@ -63,7 +63,7 @@ def record(paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, 
             raise UserError(f"{run_dir / needed} is missing; expected the folder of a finished run of {paper}/train.py")
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     minutes = _seconds(metrics, run_dir / "metrics.json") / 60
-    kept = {"hardware": hardware(), "versions": versions(), "commit": commit()} | metrics
+    kept = origin_of(run_dir, *(path.parent for path in run_dir.glob("*/origin.json"))) | metrics
     if not bf16_possible("cpu"):
         kept["bf16_instructions"] = False
     if (precision := _precision(run_dir)) is not None:

@@ -43,7 +43,7 @@ def publish(run_dir: Path, name: str) -> Path:
         UserError: the run is not finished.
     """
     config, metrics = publishing.read_run(run_dir, "room.png", "model/config.json")
-    origin = publishing.origin("torch", "transformers")
+    origin = publishing.origin([run_dir], "torch", "transformers")
 
     from common.costs import parameter_count
     from scenesplat.export import SceneModel

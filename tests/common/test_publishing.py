@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from common import publishing
 from common.errors import UserError
+from common.ledger import hardware, note_start, starts_of
 from common.paths import REPOSITORY
 
 
@@ -80,12 +82,23 @@ def test_a_card_is_front_matter_title_and_paragraphs() -> None:
     assert bare.library_name is None and bare.base_model is None
 
 
-def test_nothing_is_published_of_code_that_no_commit_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.ledger.commit", lambda: "0123456789ab-dirty")
-    with pytest.raises(UserError, match=r"changes that are not committed.*commit first"):
-        publishing.origin("torch")
+def test_a_card_names_the_code_that_trained_and_none_that_no_commit_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("common.ledger.commit", lambda: "0123456789ab")
-    assert publishing.origin("torch")["commit"] == "0123456789ab"
+    note_start(tmp_path / "a")
+    monkeypatch.setattr("common.ledger.commit", lambda: "ba9876543210")
+    note_start(tmp_path / "a")  # gone on with other code
+    note_start(tmp_path / "a")
+    assert len(starts_of(tmp_path / "a")) == 2
+    found = publishing.origin([tmp_path / "a"], "torch")
+    assert found["commit"] == "0123456789ab; ba9876543210"
+    assert found["versions"] == f"torch {version('torch')}" and found["hardware"] == hardware()
+    assert publishing.origin([tmp_path / "b"])["commit"] == "ba9876543210"  # begun before starts were noted
+    monkeypatch.setattr("common.ledger.commit", lambda: "0123456789ab-dirty")
+    note_start(tmp_path / "a")
+    with pytest.raises(UserError, match=r"changes that were not committed.*train again"):
+        publishing.origin([tmp_path / "b", tmp_path / "a"])
 
 
 # Published before a card had to name a commit: what ran was this commit with changes that nobody kept.

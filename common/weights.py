@@ -208,3 +208,22 @@ def load_weights(
     check_weights(state, module.state_dict() if wanted is None else wanted, f"{option} {path}".strip(), against)
     module.load_state_dict(state, strict=False)
     return notes
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """What a network has learned: all its weights, or its adaptors."""
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name in trained}
+
+
+def restore_trained(network: nn.Module, path: Path) -> bool:
+    """Fill in what `save_weights(path, trained_state(network))` kept; False where there is no such file yet.
+
+    Raises:
+        UserError: it is damaged, or of another network.
+    """
+    if not path.is_file():
+        return False
+    load_weights(network, path, against="the student of this run's configuration", wanted=trained_state(network))
+    network.eval()
+    return True

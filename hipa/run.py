@@ -19,7 +19,7 @@ from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.teacher import Teacher
 from common.training import accelerator_device, check_trainer, open_run_folder, refuse_other_inputs
-from common.weights import load_weights, save_weights
+from common.weights import restore_trained, save_weights, trained_state
 from hipa.config import HipaConfig, LossConfig
 from hipa.data import needs_pictures, open_pictures, teacher_source, training_prompts
 from hipa.frozen import spare_memory
@@ -130,13 +130,7 @@ class Run:
 
     def restore(self, student: OneStep, arm: str) -> bool:
         """Load a finished arm; False if it is not finished."""
-        path = self.folder / arm / WEIGHTS
-        if self.config.resume == "never" or not path.is_file():
-            return False
-        wanted = trained_state(student)
-        load_weights(student, path, against="the student of this run's configuration", wanted=wanted)
-        student.eval()
-        return True
+        return self.config.resume != "never" and restore_trained(student, self.folder / arm / WEIGHTS)
 
     def load(self, arm: str = "hipa") -> OneStep:
         """A finished student.
@@ -160,12 +154,6 @@ def loss_of(arm: str, options: LossConfig) -> LossConfig:
     if arm == "hipa":
         return options
     return replace(options, weight=0.0, spatial="mse" if arm == "pixel" else options.spatial)
-
-
-def trained_state(student: OneStep) -> dict[str, Tensor]:
-    """What a student has learned: all weights, or its adaptors."""
-    trained = {name for name, p in student.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in student.state_dict().items() if name in trained}
 
 
 def check_options(config: HipaConfig) -> None:

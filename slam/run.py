@@ -19,7 +19,7 @@ from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.teacher import Teacher
 from common.training import accelerator_device, check_trainer, open_run_folder, refuse_other_inputs
-from common.weights import load_weights, save_weights
+from common.weights import restore_trained, save_weights, trained_state
 from slam.config import SlamConfig, SubPathConfig
 from slam.data import open_pictures
 from slam.model import Student, make_student
@@ -95,13 +95,7 @@ class Run:
 
     def restore(self, student: Student, name: str) -> bool:
         """Load a finished student; False if it is not finished."""
-        path = self.folder / name / WEIGHTS
-        if self.config.resume == "never" or not path.is_file():
-            return False
-        wanted = trained_state(student)
-        load_weights(student, path, against="the student of this run's configuration", wanted=wanted)
-        student.eval()
-        return True
+        return self.config.resume != "never" and restore_trained(student, self.folder / name / WEIGHTS)
 
     def load(self, name: str = "slam") -> Student:
         """A finished student.
@@ -113,12 +107,6 @@ class Run:
         if not self.restore(student, name):
             raise UserError(f"{self.folder / name} is not finished; run slam/train.py --run_dir {self.folder} first")
         return student
-
-
-def trained_state(student: Student) -> dict[str, Tensor]:
-    """What a student has learned: all weights, or its adaptors."""
-    trained = {name for name, p in student.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in student.state_dict().items() if name in trained}
 
 
 def check_options(config: SlamConfig) -> None:

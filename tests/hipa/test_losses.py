@@ -31,6 +31,15 @@ def test_the_fourier_loss_is_the_squared_difference_of_high_pass_pictures() -> N
     assert fourier_loss(X, torch.zeros_like(X), 3, gaussian=True) == wide.square().mean()
 
 
+def test_a_share_of_an_odd_height_is_a_whole_number_of_cycles() -> None:
+    x, y = torch.rand(2, 1, 3, 45, 31)
+    for cycles in (13, 15):
+        found = loss_of(radius=cycles / 45, spatial="mse").of_pictures(x, y)["fourier"]
+        assert found == fourier_loss(x, y, cycles) != fourier_loss(x, y, cycles - 1e-6)
+    alone = X[:1, :, :15, :11]  # a batch of one, no side even
+    assert all(bool(torch.isfinite(part)) for part in loss_of()(alone, Y[:1, :, :15, :11]).values())
+
+
 def test_low_frequencies_of_one_and_high_ones_of_the_other_make_either_picture_at_the_ends() -> None:
     torch.testing.assert_close(exchanged(X, Y, 100), X, rtol=1e-5, atol=1e-5)
     mixed = exchanged(X, Y, 4)

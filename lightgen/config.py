@@ -170,6 +170,8 @@ class SamplingConfig:
         iterations: K, in which all tokens are drawn; as many as tokens is one token at a time.
         head_steps: steps of the head's diffusion in the first iterations.
         last_head_steps: of the last iterations, to which they fall as tokens fill in; None keeps them constant.
+        head_chain: instead of head_steps, as the released code writes it: ddim25 (a whole stride) or 10,15 (a count for
+            each section of the chain).
         sampler: ancestral (released) or ddim.
         guidance: scale of classifier-free guidance; 1 leaves the null text out.
         guidance_schedule: constant, or linear from 1 up with the share of known tokens.
@@ -180,6 +182,7 @@ class SamplingConfig:
     iterations: Annotated[int, Range(1, 16384)] = 64
     head_steps: Annotated[int, Range(1, 1000)] = 100
     last_head_steps: Annotated[int, Range(1, 1000)] | None = None
+    head_chain: str = ""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     guidance: Annotated[float, Range(1, 100)] = 4.0
     guidance_schedule: Literal["constant", "linear"] = "constant"

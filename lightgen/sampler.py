@@ -131,7 +131,7 @@ def _drawn(
         z_RD = z_RD[:rows]
     if isinstance(head, RegressionHead):
         return head.sample(z_RD, scale).view(shape)
-    chain = short_chain(f"{steps}")
+    chain = short_chain(options.head_chain or f"{steps}")
     ddim = options.sampler == "ddim"
     start, noise = noises(iteration, 0 if ddim else len(chain), shape[1], shape[2])
     drawn_RP = head.sample(

@@ -18,6 +18,7 @@ from lightgen.losses import masked_loss, noise_errors, preference
 from lightgen.model import (
     Fluid,
     Mar,
+    MarConfig,
     mar_preset,
     official,
     ours,
@@ -102,6 +103,27 @@ def test_positions_of_a_wide_picture_are_not_transposed() -> None:
     assert bool((wide[1:] > wide[:-1]).all())
     torch.testing.assert_close(wide, wide[:, :1].expand(-1, 8))
     assert resized_positions(rows, (4, 4)) is rows
+
+
+def test_positions_without_an_offset_are_resized_to_the_grid_itself() -> None:
+    table = torch.randn(1, 16, 3)
+    square = table.view(1, 4, 4, 3).permute(0, 3, 1, 2)
+    for grid in ((6, 6), (3, 5)):
+        wanted = torch.nn.functional.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(resized_positions(table, grid, 0.0), wanted)
+        assert not torch.allclose(resized_positions(table, grid), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0, 9, 16])
+def test_mar_reads_any_number_of_known_tokens(share: int) -> None:
+    config = MarConfig(16, 1, 2, 24, 1, 2, tokens=4, token=4, buffer=3, classes=5, head_width=16, head_depth=1)
+    mar, tokens = Mar(config).eval(), torch.randn(2, 16, 4)
+    masked = torch.rand(2, 16).argsort(1) < share
+    z = mar(tokens, masked, torch.tensor([1, 4]))
+    assert z.shape == (2, 16, 24) and bool(torch.isfinite(z).all())
+    hidden = tokens.where(~masked[:, :, None], 100.0)
+    torch.testing.assert_close(mar(hidden, masked, torch.tensor([1, 4])), z)
+    assert not torch.allclose(mar(tokens, masked, None), z)
 
 
 def test_a_masked_tokens_condition_does_not_see_masked_tokens() -> None:
@@ -240,6 +262,22 @@ def test_head_steps_fall_with_the_share_of_known_tokens() -> None:
     assert head_steps_at(SamplingConfig(head_steps=20), 0.9) == 20
 
 
+def test_a_chain_of_the_released_code_takes_its_own_steps_of_the_head() -> None:
+    model, counts = tiny(), []
+    draws, text = Randomness(1, [4]), model.text(torch.randn(1, 5, 12))
+
+    def noises(iteration: int, steps: int, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(steps)
+        return draws.noises()(iteration, steps, count, width)
+
+    found = [
+        decode_tokens(model, text, GRID, SamplingConfig(2, 5, head_chain=chain), draws.orders(16), noises)
+        for chain in ("", "5", "ddim5", "2,3")
+    ]
+    assert counts == [5] * 8 and torch.equal(found[0], found[1])
+    assert not torch.allclose(found[1], found[2]) and not torch.allclose(found[1], found[3])
+
+
 @pytest.mark.parametrize(("tokens", "iterations"), [(256, 64), (16, 16), (16, 40), (1, 3)])
 def test_every_token_is_drawn_once(tokens: int, iterations: int) -> None:
     remaining = [*remaining_after(tokens, iterations)]
@@ -260,6 +298,8 @@ def test_a_shorter_chain_takes_its_betas_from_the_cumulative_alphas() -> None:
     chain = Diffusion(noise_levels(), respacing(1000, "25"))
     assert len(chain) == 25 and int(chain.times[-1]) == 999 and int(chain.times[0]) == 0
     torch.testing.assert_close((1 - chain.betas_T).cumprod(0), training_chain().alphas_cumprod_T[chain.times])
+    assert respacing(1000, "ddim4") == [0, 250, 500, 750] and respacing(7, "") == list(range(7))
+    refused("chain 'fast': expected a number of steps", respacing, 1000, "fast")
     assert respacing(300, "10,15,20")[:2] == [0, 11] and len(respacing(300, "10,15,20")) == 45
     refused("ddim30: no whole stride", respacing, 100, "ddim30")
     refused("cannot make 11 steps of 10", respacing, 10, "11")

@@ -25,7 +25,7 @@ from lightgen.model import (
     resized_positions,
     unpatchify,
 )
-from lightgen.sampler import decode_tokens
+from lightgen.sampler import decode_classes, decode_tokens
 from lightgen.schedules import guidance_at, learning_rate, mask_law, masked_count, remaining_after
 from tests.golden_case import Case, Check, assert_close, assert_sinusoids_close, assert_timed_close, kind
 
@@ -155,9 +155,8 @@ def fluid_forward(case: Case) -> None:
     assert_timed_close(loss, wanted["loss"], "loss")
 
 
-def mar_forward(case: Case) -> None:
-    given, wanted, config = case.group("in"), case.group("out"), case.config
-    refuse_unknown(config, NETWORK | {"num_masked", "class_num", "buffer_size"})
+def mar_of(case: Case) -> Mar:
+    config = case.config
     weights = renamed(case.group("param"), "mar")
     sizes = MarConfig(
         encoder_width=config["encoder_embed_dim"],
@@ -177,7 +176,13 @@ def mar_forward(case: Case) -> None:
     assert sizes.classes in (config["class_num"], 1000)  # the released table has 1000 rows whatever is asked for
     model = Mar(sizes, config.get("norm_eps", 1e-6))
     model.load_state_dict(weights)
-    model.eval()
+    return model.eval()
+
+
+def mar_forward(case: Case) -> None:
+    given, wanted, config = case.group("in"), case.group("out"), case.config
+    refuse_unknown(config, NETWORK | {"num_masked", "class_num", "buffer_size"})
+    model = mar_of(case)
     tokens_BNP = patchify(given["latent"], config["patch_size"])
     masked_BN = given["mask"].bool()
     count = config.get("num_masked", int(masked_BN[0].sum()))
@@ -333,8 +338,8 @@ def mask_steps(case: Case) -> None:
 
 def decoding(case: Case) -> None:
     given, wanted, config = case.group("in"), case.group("out"), case.config
-    refuse_unknown(config, NETWORK | {"num_iter", "cfg", "cfg_schedule", "temperature"})
-    model, grid = fluid_of(case), grid_of(config)
+    refuse_unknown(config, NETWORK | {"num_iter", "cfg", "cfg_schedule", "temperature", "class_num", "buffer_size"})
+    model, grid = mar_of(case) if MAR in case.source else fluid_of(case), grid_of(config)
     options = SamplingConfig(
         iterations=config["num_iter"],
         head_chain=str(config["num_sampling_steps"]),
@@ -357,8 +362,11 @@ def decoding(case: Case) -> None:
         def watch(iteration: int, z: Tensor, tokens: Tensor) -> None:
             seen[f"{iteration}"] = [z, tokens.flatten(0, 1)]
 
-        text = model.text(given["text"]) if "text" in given else model.null(batch, config["max_length"])
-        tokens = decode_tokens(model, text, grid, options, given["orders"], noises, watch=watch)
+        if isinstance(model, Mar):
+            tokens = decode_classes(model, given.get("labels"), options, given["orders"], noises, watch)
+        else:
+            text = model.text(given["text"]) if "text" in given else model.null(batch, config["max_length"])
+            tokens = decode_tokens(model, text, grid, options, given["orders"], noises, watch=watch)
         return unpatchify(tokens, grid, config["patch_size"])
 
     assert_timed_close(drawn, wanted["latent"], "latent")
@@ -483,6 +491,8 @@ CHECKS = [
     Check("mask law", kind("mask_ratio_dist", MAR), mask_ratios),
     Check("mask schedule", kind("mask_schedule", LIGHTGEN), mask_steps),
     Check("decoding", kind("masked_ar_decode", LIGHTGEN), decoding),
+    Check("decoding of MAR", kind("masked_ar_decode", MAR), decoding),
+    Check("decoding of MAR, by its name", kind("mar_", MAR), decoding),
     Check("positions", kind("pos_interp", LIGHTGEN), positions),
     Check("learning rates", kind("lr_schedule", MAR), rates),
     Check("DPO formula", kind("dpo_formula", DPO), dpo_formula),

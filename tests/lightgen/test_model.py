@@ -27,7 +27,7 @@ from lightgen.model import (
     resized_positions,
     unpatchify,
 )
-from lightgen.sampler import Randomness, decode_tokens, head_steps_at
+from lightgen.sampler import Randomness, decode_classes, decode_tokens, head_steps_at
 from lightgen.schedules import learning_rate, mask_law, masked_count, remaining_after
 from tests.refusals import refused
 
@@ -254,6 +254,40 @@ def test_one_token_at_a_time_in_raster_order_and_the_mean_of_a_regression() -> N
         first, second = (decoded(model, options, [0, 1]) for _ in range(2))
         assert first.shape == (2, 16, 16) and torch.equal(first, second)
         assert bool(torch.isfinite(first).all()) and bool((first != 0).any(2).all())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_mar_draws_as_its_authors_write_it(labelled: bool, guidance: float) -> None:
+    """Against their loop: a mask is carried on, the halves stand in one batch, the last iteration takes the rest."""
+    config = MarConfig(16, 1, 2, 24, 1, 2, tokens=4, token=4, buffer=3, classes=5, head_width=16, head_depth=1)
+    mar, chain = Mar(config).eval(), short_chain("3")
+    for parameter in mar.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 4
+    labels, iterations = torch.tensor([1, 4]) if labelled else None, 5
+    draws = Randomness(1, [0, 1])
+    orders, noises = draws.orders(16), draws.noises()
+    options = SamplingConfig(iterations, 3, guidance=guidance, guidance_schedule="linear", temperature=0.9)
+    ours, seen = decode_classes(mar, labels, options, orders, noises), []
+
+    noises = draws.noises()
+    tokens, mask = torch.zeros(2, 16, 4), torch.ones(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        for step in range(iterations):
+            z = mar(tokens, mask, labels)
+            null = mar(tokens, mask, None)
+            left = max(1, min(int(mask[0].sum()) - 1, math.floor(16 * math.cos(math.pi / 2 * (step + 1) / iterations))))
+            after = torch.zeros_like(mask).scatter(1, orders[:, :left], True)
+            drawn = mask if step == iterations - 1 else mask ^ after
+            scale = 1 + (guidance - 1) * (16 - left) / 16
+            start, noise = noises(step, 3, int(drawn[0].sum()), 4)
+            both = z[drawn] if guidance == 1 else torch.cat([z[drawn], null[drawn]])
+            found = mar.head.sample(both, chain, start.flatten(0, 1), noise.flatten(1, 2), scale, 0.9)
+            tokens = tokens.clone()
+            tokens[drawn], mask = found, after
+            seen.append(int(drawn[0].sum()))
+    assert sum(seen) == 16
+    torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_head_steps_fall_with_the_share_of_known_tokens() -> None:

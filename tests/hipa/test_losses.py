@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from common.metrics.perceptual import perceptual_distance
 from hipa.analyse import Exchange, compare
 from hipa.config import LossConfig
 from hipa.dists import dists
 from hipa.frequency import coherence, exchanged, high_pass, low_pass, relative_error
 from hipa.frozen import FrozenConv2d, spare_memory
 from hipa.losses import AdaptationLoss, fourier_loss
+from tests.refusals import refused
 
 X, Y = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 EDGES = [0.5, 2.0, 4.0, 12.0]
@@ -91,6 +95,23 @@ def test_outside_of_its_range_a_picture_still_has_a_gradient() -> None:
 def test_dists_is_zero_for_equal_pictures_and_needs_vgg() -> None:
     network = dists("random")
     assert float(network(X, X).abs().max()) < 1e-5 and float(network(X, Y).min()) > 0.01
+
+
+def test_published_channel_weights_stand_in_a_file_beside_the_trunks(tmp_path: Path) -> None:
+    trunk = perceptual_distance("random").net.state_dict()
+    torch.save({key: value for key, value in trunk.items() if key.startswith("features")}, tmp_path / "vgg16.pth")
+    plain = dists(str(tmp_path / "vgg16.pth"))
+    count = plain.alpha.numel()
+    alpha, beta = torch.rand(2, 1, count, 1, 1)
+    torch.save({"alpha": alpha, "beta": beta}, tmp_path / "weights.pt")
+    network = dists(f"{tmp_path / 'vgg16.pth'}, {tmp_path / 'weights.pt'}")
+    assert torch.equal(network.alpha, alpha) and torch.equal(network.beta, beta)
+    assert float(network(X, X).abs().max()) < 1e-5 and not torch.allclose(network(X, Y), plain(X, Y))
+    for wrong in ({"alpha": alpha}, {"alpha": alpha[:, :9], "beta": beta[:, :9]}):
+        torch.save(wrong, tmp_path / "weights.pt")
+        refused(
+            f"expected alpha and beta with {count} each", dists, f"{tmp_path / 'vgg16.pth'},{tmp_path / 'weights.pt'}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

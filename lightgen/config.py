@@ -148,7 +148,8 @@ class OptimiserConfig:
         weight_decay: of all other weights.
         beta2: of AdamW (0.99 in the paper's text, 0.95 in its code).
         warmup: steps of each stage over which the learning rate rises linearly.
-        schedule: constant (released) or cosine to zero at each stage's last step.
+        schedule: constant (released) or cosine down to `min_lr` at each stage's last step.
+        min_lr: at which the cosine ends.
         grad_clip: largest norm of the gradient; 0 does not clip.
         ema_decay: of the averaged weights, which are handed from stage to stage; 0 keeps none.
     """
@@ -158,6 +159,7 @@ class OptimiserConfig:
     beta2: Annotated[float, Range(0, 0.9999)] = 0.95
     warmup: Whole = 100
     schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: NotNegative = 0.0
     grad_clip: NotNegative = 3.0
     ema_decay: Decay = 0.9999
 

@@ -196,6 +196,10 @@ def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
     for key, tensor in tensors.items():
         name, half = _split(key)
         name = flat.get(name.removeprefix("lora_unet_"), name) if name.startswith("lora_unet_") else name
+        if name.startswith(("text_encoder", "lora_te")):
+            raise UserError(
+                f"{file}: {key} adapts a text encoder, which stays as it is; expected a U-Net's adaptors alone"
+            )
         if name not in modules:
             raise UserError(f"{file}: {key} belongs to no layer of this U-Net; expected adaptors of the same model")
         halves.setdefault(name, {})[half] = tensor

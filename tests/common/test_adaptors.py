@@ -146,6 +146,8 @@ def test_half_an_adaptor_another_model_or_another_shape_is_refused_by_name(tmp_p
         ({k.replace("to_q", "to_z"): v for k, v in whole.items()}, "belongs to no layer of this U-Net"),
         ({**whole, f"unet.{name}.lora_A.weight": torch.zeros(2, columns + 1)}, "does not fit a weight"),
         ({"conv_in.weight": torch.zeros(1)}, "is not the name of an adaptor's weight"),
+        ({"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(1)}, "adapts a text encoder"),
+        ({"lora_te_layers_0_q_proj.lora_down.weight": torch.zeros(1)}, "adapts a text encoder"),
     ]
     for tensors, sentence in cases:
         save_file(tensors, tmp_path / FILE)

@@ -40,10 +40,10 @@ def unpatchify(tokens_BNP: Tensor, grid: Grid, patch: int) -> Tensor:
     return F.fold(tokens_BNP.transpose(1, 2), side, patch, stride=patch)
 
 
-def resized_positions(table_1GD: Tensor, grid: Grid, offset: float = OFFSET) -> Tensor:
+def resized_positions(table_1GD: Tensor, grid: Grid, offset: float = OFFSET, turned: bool = False) -> Tensor:
     """A square position table for another grid (rows, columns) [1, N, D], bicubic with DINO's offset (section 4.1).
 
-    An offset of 0 resizes to the grid itself.
+    An offset of 0 resizes to the grid itself; `turned` hands over (columns, rows) as the released code does.
 
     The released code hands (columns, rows) to an interpolation that wants (rows, columns); here they are the right way
     round, which differs for pictures that are not square only.
@@ -51,6 +51,7 @@ def resized_positions(table_1GD: Tensor, grid: Grid, offset: float = OFFSET) -> 
     side = math.isqrt(table_1GD.shape[1])
     if grid == (side, side):
         return table_1GD
+    grid = grid[::-1] if turned else grid
     square = table_1GD.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if offset:
         scale = [(length + offset) / side for length in grid]
@@ -191,6 +192,7 @@ class Fluid(nn.Module):
         text_width: of the text encoder.
         recompute: the blocks' activations in the backward pass.
         eps, offset: of the norms, and of resized positions; the released ones.
+        turned: positions of pictures that are not square as the released code has them.
 
     Raises:
         UserError: heads that do not divide the width.
@@ -206,9 +208,10 @@ class Fluid(nn.Module):
         recompute: bool = False,
         eps: float = EPS,
         offset: float = OFFSET,
+        turned: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.recompute, self.offset = config, recompute, offset
+        self.config, self.recompute, self.offset, self.turned = config, recompute, offset, turned
         width, token = config.width, channels * config.patch**2
         for name in ("encoder_heads", "decoder_heads", "cross_heads"):
             if width % getattr(config, name):
@@ -244,7 +247,7 @@ class Fluid(nn.Module):
         return x
 
     def _positions(self, table_1GD: Tensor, grid: Grid) -> Tensor:
-        return resized_positions(table_1GD, grid, self.offset)
+        return resized_positions(table_1GD, grid, self.offset, self.turned)
 
     def compile_blocks(self) -> None:
         """By torch.compile, for any number of known tokens."""

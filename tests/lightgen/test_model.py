@@ -103,6 +103,18 @@ def test_positions_of_a_wide_picture_are_not_transposed() -> None:
     assert bool((wide[1:] > wide[:-1]).all())
     torch.testing.assert_close(wide, wide[:, :1].expand(-1, 8))
     assert resized_positions(rows, (4, 4)) is rows
+    # The released code's come out with rows and columns exchanged; a square does not tell.
+    table = torch.randn(1, 16, 3)
+    assert torch.equal(resized_positions(table, (3, 6), turned=True), resized_positions(table, (6, 3)))
+    assert torch.equal(resized_positions(table, (5, 5), turned=True), resized_positions(table, (5, 5)))
+    plain = tiny()
+    turned = copy.deepcopy(plain)
+    turned.turned = True
+    for grid, same in (((4, 4), True), ((2, 2), True), ((2, 4), False)):
+        count = grid[0] * grid[1]
+        tokens, known = torch.randn(1, count, 16), torch.arange(count)[None]
+        found = [model.encode(tokens, known, grid) for model in (plain, turned)]
+        assert torch.allclose(*found) == same
 
 
 def test_positions_without_an_offset_are_resized_to_the_grid_itself() -> None:

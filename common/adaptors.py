@@ -9,6 +9,8 @@ zeros to the largest rank, and each carries its `.alpha`.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from common.weights import read_notes, read_weights, save_weights
 
 Layout = Literal["diffusers", "kohya"]
 FILE = "pytorch_lora_weights.safetensors"  # the name that stock diffusers looks for in a folder
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DOWN, UP = (
     ("lora_A.weight", "lora.down.weight", "lora_down.weight"),
     ("lora_B.weight", "lora.up.weight", "lora_up.weight"),
@@ -29,14 +32,22 @@ DOWN, UP = (
 
 
 def add_adaptors(
-    unet: Any, targets: Sequence[str], rank: int, alpha: float | None = None, ranks: Mapping[str, int] | None = None
+    unet: Any,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float | None = None,
+    ranks: Mapping[str, int] | None = None,
+    *,
+    alphas: Mapping[str, float] | None = None,
+    stabilised: bool = False,
 ) -> list[str]:
     """Freeze the U-Net and give its layers named in `targets` trainable adaptors; B starts at zero.
 
     Args:
         targets: endings of module names.
         alpha: the adaptor's strength is alpha / rank; None: as large as the rank.
-        ranks: of single modules, by whole name.
+        ranks, alphas: of single modules, by whole name or its ending.
+        stabilised: the strength is alpha / sqrt(rank) (rsLoRA).
 
     Returns:
         the names of the modules that got one.
@@ -61,6 +72,8 @@ def add_adaptors(
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=found,
         rank_pattern=dict(ranks or {}),
+        alpha_pattern=dict(alphas or {}),
+        use_rslora=stabilised,
         init_lora_weights=True,
     )
     unet.add_adapter(config)
@@ -166,18 +179,27 @@ def _padded(half: Tensor, dim: int, rank: int) -> Tensor:
 def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """{module of `unet`: (A, B)} of a file in diffusers', peft's or kohya's layout, with its alphas, in any order.
 
+    Args:
+        path: a file, or a folder of diffusers or of peft; a peft file's alphas stand in the config beside it.
+
     Raises:
         UserError: not such a file, a module that the U-Net lacks, half an adaptor, or shapes that do not fit.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / (PEFT_FILE if (path / PEFT_FILE).is_file() and not (path / FILE).is_file() else FILE)
     tensors, header = read_weights(file, "adaptors")
     modules = {name: m for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     flat = {name.replace(".", "_"): name for name in modules}
-    described = json.loads(header.get("lora_adapter_metadata", "{}"))
+    described = _described(file, header)
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, half = _split(key)
         name = flat.get(name.removeprefix("lora_unet_"), name) if name.startswith("lora_unet_") else name
+        if name.startswith(("text_encoder", "lora_te")):
+            raise UserError(
+                f"{file}: {key} adapts a text encoder, which stays as it is; expected a U-Net's adaptors alone"
+            )
         if name not in modules:
             raise UserError(f"{file}: {key} belongs to no layer of this U-Net; expected adaptors of the same model")
         halves.setdefault(name, {})[half] = tensor
@@ -191,12 +213,35 @@ def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
             raise UserError(
                 f"{file}: {name}: {list(up.shape)} x {list(down.shape)} does not fit a weight {list(weight.shape)}"
             )
-        found[name] = (down, up * (_alpha(name, parts, described, len(down)) / len(down)))
+        found[name] = (down, up * _strength(name, parts, described, len(down)))
+    return found
+
+
+def _described(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """What the header, or the config beside a file of peft's, says of ranks and alphas, by peft's names."""
+    beside = file.parent / PEFT_CONFIG
+    if file.name == PEFT_FILE and beside.is_file():
+        found = read_object(beside)
+    else:
+        try:
+            notes = json.loads(header.get("lora_adapter_metadata", "{}"))
+        except ValueError:
+            notes = None
+        if not isinstance(notes, dict):
+            raise UserError(f"{file}: the note lora_adapter_metadata in its header is damaged")
+        found = {key.removeprefix("unet."): value for key, value in notes.items() if key.startswith("unet.")}
+    if found.get("use_dora"):
+        raise UserError(f"{file}: use_dora: its adaptors also scale the weights; expected plain LoRA")
     return found
 
 
 def _split(key: str) -> tuple[str, str]:
     name = key.removeprefix("unet.").removeprefix("base_model.model.")
+    if "lora_magnitude_vector" in name or name.endswith("dora_scale"):
+        raise UserError(f"{key} is of DoRA, whose adaptors also scale the weights; expected plain LoRA")
+    # The oldest files of diffusers name attention's processors.
+    name = re.sub(r"\.processor\.to_(q|k|v)_lora\.", r".to_\1.lora.", name)
+    name = name.replace(".processor.to_out_lora.", ".to_out.0.lora.")
     for half, endings in (("A", DOWN), ("B", UP), ("alpha", ("alpha",))):
         for ending in endings:
             if name.endswith(f".{ending}"):
@@ -204,11 +249,16 @@ def _split(key: str) -> tuple[str, str]:
     raise UserError(f"{key} is not the name of an adaptor's weight; expected LoRA weights of a U-Net")
 
 
-def _alpha(name: str, parts: Mapping[str, Tensor], described: Mapping[str, Any], rank: int) -> float:
+def _strength(name: str, parts: Mapping[str, Tensor], described: Mapping[str, Any], rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) where rsLoRA is said; patterns are endings of names, as peft has them."""
     if "alpha" in parts:
-        return float(parts["alpha"])
-    pattern = described.get("unet.alpha_pattern") or {}
-    return float(pattern.get(name, described.get("unet.lora_alpha", rank)))
+        return float(parts["alpha"]) / rank
+    alpha = described.get("lora_alpha", rank)
+    for ending, value in (described.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({ending})$", name):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if described.get("use_rslora") else rank)
 
 
 @torch.no_grad()

@@ -36,11 +36,12 @@ class NoiseSchedule:
     """Noise levels of a discrete variance-preserving diffusion, x_tau = alpha x1 + sigma eps, read from a scheduler.
 
     Args:
-        alphas_cumprod_T: alpha^2 at the training steps 0 .. T-1 (0 is the data end).
+        alphas_cumprod_T: alpha^2 at the training steps 0 .. T-1 (0 is the data end); where it is 0 or 1, 1e-8 or
+            less is kept away from it, so that alpha / sigma has a logarithm everywhere.
         prediction_type: what the network outputs: epsilon, v_prediction (alpha eps - sigma x1) or sample (x1).
         config: the scheduler options that describe the levels, for saving.
 
-    `zero_signal` says whether the last step is pure noise.
+    `zero_signal` says whether the last step is pure noise, as `levels` has it.
     """
 
     alphas_cumprod_T: Tensor
@@ -52,18 +53,27 @@ class NoiseSchedule:
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
         self.zero_signal = float(self.alphas_cumprod_T[-1]) < 1e-12
-        # A schedule rescaled to zero terminal SNR has alpha = 0 at the last step, where the ratio has no logarithm.
-        self.alphas_cumprod_T = self.alphas_cumprod_T.detach().double().cpu().clamp(1e-8, 1 - 1e-8)
+        given_T = self.alphas_cumprod_T.detach().double().cpu().clamp(max=1 - 1e-8)
+        none_T = given_T < 1e-12
+        least = given_T[~none_T].min().clamp(max=1e-8)
+        self.alphas_cumprod_T = given_T.where(~none_T, least)
+        # A schedule rescaled to zero terminal SNR has alpha = 0 at the last step; epsilon networks divide by it.
+        self._exact_T = self.alphas_cumprod_T if self.prediction_type == "epsilon" else given_T
 
     @property
     def steps(self) -> int:
         """Training steps T."""
         return len(self.alphas_cumprod_T)
 
+    def exact_levels(self, tau_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) float64 [B] at training steps tau."""
+        alpha2_B = self._exact_T.to(tau_B.device)[tau_B]
+        return alpha2_B.sqrt(), (1 - alpha2_B).sqrt()
+
     def levels(self, tau_B: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) [B, 1, 1, 1] at training steps tau."""
-        alpha2_B111 = self.alphas_cumprod_T.to(tau_B.device)[tau_B].view(-1, 1, 1, 1)
-        return alpha2_B111.sqrt().float(), (1 - alpha2_B111).sqrt().float()
+        alpha_B, sigma_B = self.exact_levels(tau_B.flatten())
+        return alpha_B.float().view(-1, 1, 1, 1), sigma_B.float().view(-1, 1, 1, 1)
 
     def read(
         self, output: Tensor, x_BCHW: Tensor, alpha: Tensor | float, sigma: Tensor | float

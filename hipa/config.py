@@ -92,7 +92,8 @@ class LossConfig:
 
     Args:
         spatial: the loss of whole pictures: dists, lpips, or mse.
-        trunk: of dists and lpips: trained (the repository's own), or a file of VGG16's weights.
+        trunk: of dists and lpips: trained (the repository's own), or a file of VGG16's weights; with DISTS' own channel
+            weights (alpha, beta) in a second file: vgg16.pth,weights.pt.
         weight: lambda of the high-frequency loss; 0 leaves it out.
         fourier: mse of high-pass pictures, l1_complex, l1_amplitude, or none.
         edge: mse of Sobel magnitudes, dists of edge maps, or none.

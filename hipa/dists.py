@@ -8,13 +8,15 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.metrics.lpips import VGG16Trunk
+from common.errors import UserError
+from common.metrics.lpips import VGG16Trunk, read_tensors
 from common.metrics.perceptual import perceptual_distance
 
 C1 = C2 = 1e-6
@@ -96,11 +98,15 @@ class Dists(nn.Module):
 
 
 def dists(trunk: str = "trained") -> Dists:
-    """DISTS on the trunk that `common.metrics.perceptual` names: trained, random, or a file of VGG16's weights."""
+    """DISTS on the trunk that `common.metrics.perceptual` names: trained, random, or files of VGG16's weights.
+
+    The official channel weights are taken from a file that holds them (`vgg16.pth,weights.pt`).
+
+    Raises:
+        UserError: another network, or channel weights that do not fit it.
+    """
     found = perceptual_distance(trunk).net
     if not isinstance(found, VGG16Trunk):
-        from common.errors import UserError
-
         raise UserError(f"--loss.trunk {trunk}: DISTS stands on VGG16; expected its weights, trained or random")
     stages = []
     for number, names in enumerate(found.stages):
@@ -108,4 +114,14 @@ def dists(trunk: str = "trained") -> Dists:
         for name in names:
             layers += [found.features[name], nn.ReLU()]
         stages.append(nn.Sequential(*layers))
-    return Dists(stages, found.channels, f"dists-{found.name}")
+    network = Dists(stages, found.channels, f"dists-{found.name}")
+    files = [] if trunk in ("trained", "random") else [Path(part.strip()) for part in trunk.split(",")]
+    state = {key: value for file in files for key, value in read_tensors(file).items() if key in ("alpha", "beta")}
+    for name, value in state.items():
+        if len(state) < 2 or value.numel() != network.alpha.numel():
+            raise UserError(
+                f"--loss.trunk {trunk}: {name} has {value.numel()} weights; expected alpha and beta with "
+                f"{network.alpha.numel()} each, one a channel"
+            )
+        getattr(network, name).copy_(value.view_as(network.alpha))
+    return network

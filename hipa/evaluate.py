@@ -87,7 +87,7 @@ def evaluate_run(run: Run, students: Mapping[str, OneStep]) -> dict[str, Any]:
     judge = judge_of(config.evaluation.judge, pairs.pictures or pairs.prompts)
     arms = measured(prompts, images, judge, images[many])
     comparison_grid(images, prompts.prompts, config.evaluation.grid, run.folder / "comparison.png")
-    radius = config.loss.radius * base.image_size[0]
+    radius = round(config.loss.radius * base.image_size[0], 9)  # as in the loss
     one_step = [arm for arm in images if arm.endswith(", 1 step")]
     spectra = {arm: compare(images[arm], images[many], prompts.reference, judge, radius) for arm in one_step}
     first = spectra[one_step[0]]

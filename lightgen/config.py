@@ -148,7 +148,8 @@ class OptimiserConfig:
         weight_decay: of all other weights.
         beta2: of AdamW (0.99 in the paper's text, 0.95 in its code).
         warmup: steps of each stage over which the learning rate rises linearly.
-        schedule: constant (released) or cosine to zero at each stage's last step.
+        schedule: constant (released) or cosine down to `min_lr` at each stage's last step.
+        min_lr: at which the cosine ends.
         grad_clip: largest norm of the gradient; 0 does not clip.
         ema_decay: of the averaged weights, which are handed from stage to stage; 0 keeps none.
     """
@@ -158,6 +159,7 @@ class OptimiserConfig:
     beta2: Annotated[float, Range(0, 0.9999)] = 0.95
     warmup: Whole = 100
     schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: NotNegative = 0.0
     grad_clip: NotNegative = 3.0
     ema_decay: Decay = 0.9999
 
@@ -170,6 +172,8 @@ class SamplingConfig:
         iterations: K, in which all tokens are drawn; as many as tokens is one token at a time.
         head_steps: steps of the head's diffusion in the first iterations.
         last_head_steps: of the last iterations, to which they fall as tokens fill in; None keeps them constant.
+        head_chain: instead of head_steps, as the released code writes it: ddim25 (a whole stride) or 10,15 (a count for
+            each section of the chain).
         sampler: ancestral (released) or ddim.
         guidance: scale of classifier-free guidance; 1 leaves the null text out.
         guidance_schedule: constant, or linear from 1 up with the share of known tokens.
@@ -180,6 +184,7 @@ class SamplingConfig:
     iterations: Annotated[int, Range(1, 16384)] = 64
     head_steps: Annotated[int, Range(1, 1000)] = 100
     last_head_steps: Annotated[int, Range(1, 1000)] | None = None
+    head_chain: str = ""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     guidance: Annotated[float, Range(1, 100)] = 4.0
     guidance_schedule: Literal["constant", "linear"] = "constant"

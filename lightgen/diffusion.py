@@ -6,6 +6,7 @@ Shape suffixes: R rows (tokens), C numbers of a token, T steps.
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from itertools import pairwise
 
@@ -33,11 +34,16 @@ def noise_levels(schedule: str = "cosine", steps: int = STEPS) -> Tensor:
 
 
 def respacing(steps: int, wanted: str) -> list[int]:
-    """The training steps that a shorter chain keeps: `25`, `ddim20` (a whole stride), or `10,15` (a count a section).
+    """The training steps that a shorter chain keeps: `25`, `ddim20` (a whole stride), or `10,15` (a count a section);
+    nothing keeps all.
 
     Raises:
-        UserError: that chain cannot be made of so many steps.
+        UserError: that chain cannot be made of so many steps, or it is written otherwise.
     """
+    if not wanted:
+        return list(range(steps))
+    if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", wanted):
+        raise UserError(f"chain {wanted!r}: expected a number of steps, ddim and a number, or numbers with commas")
     if wanted.startswith("ddim"):
         count = int(wanted.removeprefix("ddim"))
         for stride in range(1, steps):

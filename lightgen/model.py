@@ -40,8 +40,10 @@ def unpatchify(tokens_BNP: Tensor, grid: Grid, patch: int) -> Tensor:
     return F.fold(tokens_BNP.transpose(1, 2), side, patch, stride=patch)
 
 
-def resized_positions(table_1GD: Tensor, grid: Grid) -> Tensor:
+def resized_positions(table_1GD: Tensor, grid: Grid, offset: float = OFFSET, turned: bool = False) -> Tensor:
     """A square position table for another grid (rows, columns) [1, N, D], bicubic with DINO's offset (section 4.1).
+
+    An offset of 0 resizes to the grid itself; `turned` hands over (columns, rows) as the released code does.
 
     The released code hands (columns, rows) to an interpolation that wants (rows, columns); here they are the right way
     round, which differs for pictures that are not square only.
@@ -49,10 +51,20 @@ def resized_positions(table_1GD: Tensor, grid: Grid) -> Tensor:
     side = math.isqrt(table_1GD.shape[1])
     if grid == (side, side):
         return table_1GD
+    grid = grid[::-1] if turned else grid
     square = table_1GD.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    scale = [(length + OFFSET) / side for length in grid]
-    found = F.interpolate(square, scale_factor=scale, mode="bicubic")
+    if offset:
+        scale = [(length + offset) / side for length in grid]
+        found = F.interpolate(square, scale_factor=scale, mode="bicubic")
+    else:
+        found = F.interpolate(square, size=grid, mode="bicubic")
     return found.flatten(2).transpose(1, 2).to(table_1GD.dtype)
+
+
+def known_positions(masked_BN: Tensor) -> Tensor:
+    """Positions [B, K] that are not masked, in raster order; every sample has as many."""
+    batch, count = masked_BN.shape
+    return (~masked_BN).nonzero()[:, 1].view(batch, count - int(masked_BN[0].sum()))
 
 
 def gathered(x_BND: Tensor, at_BM: Tensor) -> Tensor:
@@ -179,6 +191,8 @@ class Fluid(nn.Module):
         channels: of the latent.
         text_width: of the text encoder.
         recompute: the blocks' activations in the backward pass.
+        eps, offset: of the norms, and of resized positions; the released ones.
+        turned: positions of pictures that are not square as the released code has them.
 
     Raises:
         UserError: heads that do not divide the width.
@@ -187,10 +201,17 @@ class Fluid(nn.Module):
     head: DiffusionHead | RegressionHead
 
     def __init__(
-        self, config: NetworkConfig, channels: int, text_width: int, recompute: bool = False, eps: float = EPS
+        self,
+        config: NetworkConfig,
+        channels: int,
+        text_width: int,
+        recompute: bool = False,
+        eps: float = EPS,
+        offset: float = OFFSET,
+        turned: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.offset, self.turned = config, recompute, offset, turned
         width, token = config.width, channels * config.patch**2
         for name in ("encoder_heads", "decoder_heads", "cross_heads"):
             if width % getattr(config, name):
@@ -225,6 +246,9 @@ class Fluid(nn.Module):
             x = checkpoint(block, x, *more, use_reentrant=False) if again else block(x, *more)
         return x
 
+    def _positions(self, table_1GD: Tensor, grid: Grid) -> Tensor:
+        return resized_positions(table_1GD, grid, self.offset, self.turned)
+
     def compile_blocks(self) -> None:
         """By torch.compile, for any number of known tokens."""
         for block in [*self.encoder, *self.decoder, *self.cross]:
@@ -233,7 +257,7 @@ class Fluid(nn.Module):
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""
         x_BKD = self.token_in(gathered(tokens_BNP, known_BK))
-        x_BKD = self.token_norm(x_BKD + gathered(resized_positions(self.encoder_positions, grid), known_BK))
+        x_BKD = self.token_norm(x_BKD + gathered(self._positions(self.encoder_positions, grid), known_BK))
         if known_BK.shape[1] or torch.is_grad_enabled():
             x_BKD = self._run(self.encoder, x_BKD)
         return self.encoder_norm(x_BKD)
@@ -244,7 +268,7 @@ class Fluid(nn.Module):
         x_BKD = self.decoder_in(features_BKD)
         x_BND = self.mask_token.to(x_BKD.dtype).expand(batch, tokens, -1)
         x_BND = x_BND.scatter(1, known_BK[:, :, None].expand_as(x_BKD), x_BKD)
-        x_BND = self._run(self.decoder, x_BND + resized_positions(self.decoder_positions, grid))
+        x_BND = self._run(self.decoder, x_BND + self._positions(self.decoder_positions, grid))
         return self.decoder_norm(x_BND)
 
     def null(self, batch: int, length: int) -> Tensor:
@@ -266,7 +290,7 @@ class Fluid(nn.Module):
             x_BMD: decoder features of these positions.
             text: aligned text [B, L, D], or what `keys_values` made of it.
         """
-        x_BMD = self.cross_in(x_BMD) + gathered(resized_positions(self.cross_positions, grid), at_BM)
+        x_BMD = self.cross_in(x_BMD) + gathered(self._positions(self.cross_positions, grid), at_BM)
         made = self.keys_values(text) if isinstance(text, Tensor) else text
         for block, keys_values in zip(self.cross, made, strict=True):
             x_BMD = self._run([block], x_BMD, keys_values)
@@ -283,10 +307,10 @@ class Fluid(nn.Module):
         """z [B, N, D] of every token from those before it, in raster order (Equation 3)."""
         count = tokens_BNP.shape[1]
         mask = torch.ones(count, count, dtype=torch.bool, device=tokens_BNP.device).tril()
-        x_BND = self.token_norm(self.token_in(tokens_BNP) + resized_positions(self.encoder_positions, grid)[:, :count])
+        x_BND = self.token_norm(self.token_in(tokens_BNP) + self._positions(self.encoder_positions, grid)[:, :count])
         x_BND = self.decoder_in(self.encoder_norm(self._run(self.encoder, x_BND, mask)))
         start = self.mask_token.to(x_BND.dtype).expand(len(x_BND), 1, -1)
-        x_BND = torch.cat([start, x_BND[:, :-1]], dim=1) + resized_positions(self.decoder_positions, grid)[:, :count]
+        x_BND = torch.cat([start, x_BND[:, :-1]], dim=1) + self._positions(self.decoder_positions, grid)[:, :count]
         x_BND = self.decoder_norm(self._run(self.decoder, x_BND, mask))
         at_BN = torch.arange(count, device=x_BND.device).expand(len(x_BND), -1)
         return self.conditions(x_BND, at_BN, text, grid)
@@ -390,7 +414,7 @@ class Mar(nn.Module):
         """z [B, N, D] of all tokens; labels None: the null class."""
         batch, count = masked_BN.shape
         class_BD = self.null_class.expand(batch, -1) if labels_B is None else self.classes(labels_B)
-        known_BK = (~masked_BN).nonzero()[:, 1].view(batch, -1)
+        known_BK = known_positions(masked_BN)
         buffer = self.config.buffer
         features = self.decoder_in(self.encode(tokens_BNP, known_BK, class_BD))
         x_BKD = features[:, buffer:]

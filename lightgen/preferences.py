@@ -61,7 +61,9 @@ def build_pairs(
         UserError: the filter leaves nothing.
     """
     size = painter.size
-    model = fingerprint_strings([fingerprint_module(painter.model), f"{asdict(painter.sampling)}", f"{LOSER_SEED}"])
+    # Pairs that were drawn before there was such an option are the same ones.
+    sampling = {key: value for key, value in asdict(painter.sampling).items() if key != "head_chain" or value}
+    model = fingerprint_strings([fingerprint_module(painter.model), f"{sampling}", f"{LOSER_SEED}"])
     encoder = fingerprint_strings([model, painter.text.fingerprint, painter.autoencoder.fingerprint])
 
     def make(rows: list[int]) -> dict[str, Tensor]:

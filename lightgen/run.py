@@ -28,6 +28,7 @@ from common.training import RunFolder, check_trainer, open_run_folder, refuse_ot
 from common.weights import check_weights, read_weights, save_weights
 from lightgen.config import LightgenConfig
 from lightgen.data import Autoencoder, Captioned, captions_to_draw, is_shapes, open_pictures
+from lightgen.diffusion import short_chain
 from lightgen.model import Fluid
 from lightgen.painter import Painter
 from lightgen.text import TextStates
@@ -208,6 +209,8 @@ def check_options(config: LightgenConfig) -> None:
         raise UserError(f"--stages.sizes {stages.sizes}: expected rising sizes")
     if config.data.name in ("teacher", "shapes") and config.data.images == 0:
         raise UserError(f"--data.images 0: expected a number of at least 1 for --data.name {config.data.name}")
+    if config.sampling.head_chain:
+        short_chain(config.sampling.head_chain)
     if preferences.pairs:
         refuse_large_batch("preferences.batch_size", preferences.batch_size, preferences.pairs, "preference pairs")
         if config.network.head == "regression" or config.network.order == "raster":

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--iterations", type=Count, help="in which all tokens are drawn")
     parser.add_argument("--head_steps", type=Annotated[int, Range(1, 1000)], help="of the head, in the first iteration")
     parser.add_argument("--last_head_steps", type=Annotated[int, Range(1, 1000)], help="of the head, in the last one")
+    parser.add_argument("--head_chain", metavar="CHAIN", help="of the head, instead: ddim25, or 10,15 for two sections")
     parser.add_argument("--sampler", choices=("ancestral", "ddim"), help="steps of the head")
     parser.add_argument("--guidance", type=Annotated[float, Range(1, 100)], help="scale against the null text")
     parser.add_argument("--guidance_schedule", choices=("constant", "linear"), help="over the iterations")
@@ -58,12 +59,18 @@ def main(argv: list[str] | None = None) -> Path:
     import torch
 
     from common.images import save_grid
+    from lightgen.diffusion import STEPS, respacing
     from lightgen.painter import Painter, changed_sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     painter = Painter.load(options.model, device)
-    names = ("iterations", "head_steps", "last_head_steps", "sampler", "guidance", "guidance_schedule", "temperature")
-    painter.sampling = changed_sampling(painter.sampling, **{n: getattr(options, n) for n in (*names, "clip")})
+    if options.head_chain:
+        respacing(STEPS, options.head_chain)  # refused before anything is drawn
+    names = (
+        *("iterations", "head_steps", "last_head_steps", "head_chain", "sampler"),
+        *("guidance", "guidance_schedule", "temperature", "clip"),
+    )
+    painter.sampling = changed_sampling(painter.sampling, **{name: getattr(options, name) for name in names})
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     if options.image is None:
         images = painter.draw(prompts, options.seed, size=size_of(options.size))

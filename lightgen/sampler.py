@@ -9,7 +9,7 @@ Shape suffixes: B batch, N tokens, M tokens drawn now, P numbers of a token, L t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from common.data.sampling import step_generator
 from lightgen.config import SamplingConfig
 from lightgen.diffusion import short_chain
 from lightgen.head import RegressionHead
-from lightgen.model import Fluid, Grid, KeysValues, gathered
+from lightgen.model import Fluid, Grid, KeysValues, Mar, gathered
 from lightgen.schedules import guidance_at, remaining_after
 
 ORDER, NOISE = 0, 1  # streams of a picture's random numbers
@@ -58,6 +58,16 @@ def head_steps_at(options: SamplingConfig, known: float) -> int:
     return max(1, round(options.head_steps + (last - options.head_steps) * known))
 
 
+def _drawing(whole: int, iterations: int) -> Iterator[tuple[int, int, int]]:
+    """(number, masked tokens before, after) of each iteration that draws something."""
+    now = whole
+    for step, after in enumerate(remaining_after(whole, iterations)):
+        after = 0 if step == iterations - 1 else min(after, now)
+        if after < now:
+            yield step, now, after
+        now = after
+
+
 @torch.no_grad()
 def decode_tokens(
     model: Fluid,
@@ -86,14 +96,8 @@ def decode_tokens(
     tokens = torch.zeros(batch, count, width, device=device) if known_BNP is None else known_BNP.float().clone()
     if model.config.order == "raster":
         return _raster(model, tokens, made, grid, options, noises, watch)
-    now = count if hole is None else hole
-    whole = now
     order_BN = order_BN.to(device)
-    for step, after in enumerate(remaining_after(whole, options.iterations)):
-        last = step == options.iterations - 1
-        after = 0 if last else min(after, now)
-        if after == now:
-            continue
+    for step, now, after in _drawing(count if hole is None else hole, options.iterations):
         known_BK, at_BM = order_BN[:, now:].sort(1)[0], order_BN[:, after:now].sort(1)[0]
         alike = known_BK.shape[1] == 0  # nothing is known: one sample stands for all
         shown_BK, shown = (known_BK[:1], tokens[:1]) if alike else (known_BK, tokens)
@@ -109,12 +113,41 @@ def decode_tokens(
         drawn_BMP = _drawn(model, z_RD, batch, options, scale, steps, noises, step)
         watch(step, z_RD, drawn_BMP)
         tokens = tokens.scatter(1, at_BM[:, :, None].expand_as(drawn_BMP), drawn_BMP)
-        now = after
+    return tokens
+
+
+@torch.no_grad()
+def decode_classes(
+    model: Mar,
+    labels_B: Tensor | None,
+    options: SamplingConfig,
+    order_BN: Tensor,
+    noises: Noises,
+    watch: Callable[[int, Tensor, Tensor], object] = lambda *_: None,
+) -> Tensor:
+    """Tokens [B, N, P] of classes by MAR, the ancestor; labels None: of no class.
+
+    Args:
+        order_BN, noises, watch: as in `decode_tokens`.
+    """
+    batch, count = order_BN.shape
+    guided = options.guidance != 1
+    tokens = torch.zeros(batch, count, model.head.token, device=order_BN.device)
+    for step, now, after in _drawing(count, options.iterations):
+        at_BM = order_BN[:, after:now].sort(1)[0]
+        masked_BN = torch.zeros_like(order_BN, dtype=torch.bool).scatter(1, order_BN[:, :now], True)
+        halves = (labels_B, None) if guided else (labels_B,)
+        z_RD = torch.cat([gathered(model(tokens, masked_BN, half), at_BM).flatten(0, 1) for half in halves])
+        scale = guidance_at(options.guidance, options.guidance_schedule, count, max(1, after)) if guided else 1.0
+        steps = head_steps_at(options, 1 - now / count)
+        drawn_BMP = _drawn(model, z_RD, batch, options, scale, steps, noises, step)
+        watch(step, z_RD, drawn_BMP)
+        tokens = tokens.scatter(1, at_BM[:, :, None].expand_as(drawn_BMP), drawn_BMP)
     return tokens
 
 
 def _drawn(
-    model: Fluid,
+    model: Fluid | Mar,
     z_RD: Tensor,
     batch: int,
     options: SamplingConfig,
@@ -131,7 +164,7 @@ def _drawn(
         z_RD = z_RD[:rows]
     if isinstance(head, RegressionHead):
         return head.sample(z_RD, scale).view(shape)
-    chain = short_chain(f"{steps}")
+    chain = short_chain(options.head_chain or f"{steps}")
     ddim = options.sampler == "ddim"
     start, noise = noises(iteration, 0 if ddim else len(chain), shape[1], shape[2])
     drawn_RP = head.sample(

@@ -72,9 +72,10 @@ class MaskedTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
+        least = options.min_lr / self.lr if self.lr else 0.0
 
         def factor(step: int) -> float:
-            return learning_rate(step + 1, self.steps, options.warmup, 1.0, options.schedule)
+            return learning_rate(step + 1, self.steps, options.warmup, 1.0, options.schedule, least)
 
         if options.name == "muon":
             return scheduled(MuonAdam(self.model, self.lr, options.weight_decay), factor)

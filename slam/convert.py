@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> Path:
     if options.unet:
         student, _ = load_student(options.unet, teacher)
         card = {"guidance_scale": 1.0, "solver_steps": student.paths.steps} | student_card(options.unet)
-        replace_folder(options.out, lambda place: write_pipeline(student.unet, teacher, student.paths, place, card))
+        replace_folder(
+            options.out,
+            lambda place: write_pipeline(student.unet, teacher, student.paths, place, card, student.reading),
+        )
         return options.out
     unet = copy_unet(teacher, None)
     adaptors = read_adaptors(options.lora, unet)

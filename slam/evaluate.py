@@ -10,7 +10,7 @@ judge and its counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 SAMPLING_SEED = 4310  # of the noise that is added between steps, the same for every model
 
 
-def few_step_source(student: Student, steps: int, w: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def few_step_source(
+    student: Student, steps: int, w: float | None = None, times: Sequence[int] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """(noise, states) -> latents; the noises between the steps depend on the first noise alone."""
     import torch
 
@@ -42,7 +44,7 @@ def few_step_source(student: Student, steps: int, w: float | None = None) -> Cal
         def fresh(_: int) -> Tensor:
             return torch.stack([torch.randn(noise_BCHW.shape[1:], generator=g) for g in generators])
 
-        return sample(student, noise_BCHW, states_BLD, steps, fresh, w=w)
+        return sample(student, noise_BCHW, states_BLD, steps, fresh, w=w, times=times)
 
     return draw
 

@@ -23,22 +23,21 @@ from common.files import read_object, replace_folder
 from common.pretrained import quiet_libraries, read_network
 from common.teacher import NoiseSchedule, Teacher, load_parts, read_schedule
 from slam.config import SlamConfig, SubPathConfig
-from slam.model import Student, copy_unet
-from slam.subpath import TIMESTEP_SCALING, SubPaths
+from slam.model import Reading, Student, copy_unet
+from slam.subpath import SubPaths
 
 CARD = "slam.json"
 
 
-def scheduler_config(teacher: Teacher, paths: SubPaths) -> dict[str, Any]:
-    """Of the LCM scheduler that takes the student's own times."""
+def scheduler_config(teacher: Teacher, paths: SubPaths, reading: Reading) -> dict[str, Any]:
+    """Of the LCM scheduler that takes the student's own times and reads it as it is read here."""
     return {
         **teacher.schedule.config,
         "num_train_timesteps": teacher.schedule.steps,
         "prediction_type": teacher.schedule.prediction_type,
         "original_inference_steps": paths.steps,
-        "timestep_scaling": TIMESTEP_SCALING,
-        "clip_sample": False,
         "set_alpha_to_one": False,
+        **reading.options(),
     }
 
 
@@ -67,7 +66,7 @@ def export(student: Student, teacher: Teacher, folder: Path, config: SlamConfig,
 
             def fill_lora(target: Path) -> None:
                 write_adaptors(target, adaptors, notes)
-                lcm_scheduler(teacher, student.paths).save_pretrained(target / "scheduler")
+                lcm_scheduler(teacher, student.paths, student.reading).save_pretrained(target / "scheduler")
                 (target / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
             replace_folder(folder / "lora", fill_lora)
@@ -77,14 +76,16 @@ def export(student: Student, teacher: Teacher, folder: Path, config: SlamConfig,
     return target
 
 
-def lcm_scheduler(teacher: Teacher, paths: SubPaths) -> Any:
+def lcm_scheduler(teacher: Teacher, paths: SubPaths, reading: Reading) -> Any:
     from diffusers import LCMScheduler
 
-    return LCMScheduler(**scheduler_config(teacher, paths))
+    return LCMScheduler(**scheduler_config(teacher, paths, reading))
 
 
 @quiet_libraries()
-def write_pipeline(unet: Any, teacher: Teacher, paths: SubPaths, folder: Path, card: dict[str, Any]) -> None:
+def write_pipeline(
+    unet: Any, teacher: Teacher, paths: SubPaths, folder: Path, card: dict[str, Any], reading: Reading | None = None
+) -> None:
     """A diffusers directory around a U-Net; the other parts are the teacher's."""
     from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
@@ -97,7 +98,7 @@ def write_pipeline(unet: Any, teacher: Teacher, paths: SubPaths, folder: Path, c
         "text_encoder": teacher.text_encoder.cpu(),
         "tokenizer": teacher.tokenizer,
         "unet": unet,
-        "scheduler": lcm_scheduler(teacher, paths),
+        "scheduler": lcm_scheduler(teacher, paths, reading or Reading()),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
@@ -152,4 +153,6 @@ def load_student(
     card = student_card(folder)
     schedule = read_schedule(config, str(folder)) if "beta_schedule" in config else around.schedule
     paths = paths_of(schedule, card, int(config.get("original_inference_steps", 50)))
-    return Student(unet.eval().requires_grad_(False), paths), around
+    # Only an LCM scheduler's own options are the student's; others have defaults that were never meant for it.
+    reading = Reading.of(config) if config.get("_class_name") == "LCMScheduler" else Reading()
+    return Student(unet.eval().requires_grad_(False), paths, reading=reading), around

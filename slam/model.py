@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from common.errors import UserError
 from common.teacher import Teacher
 from common.unets import quicken
 from slam.config import StudentConfig, SubPathConfig
-from slam.subpath import SubPaths, boundary_scalings, column
+from slam.subpath import TIMESTEP_SCALING, SubPaths, boundary_scalings, column
 
 PROJECTION = "time_embedding.cond_proj.weight"  # the one weight that a full student has beside its teacher's
 
@@ -30,6 +32,51 @@ def scalar_embedding(value_B: Tensor, width: int, scale: float = 1000.0) -> Tens
     return nn.functional.pad(torch.cat([angles_BE.sin(), angles_BE.cos()], dim=1), (0, width % 2))
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What an LCM scheduler does to x1_hat and its boundary condition; students of ours have the defaults.
+
+    Args:
+        timestep_scaling: factor of the training step in c_skip and c_out.
+        largest: x1_hat is kept within +- this (`clip_sample`, `clip_sample_range`); 0 does not clip.
+        quantile: x1_hat of each sample is kept within this quantile s >= 1 of its magnitudes and divided by s
+            (`thresholding`); 0 does not.
+        largest_quantile: the most that s may be.
+    """
+
+    timestep_scaling: float = TIMESTEP_SCALING
+    largest: float = 0.0
+    quantile: float = 0.0
+    largest_quantile: float = 1.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Reading:
+        """Of an LCM scheduler's options; what they leave out is diffusers' default."""
+        return cls(
+            float(config.get("timestep_scaling", TIMESTEP_SCALING)),
+            float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else 0.0,
+            float(config.get("dynamic_thresholding_ratio", 0.995)) if config.get("thresholding") else 0.0,
+            float(config.get("sample_max_value", 1.0)),
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The same as options of the scheduler."""
+        found: dict[str, Any] = {"timestep_scaling": self.timestep_scaling, "clip_sample": self.largest > 0}
+        if self.largest:
+            found["clip_sample_range"] = self.largest
+        if self.quantile:
+            found |= {"thresholding": True, "dynamic_thresholding_ratio": self.quantile}
+            found["sample_max_value"] = self.largest_quantile
+        return found
+
+    def limited(self, x1_BCHW: Tensor) -> Tensor:
+        """x1_hat as the boundary condition takes it; thresholding goes before clipping."""
+        if self.quantile:
+            most_B = x1_BCHW.flatten(1).abs().quantile(self.quantile, dim=1).clamp(1, self.largest_quantile)
+            return x1_BCHW.clamp(-column(most_B), column(most_B)) / column(most_B)
+        return x1_BCHW.clamp(-self.largest, self.largest) if self.largest else x1_BCHW
+
+
 class Student(nn.Module):
     """f(x_gamma, gamma, t | text) = c_skip(t) x_gamma + c_out(t) x1_hat.
 
@@ -38,13 +85,19 @@ class Student(nn.Module):
         paths: noise levels and prediction type are those of their schedule.
         effective_time: normalise the input and tell the network the time that fits its noise (`SubPathConfig.time`).
         embedding_scale: see `SubPathConfig`.
+        reading: of a student that others have trained, as its scheduler says.
     """
 
     def __init__(
-        self, unet: Any, paths: SubPaths, effective_time: bool = False, embedding_scale: float = 1000.0
+        self,
+        unet: Any,
+        paths: SubPaths,
+        effective_time: bool = False,
+        embedding_scale: float = 1000.0,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
-        self.unet, self.paths = unet, paths
+        self.unet, self.paths, self.reading = unet, paths, reading or Reading()
         self.effective_time, self.embedding_scale = effective_time, embedding_scale
 
     def forward(
@@ -64,7 +117,8 @@ class Student(nn.Module):
             w_B: LCM's guidance, embedded instead of gamma.
         """
         paths = self.paths
-        alpha_B, sigma_B = paths.levels(t_B)
+        # At the noisy end itself alpha may be 0 (a schedule that ends without signal).
+        alpha_B, sigma_B = paths.schedule.exact_levels(t_B) if gamma_B is None else paths.levels(t_B)
         noise_B = sigma_B if gamma_B is None or s_B is None else paths.sigma_gamma(gamma_B, t_B, s_B)
         input_BCHW, time_B = x_BCHW, t_B
         if self.effective_time:
@@ -76,8 +130,8 @@ class Student(nn.Module):
         condition = self._condition(len(x_BCHW), gamma_B, w_B, x_BCHW)
         output_BCHW = self.unet(input_BCHW, time_B, states_BLD, timestep_cond=condition, return_dict=False)[0].float()
         x1_BCHW = self._read(output_BCHW, input_BCHW.float(), alpha_B, sigma_B, noise_B)
-        skip, out = (column(c_B).to(x1_BCHW) for c_B in boundary_scalings(t_B))
-        return skip * x_BCHW.float() + out * x1_BCHW
+        skip, out = (column(c_B).to(x1_BCHW) for c_B in boundary_scalings(t_B, self.reading.timestep_scaling))
+        return skip * x_BCHW.float() + out * self.reading.limited(x1_BCHW)
 
     def _condition(self, batch: int, gamma_B: Tensor | None, w_B: Tensor | None, like: Tensor) -> Tensor | None:
         width = self.unet.config.time_cond_proj_dim

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from common.cli import Parser
 from common.data.lines import prompts_of
 from common.errors import UserError, run_main
-from common.options import Count, NotNegative, Portion, Seed
+from common.options import Count, NotNegative, Portion, Seed, Whole
 
 if TYPE_CHECKING:
     from common.teacher import Teacher
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write")
     parser.add_argument("--count", type=Count, default=8, help="pictures a prompt")
     parser.add_argument("--steps", type=Count, default=4, help="evaluations of the network, 1 to 8")
+    parser.add_argument(
+        "--times", type=Whole, nargs="+", help="training steps to jump from, falling, instead of --steps"
+    )
     parser.add_argument("--seed", type=Seed, default=0, help="of the noises")
     parser.add_argument("--device", help="cpu or cuda")
     options = parser.parse_args(argv)
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> Path:
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     noise = fixed_noise(len(prompts), around.latent_shape, derive_seed(options.seed, 1))
     if options.image is None:
-        draw = few_step_source(student, options.steps, w)
+        draw = few_step_source(student, options.steps, w, options.times)
     else:
         height, width = around.image_size
         pixels = torch.from_numpy(open_rgb(options.image).copy()).permute(2, 0, 1)[None]
@@ -77,7 +80,14 @@ def main(argv: list[str] | None = None) -> Path:
             torch.manual_seed(derive_seed(options.seed, 2))
             first = start.expand_as(noise_BCHW)
             return sample(
-                student, noise_BCHW, states_BLD, options.steps, start_BCHW=first, strength=options.strength, w=w
+                student,
+                noise_BCHW,
+                states_BLD,
+                options.steps,
+                start_BCHW=first,
+                strength=options.strength,
+                w=w,
+                times=options.times,
             )
 
     images = around.draw(draw, prompts, noise)

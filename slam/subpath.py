@@ -59,7 +59,7 @@ class SubPaths:
         return (self.start_N - self.skip).clamp(min=0)
 
     def levels(self, tau_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) at training steps, float64 [B]."""
+        """(alpha, sigma) at training steps, float64 [B]; alpha is above 0, so that every line has a direction."""
         square_B = self.schedule.alphas_cumprod_T.to(tau_B.device)[tau_B]
         return square_B.sqrt(), (1 - square_B).sqrt()
 
@@ -107,8 +107,10 @@ def column(values_B: Tensor) -> Tensor:
     return values_B.view(-1, 1, 1, 1)
 
 
-def boundary_scalings(t_B: Tensor) -> tuple[Tensor, Tensor]:
+def boundary_scalings(
+    t_B: Tensor, scaling: float = TIMESTEP_SCALING, sigma_data: float = SIGMA_DATA
+) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) float64 [B] of f = c_skip x + c_out x1_hat, so that f(x, 0) = x; t is the raw training step."""
-    scaled_B = TIMESTEP_SCALING * t_B.double()
-    square_B = scaled_B.square() + SIGMA_DATA**2
-    return SIGMA_DATA**2 / square_B, scaled_B / square_B.sqrt()
+    scaled_B = scaling * t_B.double()
+    square_B = scaled_B.square() + sigma_data**2
+    return sigma_data**2 / square_B, scaled_B / square_B.sqrt()

@@ -85,6 +85,57 @@ def test_a_file_of_kohyas_layout_is_read_with_the_alpha_of_every_module(tmp_path
     torch.testing.assert_close(found[name][1] @ found[name][0], (2.0 / 4) * up @ down)
 
 
+def raw(unet: Any) -> dict[str, torch.Tensor]:
+    """The adaptors' weights as peft holds them, without their strength."""
+    return {n.replace(".default", ""): p.detach().clone() for n, p in unet.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("place", ["header", "peft"])
+def test_patterns_of_alphas_and_rslora_are_read_at_their_strength(place: str, stabilised: bool, tmp_path: Path) -> None:
+    unet, alphas = bare(), {"to_q": 6.0, "resnets.0.conv1": 0.5}
+    add_adaptors(unet, TARGETS, 4, 3.0, {"to_q": 2}, alphas=alphas, stabilised=stabilised)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    wanted = output(unet.eval())
+    described = {"r": 4, "lora_alpha": 3.0, "rank_pattern": {"to_q": 2}, "alpha_pattern": alphas}
+    described["use_rslora"] = stabilised
+    if place == "peft":
+        save_file({f"base_model.model.{n}": p for n, p in raw(unet).items()}, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    else:
+        notes = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in described.items()})}
+        save_file({f"unet.{n}": p for n, p in raw(unet).items()}, tmp_path / FILE, notes)
+    plain = bare()
+    merge_adaptors(plain, read_adaptors(tmp_path, plain))
+    torch.testing.assert_close(output(plain), wanted, rtol=1e-4, atol=1e-5)
+    merged = bare()
+    merge_adaptors(merged, adaptor_state(unet))
+    torch.testing.assert_close(output(merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_oldest_layout_of_diffusers_is_read_and_dora_is_named(tmp_path: Path) -> None:
+    unet, old = bare(), {}
+    names = [n for n, _ in unet.named_modules() if n.endswith(("attn1.to_q", "attn1.to_out.0"))][:2]
+    assert len(names) == 2
+    for name in names:
+        rows, columns = unet.get_submodule(name).weight.shape
+        start, _, last = name.removesuffix(".0").rpartition(".")
+        old[f"unet.{start}.processor.{last}_lora.down.weight"] = torch.randn(2, columns)
+        old[f"unet.{start}.processor.{last}_lora.up.weight"] = torch.randn(rows, 2)
+    save_file(old, tmp_path / FILE)
+    assert set(read_adaptors(tmp_path, unet)) == set(names)
+    extra = {f"unet.{names[0]}.lora_magnitude_vector": torch.ones(1)}
+    save_file(extra, tmp_path / FILE)
+    refused("is of DoRA", read_adaptors, tmp_path, unet)
+    save_file(old, tmp_path / FILE, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
+    refused("use_dora", read_adaptors, tmp_path, unet)
+    save_file(old, tmp_path / FILE, {"lora_adapter_metadata": "{"})
+    refused("lora_adapter_metadata in its header is damaged", read_adaptors, tmp_path, unet)
+
+
 def test_half_an_adaptor_another_model_or_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     unet = bare()
     name = next(n for n, _ in unet.named_modules() if n.endswith("to_q"))
@@ -95,6 +146,8 @@ def test_half_an_adaptor_another_model_or_another_shape_is_refused_by_name(tmp_p
         ({k.replace("to_q", "to_z"): v for k, v in whole.items()}, "belongs to no layer of this U-Net"),
         ({**whole, f"unet.{name}.lora_A.weight": torch.zeros(2, columns + 1)}, "does not fit a weight"),
         ({"conv_in.weight": torch.zeros(1)}, "is not the name of an adaptor's weight"),
+        ({"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(1)}, "adapts a text encoder"),
+        ({"lora_te_layers_0_q_proj.lora_down.weight": torch.zeros(1)}, "adapts a text encoder"),
     ]
     for tensors, sentence in cases:
         save_file(tensors, tmp_path / FILE)

@@ -179,7 +179,10 @@ def test_networks_of_a_latent_consistency_model_or_with_a_learned_variance_are_r
 def test_a_schedule_that_ends_in_pure_noise_is_read_for_networks_that_know_the_image_there(kind: str) -> None:
     schedule = read_schedule({**SCHEDULER, **PURE_NOISE, "prediction_type": kind})
     alpha, sigma = schedule.levels(torch.tensor([999]))
-    assert 0 < float(alpha) <= 1e-4 and float(sigma) == pytest.approx(1.0)
+    assert (float(alpha), float(sigma)) == (0.0, 1.0) and float(schedule.alphas_cumprod_T[-1]) == 1e-8
+    output, x = torch.randn(2, 1, 4, 8, 8)
+    x1, eps = schedule.read(output, x, alpha, sigma)
+    assert torch.equal(x1, -output if kind == "v_prediction" else output) and torch.equal(eps, x)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -78,12 +79,18 @@ def frequency(case: Case) -> None:
 
 
 def dists_case(case: Case) -> None:
-    given, wanted, config = case.group("in"), case.group("out"), known(case, "chns")
+    given, wanted, config = case.group("in"), case.group("out"), known(case, "chns", "batch_average")
     network, x = tiny_dists(case.group("param")), given["pred"].clone().requires_grad_()
     assert network.channels == config["chns"]
     distance_B = network(x, given["target"])
-    assert_close(distance_B, wanted["dists"], "distance")
-    assert_close(network(x, x), wanted["self_dists"], "of itself")
+
+    def recorded(distance_B: Tensor, wanted: Tensor, what: str) -> None:
+        """The package squeezes a batch of one away, and takes the mean where it is told to."""
+        found = distance_B.mean() if config.get("batch_average") else distance_B
+        assert_close(found.reshape(wanted.shape), wanted, what)
+
+    recorded(distance_B, wanted["dists"], "distance")
+    recorded(network(x, x), wanted["self_dists"], "of itself")
     (gradient,) = torch.autograd.grad(distance_B.mean(), x)
     assert_close(gradient, wanted["grad_pred_of_mean"], "gradient")
 
@@ -96,7 +103,9 @@ def adaptation(case: Case) -> None:
     loss.perceptual = tiny_dists(case.group("param", "dists."))
     parts = loss.of_pictures(x, y)
     for name in ("spatial", "fourier", "edge"):
-        assert_close(parts[name], wanted[f"l_{name}"], name)
+        if name in parts:  # what weighs nothing is not computed
+            assert_close(parts[name], wanted[f"l_{name}"], name)
+    assert_close(fourier_loss(given["pred"], y, config["radius"]), wanted["l_fourier"], "Fourier loss")
     assert_close(parts["loss"], wanted["loss"], "loss")
     assert_close(high_pass(given["pred"], config["radius"]), wanted["high_pass_pred"], "high pass")
     assert_close(edges(given["pred"]), wanted["edge_pred"], "edges")
@@ -114,7 +123,8 @@ def unet_of(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
 
 def lora(case: Case) -> None:
     given, wanted = case.group("in"), case.group("out")
-    config = known(case, "unet", "r", "lora_alpha", "target_modules", "timestep", "rank_pattern")
+    options = ("unet", "r", "lora_alpha", "target_modules", "timestep", "rank_pattern", "alpha_pattern", "use_rslora")
+    config = known(case, *options, "lora_dropout", "init_lora_weights")  # the last two: of training, and of its start
     base = case.group("param", "base.")
     unet = unet_of(config["unet"], base)
     t = torch.tensor(config["timestep"])
@@ -124,7 +134,18 @@ def lora(case: Case) -> None:
         return network(given["sample"], t, given["prompt_embeds"], return_dict=False)[0]
 
     assert_timed_close(lambda: output(unet), wanted["base"], "base")
-    add_adaptors(unet, config["target_modules"], config["r"], config["lora_alpha"], config.get("rank_pattern"))
+    targets = config["target_modules"]
+    if isinstance(targets, str):  # peft's: an expression for whole names
+        targets = [name for name, _ in unet.named_modules() if re.fullmatch(targets, name)]
+    add_adaptors(
+        unet,
+        targets,
+        config["r"],
+        config["lora_alpha"],
+        config.get("rank_pattern"),
+        alphas=config.get("alpha_pattern"),
+        stabilised=config.get("use_rslora", False),
+    )
     state = case.group("param", "lora.")
     ours = {name.replace(".default", ""): p for name, p in unet.named_parameters() if "lora_" in name}
     assert ours.keys() == {key.removeprefix("unet.").removeprefix("base_model.model.") for key in state}
@@ -139,14 +160,14 @@ def lora(case: Case) -> None:
 
 
 def counts(case: Case) -> None:
-    wanted = case.group("out")
+    wanted, config = case.group("out"), known(case, "columns", "target_modules")
     sd21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
     with torch.device("meta"):
         for column, more in enumerate(({}, sd21)):
             for rank, *numbers in wanted["rank_sd15_sd21"].tolist():
                 unet = stable_diffusion_unet(**more)
                 assert sum(p.numel() for p in unet.parameters()) == int(wanted["unet_params"][column])
-                add_adaptors(unet, ATTENTION, rank)
+                add_adaptors(unet, config.get("target_modules", ATTENTION), rank)
                 assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == numbers[column]
 
 

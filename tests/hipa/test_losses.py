@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from common.metrics.perceptual import perceptual_distance
 from hipa.analyse import Exchange, compare
 from hipa.config import LossConfig
 from hipa.dists import dists
 from hipa.frequency import coherence, exchanged, high_pass, low_pass, relative_error
 from hipa.frozen import FrozenConv2d, spare_memory
 from hipa.losses import AdaptationLoss, fourier_loss
+from tests.refusals import refused
 
 X, Y = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 EDGES = [0.5, 2.0, 4.0, 12.0]
@@ -29,6 +33,15 @@ def test_the_fourier_loss_is_the_squared_difference_of_high_pass_pictures() -> N
     torch.testing.assert_close(low_pass(X, 3) + high_pass(X, 3), X)
     wide = high_pass(X, 3, gaussian=True)
     assert fourier_loss(X, torch.zeros_like(X), 3, gaussian=True) == wide.square().mean()
+
+
+def test_a_share_of_an_odd_height_is_a_whole_number_of_cycles() -> None:
+    x, y = torch.rand(2, 1, 3, 45, 31)
+    for cycles in (13, 15):
+        found = loss_of(radius=cycles / 45, spatial="mse").of_pictures(x, y)["fourier"]
+        assert found == fourier_loss(x, y, cycles) != fourier_loss(x, y, cycles - 1e-6)
+    alone = X[:1, :, :15, :11]  # a batch of one, no side even
+    assert all(bool(torch.isfinite(part)) for part in loss_of()(alone, Y[:1, :, :15, :11]).values())
 
 
 def test_low_frequencies_of_one_and_high_ones_of_the_other_make_either_picture_at_the_ends() -> None:
@@ -82,6 +95,23 @@ def test_outside_of_its_range_a_picture_still_has_a_gradient() -> None:
 def test_dists_is_zero_for_equal_pictures_and_needs_vgg() -> None:
     network = dists("random")
     assert float(network(X, X).abs().max()) < 1e-5 and float(network(X, Y).min()) > 0.01
+
+
+def test_published_channel_weights_stand_in_a_file_beside_the_trunks(tmp_path: Path) -> None:
+    trunk = perceptual_distance("random").net.state_dict()
+    torch.save({key: value for key, value in trunk.items() if key.startswith("features")}, tmp_path / "vgg16.pth")
+    plain = dists(str(tmp_path / "vgg16.pth"))
+    count = plain.alpha.numel()
+    alpha, beta = torch.rand(2, 1, count, 1, 1)
+    torch.save({"alpha": alpha, "beta": beta}, tmp_path / "weights.pt")
+    network = dists(f"{tmp_path / 'vgg16.pth'}, {tmp_path / 'weights.pt'}")
+    assert torch.equal(network.alpha, alpha) and torch.equal(network.beta, beta)
+    assert float(network(X, X).abs().max()) < 1e-5 and not torch.allclose(network(X, Y), plain(X, Y))
+    for wrong in ({"alpha": alpha}, {"alpha": alpha[:, :9], "beta": beta[:, :9]}):
+        torch.save(wrong, tmp_path / "weights.pt")
+        refused(
+            f"expected alpha and beta with {count} each", dists, f"{tmp_path / 'vgg16.pth'},{tmp_path / 'weights.pt'}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -64,6 +64,21 @@ def test_one_step_inverts_what_the_schedule_mixes(kind: str) -> None:
         torch.testing.assert_close(found, x1, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_one_step_is_the_clean_estimate_of_the_stock_scheduler(zero_snr: bool, schedule: str, kind: str) -> None:
+    from diffusers import DDIMScheduler
+
+    options = {"beta_schedule": schedule, "rescale_betas_zero_snr": zero_snr, "prediction_type": kind}
+    teacher = tiny_teacher(**options)
+    stock = DDIMScheduler(**{"beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False, **options})
+    noise, told = torch.randn(2, 2, 4, 8, 8)
+    found = OneStep(Knows(told, 999), teacher.schedule)(noise, torch.zeros(2, 1, 1))
+    stock.set_timesteps(1)
+    torch.testing.assert_close(found, stock.step(told, 999, noise).pred_original_sample, rtol=1e-6, atol=1e-6)
+
+
 def test_a_student_starts_as_the_raw_one_step_model_wherever_its_adaptors_are() -> None:
     teacher = tiny_teacher("v_prediction")
     noise, states = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 16)

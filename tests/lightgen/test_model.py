@@ -18,6 +18,7 @@ from lightgen.losses import masked_loss, noise_errors, preference
 from lightgen.model import (
     Fluid,
     Mar,
+    MarConfig,
     mar_preset,
     official,
     ours,
@@ -26,7 +27,7 @@ from lightgen.model import (
     resized_positions,
     unpatchify,
 )
-from lightgen.sampler import Randomness, decode_tokens, head_steps_at
+from lightgen.sampler import Randomness, decode_classes, decode_tokens, head_steps_at
 from lightgen.schedules import learning_rate, mask_law, masked_count, remaining_after
 from tests.refusals import refused
 
@@ -102,6 +103,39 @@ def test_positions_of_a_wide_picture_are_not_transposed() -> None:
     assert bool((wide[1:] > wide[:-1]).all())
     torch.testing.assert_close(wide, wide[:, :1].expand(-1, 8))
     assert resized_positions(rows, (4, 4)) is rows
+    # The released code's come out with rows and columns exchanged; a square does not tell.
+    table = torch.randn(1, 16, 3)
+    assert torch.equal(resized_positions(table, (3, 6), turned=True), resized_positions(table, (6, 3)))
+    assert torch.equal(resized_positions(table, (5, 5), turned=True), resized_positions(table, (5, 5)))
+    plain = tiny()
+    turned = copy.deepcopy(plain)
+    turned.turned = True
+    for grid, same in (((4, 4), True), ((2, 2), True), ((2, 4), False)):
+        count = grid[0] * grid[1]
+        tokens, known = torch.randn(1, count, 16), torch.arange(count)[None]
+        found = [model.encode(tokens, known, grid) for model in (plain, turned)]
+        assert torch.allclose(*found) == same
+
+
+def test_positions_without_an_offset_are_resized_to_the_grid_itself() -> None:
+    table = torch.randn(1, 16, 3)
+    square = table.view(1, 4, 4, 3).permute(0, 3, 1, 2)
+    for grid in ((6, 6), (3, 5)):
+        wanted = torch.nn.functional.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(resized_positions(table, grid, 0.0), wanted)
+        assert not torch.allclose(resized_positions(table, grid), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0, 9, 16])
+def test_mar_reads_any_number_of_known_tokens(share: int) -> None:
+    config = MarConfig(16, 1, 2, 24, 1, 2, tokens=4, token=4, buffer=3, classes=5, head_width=16, head_depth=1)
+    mar, tokens = Mar(config).eval(), torch.randn(2, 16, 4)
+    masked = torch.rand(2, 16).argsort(1) < share
+    z = mar(tokens, masked, torch.tensor([1, 4]))
+    assert z.shape == (2, 16, 24) and bool(torch.isfinite(z).all())
+    hidden = tokens.where(~masked[:, :, None], 100.0)
+    torch.testing.assert_close(mar(hidden, masked, torch.tensor([1, 4])), z)
+    assert not torch.allclose(mar(tokens, masked, None), z)
 
 
 def test_a_masked_tokens_condition_does_not_see_masked_tokens() -> None:
@@ -234,10 +268,60 @@ def test_one_token_at_a_time_in_raster_order_and_the_mean_of_a_regression() -> N
         assert bool(torch.isfinite(first).all()) and bool((first != 0).any(2).all())
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_mar_draws_as_its_authors_write_it(labelled: bool, guidance: float) -> None:
+    """Against their loop: a mask is carried on, the halves stand in one batch, the last iteration takes the rest."""
+    config = MarConfig(16, 1, 2, 24, 1, 2, tokens=4, token=4, buffer=3, classes=5, head_width=16, head_depth=1)
+    mar, chain = Mar(config).eval(), short_chain("3")
+    for parameter in mar.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 4
+    labels, iterations = torch.tensor([1, 4]) if labelled else None, 5
+    draws = Randomness(1, [0, 1])
+    orders, noises = draws.orders(16), draws.noises()
+    options = SamplingConfig(iterations, 3, guidance=guidance, guidance_schedule="linear", temperature=0.9)
+    ours, seen = decode_classes(mar, labels, options, orders, noises), []
+
+    noises = draws.noises()
+    tokens, mask = torch.zeros(2, 16, 4), torch.ones(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        for step in range(iterations):
+            z = mar(tokens, mask, labels)
+            null = mar(tokens, mask, None)
+            left = max(1, min(int(mask[0].sum()) - 1, math.floor(16 * math.cos(math.pi / 2 * (step + 1) / iterations))))
+            after = torch.zeros_like(mask).scatter(1, orders[:, :left], True)
+            drawn = mask if step == iterations - 1 else mask ^ after
+            scale = 1 + (guidance - 1) * (16 - left) / 16
+            start, noise = noises(step, 3, int(drawn[0].sum()), 4)
+            both = z[drawn] if guidance == 1 else torch.cat([z[drawn], null[drawn]])
+            found = mar.head.sample(both, chain, start.flatten(0, 1), noise.flatten(1, 2), scale, 0.9)
+            tokens = tokens.clone()
+            tokens[drawn], mask = found, after
+            seen.append(int(drawn[0].sum()))
+    assert sum(seen) == 16
+    torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-4)
+
+
 def test_head_steps_fall_with_the_share_of_known_tokens() -> None:
     options = SamplingConfig(head_steps=20, last_head_steps=5)
     assert [head_steps_at(options, share) for share in (0.0, 0.5, 1.0)] == [20, 12, 5]
     assert head_steps_at(SamplingConfig(head_steps=20), 0.9) == 20
+
+
+def test_a_chain_of_the_released_code_takes_its_own_steps_of_the_head() -> None:
+    model, counts = tiny(), []
+    draws, text = Randomness(1, [4]), model.text(torch.randn(1, 5, 12))
+
+    def noises(iteration: int, steps: int, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(steps)
+        return draws.noises()(iteration, steps, count, width)
+
+    found = [
+        decode_tokens(model, text, GRID, SamplingConfig(2, 5, head_chain=chain), draws.orders(16), noises)
+        for chain in ("", "5", "ddim5", "2,3")
+    ]
+    assert counts == [5] * 8 and torch.equal(found[0], found[1])
+    assert not torch.allclose(found[1], found[2]) and not torch.allclose(found[1], found[3])
 
 
 @pytest.mark.parametrize(("tokens", "iterations"), [(256, 64), (16, 16), (16, 40), (1, 3)])
@@ -260,6 +344,8 @@ def test_a_shorter_chain_takes_its_betas_from_the_cumulative_alphas() -> None:
     chain = Diffusion(noise_levels(), respacing(1000, "25"))
     assert len(chain) == 25 and int(chain.times[-1]) == 999 and int(chain.times[0]) == 0
     torch.testing.assert_close((1 - chain.betas_T).cumprod(0), training_chain().alphas_cumprod_T[chain.times])
+    assert respacing(1000, "ddim4") == [0, 250, 500, 750] and respacing(7, "") == list(range(7))
+    refused("chain 'fast': expected a number of steps", respacing, 1000, "fast")
     assert respacing(300, "10,15,20")[:2] == [0, 11] and len(respacing(300, "10,15,20")) == 45
     refused("ddim30: no whole stride", respacing, 100, "ddim30")
     refused("cannot make 11 steps of 10", respacing, 10, "11")

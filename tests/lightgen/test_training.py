@@ -105,6 +105,28 @@ def test_a_stage_begins_with_both_weights_of_the_one_before(reference: Path, pla
     assert module.ema._updates == -1  # its horizon goes on, it is not warmed up again
 
 
+def test_a_cosine_ends_at_the_least_rate() -> None:
+    from lightgen.config import NetworkConfig, OptimiserConfig, StagesConfig
+    from lightgen.model import Fluid
+
+    model = Fluid(NetworkConfig(16, 1, 1, 1, 1, 2, 2, 2, head_width=8, head_depth=1, grid=4), 4, 12)
+    options = OptimiserConfig(warmup=2, schedule="cosine", min_lr=1e-4, ema_decay=0.0)
+    module = MaskedTraining(
+        model,
+        None,
+        lambda ids: torch.zeros(len(ids), 6, 12),
+        StagesConfig(),
+        options,
+        seed=0,
+        lr=1e-3,
+        steps=10,
+        batch_size=8,
+    )
+    scheduler = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    rates = [scheduler.lr_lambdas[0](step) * 1e-3 for step in (1, 5, 9)]
+    assert rates == pytest.approx([1e-3, 1e-4 + 0.9e-3 * 0.5, 1e-4])
+
+
 def test_the_reference_stays_what_the_policy_began_as(reference: Path, place: Path, monkeypatch: Any) -> None:
     """To the bit, at every step; and what is kept of preferences is another model."""
     run = Run.existing(reference)
@@ -357,6 +379,7 @@ def test_every_arm_of_data_trains(cache: None, place: Path, tmp_path: Path) -> N
         ({"stages__sizes": "[8,15]"}, "size 15x15: expected multiples of 4"),
         ({"network__encoder_heads": 3}, "--network.encoder_heads 3 does not divide"),
         ({"network__head": "regression"}, "expected --preferences.pairs 0"),
+        ({"sampling__head_chain": "fast"}, "chain 'fast': expected a number of steps"),
         ({"data__name": "folder"}, "--data.name folder needs --data.path"),
         ({"data__images": 0}, "--data.images 0: expected a number of at least 1"),
         ({"autoencoder": "no_such"}, "--autoencoder no_such: no vae/config.json"),

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from common.solvers import ddim_step, guided_network
+from common.teacher import read_schedule
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
-from slam.model import PROJECTION, Student, averaged_copy, follow, make_student, scalar_embedding
-from slam.sampler import sample, timesteps
+from slam.model import PROJECTION, Reading, Student, averaged_copy, follow, make_student, scalar_embedding
+from slam.sampler import chosen_timesteps, sample, timesteps
+from slam.subpath import SubPaths
 from tests.common.tiny_teacher import SCHEDULER, tiny_teacher
 from tests.refusals import refused
 
@@ -161,6 +163,76 @@ def test_sampling_is_that_of_the_stock_lcm_scheduler(steps: int, kind: str) -> N
             z, wanted = scheduler.step(output, t, z, generator=generator, return_dict=False)
     ours = sample(student, NOISE, STATES, steps, lambda _: torch.randn(NOISE.shape, generator=fresh))
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timestep_scaling": 0.002},
+        {"clip_sample": True, "clip_sample_range": 0.7},
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
+        {"thresholding": True, "clip_sample": True, "sample_max_value": 0.5},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "linear", "num_train_timesteps": 800, "original_inference_steps": 30},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+        {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_every_option_of_an_lcm_scheduler_draws_what_stock_code_draws(options: dict[str, Any]) -> None:
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler(**options)
+    config = dict(scheduler.config)
+    reading = Reading.of(config)
+    assert Reading.of(reading.options()).options() == reading.options()
+    paths = SubPaths(read_schedule(config), config["original_inference_steps"])
+    student = Student(tiny_teacher().unet, paths, reading=reading)
+    scheduler.set_timesteps(3)
+    z, generator, fresh = NOISE, torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = student.unet(z, t, STATES).sample
+            z, wanted = scheduler.step(output, t, z, generator=generator, return_dict=False)
+    ours = sample(student, NOISE, STATES, 3, lambda _: torch.randn(NOISE.shape, generator=fresh))
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_at_the_end_of_a_schedule_without_signal_an_estimate_takes_nothing_of_its_input() -> None:
+    for kind, sign in (("v_prediction", -1.0), ("sample", 1.0)):
+        paths = SubPaths(read_schedule({**SCHEDULER, "rescale_betas_zero_snr": True, "prediction_type": kind}))
+        student, t = Student(tiny_teacher().unet, paths), torch.full((3,), 999)
+        with torch.no_grad():
+            output = student.unet(100 * NOISE, t, STATES).sample
+            torch.testing.assert_close(student(100 * NOISE, t, STATES), sign * output, atol=1e-5, rtol=1e-5)
+
+
+def test_evenly_spread_times_are_rounded_as_the_stock_scheduler_rounds() -> None:
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler(original_inference_steps=60)
+    paths = SubPaths(read_schedule(dict(scheduler.config)), 60)
+    for steps, strength in ((22, 0.5), (26, 0.5), (52, 1.0), (60, 1.0), (1, 0.02)):
+        scheduler.set_timesteps(steps, strength=strength)
+        assert timesteps(paths, steps, strength) == scheduler.timesteps.tolist()
+
+
+def test_times_of_the_users_own_are_those_of_the_stock_scheduler_and_wrong_ones_are_named() -> None:
+    from diffusers import LCMScheduler
+
+    student = make_student(tiny_teacher("sample"), TINY, SubPathConfig(solver_steps=50))
+    scheduler = LCMScheduler.from_config({k: v for k, v in SCHEDULER.items() if k != "_class_name"})
+    times = [999, 700, 399, 19]
+    for strength in (1.0, 0.6):
+        scheduler.set_timesteps(timesteps=times, strength=strength)
+        assert chosen_timesteps(student.paths, times, strength) == scheduler.timesteps.tolist()
+    even = timesteps(student.paths, 4)
+    drawn = [sample(student, NOISE, STATES, 4, lambda _: X1, times=t) for t in (None, even, times)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    for wrong in ([], [1000], [9, 9], [19, 99], [5, -1]):
+        refused("expected falling training steps from 999 to 0", chosen_timesteps, student.paths, wrong)
+    refused("none is left", chosen_timesteps, student.paths, [999, 499], 0.4)
 
 
 def test_image_to_image_takes_the_stock_times_and_leaves_a_picture_near_at_low_strength() -> None:

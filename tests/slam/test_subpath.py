@@ -95,6 +95,9 @@ def test_the_boundary_keeps_the_input_at_time_zero_and_drops_it_elsewhere() -> N
     skip, out = boundary_scalings(torch.tensor([0, 19, 999]))
     assert skip[0] == 1 and out[0] == 0
     assert float(skip[1:].max()) < 1e-5 and float((out[1:] - 1).abs().max()) < 1e-5
+    skip, out = boundary_scalings(torch.tensor([3, 40]), scaling=0.5, sigma_data=2.0)
+    torch.testing.assert_close(skip, torch.tensor([4 / 6.25, 4 / 404], dtype=torch.float64))
+    torch.testing.assert_close(out, torch.tensor([1.5 / 2.5, 20 / 404**0.5], dtype=torch.float64))
 
 
 def test_a_grid_that_the_schedule_does_not_have_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from common.images import open_rgb
 from slam.export import CARD, load_student
+from slam.model import Reading
 from slam.run import WEIGHTS
 from slam.trainer import SlamTraining
 from tests.common.tiny_teacher import save_teacher
@@ -155,6 +157,29 @@ def test_sampling_and_converting_need_the_folder_alone(
     whole = convert.main(["--unet", f"{model}/unet", "--teacher", str(teacher), "--out", str(tmp_path / "published")])
     found = evaluate.main(["--model", str(whole), "--steps", "1", "--images", "4"])
     assert list(found["arms"]) == ["1 steps"]
+
+
+def test_the_options_of_a_published_scheduler_are_read_and_travel(
+    reference: Path, teacher: Path, tmp_path: Path
+) -> None:
+    from slam import convert, sample
+
+    published = shutil.copytree(reference / "slam" / "pipeline", tmp_path / "published")
+    file = published / "scheduler" / "scheduler_config.json"
+    changed = {"timestep_scaling": 0.02, "thresholding": True, "sample_max_value": 3.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    again = convert.main(["--unet", str(published), "--teacher", str(teacher), "--out", str(tmp_path / "again")])
+    for folder in (published, again):
+        reading = load_student(folder)[0].reading
+        assert (reading.timestep_scaling, reading.quantile, reading.largest_quantile) == (0.02, 0.995, 3.0)
+    assert load_student(reference / "slam" / "pipeline")[0].reading == Reading()
+    common = ["--prompt", "a red star", "--count", "1", "--device", "cpu", "--times", "999", "299"]
+    first, second = (
+        sample.main(["--model", str(folder), *common, "--out", str(tmp_path / f"{number}.png")]).read_bytes()
+        for number, folder in enumerate((published, again))
+    )
+    assert first == second
+    refused("expected falling training steps", sample.main, ["--model", str(again), *common[:-2], "299", "999"])
 
 
 def test_what_a_student_cannot_do_is_said(reference: Path, teacher: Path, tmp_path: Path) -> None:

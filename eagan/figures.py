@@ -57,6 +57,13 @@ def draw_fronts(folder: Path, path: Path) -> Path:
     return save_figure(figure, path, "Individuals of each round by IS, FID and size; ringed: the last round's front.")
 
 
+def _along_rounds(axis: Any, value: str) -> None:
+    """Names of the axes; there are no half rounds."""
+    axis.set_xlabel("round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel(value)
+
+
 def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, title: str) -> Path:
     """Mean and best FID of the population over the rounds, and that of real pictures."""
     figure, (axis,) = panels()
@@ -64,9 +71,7 @@ def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, 
     axis.plot(numbers, [row["fid_mean"] for row in history], marker="o", label="mean of the population")
     axis.plot(numbers, [row["fid_best"] for row in history], marker="o", label="best")
     axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="real against real")
-    axis.set_xlabel("round")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylabel("FID")
+    _along_rounds(axis, "FID")
     axis.set_title(title)
     axis.legend(fontsize=7)
     return save_figure(
@@ -94,14 +99,15 @@ def draw_figures(ledger: Path, folder: Path) -> None:
             measured = [[row[f"fid_{arm}_round_{n}"] for n in range(rounds)] for row in claims[name]["measured"]]
             mean, spread = over_seeds(measured)
             axis.errorbar(range(rounds), mean, yerr=spread, marker="o", capsize=3, label=label)
-        axis.set_xlabel("round")
-        axis.set_ylabel("mean FID of the population")
+        _along_rounds(axis, "mean FID of the population")
         axis.legend()
         save_figure(figure, folder / f"rounds_{name}.png", captions[name])
     if {"E1", "E2"} <= claims.keys():
         figure, (found, pair) = panels(2)
-        bars(found, claims["E1"], {"searched": "fid_searched", "random": "fid_random"}, "retrained generator, FID")
-        bars(pair, claims["E2"], {"found pair": "fid_pair", "fixed D": "fid_fixed"}, "retrained pair, FID")
+        bars(found, claims["E1"], {"searched": "fid_searched", "random": "fid_random"}, "retrained generator")
+        bars(pair, claims["E2"], {"found pair": "fid_pair", "fixed D": "fid_fixed"}, "retrained pair")
+        for axis in (found, pair):
+            axis.set_ylabel("FID")
         caption = (
             "Left: the searched generator against random ones. Right: with the searched discriminator and the fixed."
         )

@@ -18,7 +18,7 @@ def draw_figures(ledger: Path, folder: Path) -> None:
     shown = (
         ("A", {"psnr_binary": "8 x 32 bits", "psnr_vq": "8 x VQ 1024"}, "equal number of tokens"),
         ("B", {"psnr_line": "in a line", "psnr_grid": "4 x 4 grid"}, "16 tokens of 32 bits"),
-        ("E", {"psnr_whole": "decoded whole", "psnr_scaled_up": "scaled up"}, "one code, decoded at"),
+        ("E", {"psnr_whole": "decoded whole", "psnr_scaled_up": "scaled up"}, "one code at 32 px"),
     )
     for axis, (claim, metrics, title) in zip(axes, shown):
         bars(axis, claims[claim], metrics, title)

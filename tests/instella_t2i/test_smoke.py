@@ -11,7 +11,7 @@ import torch
 from instella_t2i import rate, reproduce
 from instella_t2i.experiments import Study
 from instella_t2i.tokenizer import Tokenizer, save_tokenizer
-from tests.claims import smoke_records
+from tests.claims import smoke_records, write_ledger
 from tests.instella_t2i.test_tokenizer import TINY
 
 
@@ -36,6 +36,16 @@ def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache
         found = measure(study, 0)
         assert math.isfinite(found["psnr_gain"])
     assert 0 < reproduce.a(study, 0)["used_vq"] <= 1
+
+
+def test_the_claims_figure_names_its_axes(tmp_path: Path) -> None:
+    from instella_t2i.figures import draw_figures
+
+    numbers = ("psnr_binary", "psnr_vq", "psnr_line", "psnr_grid", "psnr_whole", "psnr_scaled_up")
+    measured = {name: 20.0 + n for n, name in enumerate(numbers)}
+    write_ledger(tmp_path / "ledger.json", "instella_t2i", dict.fromkeys("ABE", measured))
+    draw_figures(tmp_path / "ledger.json", tmp_path)
+    assert (tmp_path / "tokenizer.png").is_file() and "PSNR" in (tmp_path / "captions.json").read_text()
 
 
 def test_the_rate_page_counts_the_bits_of_every_family(cache: None, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 
 from common.evolution import front_ranks
 from common.figures import bars, over_seeds, panels, save_figure, small_claims
@@ -45,15 +46,16 @@ def draw_fronts(folder: Path, path: Path) -> Path:
         rows = read_object(file, kinds={"individuals": list})["individuals"]
         alive = [row for row in rows if "failed_because" not in row]
         table = np.array([[row["inception_score"] or 1.0, row["fid"], row["size"] / 1e6] for row in alive])
+        colour = colormaps["viridis"](number / max(1, len(files) - 1))  # each round its own, however many
         for axis, column in zip(axes, (0, 2)):
-            axis.scatter(table[:, column], table[:, 1], color=f"C{number % 10}", s=14, label=f"round {number}")
+            axis.scatter(table[:, column], table[:, 1], color=colour, s=14, label=f"round {number}")
             if number == len(files) - 1:
                 front = table[front_ranks(np.stack([1 / table[:, 0], table[:, 1], table[:, 2]], 1)) == 0]
                 axis.scatter(front[:, column], front[:, 1], s=110, facecolors="none", edgecolors="black", label="front")
     for axis, name in zip(axes, ("Inception Score", "parameters, millions")):
         axis.set_xlabel(name)
         axis.set_ylabel("FID")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=1 + len(files) // 10)
     return save_figure(figure, path, "Individuals of each round by IS, FID and size; ringed: the last round's front.")
 
 

@@ -314,7 +314,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Codes [B, K, D] of 0 and 1 (float32), without noise."""
-        self._check(tuple(x_BCHW.shape[-2:]), len(self.config.down_after))
+        self._check_pictures(x_BCHW, len(self.config.down_after))
         return self.quantizer(self.encoder(x_BCHW)).codes_BLD
 
     @torch.no_grad()
@@ -346,10 +346,15 @@ class Tokenizer(nn.Module):
             uniform_BLD: numbers in [0, 1) that draw the bits while training; None thresholds them.
             tau: temperature of those draws.
         """
-        height, width = x_BCHW.shape[-2:]
-        self._check((height, width), max(len(self.config.down_after), len(self.config.up_after)))
+        self._check_pictures(x_BCHW, max(len(self.config.down_after), len(self.config.up_after)))
         quantized = self.quantizer(self.encoder(x_BCHW), uniform_BLD, tau)
+        height, width = x_BCHW.shape[-2:]
         return Reconstruction(self.paint(quantized.values_BLE, (height, width)), quantized)
+
+    def _check_pictures(self, x_BCHW: Tensor, halvings: int) -> None:
+        if x_BCHW.dim() != 4 or x_BCHW.shape[1] != 3:
+            raise UserError(f"pictures of the shape {list(x_BCHW.shape)}: expected [pictures, 3, height, width]")
+        self._check(tuple(x_BCHW.shape[-2:]), halvings)
 
     def _check(self, size: tuple[int, ...], halvings: int) -> None:
         multiple = self.config.patch * 2**halvings

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.files import write_json
 from common.ledger import read_claims
 from eagan import experiments, reproduce
 from eagan.config import DataConfig
@@ -78,6 +79,13 @@ def test_axes_are_named_and_there_are_no_half_rounds(tmp_path: Path, monkeypatch
     figures.draw_figures(tmp_path / "ledger.json", tmp_path)
     history = [{"round": n, "fid_mean": 3.0 - n, "fid_best": 2.0 - n} for n in range(3)]
     figures.draw_rounds(history, 0.1, tmp_path / "rounds.png", "stage")
+    for n in range(12):
+        row = {"inception_score": 2.0, "fid": 9.0 - n / 2, "size": 10}
+        write_json(tmp_path / "rounds" / f"{n:02d}.json", {"individuals": [row]})
+    figures.draw_fronts(tmp_path / "rounds", tmp_path / "fronts.png")
+    for axis in drawn["fronts.png"].axes:
+        colours = {tuple(dots.get_facecolor()[0]) for dots in axis.collections if "round" in str(dots.get_label())}
+        assert len(colours) == 12 and axis.get_xlabel()
     for name, figure in drawn.items():
         for axis in figure.axes:
             assert "FID" in axis.get_ylabel(), name

@@ -135,6 +135,7 @@ def test_double_precision_gives_what_single_gives_to_its_digits() -> None:
 def test_wrong_sizes_and_codes_are_sentences() -> None:
     tokenizer = tiny()
     refused("a picture of 20 x 16 pixels: expected multiples of 8", tokenizer.encode, torch.zeros(1, 3, 20, 16))
+    refused("pictures of the shape .1, 1, 16, 16.: expected .pictures, 3", tokenizer, torch.zeros(1, 1, 16, 16))
     refused("codes of the shape .1, 4, 9.: expected", tokenizer.decode, torch.zeros(1, 4, 9), 16)
     refused("1 x 1 image tokens", tokenizer.decode, torch.zeros(1, 4, 8), 8)
 

@@ -16,9 +16,9 @@ def draw_figures(ledger: Path, folder: Path) -> None:
         return
     figure, axes = panels(3)
     shown = (
-        ("A", {"psnr_binary": "8 x 32 bits", "psnr_vq": "8 x VQ 1024"}, "equal number of tokens"),
-        ("B", {"psnr_line": "in a line", "psnr_grid": "4 x 4 grid"}, "16 tokens of 32 bits"),
-        ("E", {"psnr_whole": "decoded whole", "psnr_scaled_up": "scaled up"}, "one code at 32 px"),
+        ("A", {"8 x 32 bits": "psnr_binary", "8 x VQ 1024": "psnr_vq"}, "equal number of tokens"),
+        ("B", {"in a line": "psnr_line", "4 x 4 grid": "psnr_grid"}, "16 tokens of 32 bits"),
+        ("E", {"decoded whole": "psnr_whole", "scaled up": "psnr_scaled_up"}, "one code at 32 px"),
     )
     for axis, (claim, metrics, title) in zip(axes, shown):
         bars(axis, claims[claim], metrics, title)

@@ -5,6 +5,7 @@ Those of the generators stand in `golden_generators.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ def unknown(case: Case, *read: str) -> None:
     """Fail by name where a case has an option that its check does not read."""
     left = sorted(set(case.config) - set(read) - {"loss", "note"})
     assert not left, f"{case.path.name}: options that are not read: {left}"
+
+
+def weight_in_loss(case: Case, term: str, usual: float = 1.0) -> float:
+    """What a case multiplies a term by in the loss whose gradients it records."""
+    loss = case.config.get("loss", f"{usual}*{term}")
+    found = re.search(rf"(?:([\d.]+)\s*\*\s*)?{term}", loss)
+    assert found, f"{case.path.name}: loss {loss!r}: expected {term} in it"
+    return float(found[1] or 1)
 
 
 def network_of(config: dict[str, Any]) -> NetworkConfig:
@@ -125,7 +134,8 @@ def binary(case: Case) -> None:
     assert_close(found.codes_BLD, wanted["train_code"], "codes")
     assert_close(found.values_BLE, wanted["train_z_q"], "values")
     assert_close(found.loss, wanted["code_loss"], "code loss")
-    ((found.values_BLE * given["grad_zq"]).sum() + 0.1 * found.loss).backward()
+    weight = weight_in_loss(case, "code_loss", 0.1)
+    ((found.values_BLE * given["grad_zq"]).sum() + weight * found.loss).backward()
     for parameter, name in ((h, "h"), (ours.embed, "embed"), (ours.proj[0].weight, "proj_weight")):
         assert parameter.grad is not None
         assert_close(parameter.grad, wanted[f"grad_{name}"], f"gradient of {name}")
@@ -163,7 +173,7 @@ def bsq(case: Case) -> None:
         torch.testing.assert_close(index.double(), wanted["indices"].double(), rtol=2.0**-22, atol=0)
     else:
         assert_close(index, wanted["indices"], "indices")
-    ((found.z_q * given["w"]).sum() + found.loss).backward()
+    ((found.z_q * given["w"]).sum() + weight_in_loss(case, "quantizer.loss") * found.loss).backward()
     assert z.grad is not None
     assert_close(z.grad, wanted["grad_z"], "gradient")
 
@@ -200,7 +210,8 @@ def lfq(case: Case) -> None:
         ("entropy_aux_loss", found.aux),
     ):
         assert_close(value, wanted[name], name)
-    ((z_q * given["w"]).sum() + found.aux + 0.25 * found.commit).backward()
+    aux, commit = weight_in_loss(case, "entropy_aux"), weight_in_loss(case, "commit", 0.25)
+    ((z_q * given["w"]).sum() + aux * found.aux + commit * found.commit).backward()
     assert x.grad is not None
     assert_close(x.grad, wanted["grad_x"], "gradient")
 
@@ -216,7 +227,7 @@ def vq(case: Case) -> None:
     assert_close(z_q, wanted["z_q"], "values")
     assert_close(found.entry, wanted["indices"], "indices")
     assert_close(found.loss, wanted["quantizer_loss"], "loss")
-    ((z_q * given["w"]).sum() + found.loss).backward()
+    ((z_q * given["w"]).sum() + weight_in_loss(case, "quantizer.loss") * found.loss).backward()
     assert z.grad is not None and codebook.grad is not None
     assert_close(z.grad, wanted["grad_z"], "gradient of z")
     assert_close(codebook.grad, wanted["grad_embedding"], "gradient of the codebook")

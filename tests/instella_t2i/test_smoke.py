@@ -38,14 +38,22 @@ def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache
     assert 0 < reproduce.a(study, 0)["used_vq"] <= 1
 
 
-def test_the_claims_figure_names_its_axes(tmp_path: Path) -> None:
-    from instella_t2i.figures import draw_figures
+def test_the_claims_figure_shows_what_the_claims_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from instella_t2i import figures
 
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, caption: drawn.append(figure))
     numbers = ("psnr_binary", "psnr_vq", "psnr_line", "psnr_grid", "psnr_whole", "psnr_scaled_up")
     measured = {name: 20.0 + n for n, name in enumerate(numbers)}
     write_ledger(tmp_path / "ledger.json", "instella_t2i", dict.fromkeys("ABE", measured))
-    draw_figures(tmp_path / "ledger.json", tmp_path)
-    assert (tmp_path / "tokenizer.png").is_file() and "PSNR" in (tmp_path / "captions.json").read_text()
+    figures.draw_figures(tmp_path / "ledger.json", tmp_path)
+    (figure,) = drawn
+    assert [[bar.get_height() for bar in axis.patches] for axis in figure.axes] == [[20, 21], [22, 23], [24, 25]]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["in a line", "4 x 4 grid"]
+    assert all(axis.get_ylabel() == "PSNR, dB" for axis in figure.axes)
+    rows = [{"family": name, "bits": b, "psnr": 1, "lpips": 2, "rkid": 3} for name in ("JPEG", "line") for b in (8, 64)]
+    figures.draw_rates(rows, tmp_path / "rates.png")
+    assert all(axis.get_xlabel() == "bits a picture" and axis.get_ylabel() for axis in drawn[1].axes)
 
 
 def test_the_rate_page_counts_the_bits_of_every_family(cache: None, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ class Discriminator(Searchable):
 
     Args:
         spectral: False leaves the norm out of the first block and the linear layer, as the authors' `d_spectral_norm`,
-            which all their scripts set; the cells have it always.
+            which is on unless it is switched off; the cells have it always.
     """
 
     def __init__(self, config: NetworkConfig, genotype: Genes | None = None, spectral: bool = True) -> None:

@@ -196,8 +196,8 @@ class RunConfig(RunOptions):
         run_dir: everything is written there.
         seed: of the weights' start, the order of the data and the evolution.
         resume: auto continues an unfinished run of the same options; never refuses a used folder.
-        genotype: no search: train this pair, a JSON file with generator and discriminator, or published names
-            (best_G,cifar10_D).
+        genotype: no search: train this pair, a JSON file with generator and discriminator, or two with a comma, each a
+            published name (best_G,cifar10_D), a JSON file or the authors' .npy.
         precision: 32-true, or bf16-mixed where the device has it.
         device: auto, cpu or cuda.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 
 from common.evolution import front_ranks
 from common.figures import bars, over_seeds, panels, save_figure, small_claims
@@ -45,16 +46,24 @@ def draw_fronts(folder: Path, path: Path) -> Path:
         rows = read_object(file, kinds={"individuals": list})["individuals"]
         alive = [row for row in rows if "failed_because" not in row]
         table = np.array([[row["inception_score"] or 1.0, row["fid"], row["size"] / 1e6] for row in alive])
+        colour = colormaps["viridis"](number / max(1, len(files) - 1))  # each round its own, however many
         for axis, column in zip(axes, (0, 2)):
-            axis.scatter(table[:, column], table[:, 1], color=f"C{number % 10}", s=14, label=f"round {number}")
+            axis.scatter(table[:, column], table[:, 1], color=colour, s=14, label=f"round {number}")
             if number == len(files) - 1:
                 front = table[front_ranks(np.stack([1 / table[:, 0], table[:, 1], table[:, 2]], 1)) == 0]
                 axis.scatter(front[:, column], front[:, 1], s=110, facecolors="none", edgecolors="black", label="front")
     for axis, name in zip(axes, ("Inception Score", "parameters, millions")):
         axis.set_xlabel(name)
         axis.set_ylabel("FID")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=1 + len(files) // 10)
     return save_figure(figure, path, "Individuals of each round by IS, FID and size; ringed: the last round's front.")
+
+
+def _along_rounds(axis: Any, value: str) -> None:
+    """Names of the axes; there are no half rounds."""
+    axis.set_xlabel("round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel(value)
 
 
 def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, title: str) -> Path:
@@ -64,9 +73,7 @@ def draw_rounds(history: Sequence[Mapping[str, Any]], floor: float, path: Path, 
     axis.plot(numbers, [row["fid_mean"] for row in history], marker="o", label="mean of the population")
     axis.plot(numbers, [row["fid_best"] for row in history], marker="o", label="best")
     axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="real against real")
-    axis.set_xlabel("round")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylabel("FID")
+    _along_rounds(axis, "FID")
     axis.set_title(title)
     axis.legend(fontsize=7)
     return save_figure(
@@ -94,14 +101,15 @@ def draw_figures(ledger: Path, folder: Path) -> None:
             measured = [[row[f"fid_{arm}_round_{n}"] for n in range(rounds)] for row in claims[name]["measured"]]
             mean, spread = over_seeds(measured)
             axis.errorbar(range(rounds), mean, yerr=spread, marker="o", capsize=3, label=label)
-        axis.set_xlabel("round")
-        axis.set_ylabel("mean FID of the population")
+        _along_rounds(axis, "mean FID of the population")
         axis.legend()
         save_figure(figure, folder / f"rounds_{name}.png", captions[name])
     if {"E1", "E2"} <= claims.keys():
         figure, (found, pair) = panels(2)
-        bars(found, claims["E1"], {"searched": "fid_searched", "random": "fid_random"}, "retrained generator, FID")
-        bars(pair, claims["E2"], {"found pair": "fid_pair", "fixed D": "fid_fixed"}, "retrained pair, FID")
+        bars(found, claims["E1"], {"searched": "fid_searched", "random": "fid_random"}, "retrained generator")
+        bars(pair, claims["E2"], {"found pair": "fid_pair", "fixed D": "fid_fixed"}, "retrained pair")
+        for axis in (found, pair):
+            axis.set_ylabel("FID")
         caption = (
             "Left: the searched generator against random ones. Right: with the searched discriminator and the fixed."
         )

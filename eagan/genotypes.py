@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import read_object, write_json
 
 Genes = tuple[tuple[int, ...], ...]
@@ -182,9 +182,10 @@ def parse(space: Space, content: Any, where: str) -> Genes:
     wanted = f"expected {CELLS} lists of {GENES} whole numbers, a {space.name}"
     try:
         genes = tuple(tuple(int(gene) for gene in cell) for cell in content)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: {str(content)[:80]} is no genotype; {wanted}") from None
-    if len(genes) != CELLS or any(len(cell) != GENES for cell in genes):
+    whole = all([*cell] == [*given] for cell, given in zip(genes, content))
+    if not whole or len(genes) != CELLS or any(len(cell) != GENES for cell in genes):
         raise UserError(f"{where}: {str(content)[:80]} is no genotype; {wanted}")
     if not space.valid(genes):
         raise UserError(
@@ -195,7 +196,7 @@ def parse(space: Space, content: Any, where: str) -> Genes:
 
 
 def open_genes(space: Space, name: str, option: str) -> Genes:
-    """A published architecture by its name, or one of a JSON file that a search wrote.
+    """A published architecture by its name, or one of a file: JSON that a search wrote, or the authors' .npy.
 
     Raises:
         UserError: neither, or not valid.
@@ -205,10 +206,22 @@ def open_genes(space: Space, name: str, option: str) -> Genes:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{option} {name}: no such file; published architectures are {', '.join(PUBLISHED)}")
+    if path.suffix == ".npy":  # one network's
+        return parse(space, _array(path, option), f"{option} {name}")
     content = read_object(path)
     if space.name not in content:
         raise UserError(f"{option} {name}: it has no {space.name}; it has {', '.join(content) or 'nothing'}")
     return parse(space, content[space.name], f"{option} {name}")
+
+
+def _array(path: Path, option: str) -> Any:
+    """Nested lists of the authors' files (exps/*.npy); what would have to be unpickled is refused."""
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False).tolist()
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{option} {path} is no array of numbers ({first_line(error)})") from None
 
 
 def save_genes(path: Path, **genes: Genes | None) -> None:

@@ -277,18 +277,18 @@ class FirstBlock(nn.Module):
 
     written_out = False
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, spectral: bool = True) -> None:
         super().__init__()
-        self.c1 = convolution(3, channels, 3, spectral=True)
-        self.c2 = convolution(channels, channels, 3, spectral=True)
-        self.c_sc = convolution(3, channels, 1, spectral=True)
+        self.c1 = convolution(3, channels, 3, spectral=spectral)
+        self.c2 = convolution(channels, channels, 3, spectral=spectral)
+        self.c_sc = convolution(3, channels, 1, spectral=spectral)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = F.relu(self.c1(x_BCHW))
         if self.written_out:
             return F.avg_pool2d(self.c2(h_BCHW), 2) + self.c_sc(F.avg_pool2d(x_BCHW, 2))
-        assert isinstance(self.c2, SpectralConv)
-        h_BCHW = F.conv2d(h_BCHW, averaged(self.c2.normalised()), self.c2.bias, stride=2, padding=1)
+        weight = self.c2.normalised() if isinstance(self.c2, SpectralConv) else self.c2.weight
+        h_BCHW = F.conv2d(h_BCHW, averaged(weight), self.c2.bias, stride=2, padding=1)
         return h_BCHW + self.c_sc(F.avg_pool2d(x_BCHW, 2))
 
 
@@ -357,17 +357,23 @@ class Generator(Searchable):
 
 
 class Discriminator(Searchable):
-    """Pictures in [-1, 1] to logits [B, 1]; spectral norm everywhere, sum over space before the linear layer."""
+    """Pictures in [-1, 1] to logits [B, 1]; spectral norm everywhere, sum over space before the linear layer.
 
-    def __init__(self, config: NetworkConfig, genotype: Genes | None = None) -> None:
+    Args:
+        spectral: False leaves the norm out of the first block and the linear layer, as the authors' `d_spectral_norm`,
+            which is on unless it is switched off; the cells have it always.
+    """
+
+    def __init__(self, config: NetworkConfig, genotype: Genes | None = None, spectral: bool = True) -> None:
         super().__init__()
         self.config, self.genotype = config, genotype
         channels = config.df_dim
-        self.block1 = FirstBlock(channels)
+        self.block1 = FirstBlock(channels, spectral)
         for number in range(CELLS):
             self.add_module(f"block{number + 2}", DownCell(channels, None if genotype is None else genotype[number]))
-        self.l5 = SpectralLinear(channels, 1, bias=False)
-        self.l5.normalise_weight()
+        self.l5 = (SpectralLinear if spectral else nn.Linear)(channels, 1, bias=False)
+        if isinstance(self.l5, SpectralLinear):
+            self.l5.normalise_weight()
 
     def cells(self) -> list[Cell]:
         return [self.get_submodule(f"block{number}") for number in (2, 3, 4)]  # type: ignore[misc]

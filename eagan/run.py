@@ -217,9 +217,9 @@ def stage_options(config: RunConfig, searched: Searched) -> StageOptions:
     return config.stage_g if searched == "generator" else config.stage_d
 
 
-def fixed_genes(name: str) -> Genes | None:
-    """Of the discriminator that a generator is searched against; None for the simple one."""
-    return None if name == SIMPLE else open_genes(DISCRIMINATOR, name, "--search.fixed")
+def fixed_genes(name: str, option: str = "--search.fixed") -> Genes | None:
+    """Of the discriminator that a generator is searched against, named by `option`; None for the simple one."""
+    return None if name == SIMPLE else open_genes(DISCRIMINATOR, name, option)
 
 
 def given_pair(config: RunConfig) -> tuple[Genes, Genes | None] | None:
@@ -235,4 +235,4 @@ def given_pair(config: RunConfig) -> tuple[Genes, Genes | None] | None:
         names *= 2
     if len(names) != 2:
         raise UserError(f"--genotype {config.genotype}: expected a JSON file, or two names: best_G,cifar10_D")
-    return open_genes(GENERATOR, names[0], "--genotype"), fixed_genes(names[1])
+    return open_genes(GENERATOR, names[0], "--genotype"), fixed_genes(names[1], "--genotype")

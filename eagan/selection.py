@@ -69,14 +69,17 @@ def cars_pools(fitness: Sequence[Fitness]) -> list[list[int]]:
 
 
 def cars_stages(fitness: Sequence[Fitness], count: int) -> tuple[list[int], list[int]]:
-    """(those who are taken for sure, those of the stage that overflows, of whom the rest is drawn)."""
+    """(those who are taken for sure, those of the stage that overflows, of whom the rest is drawn: none where a stage
+    ends at `count`)."""
     sure: list[int] = []
     for pool in cars_pools(fitness):
+        if len(sure) == count:
+            return sure, []
         new = [i for i in pool if i not in sure]
         if len(sure) + len(new) > count:
             return sure, new
         sure += new
-    return sure, [i for i in range(len(fitness)) if i not in sure]
+    return sure, [i for i in range(len(fitness)) if i not in sure] if len(sure) < count else []
 
 
 def best(fitness: Sequence[Fitness]) -> int:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
+
 Target = Literal["epsilon", "x"]
 TimeLaw = Literal["logistic_normal", "uniform"]
 Protocol = Literal["renoise", "approximate", "exact"]
@@ -128,15 +130,23 @@ def sample(
     raise AssertionError("no steps")
 
 
-def binary_latent_schedule(steps: int, kind: Literal["linear", "cos"]) -> tuple[Tensor, Tensor, Tensor]:
+def binary_latent_schedule(steps: int, kind: Literal["linear", "cos", "sigmoid"]) -> tuple[Tensor, Tensor, Tensor]:
     """Of the ancestor, Binary Latent Diffusion, in discrete steps 0 (clean) to N: (k, b, beta), each [N + 1], float64.
 
     P(x_t = 1) = k_t x_0 + b_t, b = (1 - k) / 2; beta_t = k_t / k_(t-1) is the share kept in step t. `linear` is the
-    process above at t = i / N.
+    process above at t = i / N; `cos` and `sigmoid` are the halves of a cosine and of a sigmoid (of 3 t / 0.8, scaled to
+    fall from 1 to 0).
     """
     share = torch.arange(steps + 1, dtype=torch.float64) / steps
-    k = keep(share) if kind == "linear" else 0.5 * (1 + torch.cos(math.pi * share))
-    assert isinstance(k, Tensor)
+    if kind == "linear":
+        k = 1 - share
+    elif kind == "cos":
+        k = 0.5 * (1 + torch.cos(math.pi * share))
+    elif kind == "sigmoid":
+        curve = torch.sigmoid(3 * share / 0.8)
+        k = (curve[-1] - curve) / (curve[-1] - curve[0])
+    else:
+        raise UserError(f"schedule {kind!r} of binary latent diffusion: expected linear, cos or sigmoid")
     beta = torch.cat([torch.ones(1, dtype=torch.float64), k[1:] / k[:-1]])
     return k, (1 - k) / 2, beta
 

@@ -16,9 +16,9 @@ def draw_figures(ledger: Path, folder: Path) -> None:
         return
     figure, axes = panels(3)
     shown = (
-        ("A", {"psnr_binary": "8 x 32 bits", "psnr_vq": "8 x VQ 1024"}, "equal number of tokens"),
-        ("B", {"psnr_line": "in a line", "psnr_grid": "4 x 4 grid"}, "16 tokens of 32 bits"),
-        ("E", {"psnr_whole": "decoded whole", "psnr_scaled_up": "scaled up"}, "one code, decoded at"),
+        ("A", {"8 x 32 bits": "psnr_binary", "8 x VQ 1024": "psnr_vq"}, "equal number of tokens"),
+        ("B", {"in a line": "psnr_line", "4 x 4 grid": "psnr_grid"}, "16 tokens of 32 bits"),
+        ("E", {"decoded whole": "psnr_whole", "scaled up": "psnr_scaled_up"}, "one code at 32 px"),
     )
     for axis, (claim, metrics, title) in zip(axes, shown):
         bars(axis, claims[claim], metrics, title)
@@ -27,8 +27,8 @@ def draw_figures(ledger: Path, folder: Path) -> None:
     save_figure(figure, folder / "tokenizer.png", caption)
 
 
-def draw_rates(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Distortion against bits a picture, one curve a family."""
+def draw_rates(rows: Sequence[Mapping[str, Any]], size: int, path: Path) -> Path:
+    """Distortion against bits a picture of `size` x `size` pixels, one curve a family."""
     figure, axes = panels(3)
     keys = {"psnr": "PSNR, dB", "lpips": "LPIPS form", "rkid": "r-KID"}
     for axis, (key, label) in zip(axes, keys.items()):
@@ -39,7 +39,6 @@ def draw_rates(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axis.set_xlabel("bits a picture")
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
-    caption = (
-        "What a picture of 64 x 64 pixels keeps at so many bits: tokens in a line, grids, autoencoders, JPEG, WebP."
-    )
+    families = ", ".join(dict.fromkeys(row["family"] for row in rows))
+    caption = f"What a picture of {size} x {size} pixels keeps at so many bits: {families}."
     return save_figure(figure, path, caption)

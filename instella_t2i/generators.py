@@ -242,7 +242,7 @@ class Denoiser(Generator):
         device = x_BKD.device.type
         known = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():  # t has more digits than bf16
-            t_BE = self.time_embed(t_B.float())
+            t_BE = self.time_embed(t_B.double() if x_BKD.dtype == torch.float64 else t_B.float())
         x_BKE = self.x_embedder(x_BKD)
         mask = memory.mask(None, x_BKE.shape[1], x_BKE.shape[1], x_BKE)
         for block, keys in zip(self.transformer_blocks, memory.keys):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 CODE_WIDTH = 16  # W of the one-hot codebook; TiTok has 12 to 16
 COMMITMENT = 0.25
 LFQ_TEMPERATURE, LFQ_SAMPLE, LFQ_BATCH = 0.01, 1.0, 1.2  # Open-MAGVIT2
@@ -102,6 +104,13 @@ def index_of(codes_BLD: Tensor) -> Tensor:
     return (codes_BLD.long() * weights_D).sum(-1)
 
 
+def _divided(bits: int, number: int, how: str) -> int:
+    """`bits` over a number that divides them; `how` names it in a message."""
+    if number < 1 or bits % number:
+        raise UserError(f"{bits} bits in {how}: expected a number that divides {bits}")
+    return bits // number
+
+
 class VqResult(NamedTuple):
     z_q: Tensor  # straight-through, [..., W]
     entry: Tensor  # numbers of the entries, [...]
@@ -186,13 +195,25 @@ def lookup_free(
     temperature: float = LFQ_TEMPERATURE,
     sample_weight: float = LFQ_SAMPLE,
     batch_weight: float = LFQ_BATCH,
+    codebooks: int = 1,
 ) -> LfqResult:
     """Signs of each dimension (MAGVIT-v2, equations 3 and 4); entropies over all 2^D codes, whose softmax is of their
-    products with z, doubled, over the temperature. aux = sample_weight H(sample) - batch_weight H(codebook)."""
-    bits = z_BLD.shape[-1]
+    products with z, doubled, over the temperature. aux = sample_weight H(sample) - batch_weight H(codebook).
+
+    Args:
+        codebooks: parts that the D bits are cut into, each a code of its own; entropies are over the 2^(D / codebooks)
+            codes of a part, and means over the parts.
+
+    Raises:
+        UserError: the bits cannot be cut into so many parts.
+    """
+    bits = _divided(z_BLD.shape[-1], codebooks, f"{codebooks} codebooks")
     hard = torch.where(z_BLD > 0, 1.0, -1.0).to(z_BLD.dtype)
-    codes_JD = 2 * bits_of(torch.arange(2**bits, device=z_BLD.device), bits) - 1
-    logits_NJ = 2 * z_BLD.flatten(0, -2).float() @ codes_JD.T / temperature
+    z_NJ = z_BLD.unflatten(-1, (codebooks, bits)).flatten(0, -2)
+    if z_NJ.dtype != torch.float64:
+        z_NJ = z_NJ.float()
+    codes_JD = 2 * bits_of(torch.arange(2**bits, device=z_BLD.device), bits).to(z_NJ.dtype) - 1
+    logits_NJ = 2 * z_NJ @ codes_JD.T / temperature
     p_NJ, log_NJ = logits_NJ.softmax(1), logits_NJ.log_softmax(1)
     sample = -(p_NJ * log_NJ).sum(1).mean()
     mean_J = p_NJ.mean(0)
@@ -248,14 +269,18 @@ def spherical(
         group: bits whose 2^group codes the soft entropies are taken over; divides D.
         normalise: z is on the unit sphere and codes are 1 / sqrt(D) long in each dimension; else they are 1.
         analytical: both entropies bit by bit, from their independent probabilities, in place of group by group.
+
+    Raises:
+        UserError: the bits cannot be cut into such groups.
     """
     bits = z_BLD.shape[-1]
+    _divided(bits, group, f"groups of {group}")
     length = bits**-0.5 if normalise else 1.0
     signs = torch.where(z_BLD > 0, 1.0, -1.0).to(z_BLD.dtype)
     commit = beta * (signs * length - z_BLD).square().sum(-1).mean()
     z_BLGg = z_BLD.unflatten(-1, (-1, group))
     index_J = torch.arange(2**group, device=z_BLD.device)
-    codes_Jg = (2 * bits_of(index_J, group).flip(-1) - 1) * length
+    codes_Jg = (2 * bits_of(index_J, group).flip(-1) - 1).to(z_BLD.dtype) * length
     if analytical:
         p_BLD = torch.sigmoid(4 * inverse_temperature * length * z_BLD)
         p_BLGJ = torch.stack([p_BLD, 1 - p_BLD], -1)  # every bit is a group

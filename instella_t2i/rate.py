@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     write_atomically(options.output, lambda temporary: temporary.write_text(text))
     own = options.output.parent == RESULTS
     figures = RESULTS / "figures" / "instella_t2i" if own else options.output.parent
-    draw_rates(rows, figures / "rate_distortion.png")
+    draw_rates(rows, options.size, figures / "rate_distortion.png")
     print(text)
     return rows
 

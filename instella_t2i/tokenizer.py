@@ -98,13 +98,13 @@ def rotate(x_BALN: Tensor, table: Table, pairs: bool) -> Tensor:
 
 
 class RmsNorm(nn.RMSNorm):
-    """In float32 whatever the precision: half precision sums squares too coarsely, and has no fused kernel here."""
+    """In float32 at least: half precision sums squares too coarsely, and has no fused kernel here."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+        return F.rms_norm(x if x.dtype == torch.float64 else x.float(), self.normalized_shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -308,13 +308,13 @@ class Tokenizer(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """That the sides of pictures have to be multiples of, in pixels."""
+        """That the sides of pictures have to be multiples of to come back, in pixels; see `multiple_of`."""
         return multiple_of(self.config)
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Codes [B, K, D] of 0 and 1 (float32), without noise."""
-        self._check(tuple(x_BCHW.shape[-2:]))
+        self._check_pictures(x_BCHW, len(self.config.down_after))
         return self.quantizer(self.encoder(x_BCHW)).codes_BLD
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class Tokenizer(nn.Module):
     def paint(self, z_BKE: Tensor, size: int | tuple[int, int]) -> Tensor:
         """Pictures from the values of codes, with gradients."""
         height, width = (size, size) if isinstance(size, int) else size
-        self._check((height, width))
+        self._check((height, width), len(self.config.up_after))
         patch = self.config.patch
         flat_BLP = self.to_pixel(self.decoder(z_BKE, (height, width)))
         grid = flat_BLP.unflatten(1, (height // patch, width // patch)).unflatten(-1, (patch, patch, 3))
@@ -346,19 +346,26 @@ class Tokenizer(nn.Module):
             uniform_BLD: numbers in [0, 1) that draw the bits while training; None thresholds them.
             tau: temperature of those draws.
         """
-        height, width = x_BCHW.shape[-2:]
-        self._check((height, width))
+        self._check_pictures(x_BCHW, max(len(self.config.down_after), len(self.config.up_after)))
         quantized = self.quantizer(self.encoder(x_BCHW), uniform_BLD, tau)
+        height, width = x_BCHW.shape[-2:]
         return Reconstruction(self.paint(quantized.values_BLE, (height, width)), quantized)
 
-    def _check(self, size: tuple[int, ...]) -> None:
-        if any(side < 1 or side % self.multiple for side in size):
+    def _check_pictures(self, x_BCHW: Tensor, halvings: int) -> None:
+        if x_BCHW.dim() != 4 or x_BCHW.shape[1] != 3:
+            raise UserError(f"pictures of the shape {list(x_BCHW.shape)}: expected [pictures, 3, height, width]")
+        self._check(tuple(x_BCHW.shape[-2:]), halvings)
+
+    def _check(self, size: tuple[int, ...], halvings: int) -> None:
+        multiple = self.config.patch * 2**halvings
+        if any(side < 1 or side % multiple for side in size):
             height, width = size
-            raise UserError(f"a picture of {height} x {width} pixels: expected multiples of {self.multiple}")
+            raise UserError(f"a picture of {height} x {width} pixels: expected multiples of {multiple}")
 
 
 def multiple_of(config: NetworkConfig) -> int:
-    """That the sides of pictures have to be multiples of, in pixels: a patch at the coarsest grid."""
+    """That the sides of pictures have to be multiples of, in pixels: a patch at the coarsest grid of both ways. The
+    encoder's or the decoder's alone may be finer."""
     return config.patch * 2 ** max(len(config.down_after), len(config.up_after))
 
 

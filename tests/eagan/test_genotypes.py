@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
+from eagan.config import RunConfig
 from eagan.drawing import main as draw_main
 from eagan.drawing import svg
 from eagan.genotypes import (
@@ -23,6 +25,7 @@ from eagan.genotypes import (
     open_genes,
     save_genes,
 )
+from eagan.run import given_pair
 from tests.refusals import refused
 
 SPACES = (GENERATOR, DISCRIMINATOR)
@@ -113,6 +116,20 @@ def test_a_genotype_file_is_read_back_and_a_wrong_one_is_named(tmp_path: Path) -
     path.write_text(json.dumps({"generator": [[1, 2]]}))
     refused("is no genotype", open_genes, GENERATOR, str(path), "--genotype")
     refused("it has no discriminator; it has generator", open_genes, DISCRIMINATOR, str(path), "--genotype")
+
+
+def test_the_authors_files_are_read_and_never_unpickled(tmp_path: Path) -> None:
+    paths = [tmp_path / "best_gen_80_2.npy", tmp_path / "dis.npy", tmp_path / "pickled.npy", tmp_path / "half.npy"]
+    for path, content in zip(paths, (PUBLISHED["best_G"], PUBLISHED["stl10_D"], [{}], [[0.5] * 7] * 3)):
+        np.save(path, np.array(content))
+    pair = given_pair(RunConfig(genotype=f"{paths[0]},{paths[1]}"))
+    assert pair == (PUBLISHED["best_G"], PUBLISHED["stl10_D"])
+    refused("no valid discriminator", open_genes, DISCRIMINATOR, str(paths[0]), "--genotype")
+    refused("--genotype .*pickled.npy is no array of numbers", open_genes, GENERATOR, str(paths[2]), "--genotype")
+    refused(
+        "half.npy: .* is no genotype; expected 3 lists of 7 whole", open_genes, GENERATOR, str(paths[3]), "--genotype"
+    )
+    refused("--genotype nothing: no such file", given_pair, RunConfig(genotype="best_G,nothing"))
 
 
 def test_every_edge_that_is_not_none_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,21 @@ def test_spectral_norm_is_torchs_to_the_bit() -> None:
     assert torch.equal(before, ours.weight_u)
 
 
+def test_the_authors_switch_leaves_spectral_norm_out_of_the_first_block_and_the_last_layer_alone() -> None:
+    torch.manual_seed(0)
+    with_norm = Discriminator(SMALL, PUBLISHED["cifar10_D"]).eval()
+    without = Discriminator(SMALL, PUBLISHED["cifar10_D"], spectral=False).eval()
+    state = with_norm.state_dict()
+    for name in ("block1.c1", "block1.c2", "block1.c_sc", "l5"):
+        state[f"{name}.weight"] = with_norm.get_submodule(name).normalised()  # type: ignore[operator]
+        for part in ("orig", "u", "v"):
+            del state[f"{name}.weight_{part}"]
+    without.load_state_dict(state, strict=True)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(without(x), with_norm(x))
+    torch.testing.assert_close(write_out(without)(x), with_norm(x))
+
+
 def test_spectral_norm_stays_in_float32_under_autocast() -> None:
     discriminator = Discriminator(SMALL, PUBLISHED["base_D"])
     before = {name: value.clone() for name, value in discriminator.state_dict().items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from common.files import write_json
 from common.ledger import read_claims
 from eagan import experiments, reproduce
 from eagan.config import DataConfig
@@ -64,3 +66,28 @@ def test_figures_show_what_the_ledger_has(tmp_path: Path) -> None:
     draw_figures(tmp_path / "ledger.json", tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert names == {"rounds_E3.png", "rounds_E4.png", "retrained.png"}
+
+
+def test_axes_are_named_and_there_are_no_half_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eagan import figures
+
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, caption: drawn.update({path.name: figure}))
+    rounds = {f"fid_{arm}_round_{n}": 3.0 + n for arm in ("with", "without", "coupled", "decoupled") for n in range(3)}
+    pairs = {"fid_searched": 1.0, "fid_random": 2.0, "fid_pair": 1.0, "fid_fixed": 1.1}
+    write_ledger(tmp_path / "ledger.json", "eagan", {key: {**rounds, **pairs} for key in ("E1", "E2", "E3", "E4")})
+    figures.draw_figures(tmp_path / "ledger.json", tmp_path)
+    history = [{"round": n, "fid_mean": 3.0 - n, "fid_best": 2.0 - n} for n in range(3)]
+    figures.draw_rounds(history, 0.1, tmp_path / "rounds.png", "stage")
+    for n in range(12):
+        row = {"inception_score": 2.0, "fid": 9.0 - n / 2, "size": 10}
+        write_json(tmp_path / "rounds" / f"{n:02d}.json", {"individuals": [row]})
+    figures.draw_fronts(tmp_path / "rounds", tmp_path / "fronts.png")
+    for axis in drawn["fronts.png"].axes:
+        colours = {tuple(dots.get_facecolor()[0]) for dots in axis.collections if "round" in str(dots.get_label())}
+        assert len(colours) == 12 and axis.get_xlabel()
+    for name, figure in drawn.items():
+        for axis in figure.axes:
+            assert "FID" in axis.get_ylabel(), name
+            if name.startswith("rounds"):
+                assert axis.get_xlabel() == "round" and all(tick == int(tick) for tick in axis.get_xticks()), name

@@ -23,7 +23,7 @@ from eagan.judge import open_judge
 from eagan.measuring import Reference, draw, estimate_statistics, latents, measure_individual
 from eagan.model import Generator
 from eagan.searching import Search
-from eagan.selection import FAILED, Fitness, best, objectives, select
+from eagan.selection import FAILED, Fitness, best, cars_pools, cars_stages, objectives, select
 from eagan.training import Diverged, Game
 from tests.drills import forked
 from tests.eagan.tiny_run import EVALUATION, NETWORK, OPTIONS, STAGE, judging, search
@@ -85,6 +85,16 @@ def test_nobody_who_is_replaced_dominates_a_survivor() -> None:
         for stays in kept:
             assert not ((table[gone] <= table[stays]).all() and (table[gone] < table[stays]).any())
     assert best(fitness) == min(range(16), key=lambda i: fitness[i].fid) == select(fitness, 1, "fid", Random(0))[0]
+
+
+def test_a_stage_of_the_released_rule_that_fits_exactly_leaves_nothing_to_luck() -> None:
+    fitness = random_fitness(12)
+    first, second = cars_pools(fitness)[:2]
+    both = sorted({*first, *second})
+    assert cars_stages(fitness, len(first)) == (first, [])
+    assert (sorted(cars_stages(fitness, len(both))[0]), cars_stages(fitness, len(both))[1]) == (both, [])
+    assert all(select(fitness, len(first), "cars", Random(seed)) == first for seed in range(3))
+    assert cars_stages(fitness, 12)[1] == []
 
 
 def test_nsga2_agrees_with_pymoo() -> None:

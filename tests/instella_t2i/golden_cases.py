@@ -5,6 +5,7 @@ Those of the generators stand in `golden_generators.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ def unknown(case: Case, *read: str) -> None:
     """Fail by name where a case has an option that its check does not read."""
     left = sorted(set(case.config) - set(read) - {"loss", "note"})
     assert not left, f"{case.path.name}: options that are not read: {left}"
+
+
+def weight_in_loss(case: Case, term: str, usual: float = 1.0) -> float:
+    """What a case multiplies a term by in the loss whose gradients it records."""
+    loss = case.config.get("loss", f"{usual}*{term}")
+    found = re.search(rf"(?:([\d.]+)\s*\*\s*)?{term}", loss)
+    assert found, f"{case.path.name}: loss {loss!r}: expected {term} in it"
+    return float(found[1] or 1)
 
 
 def network_of(config: dict[str, Any]) -> NetworkConfig:
@@ -125,7 +134,8 @@ def binary(case: Case) -> None:
     assert_close(found.codes_BLD, wanted["train_code"], "codes")
     assert_close(found.values_BLE, wanted["train_z_q"], "values")
     assert_close(found.loss, wanted["code_loss"], "code loss")
-    ((found.values_BLE * given["grad_zq"]).sum() + 0.1 * found.loss).backward()
+    weight = weight_in_loss(case, "code_loss", 0.1)
+    ((found.values_BLE * given["grad_zq"]).sum() + weight * found.loss).backward()
     for parameter, name in ((h, "h"), (ours.embed, "embed"), (ours.proj[0].weight, "proj_weight")):
         assert parameter.grad is not None
         assert_close(parameter.grad, wanted[f"grad_{name}"], f"gradient of {name}")
@@ -158,26 +168,41 @@ def bsq(case: Case) -> None:
     assert_close(found.loss, wanted["loss"], "loss")
     assert_close(found.codebook_entropy, wanted["codebook_entropy"], "codebook entropy")
     assert_close(found.group_index, wanted["group_indices"], "indices of groups")
-    assert_close(little_endian(found.codes.flip(-1)), wanted["indices"], "indices")
-    ((found.z_q * given["w"]).sum() + found.loss).backward()
+    index = little_endian(found.codes.flip(-1))
+    if index.max() >= 2**24:  # the authors add up an index in float32
+        torch.testing.assert_close(index.double(), wanted["indices"].double(), rtol=2.0**-22, atol=0)
+    else:
+        assert_close(index, wanted["indices"], "indices")
+    ((found.z_q * given["w"]).sum() + weight_in_loss(case, "quantizer.loss") * found.loss).backward()
     assert z.grad is not None
     assert_close(z.grad, wanted["grad_z"], "gradient")
 
 
 def lfq(case: Case) -> None:
-    unknown(case, "bits", "sample_minimization_weight", "batch_maximization_weight", "temperature")
+    unknown(
+        case,
+        *("bits", "sample_minimization_weight", "batch_maximization_weight", "temperature"),
+        *("num_codebooks", "token_factorization", "factorized_bits"),
+    )
     given, wanted, config = case.group("in"), case.group("out"), case.config
-    assert given["x"].shape[1] == config["bits"]
+    books = config.get("num_codebooks", 1)
+    assert given["x"].shape[1] in (config["bits"], books * config["bits"])
     x = given["x"].clone().requires_grad_()
     found = lookup_free(
         x.movedim(1, -1),
         config["temperature"],
         config["sample_minimization_weight"],
         config["batch_maximization_weight"],
+        books,
     )
     z_q = found.z_q.movedim(-1, 1)
     assert_close(z_q, wanted["z_q"], "values")
-    assert_close(little_endian(found.codes).flatten(), wanted["indices"], "indices")
+    codes = found.codes.unflatten(-1, (books, -1))
+    if config.get("token_factorization"):  # a code is told by two numbers
+        for name, part in zip(("pre", "post"), codes.split(config["factorized_bits"], -1)):
+            assert_close(little_endian(part).flatten(), wanted[f"indices_{name}"], f"indices {name}")
+    else:
+        assert_close(little_endian(codes).flatten(), wanted["indices"], "indices")
     for name, value in (
         ("per_sample_entropy", found.sample_entropy),
         ("codebook_entropy", found.codebook_entropy),
@@ -185,7 +210,8 @@ def lfq(case: Case) -> None:
         ("entropy_aux_loss", found.aux),
     ):
         assert_close(value, wanted[name], name)
-    ((z_q * given["w"]).sum() + found.aux + 0.25 * found.commit).backward()
+    aux, commit = weight_in_loss(case, "entropy_aux"), weight_in_loss(case, "commit", 0.25)
+    ((z_q * given["w"]).sum() + aux * found.aux + commit * found.commit).backward()
     assert x.grad is not None
     assert_close(x.grad, wanted["grad_x"], "gradient")
 
@@ -201,7 +227,7 @@ def vq(case: Case) -> None:
     assert_close(z_q, wanted["z_q"], "values")
     assert_close(found.entry, wanted["indices"], "indices")
     assert_close(found.loss, wanted["quantizer_loss"], "loss")
-    ((z_q * given["w"]).sum() + found.loss).backward()
+    ((z_q * given["w"]).sum() + weight_in_loss(case, "quantizer.loss") * found.loss).backward()
     assert z.grad is not None and codebook.grad is not None
     assert_close(z.grad, wanted["grad_z"], "gradient of z")
     assert_close(codebook.grad, wanted["grad_embedding"], "gradient of the codebook")

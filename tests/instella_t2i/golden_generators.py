@@ -34,7 +34,9 @@ def filled(kind_of: type[Generator], case: Case) -> Generator:
 
 
 def text_of(given: dict[str, Tensor]) -> Text:
-    return Text(given["llm_features"], given["text_mask"].bool())
+    features_SBLF = given["llm_features"]
+    everything = torch.ones(features_SBLF.shape[1:3])
+    return Text(features_SBLF, given.get("text_mask", everything).bool())
 
 
 def denoiser(case: Case) -> None:

@@ -26,6 +26,7 @@ from instella_t2i.generators import (
 )
 from instella_t2i.text import CausalText, FeatureTable
 from tests.instella_t2i.tiny_text import CAPTIONS, save_language_model
+from tests.refusals import refused
 
 STREAM, SHAPE = StreamConfig(2, 2, 8), Shape(tokens=5, bits=6, text_width=12)
 
@@ -87,6 +88,18 @@ def test_padding_and_what_it_holds_change_nothing(kind: str) -> None:
     with torch.no_grad():
         one = network(code[:1], torch.tensor([0.3]), alone) if kind == "diffusion" else network(code[:1, :-1], alone)
     torch.testing.assert_close(one, logits(given)[:1])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregression"])
+def test_double_precision_gives_what_single_gives_to_its_digits(kind: str) -> None:
+    network, given, code = filled(kind), text(3), bits(3, 5, 6)
+    more = (torch.tensor([0.1, 0.5, 0.9]),) if kind == "diffusion" else ()
+    with torch.no_grad():
+        wanted = network(code[:, : 5 if more else 4], *more, given)
+        double = Text(given.features_SBLF.double(), given.mask_BL)
+        found = network.double()(code[:, : 5 if more else 4].double(), *(t.double() for t in more), double)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_token_sees_all_text_and_no_later_token() -> None:
@@ -211,6 +224,19 @@ def test_a_denoiser_that_knows_the_picture_finds_it(protocol: Any, target: Any) 
     found = diffusion.sample(net, uniform, w=1.5, protocol=protocol, target=target, rho=2.0)
     assert torch.equal(found, x0)
     assert times == pytest.approx([1.0, 0.5625, 0.25, 0.0625])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cos", "sigmoid"])
+def test_the_ancestors_schedules_fall_from_the_picture_to_a_coin(kind: Any) -> None:
+    k, b, beta = diffusion.binary_latent_schedule(12, kind)
+    assert (k[0], k[-1], b[0], b[-1]) == (1, 0, 0, 0.5) and bool((k.diff() < 0).all())
+    torch.testing.assert_close(beta.cumprod(0), k)
+    half = 1 - math.tanh(1.875 / 2) / math.tanh(3.75 / 2) if kind == "sigmoid" else 0.5
+    assert float(k[6]) == pytest.approx(half, rel=1e-12)
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    refused("schedule 'cosine' .*: expected linear, cos or sigmoid", diffusion.binary_latent_schedule, 12, "cosine")
 
 
 def test_both_targets_say_the_same_of_the_picture() -> None:

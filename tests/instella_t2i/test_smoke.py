@@ -11,7 +11,7 @@ import torch
 from instella_t2i import rate, reproduce
 from instella_t2i.experiments import Study
 from instella_t2i.tokenizer import Tokenizer, save_tokenizer
-from tests.claims import smoke_records
+from tests.claims import smoke_records, write_ledger
 from tests.instella_t2i.test_tokenizer import TINY
 
 
@@ -36,6 +36,26 @@ def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache
         found = measure(study, 0)
         assert math.isfinite(found["psnr_gain"])
     assert 0 < reproduce.a(study, 0)["used_vq"] <= 1
+
+
+def test_the_claims_figure_shows_what_the_claims_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from instella_t2i import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, caption: drawn.append((figure, caption)))
+    numbers = ("psnr_binary", "psnr_vq", "psnr_line", "psnr_grid", "psnr_whole", "psnr_scaled_up")
+    measured = {name: 20.0 + n for n, name in enumerate(numbers)}
+    write_ledger(tmp_path / "ledger.json", "instella_t2i", dict.fromkeys("ABE", measured))
+    figures.draw_figures(tmp_path / "ledger.json", tmp_path)
+    ((figure, _),) = drawn
+    assert [[bar.get_height() for bar in axis.patches] for axis in figure.axes] == [[20, 21], [22, 23], [24, 25]]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["in a line", "4 x 4 grid"]
+    assert all(axis.get_ylabel() == "PSNR, dB" for axis in figure.axes)
+    rows = [{"family": name, "bits": b, "psnr": 1, "lpips": 2, "rkid": 3} for name in ("JPEG", "line") for b in (8, 64)]
+    figures.draw_rates(rows, 16, tmp_path / "rates.png")
+    figure, caption = drawn[1]
+    assert all(axis.get_xlabel() == "bits a picture" and axis.get_ylabel() for axis in figure.axes)
+    assert caption == "What a picture of 16 x 16 pixels keeps at so many bits: JPEG, line."
 
 
 def test_the_rate_page_counts_the_bits_of_every_family(cache: None, tmp_path: Path) -> None:

@@ -112,9 +112,30 @@ def test_options_that_do_not_fit_each_other_are_refused_by_name(changes: dict[st
     refused(sentence, Tokenizer, replace(TINY, **changes))
 
 
+def test_a_size_has_to_suit_the_way_it_goes_alone() -> None:
+    tokenizer = tiny(down_after=[], up_after=[1])
+    codes = tokenizer.encode(torch.randn(1, 3, 20, 12))  # patches of 4, nothing halved
+    assert codes.shape == (1, 4, 8) and tokenizer.multiple == 8
+    refused("a picture of 20 x 12 pixels: expected multiples of 8", tokenizer.decode, codes, (20, 12))
+    refused("a picture of 20 x 12 pixels: expected multiples of 8", tokenizer, torch.randn(1, 3, 20, 12))
+    tokenizer = tiny(down_after=[0], up_after=[])
+    refused("a picture of 12 x 16 pixels: expected multiples of 8", tokenizer.encode, torch.randn(1, 3, 12, 16))
+    assert tokenizer.decode(codes, (20, 12)).shape == (1, 3, 20, 12)
+
+
+def test_double_precision_gives_what_single_gives_to_its_digits() -> None:
+    tokenizer, x = tiny(), torch.randn(2, 3, 16, 16)
+    wanted = tokenizer(x)
+    found = tokenizer.double()(x.double())
+    assert torch.equal(found.quantized.codes_BLD, wanted.quantized.codes_BLD)
+    assert found.pixels_BCHW.dtype == torch.float64
+    torch.testing.assert_close(found.pixels_BCHW.float(), wanted.pixels_BCHW, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_sizes_and_codes_are_sentences() -> None:
     tokenizer = tiny()
     refused("a picture of 20 x 16 pixels: expected multiples of 8", tokenizer.encode, torch.zeros(1, 3, 20, 16))
+    refused("pictures of the shape .1, 1, 16, 16.: expected .pictures, 3", tokenizer, torch.zeros(1, 1, 16, 16))
     refused("codes of the shape .1, 4, 9.: expected", tokenizer.decode, torch.zeros(1, 4, 9), 16)
     refused("1 x 1 image tokens", tokenizer.decode, torch.zeros(1, 4, 8), 8)
 
@@ -245,6 +266,21 @@ def test_entropy_terms_have_their_known_values() -> None:
     assert float(far.codebook_entropy) == pytest.approx(math.log(4), abs=1e-4)  # all four codes alike
     near = spherical(torch.zeros(1, 3, 4), group=2)
     assert float(near.sample_entropy) == pytest.approx(2 * math.log(4), abs=1e-4) == float(near.codebook_entropy)
+
+
+def test_codes_in_parts_have_the_entropies_of_their_parts() -> None:
+    z = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 20
+    whole, parts = lookup_free(z, codebooks=3), lookup_free(z.reshape(2, 15, 2))
+    for name in ("sample_entropy", "codebook_entropy", "commit", "aux"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
+    assert torch.equal(whole.z_q, parts.z_q.view_as(z)) and whole.aux.dtype == torch.float64
+    # Bits of one sample are independent: the entropy of all is the sum over the bits.
+    p = torch.sigmoid(4 * z / 0.01)
+    each = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+    torch.testing.assert_close(lookup_free(z).sample_entropy, each.sum(-1).mean(), rtol=1e-6, atol=1e-9)
+    refused("6 bits in 4 codebooks: expected a number that divides 6", lookup_free, z, codebooks=4)
+    refused("6 bits in groups of 4: expected", spherical, z, 4)
+    torch.testing.assert_close(spherical(z, 3).loss.float(), spherical(z.float(), 3).loss, rtol=1e-5, atol=1e-6)
 
 
 def test_every_quantizer_passes_gradients_to_the_states() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from scenesplat.gaussians import Gaussians
 from scenesplat.rasterize import Camera, composite, covariances, project
 
@@ -92,7 +93,12 @@ def lift(scene: Gaussians, views: Sequence[View], how: Lifting = "occam") -> Lif
     Weight and feature are taken at pixels that differ by one where the centre lies in the first half of its pixel, as
     in the released code. pixels: over all pixels that a Gaussian is blended into. median: per channel over the views
     that see it. nearest: of the nearest camera that sees it.
+
+    Raises:
+        UserError: there is no view.
     """
+    if not views:
+        raise UserError("nothing to lift from: expected one picture of the scene at least")
     if how == "pixels":
         return _lift_pixels(scene, views)
     width = views[0].features_MF.shape[1]

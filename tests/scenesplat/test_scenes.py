@@ -172,6 +172,7 @@ def test_a_picture_without_masks_adds_nothing(how: lifting.Lifting) -> None:
     alone, both = lifting.lift(scene, [answer], how), lifting.lift(scene, [answer, empty], how)
     torch.testing.assert_close(both.features(), alone.features())
     assert not lifting.lift(scene, [empty], how).seen_N.any()
+    refused("nothing to lift from: expected one picture", lifting.lift, scene, [], how)
 
 
 def test_the_simulated_teacher_repeats_itself_and_its_errors_are_of_the_wanted_share() -> None:

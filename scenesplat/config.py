@@ -27,8 +27,8 @@ class NetworkConfig:
         dec_depths: blocks of each stage of the decoder, the finest first.
         dec_channels: their widths; the first is that of the output.
         dec_heads: heads of its attention.
-        dec_patch: voxels that attend to each other in the decoder. The released decoder goes on with its stage's patches of
-            the encoder, whatever it is told; its configurations have the same numbers twice.
+        dec_patch: voxels that attend to each other in the decoder. The released decoder goes on with the encoder's
+            patches, whatever it is told; its configurations have the same numbers twice.
         mlp_ratio: width of the hidden layer over that of the block.
         qkv_bias: queries, keys and values have biases.
         qk_scale: factor of the scores; None: (width of a head)^-0.5.

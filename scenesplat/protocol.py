@@ -39,12 +39,13 @@ def neighbour_vote(
 ) -> Tensor:
     """Majority [Q] among the `k` nearest Gaussians of those in `valid_N`; ties go to the lowest class.
 
-    Votes of Gaussians without a class do not count; a point that gets none has none.
+    Votes of Gaussians without a class do not count; a point that gets none has none. Where nobody may vote, Gaussians
+    that are asked about themselves keep their classes (the released code).
     """
-    if valid_N is not None:
-        labels_N, places_N3 = labels_N[valid_N], places_N3[valid_N]
-    if not len(labels_N):
-        return torch.full((len(asked_Q3),), ignored)
+    voters_N = torch.ones(len(labels_N), dtype=torch.bool) if valid_N is None else valid_N
+    if not bool(voters_N.any()):
+        return labels_N.clone() if torch.equal(asked_Q3, places_N3) else torch.full((len(asked_Q3),), ignored)
+    labels_N, places_N3 = labels_N[voters_N], places_N3[voters_N]
     k = min(k, len(labels_N))
     _, nearest = cKDTree(places_N3.double().numpy()).query(asked_Q3.double().numpy(), k)
     votes_QV = labels_N[torch.from_numpy(np.asarray(nearest).reshape(len(asked_Q3), k))]

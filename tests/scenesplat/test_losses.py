@@ -65,6 +65,9 @@ def test_votes_go_to_the_lowest_class_in_a_tie_and_points_without_a_vote_have_no
     assert protocol.neighbour_vote(labels, places, asked, 4, k=2).tolist() == [1, 2]
     valid = torch.tensor([True, False, True, False])
     assert protocol.neighbour_vote(labels, places, asked, 4, k=1, valid_N=valid).tolist() == [3, -1]
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert protocol.neighbour_vote(labels, places, asked, 4, valid_N=nobody).tolist() == [-1, -1]
+    assert protocol.neighbour_vote(labels, places, places, 4, valid_N=nobody).tolist() == labels.tolist()
 
 
 def test_any_number_may_stand_for_no_class() -> None:

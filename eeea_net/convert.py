@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from common.training import load_checkpoint
 from common.weights import check_weights, read_weights, save_weights
 from eeea_net.config import NetworkConfig
 from eeea_net.genotypes import Genotype
-from eeea_net.model import Network
+from eeea_net.model import Network, widths
 from eeea_net.once_for_all import Design, Subnet, from_authors, on_meta, published_subnet
 
 StateDict = dict[str, Tensor]
@@ -58,20 +58,19 @@ def infer_config(state: Mapping[str, Tensor]) -> NetworkConfig:
     first = state.get("stem.0.weight", state.get("stem0.0.weight"))
     if not cells or first is None or "cells.0.preprocess1.norm.weight" not in state:
         raise UserError("these weights are of no network of cells: expected stem, cells and classifier")
-    layers = max(cells) + 1
-    channels = len(state["cells.0.preprocess1.norm.weight"])
-    widths = [len(state[f"cells.{layer}.preprocess1.norm.weight"]) for layer in range(min(2, layers))]
-    growth = widths[-1] - widths[0]
-    return NetworkConfig(
-        channels=channels,
-        layers=layers,
+    found = [len(state.get(f"cells.{layer}.preprocess1.norm.weight", ())) for layer in range(max(cells) + 1)]
+    config = NetworkConfig(
+        channels=len(first) // 3 if stem == "cifar" else 2 * len(first),
+        layers=len(found),
         stem=stem,  # type: ignore[arg-type]
         se="cells.0.se_layer.fc.0.weight" in state,
-        increment=growth if growth not in (0, channels) else 0,
         classes=len(state["classifier.bias"]),
         in_channels=first.shape[1],
         auxiliary="auxiliary_head.classifier.bias" in state,
     )
+    if found == widths(config) or len(found) == 1:
+        return config
+    return replace(config, increment=max(0, found[1] - found[0]))
 
 
 def with_counters(state: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:

@@ -45,7 +45,7 @@ def operation_cost(name: str, channels: int, stride: int, side: int) -> tuple[in
     area = (_half(side) if stride == 2 else side) ** 2
     square, kernel = channels * channels, int(name[-1]) if name[-1].isdigit() else 0
     depthwise = channels * kernel * kernel
-    if name.endswith("pool_3x3") or (name == "skip_connect" and stride == 1):
+    if name.endswith("pool_3x3") or name == "none" or (name == "skip_connect" and stride == 1):
         return 0, 0
     if name == "skip_connect":
         return square + 2 * channels, square * area

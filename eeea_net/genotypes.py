@@ -32,6 +32,9 @@ SHORT_NAMES = {
     "inv5": "inv_res_5x5",
 }
 OPERATIONS = tuple(SHORT_NAMES.values())
+# Of cells that others published or searched; no chromosome has them.
+SHORT_NAMES |= {"sep7": "sep_conv_7x7", "none": "none"}
+KNOWN = tuple(SHORT_NAMES.values())
 FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 
 
@@ -50,8 +53,8 @@ class Cell:
         if not self.pairs or len(self.pairs) % 2:
             raise UserError(f"a cell of {len(self.pairs)} pairs: expected two for every block")
         for place, (name, state) in enumerate(self.pairs):
-            if name not in OPERATIONS:
-                raise UserError(f"operation {name!r} is unknown; expected one of {', '.join(OPERATIONS)}")
+            if name not in KNOWN:
+                raise UserError(f"operation {name!r} is unknown; expected one of {', '.join(KNOWN)}")
             if not 0 <= state < 2 + place // 2:
                 raise UserError(f"block {place // 2} of a cell reads state {state}, which does not come before it")
         if not self.concat or not all(0 <= state < 2 + self.blocks for state in self.concat):

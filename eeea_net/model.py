@@ -97,8 +97,19 @@ class InvertedResidual(nn.Module):
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
+class Zero(nn.Module):
+    """No connection."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.zeros_like(x_BCHW[:, :, :: self.stride, :: self.stride])
+
+
 def make_operation(name: str, channels: int, stride: int) -> nn.Module:
-    """One of `genotypes.OPERATIONS`."""
+    """One of `genotypes.KNOWN`."""
     kernel = int(name[-1]) if name[-1].isdigit() else 0
     if name == "max_pool_3x3":
         return nn.MaxPool2d(3, stride, padding=1)
@@ -106,6 +117,8 @@ def make_operation(name: str, channels: int, stride: int) -> nn.Module:
         return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
     if name == "skip_connect":
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels)
+    if name == "none":
+        return Zero(stride)
     if name.startswith("sep_conv"):
         return Chain(channels, kernel, (stride, 1), dilation=1)
     if name.startswith("dil_conv"):
@@ -214,10 +227,15 @@ class NetworkCell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier at two thirds of the depth, in training only: DARTS', whose windows follow the map's side."""
+    """A second classifier at two thirds of the depth, in training only: DARTS', which sees two by two windows.
+
+    The authors' are of 5 pixels at strides of 3 (CIFAR: sides of 8 to 10) or 2 (ImageNet: 7 and 8); for other sides
+    they follow the map's.
+    """
 
     def __init__(self, channels: int, classes: int, stem: str) -> None:
         super().__init__()
+        self.stride = 3 if stem == "cifar" else 2
         layers: list[nn.Module] = [nn.ReLU(), nn.Identity(), _conv(channels, 128), nn.BatchNorm2d(128), nn.ReLU()]
         layers += [nn.Conv2d(128, 768, 2, bias=False)]
         layers += [nn.BatchNorm2d(768)] if stem == "cifar" else []  # the ImageNet head lacks it
@@ -226,13 +244,19 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = F.relu(x_BCHW)
-        height, width = x_BCHW.shape[2:]
-        if min(height, width) < 3:
+        if min(x_BCHW.shape[2:]) < 3:
             x_BCHW = F.adaptive_avg_pool2d(x_BCHW, 2)
-        else:  # two overlapping windows a side; 5 pixels at strides of 3 and 2 for the authors' sides of 8 and 7
-            window = (-(-3 * height // 5), -(-3 * width // 5))
-            x_BCHW = F.avg_pool2d(x_BCHW, window, (height - window[0], width - window[1]))
+        else:
+            (high, down), (wide, across) = (self._window(side) for side in x_BCHW.shape[2:])
+            x_BCHW = F.avg_pool2d(x_BCHW, (high, wide), (down, across))
         return self.classifier(self.features[2:](x_BCHW).flatten(1))
+
+    def _window(self, side: int) -> tuple[int, int]:
+        """(pixels, stride) of two windows along a side."""
+        if (side - 5) // self.stride == 1:
+            return 5, self.stride
+        pixels = -(-3 * side // 5)
+        return pixels, side - pixels
 
 
 def make_stem(config: NetworkConfig) -> dict[str, nn.Module]:

@@ -170,7 +170,8 @@ class Detection(Task):
         scores_BPK, offsets_BP4, priors_P4 = output
         classes_BP = match(priors_P4, target["boxes"], target["labels"])[1]
         right = (scores_BPK.detach().argmax(2) == classes_BP)[classes_BP > 0].float()
-        return multibox_loss(scores_BPK, offsets_BP4, priors_P4, target["boxes"], target["labels"]), right.mean()
+        share = right.sum() / max(1, len(right))  # pictures may hold nothing
+        return multibox_loss(scores_BPK, offsets_BP4, priors_P4, target["boxes"], target["labels"]), share
 
     def measure(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         found: list[Found] = []

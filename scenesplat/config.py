@@ -27,14 +27,19 @@ class NetworkConfig:
         dec_depths: blocks of each stage of the decoder, the finest first.
         dec_channels: their widths; the first is that of the output.
         dec_heads: heads of its attention.
-        dec_patch: voxels that attend to each other in the decoder.
+        dec_patch: voxels that attend to each other in the decoder. The released decoder goes on with the encoder's
+            patches, whatever it is told; its configurations have the same numbers twice.
         mlp_ratio: width of the hidden layer over that of the block.
+        qkv_bias: queries, keys and values have biases.
+        qk_scale: factor of the scores; None: (width of a head)^-0.5.
+        attn_drop: probability that a weight of attention is set to zero in training.
+        proj_drop: the same of what attention and the MLP give out, and of the MLP's hidden values.
         drop_path: stochastic depth of the last block, rising from 0.
         pre_norm: normalise before attention and MLP, not after them.
         patches: variable (small clouds form short patches: what the released weights were trained with) or shrinking
             (all patches as small as the smallest cloud).
         rpe: learned relative positions (for shrinking patches only).
-        pooling: mean (language model) or max (self-supervised).
+        pooling: mean (language model), max (self-supervised), min or sum.
         shuffle: draw anew in each training step which curve comes first.
         norm_momentum: of batch normalisation's averages; 0.01 in the released code.
         mask_token: a learned token for masked voxels (self-supervised).
@@ -55,11 +60,15 @@ class NetworkConfig:
     dec_heads: list[Count] = field(default_factory=lambda: [16, 16, 16])
     dec_patch: list[Patch] = field(default_factory=lambda: [1024, 1024, 1024])
     mlp_ratio: Positive = 4.0
+    qkv_bias: bool = True
+    qk_scale: Positive | None = None
+    attn_drop: Annotated[float, Range(0, 0.99)] = 0.0
+    proj_drop: Annotated[float, Range(0, 0.99)] = 0.0
     drop_path: Annotated[float, Range(0, 0.99)] = 0.3
     pre_norm: bool = True
     patches: Literal["variable", "shrinking"] = "variable"
     rpe: bool = False
-    pooling: Literal["mean", "max"] = "mean"
+    pooling: Literal["mean", "max", "min", "sum"] = "mean"
     shuffle: bool = True
     norm_momentum: Annotated[float, Range(0, 1)] = 0.01
     mask_token: bool = False
@@ -207,6 +216,9 @@ def check_network(network: NetworkConfig) -> None:
     }.items():
         if len(getattr(network, name)) != count:
             raise UserError(f"--network.{name}: expected {count} numbers for the {stages} stages of enc_depths")
+    for stride in network.strides:
+        if stride & (stride - 1):
+            raise UserError(f"--network.strides {stride}: voxels are joined along each axis by 1, 2, 4, 8, ...")
     for side in ("enc", "dec"):
         for channels, heads in zip(getattr(network, f"{side}_channels"), getattr(network, f"{side}_heads")):
             if channels % heads:

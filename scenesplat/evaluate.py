@@ -65,7 +65,7 @@ def counts_of(
 
     voted = neighbour_vote(found_N, scene.means_N3, asked.places_Q3, classes, neighbours, scene.valid_N)
     if instances and asked.instances_Q is not None:
-        voted = instance_vote(voted, asked.instances_Q, classes)
+        voted = instance_vote(voted, asked.instances_Q)
     return Counts.of(voted, asked.labels_Q, classes)
 
 

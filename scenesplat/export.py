@@ -190,7 +190,7 @@ def network_options(given: dict[str, Any], where: Path) -> NetworkConfig:
     Raises:
         UserError: an option is unknown, or its value is not one.
     """
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in given.items() for word in (f"--{name}", "null" if value is None else str(value))]
     try:
         options = parse_config(NetworkConfig, None, "", words)[0]
         check_network(options)

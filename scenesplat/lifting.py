@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from scenesplat.gaussians import Gaussians
 from scenesplat.rasterize import Camera, composite, covariances, project
 
@@ -33,6 +34,12 @@ class View:
     camera: Camera
     masks_HW: Tensor
     features_MF: Tensor
+
+    def at(self, masks: Tensor) -> Tensor:
+        """Features [..., F] of masks by number; for none of them what is never counted."""
+        if not len(self.features_MF):
+            return self.features_MF.new_zeros(*masks.shape, self.features_MF.shape[1])
+        return self.features_MF[masks.clamp(min=0)]
 
 
 def fusion_weights(global_F: Tensor, local_MF: Tensor, masked_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +93,12 @@ def lift(scene: Gaussians, views: Sequence[View], how: Lifting = "occam") -> Lif
     Weight and feature are taken at pixels that differ by one where the centre lies in the first half of its pixel, as
     in the released code. pixels: over all pixels that a Gaussian is blended into. median: per channel over the views
     that see it. nearest: of the nearest camera that sees it.
+
+    Raises:
+        UserError: there is no view.
     """
+    if not views:
+        raise UserError("nothing to lift from: expected one picture of the scene at least")
     if how == "pixels":
         return _lift_pixels(scene, views)
     width = views[0].features_MF.shape[1]
@@ -102,7 +114,7 @@ def lift(scene: Gaussians, views: Sequence[View], how: Lifting = "occam") -> Lif
         at_N2 = torch.minimum(centre_N2.floor().clamp(min=0), size).long()
         mask_N = view.masks_HW[at_N2[:, 1], at_N2[:, 0]]
         shown_N = (weight_N > 0) & (mask_N != NONE)
-        feature_NF = view.features_MF[mask_N.clamp(min=0)] if len(view.features_MF) else total.sum_NF * 0
+        feature_NF = view.at(mask_N)
         if how == "occam":
             used_N = torch.where(shown_N, weight_N, 0.0)
             total.sum_NF += used_N[:, None] * feature_NF
@@ -135,7 +147,7 @@ def _lift_pixels(scene: Gaussians, views: Sequence[View]) -> Lifted:
         seen = project(scene.means_N3, spread_N33, camera)
         values_NF = torch.zeros_like(sum_NF).requires_grad_(True)
         known_HW1 = (view.masks_HW != NONE)[..., None]
-        feature_HWF = view.features_MF[view.masks_HW.clamp(min=0)] * known_HW1
+        feature_HWF = view.at(view.masks_HW) * known_HW1
         with torch.enable_grad():
             picture, *_ = composite(seen, opacities_N, values_NF, camera.width, camera.height)
             (found_NF,) = torch.autograd.grad(picture, values_NF, torch.cat([feature_HWF, known_HW1], 2))

@@ -17,17 +17,17 @@ LEAST = 100  # Gaussians of a class in a batch, below which it has no part in th
 
 
 def cosine_loss(pred_VD: Tensor, target_VD: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean (or sum) of 1 - cos."""
+    """Mean (or sum) of 1 - cos; of none it is 0."""
     return _reduced(1 - F.cosine_similarity(pred_VD, target_VD, dim=1), reduction)
 
 
 def l2_loss(pred_VD: Tensor, target_VD: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean (or sum) of squared distances; of unit vectors twice the cosine loss."""
+    """Mean (or sum) of squared distances; of none it is 0, of unit vectors twice the cosine loss."""
     return _reduced((pred_VD - target_VD).square().sum(1), reduction)
 
 
 def _reduced(values_V: Tensor, reduction: str) -> Tensor:
-    return values_V.sum() if reduction == "sum" else values_V.mean()
+    return values_V.sum() if reduction == "sum" else values_V.sum() / max(1, len(values_V))
 
 
 def halves_of(
@@ -69,7 +69,7 @@ def is_active(schedule: str, progress: float) -> bool:
     """Whether the contrastive loss counts at this share of the training: `all`, `skip` (never) or `last_N` percent."""
     if schedule in ("all", "skip"):
         return schedule == "all"
-    return progress > 1 - int(schedule.removeprefix("last_")) / 100
+    return progress > 1 - float(schedule.removeprefix("last_")) / 100
 
 
 def language_losses(
@@ -101,7 +101,9 @@ def language_losses(
 
 
 def lovasz_loss(probability_NK: Tensor, segment_N: Tensor) -> Tensor:
-    """Lovasz-softmax over the classes that occur (Berman et al. 2018): a convex stand-in of 1 - mIoU."""
+    """Lovasz-softmax over the classes that occur (Berman et al. 2018): a convex stand-in of 1 - mIoU; of none 0."""
+    if not len(segment_N):
+        return probability_NK.sum()
     losses = []
     for k in segment_N.unique().tolist():
         truth = (segment_N == k).to(probability_NK.dtype)

@@ -115,12 +115,14 @@ class RelativePositions(nn.Module):
 class SerializedAttention(nn.Module):
     """Attention among consecutive voxels of a curve."""
 
-    def __init__(self, channels: int, heads: int, patch: int, row: int, flash: bool, rpe: bool) -> None:
+    def __init__(self, channels: int, heads: int, patch: int, row: int, options: NetworkConfig) -> None:
         super().__init__()
-        self.heads, self.patch, self.row, self.flash = heads, patch, row, flash
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.heads, self.patch, self.row = heads, patch, row
+        self.flash, self.scale = options.patches == "variable", options.qk_scale
+        self.attn_drop, self.proj_drop = options.attn_drop, options.proj_drop
+        self.qkv = nn.Linear(channels, 3 * channels, bias=options.qkv_bias)
         self.proj = nn.Linear(channels, channels)
-        self.rpe = RelativePositions(patch, heads) if rpe else None
+        self.rpe = RelativePositions(patch, heads) if options.rpe else None
 
     def forward(self, x_NC: Tensor, level: Level) -> Tensor:
         index_PK, mask_PK, place_N = level.patches(self.row, self.patch, self.flash)
@@ -129,18 +131,21 @@ class SerializedAttention(nn.Module):
         if self.rpe is not None:
             scores = self.rpe(level.grid_N3[index_PK])  # patches are all full here
         q_PHKD, k_PHKD, v_PHKD = qkv.unbind(0)
-        y_PHKD = attention(q_PHKD, k_PHKD, v_PHKD, scores)
-        return self.proj(y_PHKD.transpose(1, 2).flatten(2).flatten(0, 1)[place_N])
+        y_PHKD = attention(q_PHKD, k_PHKD, v_PHKD, scores, self.scale, self.attn_drop if self.training else 0.0)
+        y_NC = self.proj(y_PHKD.transpose(1, 2).flatten(2).flatten(0, 1)[place_N])
+        return F.dropout(y_NC, self.proj_drop, self.training)
 
 
 class Mlp(nn.Module):
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, ratio: float, drop: float) -> None:
         super().__init__()
+        self.drop = drop
         self.fc1 = nn.Linear(channels, int(channels * ratio))
         self.fc2 = nn.Linear(int(channels * ratio), channels)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_NC)))
+        hidden_NC = F.dropout(F.gelu(self.fc1(x_NC)), self.drop, self.training)
+        return F.dropout(self.fc2(hidden_NC), self.drop, self.training)
 
 
 class Block(nn.Module):
@@ -157,9 +162,9 @@ class Block(nn.Module):
         convolution = SparseConv(channels, channels, 3, True, options.convolution)
         self.cpe = nn.ModuleList([convolution, nn.Linear(channels, channels), nn.LayerNorm(channels)])
         self.norm1 = nn.Sequential(nn.LayerNorm(channels))
-        self.attn = SerializedAttention(channels, heads, patch, row, options.patches == "variable", options.rpe)
+        self.attn = SerializedAttention(channels, heads, patch, row, options)
         self.norm2 = nn.Sequential(nn.LayerNorm(channels))
-        self.mlp = nn.Sequential(Mlp(channels, options.mlp_ratio))
+        self.mlp = nn.Sequential(Mlp(channels, options.mlp_ratio, options.proj_drop))
 
     def forward(self, x_NC: Tensor, level: Level, seen_NC: Tensor | None = None) -> Tensor:
         """`seen_NC`: what the convolution looks at in place of `x_NC` (`Unpooling`)."""
@@ -200,7 +205,7 @@ class Stem(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Project, then the mean or the greatest of each group of voxels, batch normalisation, GELU."""
+    """Project, then the mean (or another reduction) of each group of voxels, batch normalisation, GELU."""
 
     def __init__(self, inputs: int, outputs: int, options: NetworkConfig) -> None:
         super().__init__()
@@ -213,11 +218,13 @@ class Pooling(nn.Module):
 
 
 def grouped(x_NC: Tensor, cluster_N: Tensor, count: int, reduce: str) -> Tensor:
-    """Mean or max [M, C] over the voxels of each group."""
-    if reduce == "max":
+    """Mean, max, min or sum [M, C] over the voxels of each group."""
+    if reduce in ("max", "min"):
         index = cluster_N[:, None].expand_as(x_NC)
-        return x_NC.new_zeros(count, x_NC.shape[1]).scatter_reduce(0, index, x_NC, "amax", include_self=False)
+        return x_NC.new_zeros(count, x_NC.shape[1]).scatter_reduce(0, index, x_NC, f"a{reduce}", include_self=False)
     total = x_NC.new_zeros(count, x_NC.shape[1]).index_add(0, cluster_N, x_NC)
+    if reduce == "sum":
+        return total
     return total / torch.bincount(cluster_N, minlength=count)[:, None].to(x_NC.dtype)
 
 
@@ -242,7 +249,7 @@ class PointTransformer(nn.Module):
     """Features of voxels: encoder of `len(enc_depths)` stages and a decoder back to the first one.
 
     The decoder's width at the first stage is the output's: of the text features for the language model, which has no
-    head.
+    head. Without `dec_depths` there is no decoder: the answer is the last stage's (the released code's classifiers).
     """
 
     def __init__(self, options: NetworkConfig) -> None:
@@ -266,7 +273,7 @@ class PointTransformer(nn.Module):
             self.enc[f"enc{s}"] = stage
         widths = [*options.dec_channels, options.enc_channels[-1]]
         drops = _drops(options.drop_path, options.dec_depths)
-        for s in reversed(range(stages - 1)):
+        for s in reversed(range(len(options.dec_depths))):
             stage = nn.ModuleDict({"up": Unpooling(widths[s + 1], options.enc_channels[s], widths[s], options)})
             heads, patch = options.dec_heads[s], options.dec_patch[s]
             for i, drop in enumerate(reversed(drops[s])):
@@ -274,7 +281,7 @@ class PointTransformer(nn.Module):
             self.dec[f"dec{s}"] = stage
 
     def forward(self, feat_NC: Tensor, structure: Structure, mask_N: Tensor | None = None) -> Tensor:
-        """Features [N, dec_channels[0]] of the first stage's voxels."""
+        """Features [N, dec_channels[0]] of the first stage's voxels; of the last stage's where there is no decoder."""
         return self.decode(self.encode(feat_NC, structure, mask_N), structure)
 
     def encode(self, feat_NC: Tensor, structure: Structure, mask_N: Tensor | None = None) -> list[Tensor]:
@@ -298,7 +305,7 @@ class PointTransformer(nn.Module):
     def decode(self, found: Sequence[Tensor], structure: Structure) -> Tensor:
         """Back to the first stage, from what `encode` found."""
         x = found[-1]
-        for s in reversed(range(len(found) - 1)):
+        for s in reversed(range(len(self.dec))):
             stage: Any = self.dec[f"dec{s}"]
             x, skip = stage["up"](x, found[s], structure.clusters[s])
             x = _blocks(stage, x, structure.levels[s], skip)

@@ -29,40 +29,54 @@ def classify(features_ND: Tensor, texts_KD: Tensor, threshold: float = 0.0, igno
 
 
 def neighbour_vote(
-    labels_N: Tensor, places_N3: Tensor, asked_Q3: Tensor, classes: int, k: int = VOTERS, valid_N: Tensor | None = None
+    labels_N: Tensor,
+    places_N3: Tensor,
+    asked_Q3: Tensor,
+    classes: int,
+    k: int = VOTERS,
+    valid_N: Tensor | None = None,
+    ignored: int = IGNORED,
 ) -> Tensor:
     """Majority [Q] among the `k` nearest Gaussians of those in `valid_N`; ties go to the lowest class.
 
-    Votes of Gaussians without a class do not count; a point that gets none has none.
+    Votes of Gaussians without a class do not count; a point that gets none has none. Where nobody may vote, Gaussians
+    that are asked about themselves keep their classes (the released code).
     """
-    if valid_N is not None:
-        labels_N, places_N3 = labels_N[valid_N], places_N3[valid_N]
-    if not len(labels_N):
-        return torch.full((len(asked_Q3),), IGNORED)
+    voters_N = torch.ones(len(labels_N), dtype=torch.bool) if valid_N is None else valid_N
+    if not bool(voters_N.any()):
+        return labels_N.clone() if torch.equal(asked_Q3, places_N3) else torch.full((len(asked_Q3),), ignored)
+    labels_N, places_N3 = labels_N[voters_N], places_N3[voters_N]
     k = min(k, len(labels_N))
     _, nearest = cKDTree(places_N3.double().numpy()).query(asked_Q3.double().numpy(), k)
     votes_QV = labels_N[torch.from_numpy(np.asarray(nearest).reshape(len(asked_Q3), k))]
-    return _majority(votes_QV.reshape(-1), torch.arange(len(asked_Q3)).repeat_interleave(k), len(asked_Q3), classes)
+    votes_V, asked_V = votes_QV.reshape(-1), torch.arange(len(asked_Q3)).repeat_interleave(k)
+    counted = (votes_V >= 0) & (votes_V < classes) & (votes_V != ignored)
+    count_Q, found_Q = _majority(votes_V[counted], asked_V[counted], len(asked_Q3), classes)
+    return torch.where(count_Q > 0, found_Q, ignored)
 
 
-def instance_vote(labels_Q: Tensor, instance_Q: Tensor, classes: int) -> Tensor:
+def instance_vote(labels_Q: Tensor, instance_Q: Tensor, ignored: int = IGNORED) -> Tensor:
     """Every point gets the majority of its instance; points without an instance keep their own.
 
     Here "no class" is a vote like any other, as in the released code.
+
+    Args:
+        ignored: the instance of points without one.
     """
-    inside = instance_Q >= 0
+    inside = instance_Q != ignored
     names, group = instance_Q[inside].unique(return_inverse=True)
-    voted = _majority(labels_Q[inside] + 1, group, len(names), classes + 1) - 1
+    classes, votes = labels_Q[inside].unique(return_inverse=True)
     found = labels_Q.clone()
-    found[inside] = voted[group]
+    if len(names):
+        found[inside] = classes[_majority(votes, group, len(names), len(classes))[1]][group]
     return found
 
 
-def _majority(labels_V: Tensor, group_V: Tensor, groups: int, classes: int) -> Tensor:
-    counted = (labels_V >= 0) & (labels_V < classes)
-    table = torch.bincount(group_V[counted] * classes + labels_V[counted], minlength=groups * classes)
+def _majority(labels_V: Tensor, group_V: Tensor, groups: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Votes [groups] for the class that has most of them, and the class, the lowest of equals."""
+    table = torch.bincount(group_V * classes + labels_V, minlength=groups * classes)
     count, found = table.view(groups, classes).max(1)
-    return torch.where(count > 0, found, IGNORED)
+    return count, found
 
 
 @dataclass

@@ -87,7 +87,7 @@ def covariances(quaternions_N4: Tensor, scales_N3: Tensor, inverse: bool = False
 
 
 def project(
-    means_N3: Tensor, covariances_N33: Tensor, camera: Camera, blur: float = BLUR, near: float = NEAR
+    means_N3: Tensor, covariances_N33: Tensor, camera: Camera, blur: float = BLUR, near: float = NEAR, far: float = FAR
 ) -> Projection:
     """The local affine approximation of a perspective (Zwicker 2002), with gsplat's limits at the picture's border."""
     turn_33, width, height = camera.world_44[:3, :3], camera.width, camera.height
@@ -112,7 +112,7 @@ def project(
     with torch.no_grad():
         radii_N2 = (REACH * torch.stack([xx, yy], 1).sqrt()).ceil()
         size_2 = means_N2.new_tensor([width, height])
-        inside_N = ((means_N2 + radii_N2 > 0) & (means_N2 - radii_N2 < size_2)).all(1) & (z > near) & (z < FAR)
+        inside_N = ((means_N2 + radii_N2 > 0) & (means_N2 - radii_N2 < size_2)).all(1) & (z > near) & (z < far)
         radii_N2 = torch.where(inside_N[:, None], radii_N2, 0).int()
     compensations_N = (sharp_N / wide_N).clamp(min=0).sqrt()
     return Projection(means_N2, z, conics_N3, radii_N2, compensations_N, torch.stack([xx, xy, yy], 1))

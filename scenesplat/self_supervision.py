@@ -6,6 +6,7 @@ Shape suffixes: C crops, B clouds, D width of a head's output, V voxels that are
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from scenesplat.gaussians import ATTRIBUTES, Gaussians, inputs
 from scenesplat.losses import cosine_loss, l2_loss
-from scenesplat.model import PointTransformer, grouped
+from scenesplat.model import EPSILON, PointTransformer, grouped
 from scenesplat.pretrain_config import TermsConfig
 from scenesplat.voxels import fragments, voxels_of
 
@@ -26,21 +27,34 @@ RELEASED = TermsConfig(language=0.0, hide="after", activations=False, train_head
 
 
 class Head(nn.Module):
-    """Three layers to a unit vector."""
+    """Layers to a unit vector, three in GaussianSSL (DINO's head without prototypes).
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    Args:
+        norm: batch normalisation behind all but the last. bias: of the layers. unit: the answer has length 1.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        layers: int = 3,
+        norm: bool = False,
+        bias: bool = True,
+        unit: bool = True,
+    ) -> None:
         super().__init__()
-        layers = [
-            nn.Linear(inputs, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, outputs),
-        ]
-        self.mlp = nn.Sequential(*layers)
+        self.unit = unit
+        widths = [inputs, *[hidden] * (layers - 1)]
+        parts: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            parts += [nn.Linear(before, after, bias), *[nn.BatchNorm1d(after, EPSILON)] * norm, nn.GELU()]
+        last = nn.Linear(widths[-1], outputs, bias)
+        self.mlp = nn.Sequential(*parts, last) if parts else last
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.mlp(x), dim=-1, eps=1e-4)
+        y = self.mlp(x)
+        return F.normalize(y, dim=-1, eps=1e-4) if self.unit else y
 
 
 def coding_rate(z_BD: Tensor, eps: float) -> Tensor:
@@ -72,7 +86,7 @@ def distillation_loss(
     cosine_2C = torch.einsum("vbd,cbd->vc", teacher_2BD, student_CBD) / student_CBD.shape[1]
     if no_diagonal:
         cosine_2C = cosine_2C * (1 - torch.eye(VIEWS, crops, device=cosine_2C.device))
-    comp = cosine_2C.sum() / (VIEWS * crops - VIEWS)
+    comp = cosine_2C.sum() / (VIEWS * crops - min(VIEWS, crops))
     among = cosine_2C[:, :VIEWS].sum() / (VIEWS * VIEWS - VIEWS)
     views = student_CBD[:VIEWS]
     rated = (views + teacher_2BD) / 2 if together else views
@@ -80,9 +94,9 @@ def distillation_loss(
     return {"loss": -coeff * comp - expa, "comp": comp, "expa": expa, "global_comp": among}
 
 
-def patch_cosine(student_VD: Tensor, teacher_VD: Tensor, weight_V: Tensor) -> Tensor:
+def patch_cosine(student_VD: Tensor, teacher_VD: Tensor, weight_V: Tensor, views: int = VIEWS) -> Tensor:
     """Minus the weighted cosine of masked voxels, over the global crops."""
-    return -(weight_V * F.cosine_similarity(student_VD, teacher_VD, dim=-1)).sum() / VIEWS
+    return -(weight_V * F.cosine_similarity(student_VD, teacher_VD, dim=-1)).sum() / views
 
 
 def per_cloud(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
@@ -188,7 +202,8 @@ def step_losses(
         masks: of the voxels of each global crop that the student does not see; weights: of those voxels, which add up
             to 1 over a cloud.
         terms: what counts how much; a term without weight is not worked out.
-        attributes: that crops consist of, for heads that end in their ranges.
+        attributes: that crops consist of, for heads that end in their ranges. A masked head with fewer answers is asked
+            for the last of them: the released one leaves coordinates out, which come first.
         permute: draws the order of the curves for a crop.
     """
     before = terms.hide == "before"
@@ -201,7 +216,8 @@ def step_losses(
         guess_VC = heads["mae"](features[0][hidden])
         if terms.activations:
             guess_VC = activated(guess_VC.float(), attributes)
-        found["mae"] = F.mse_loss(guess_VC.float(), first["feat"][hidden]) if hidden.any() else nothing
+        wanted_VC = first["feat"][hidden][:, -guess_VC.shape[1] :]
+        found["mae"] = F.mse_loss(guess_VC.float(), wanted_VC) if hidden.any() else nothing
     if teacher is not None:
         with torch.no_grad():
             taught = [looked_at(teacher, crop, permutations=permute()) for crop in globals_]

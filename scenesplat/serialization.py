@@ -28,7 +28,7 @@ State = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # (axis, 
 
 
 def depth_of(grid_N3: Tensor) -> int:
-    """Levels that the largest coordinate needs.
+    """Levels that the largest coordinate needs; none where all voxels are at zero.
 
     Raises:
         UserError: more than 16, or a negative coordinate.
@@ -39,7 +39,7 @@ def depth_of(grid_N3: Tensor) -> int:
             f"voxel coordinates run from {int(grid_N3.min())} to {largest}; expected 0 to {(1 << DEEPEST) - 1}: the "
             "scene is too large for its voxels (a larger grid, or Gaussians far outside of it)"
         )
-    return max(1, largest.bit_length())
+    return largest.bit_length()
 
 
 def encode(grid_N3: Tensor, batch_N: Tensor, depth: int, order: str) -> Tensor:

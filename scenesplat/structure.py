@@ -92,8 +92,12 @@ class Level:
         return self._once(("patches", self.rows[row], width), made)
 
     def pooled(self, stride: int) -> tuple[Level, Tensor]:
-        """The next stage, in the order of the first curve, and the pooled voxel [N] of each."""
-        levels = min((stride - 1).bit_length(), self.depth)
+        """The next stage, in the order of the first curve, and the pooled voxel [N] of each.
+
+        Where the curves have fewer levels left than the stride takes, nothing is joined (released code).
+        """
+        levels = (stride - 1).bit_length()
+        levels = levels if levels <= self.depth else 0
         codes = self.codes_ON >> 3 * levels
         first, cluster_N = codes[self.rows[0]].unique(return_inverse=True)
         head = torch.empty_like(first).scatter_(0, cluster_N, torch.arange(len(cluster_N), device=first.device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +29,18 @@ class Grid:
     count_V: Tensor
 
     @classmethod
-    def of(cls, coord_N3: Tensor, side: float) -> Grid:
-        """Voxels of `side` metres, in the order of the released code: by the unsigned FNV hash of their coordinates."""
-        cells_N3 = (coord_N3 / side).floor().long()
+    def of(cls, coord_N3: Tensor, side: float, order: Literal["fnv", "ravel"] = "fnv") -> Grid:
+        """Voxels of `side` metres; a coordinate is divided in float64, as in the released code.
+
+        Args:
+            order: of the voxels: by the unsigned FNV hash of their coordinates (the released code), or along z, y, x.
+        """
+        cells_N3 = (coord_N3.double() / side).floor().long()
         low_3 = cells_N3.min(0).values
         cells_N3 = cells_N3 - low_3
-        unsigned_N = fnv_hash(cells_N3) ^ torch.iinfo(torch.int64).min
-        _, voxel_N, count_V = unsigned_N.unique(return_inverse=True, return_counts=True)
+        # with the highest bit turned round, signed numbers are in the order of unsigned ones
+        key_N = fnv_hash(cells_N3) ^ torch.iinfo(torch.int64).min if order == "fnv" else ravel_hash(cells_N3)
+        _, voxel_N, count_V = key_N.unique(return_inverse=True, return_counts=True)
         return cls(cells_N3, low_3, voxel_N.argsort(stable=True), voxel_N, count_V)
 
     @property

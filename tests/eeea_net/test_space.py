@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import UserError
 from eeea_net.config import NetworkConfig, SpaceOptions
 from eeea_net.counting import build_on_meta, count, measured
-from eeea_net.genotypes import OPERATIONS, Cell, Genotype, published
+from eeea_net.genotypes import KNOWN, OPERATIONS, Cell, Genotype, published
+from eeea_net.model import AuxiliaryHead, Network, make_operation
 from eeea_net.space import Space, inversion, key
 
 
@@ -91,7 +94,7 @@ def test_formulas_count_what_the_network_has(network: NetworkConfig, side: int) 
         counts = count(genotype, network, side)
         built = build_on_meta(genotype, network)
         assert (counts.parameters, counts.macs) == measured(built, side, network.in_channels)
-    everything = Genotype(*(Cell(tuple((name, 0) for name in OPERATIONS), (2, 6)) for _ in range(2)))
+    everything = Genotype(*(Cell(tuple((name, 0) for name in KNOWN), (2, 6)) for _ in range(2)))
     counts = count(everything, network, side)
     assert (counts.parameters, counts.macs) == measured(build_on_meta(everything, network), side, network.in_channels)
 
@@ -105,6 +108,37 @@ def test_published_networks_have_the_papers_sizes() -> None:
         "EEEA_C": 3_513_358,
     }
     assert round(sizes["EEEA_B"].macs / 1e6, 1) == 301.9
+
+
+def test_cells_that_others_published_are_networks_too() -> None:
+    """NASNet-A and AmoebaNet-A: separable 7x7 convolutions, blocks of states that the search never reads."""
+    for name, blocks in (("NASNet", 5), ("AmoebaNet", 5), ("CARS_H", 4)):
+        genotype = published()[name]
+        assert genotype.normal.blocks == blocks and Space(blocks).encode(genotype)
+        network = Network(genotype, NetworkConfig(channels=4, layers=3, classes=7)).eval()
+        assert network(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+    assert not Space().holds(Space().encode(published()["NASNet"]))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_none_is_no_connection(stride: int) -> None:
+    x = torch.randn(2, 3, 7, 6)
+    found = make_operation("none", 3, stride)(x)
+    assert torch.equal(found, torch.zeros_like(torch.nn.functional.max_pool2d(x, 3, stride, 1)))
+
+
+@pytest.mark.parametrize(("stem", "sides", "stride"), [("cifar", (8, 9, 10), 3), ("imagenet", (7, 8), 2)])
+def test_the_auxiliary_head_has_the_authors_windows_where_they_fit(
+    stem: Literal["cifar", "imagenet"], sides: tuple[int, ...], stride: int
+) -> None:
+    head = AuxiliaryHead(4, 5, stem).eval()
+    pooling = torch.nn.AvgPool2d(5, stride, padding=0, count_include_pad=False)
+    for side in sides:
+        x = torch.randn(2, 4, side, side)
+        wanted = head.classifier(head.features[2:](pooling(x.relu())).flatten(1))
+        torch.testing.assert_close(head(x), wanted)
+    for side in (1, 2, 3, 4, 5, 6, 11, 20):
+        assert head(torch.randn(1, 4, side, side)).shape == (1, 5)
 
 
 def test_a_genotype_file_of_pc_darts_or_of_a_log_is_read(tmp_path: Path) -> None:

@@ -136,7 +136,13 @@ def test_a_policy_changes_no_other_draw_of_a_batch() -> None:
     assert torch.allclose(plain.batch(3)[0], same.batch(3)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [{}, {"stem": "imagenet"}, {"increment": 2}, {"se": True, "channels": 16}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({}, {"stem": "imagenet"}, {"increment": 2}, {"se": True, "channels": 16}),
+        *({"layers": 1}, {"layers": 2}, {"layers": 2, "stem": "imagenet"}, {"layers": 5, "increment": 6}),
+    ],
+)
 def test_the_authors_checkpoint_becomes_ours(config: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = NetworkConfig(**{"channels": 6, "layers": 4, "classes": 7, "auxiliary": True, **config})

@@ -22,7 +22,7 @@ from eeea_net.config import CONFIGS
 from eeea_net.heads import BiSeNet, SimpleBaseline, SSDLite, corners, decode, encode, priors
 from eeea_net.once_for_all import DESIGNS, Subnet, SubnetChoice
 from eeea_net.scenes import SceneBatches, Window, extreme_points, open_scenes, seen_boxes
-from eeea_net.tasks import heat_maps, match, multibox_loss, overlap, peaks, suppressed
+from eeea_net.tasks import Detection, heat_maps, match, multibox_loss, overlap, peaks, suppressed
 from eeea_net.transfer_config import AugmentOptions, FitOptions, HeadOptions, SceneConfig, TransferConfig, read_config
 from eeea_net.transferring import Fitting, rate
 from tests.drills import words
@@ -133,6 +133,13 @@ def test_every_object_has_a_prior_and_priors_take_the_object_that_they_overlap_m
     assert numbers[0, :1].tolist() == [0] and numbers[0, 2:].tolist() == [0, 1]
     iou = overlap(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 1.0, 3.0, 3.0], [5.0, 5.0, 6.0, 6.0]]))
     torch.testing.assert_close(iou, torch.tensor([[1 / 7, 0.0]]))
+
+
+def test_a_batch_without_objects_has_a_loss_of_nothing_and_no_right_answers() -> None:
+    output = (torch.randn(2, 10, 4), torch.randn(2, 10, 4), torch.rand(10, 4))
+    target = {"boxes": torch.zeros(2, 3, 4), "labels": torch.full((2, 3), -1)}
+    loss, share = Detection(None, None, 32).loss(output, target)  # type: ignore[arg-type]
+    assert float(loss) == float(share) == 0.0
 
 
 def test_the_multibox_loss_takes_three_background_priors_for_each_object() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scenesplat import losses, protocol
 from scenesplat.config import LossConfig
 from scenesplat.model import PointTransformer
-from scenesplat.self_supervision import follow, per_cloud
+from scenesplat.self_supervision import Head, distillation_loss, follow, per_cloud
 from tests.scenesplat.golden_cases import tiny_network
 
 
@@ -39,6 +39,19 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradient() -> None:
     assert float(found["loss"].detach()) == 0.0
 
 
+def test_of_nothing_each_loss_is_zero() -> None:
+    none = torch.zeros(0, 8)
+    for reduction in ("mean", "sum"):
+        assert losses.cosine_loss(none, none, reduction) == losses.l2_loss(none, none, reduction) == 0
+    assert losses.lovasz_loss(none, torch.zeros(0, dtype=torch.long)) == 0
+    assert losses.contrastive_loss(none, []) == 0
+
+
+def test_a_schedule_is_any_share_of_the_training() -> None:
+    assert losses.is_active("last_12.5", 0.88) and not losses.is_active("last_12.5", 0.875)
+    assert not losses.is_active("last_0", 1.0) and losses.is_active("last_100", 0.01)
+
+
 def test_lovasz_of_a_perfect_answer_is_nothing_and_of_a_wrong_one_all() -> None:
     segment = torch.tensor([0, 1, 2, 2])
     assert losses.lovasz_loss(F.one_hot(segment, 3).float(), segment) == 0
@@ -52,11 +65,26 @@ def test_votes_go_to_the_lowest_class_in_a_tie_and_points_without_a_vote_have_no
     assert protocol.neighbour_vote(labels, places, asked, 4, k=2).tolist() == [1, 2]
     valid = torch.tensor([True, False, True, False])
     assert protocol.neighbour_vote(labels, places, asked, 4, k=1, valid_N=valid).tolist() == [3, -1]
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert protocol.neighbour_vote(labels, places, asked, 4, valid_N=nobody).tolist() == [-1, -1]
+    assert protocol.neighbour_vote(labels, places, places, 4, valid_N=nobody).tolist() == labels.tolist()
+
+
+def test_any_number_may_stand_for_no_class() -> None:
+    places, asked = torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 0, 2]]), torch.tensor([[0.0, 0, 0.4], [0, 0, 9]])
+    labels = torch.tensor([1, 255, 255])
+    assert protocol.neighbour_vote(labels, places, asked, 3, k=2, ignored=255).tolist() == [1, 255]
+    voted = protocol.instance_vote(torch.tensor([1, 255, 255, 2]), torch.tensor([0, 0, 0, 255]), ignored=255)
+    assert voted.tolist() == [255, 255, 255, 2]
+    counts = protocol.Counts.of(torch.tensor([0, 255, 1]), torch.tensor([0, 0, 255]), 2, ignored=255)
+    assert counts.target_K.tolist() == [2, 0] and counts.union_K.tolist() == [2, 0]
+    alone = torch.full((3,), -1)
+    assert protocol.instance_vote(labels, alone).tolist() == labels.tolist()
 
 
 def test_an_instance_takes_its_majority() -> None:
     labels, instance = torch.tensor([2, 2, 5, 5, 4, 1]), torch.tensor([0, 0, 0, 1, 1, -1])
-    assert protocol.instance_vote(labels, instance, 6).tolist() == [2, 2, 2, 4, 4, 1]
+    assert protocol.instance_vote(labels, instance).tolist() == [2, 2, 2, 4, 4, 1]
 
 
 def test_the_two_sets_of_metrics_differ_where_an_absent_class_is_predicted() -> None:
@@ -87,6 +115,26 @@ def test_the_teacher_follows_all_but_its_own_mask_token_and_batch_statistics() -
     torch.testing.assert_close(theirs[weight], 0.75 * before[weight] + 0.25 * mine[weight])
     for name in (token, "embedding.stem.norm.running_mean"):
         assert torch.equal(theirs[name], before[name])
+
+
+@pytest.mark.parametrize(("layers", "norm", "bias", "length"), [(1, False, True, True), (2, True, False, False)])
+def test_a_head_is_its_layers_one_after_the_other(layers: int, norm: bool, bias: bool, length: bool) -> None:
+    head, x = Head(5, 7, 3, layers, norm, bias, length).eval(), torch.randn(4, 5)
+    names = ["mlp.weight", "mlp.bias"] if layers == 1 else ["mlp.0.weight", "mlp.3.weight"]
+    assert [name for name in head.state_dict() if not name.startswith("mlp.1.")] == names
+    weights = head.state_dict()
+    if layers == 1:
+        y = x @ weights["mlp.weight"].t() + weights["mlp.bias"]
+        wanted = y / y.norm(dim=1, keepdim=True)
+    else:  # batch normalisation that has seen nothing divides by (1 + epsilon)^0.5
+        wanted = F.gelu(x @ weights["mlp.0.weight"].t() / 1.001**0.5) @ weights["mlp.3.weight"].t()
+    torch.testing.assert_close(head(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_one_crop_is_compared_with_the_other_view_alone() -> None:
+    teacher, student = F.normalize(torch.randn(2, 4, 6), dim=2), F.normalize(torch.randn(1, 4, 6), dim=2)
+    found = distillation_loss(student, teacher, together=False)
+    torch.testing.assert_close(found["comp"], (teacher[1] * student[0]).sum(1).mean())
 
 
 def test_a_cloud_without_a_masked_voxel_is_no_division_by_nothing() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scenesplat.model import PointTransformer, SparseConv, grouped
+from scenesplat.config import check_network
+from scenesplat.model import PointTransformer, SerializedAttention, SparseConv, grouped
 from scenesplat.serialization import ORDERS
 from scenesplat.structure import Structure
+from tests.refusals import refused
 from tests.scenesplat.golden_cases import tiny_network
 from tests.scenesplat.test_structure import cube, some_voxels
 
@@ -53,12 +55,59 @@ def test_spconv_gives_the_same_where_it_is_installed() -> None:
         torch.testing.assert_close(theirs(x, level), ours(x, level), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", ["mean", "max", "min", "sum"])
 def test_groups_are_reduced_one_by_one(reduce: str) -> None:
     x, cluster = torch.randn(9, 4), torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1])
     wanted = [x[cluster == group] for group in range(3)]
-    rows = [part.mean(0) if reduce == "mean" else part.max(0).values for part in wanted]
+    rows = [getattr(part, {"max": "amax", "min": "amin"}.get(reduce, reduce))(0) for part in wanted]
     torch.testing.assert_close(grouped(x, cluster, 3, reduce), torch.stack(rows))
+
+
+@pytest.mark.parametrize(("bias", "scale"), [(True, None), (False, 0.7)])
+def test_attention_is_the_softmax_of_scaled_scores_within_a_patch(bias: bool, scale: float | None) -> None:
+    options = tiny_network(qkv_bias=bias, qk_scale=scale, attn_drop=0.5, proj_drop=0.5)
+    module, x = SerializedAttention(8, 2, 16, 0, options), torch.randn(12, 8)
+    assert (module.qkv.bias is not None) == bias
+    level = Structure.of(some_voxels(12, 4), torch.tensor([12]), ORDERS, []).levels[0]
+    q, k, v = module.qkv(x).unflatten(1, (3, 2, 4)).permute(1, 2, 0, 3)
+    weights = (q @ k.transpose(1, 2) * (4**-0.5 if scale is None else scale)).softmax(2)
+    wanted = module.proj((weights @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(module.eval()(x, level), wanted, rtol=1e-5, atol=1e-5)
+    dropped = module.train()(x, level)
+    assert 0.2 < float((dropped == 0).float().mean()) < 0.8
+
+
+def test_what_is_dropped_in_training_is_made_up_for_on_average() -> None:
+    level = Structure.of(some_voxels(12, 4), torch.tensor([12]), ORDERS, []).levels[0]
+    module, x = SerializedAttention(8, 2, 16, 0, tiny_network(attn_drop=0.3)), torch.randn(12, 8)
+    with torch.no_grad():
+        found = torch.stack([module.train()(x, level) for _ in range(2000)])
+        torch.testing.assert_close(found.mean(0), module.eval()(x, level), rtol=0, atol=0.05)
+    assert float(found.std(0).max()) > 0.01
+
+
+def test_without_a_decoder_the_answer_is_the_last_stages() -> None:
+    options = tiny_network(dec_depths=[], dec_channels=[], dec_heads=[], dec_patch=[])
+    network, grid, x = PointTransformer(options).eval(), some_voxels(90, 7), torch.randn(90, 11)
+    assert not [name for name in network.state_dict() if name.startswith("dec")]
+    structure = network.structure(grid, torch.tensor([90]))
+    with torch.no_grad():
+        found = network(x, structure)
+        assert torch.equal(found, network.encode(x, structure)[-1])
+    assert found.shape == (len(structure.levels[-1].grid_N3), 16)
+
+
+def test_a_single_voxel_has_features_and_gradients() -> None:
+    network, x = PointTransformer(tiny_network(drop_path=0.0)).eval(), torch.randn(1, 11, requires_grad=True)
+    found = network(x, network.structure(torch.zeros(1, 3, dtype=torch.long), torch.tensor([1])))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert found.shape == (1, 12) and bool(torch.isfinite(gradient).all()) and bool(gradient.any())
+
+
+def test_strides_that_are_no_power_of_two_are_refused() -> None:
+    refused(
+        "--network.strides 3: voxels are joined along each axis by 1, 2, 4", check_network, tiny_network(strides=[3])
+    )
 
 
 @pytest.fixture(scope="module")

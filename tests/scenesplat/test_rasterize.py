@@ -106,6 +106,13 @@ def test_a_scene_out_of_sight_is_background_everywhere() -> None:
     assert not picture.alpha_HW.any()
 
 
+def test_gaussians_beyond_the_far_plane_or_before_the_near_one_are_not_in_the_picture() -> None:
+    means = torch.tensor([[0.0, 1, 0], [0, 3, 0], [0, 5, 0]])
+    spread = 0.01 * torch.eye(3).expand(3, 3, 3)
+    seen = project(means, spread, camera(), near=2.0, far=4.0)
+    assert (seen.radii_N2 > 0).all(1).tolist() == [False, True, False]
+
+
 def test_an_opaque_sheet_hides_what_is_behind_it_and_depth_is_its_own() -> None:
     near, far = cloud(1), cloud(1)
     near.means_N3[:], far.means_N3[:] = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.0, 5.0, 0.0])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from scenesplat.gaussians import Gaussians
 from scenesplat.ply import write_scene
 from scenesplat.rooms import CLASSES, HEIGHT, SEEN, UNSEEN, Room, make_room, psnr
 from scenesplat.teacher import SimulatedTeacher, objects_seen
+from scenesplat.voxels import Grid
 from tests.refusals import refused
 
 ELEVEN = ["colour", "opacity", "quaternion", "scale"]
@@ -160,6 +162,19 @@ def test_the_other_ways_of_lifting_name_most_things_too(how: lifting.Lifting) ->
     assert lifted_share(0.0, how) > 0.6
 
 
+@pytest.mark.parametrize("how", ["occam", "pixels", "median", "nearest"])
+def test_a_picture_without_masks_adds_nothing(how: lifting.Lifting) -> None:
+    found, names = room(), texts()
+    scene = found.gaussians.select(torch.arange(0, len(found.gaussians), 40))
+    camera = found.cameras(1, 32)[0]
+    answer = SimulatedTeacher(names, found.labels_I, 0.0, 0.0, "masked", 1)(scene, camera, 0)
+    empty = lifting.View(camera, torch.full_like(answer.masks_HW, lifting.NONE), answer.features_MF[:0])
+    alone, both = lifting.lift(scene, [answer], how), lifting.lift(scene, [answer, empty], how)
+    torch.testing.assert_close(both.features(), alone.features())
+    assert not lifting.lift(scene, [empty], how).seen_N.any()
+    refused("nothing to lift from: expected one picture", lifting.lift, scene, [], how)
+
+
 def test_the_simulated_teacher_repeats_itself_and_its_errors_are_of_the_wanted_share() -> None:
     found, names = room(), texts()
     camera = found.cameras(1, 64)[0]
@@ -249,6 +264,20 @@ def test_a_scene_above_the_limit_is_cut_to_a_sphere() -> None:
     radius = (found["coord"] - found["coord"].mean(0)).norm(dim=1).max()
     whole = example(room().gaussians, 0.1, ELEVEN, 0, augment=False, largest=10**6)["coord"]
     assert float(radius) < float((whole - whole.mean(0)).norm(dim=1).max())
+
+
+def test_a_voxels_number_is_that_of_its_exact_coordinate() -> None:
+    """0.06 as float32 lies below 3 x 0.02; the float32 quotient is 3."""
+    coord = torch.tensor([[0.0, 0, 0], [0.06, 0.02, 0.5]])
+    wanted = np.floor(coord.numpy().astype(np.float64) / 0.02).astype(int)
+    assert wanted[1].tolist() == [2, 0, 25]
+    for order in ("fnv", "ravel"):
+        grid = Grid.of(coord, 0.02, order)  # type: ignore[arg-type]
+        assert grid.cells_N3.tolist() == wanted.tolist()
+    places = torch.tensor([[2.5, 0, 0], [0.5, 1, 0], [0.5, 0, 3], [2.5, 0, 0.5]])
+    assert Grid.of(places, 1.0, "ravel").voxel_N.tolist() == [2, 1, 0, 2]
+    alone = Grid.of(torch.tensor([[-0.05, 3.0, 7.0]]), 0.02)
+    assert alone.cells_N3.tolist() == [[0, 0, 0]] and alone.count_V.tolist() == [1]
 
 
 def test_without_augmentation_moving_a_scene_changes_no_voxel() -> None:

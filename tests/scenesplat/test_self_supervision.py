@@ -24,7 +24,16 @@ from scenesplat.model import PointTransformer
 from scenesplat.ply import write_scene
 from scenesplat.pretrain_config import CropConfig, LabelConfig, SelfOptimiserConfig, TermsConfig
 from scenesplat.rooms import SEEN, make_room
-from scenesplat.self_supervision import activated, effective_rank, hidden_error, make_heads, step_losses
+from scenesplat.self_supervision import (
+    RELEASED,
+    activated,
+    effective_rank,
+    hidden_error,
+    looked_at,
+    make_heads,
+    masked_head,
+    step_losses,
+)
 from scenesplat.trainer import LabelTraining, SelfSupervision, label_losses, optimiser_of
 from tests.drills import kill, same_weights
 from tests.refusals import refused
@@ -128,8 +137,6 @@ def test_nothing_hidden_leaks_where_it_is_hidden_before_the_first_convolution(sc
     given, student = batch(scenes), network().eval()
     crop = given["globals"][0]
     other = {**crop, "feat": torch.where(crop["mask"][:, None], crop["feat"].flip(0), crop["feat"])}
-    from scenesplat.self_supervision import looked_at
-
     for before, equal in ((True, True), (False, False)):
         one, two = (looked_at(student, each, crop["mask"], before)[1]() for each in (crop, other))
         assert torch.equal(one, two) == equal
@@ -180,6 +187,14 @@ def test_a_batch_with_nothing_hidden_has_a_finite_loss(scenes: SceneData) -> Non
     assert all(bool(torch.isfinite(value)) for value in parts.values())
     parts["loss"].backward()
     assert parts["mae"].item() == parts["language"].item() == 0.0
+
+
+def test_a_masked_head_with_fewer_answers_is_asked_for_the_last_attributes(scenes: SceneData) -> None:
+    given, student = batch(scenes), network().eval()
+    terms, head, crop = replace(RELEASED, distillation=0.0, patches=0.0), masked_head(12, 8), given["globals"][0]
+    found = losses_of(student, torch.nn.ModuleDict({"mae": head}), given, terms)["mae"]
+    guess = head(looked_at(student, crop, crop["mask"])[1]()[crop["mask"]])
+    torch.testing.assert_close(found, (guess - crop["feat"][crop["mask"]][:, 3:]).square().mean())
 
 
 def test_the_masked_head_ends_in_the_ranges_of_its_attributes() -> None:

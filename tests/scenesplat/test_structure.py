@@ -83,6 +83,17 @@ def test_pooling_joins_what_lies_in_one_larger_voxel() -> None:
             assert torch.equal(level.codes_ON[row], encode(level.grid_N3, level.batch_N, level.depth, order))
 
 
+def test_a_stride_that_the_curves_have_no_levels_for_joins_nothing() -> None:
+    """As in the released code, where a stride of 4 after one of 4 leaves a scene of three levels as it was."""
+    grid = cube(3)
+    levels = Structure.of(grid, torch.tensor([len(grid)]), ORDERS, [4, 4, 2, 2]).levels
+    assert [len(level.grid_N3) for level in levels] == [512, 8, 8, 1, 1]
+    assert [level.depth for level in levels] == [3, 1, 1, 0, 0]
+    alone = Structure.of(torch.zeros(2, 3), torch.tensor([1, 2]), ORDERS, [2]).levels
+    assert alone[0].depth == 0 and alone[0].codes_ON.tolist() == [[0, 1]] * 4
+    assert torch.equal(alone[1].batch_N, torch.tensor([0, 1]))
+
+
 def test_a_long_clouds_last_patch_is_filled_with_the_end_of_the_one_before() -> None:
     pad, unpad, ends = padding([7, 3, 4], 4)
     assert pad.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12, 13]

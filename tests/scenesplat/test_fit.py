@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -399,7 +400,7 @@ def test_the_demo_fits_and_hands_the_scene_to_the_page(tmp_path: Path, monkeypat
         said.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", page)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=page))
     words = ["--steps", "3", "--width", "32", "--most", "200", "--room", "3", "--queries", "a bed", "--output"]
     found = demo.main([*words, str(tmp_path), "--model", str(PUBLISHED)])
     scene = tmp_path / "fit" / "scene.ply"

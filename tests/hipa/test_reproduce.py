@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from common.ledger import read_claims
+from common.paths import REPOSITORY
+from common.study import open_sizes
 from common.teacher import Teacher
 from hipa import experiments, reproduce
 from hipa.experiments import Sizes, Study
@@ -69,3 +71,10 @@ def test_each_ablation_differs_from_the_recipe_in_what_it_says() -> None:
         assert study.config(name) != recipe, name
     assert study.config("pixel").loss.spatial == "mse" and study.config("pixel").loss.weight == 0
     assert study.config("spatial").loss.spatial == "dists" and study.config("spatial").loss.weight == 0
+
+
+@pytest.mark.parametrize("name", ["shapes32-v", "emoji64"])
+def test_the_claims_adaptors_stay_within_the_share_that_the_targets_allow(name: str) -> None:
+    sizes = open_sizes(Sizes, "hipa", "small")
+    study = Study(Teacher.load(REPOSITORY / "ldm" / "pretrained" / name), sizes, Path("unused"))
+    assert study.forwards("hipa")["trained_share"] <= 0.05

@@ -221,7 +221,8 @@ class Encoder(_Trunk):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config, config.encoder_layers, config.encoder_heads, config.encoder_head_dim)
         if config.layout == "line":
-            self.latent_tokens = nn.Parameter(torch.randn(1, config.tokens, self.width) * 0.02)
+            # As large as embedded patches: smaller ones differ in their rotation alone, and are told apart late.
+            self.latent_tokens = nn.Parameter(torch.randn(1, config.tokens, self.width) * 0.5)
         self.patch_embedder = nn.Conv2d(3, self.width, config.patch, stride=config.patch)
         self.down_layers = nn.ModuleList(Downsample(self.width) for _ in config.down_after)
         self.proj_out = nn.Linear(self.width, self.width)

@@ -152,7 +152,9 @@ def peer(arm: Arm) -> Step:
         optimisers[1].zero_grad()
         with mixed(arm.device, arm.bf16):
             fake = g(z_d, own).detach()
-            loss = discriminator_loss(d(real).float(), d(fake).float())
+            # Compiled, the spectral norm's vectors must not move again before the backward pass: one call for both.
+            scores = d(torch.cat([real, fake])).split(len(real)) if arm.compiled else (d(real), d(fake))
+            loss = discriminator_loss(scores[0].float(), scores[1].float())
         loss.backward()
         optimisers[1].step()
         optimisers[0].zero_grad()

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from common.errors import UserError
 from common.metrics.lpips import VGG16Trunk, read_tensors
@@ -36,8 +39,69 @@ class L2Pool(nn.Module):
         self.padding = (size - 2) // 2
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        square_BCHW = F.conv2d(x_BCHW.square(), self.filter, stride=2, padding=self.padding, groups=x_BCHW.shape[1])
-        return (square_BCHW + 1e-12).sqrt()
+        return _L2Pooling.apply(x_BCHW, self.filter, self.padding)  # type: ignore[no-any-return]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """At least single precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _L2Pooling(torch.autograd.Function):
+    """sqrt(blur(x^2)), keeping what goes in and comes out: torch would keep the squares too."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, filter_C1kk: Tensor, padding: int) -> Tensor:
+        square_BCHW = F.conv2d(x_BCHW.square(), filter_C1kk, stride=2, padding=padding, groups=x_BCHW.shape[1])
+        y_BCHW = square_BCHW.add_(1e-12).sqrt_()
+        ctx.save_for_backward(x_BCHW, y_BCHW, filter_C1kk)
+        ctx.padding = padding
+        return y_BCHW
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_BCHW: Tensor) -> tuple[Tensor, None, None]:
+        x_BCHW, y_BCHW, filter_C1kk = ctx.saved_tensors
+        square_BCHW = conv2d_input(
+            x_BCHW.shape, filter_C1kk.to(y_BCHW.dtype), grad_BCHW / y_BCHW, 2, ctx.padding, groups=x_BCHW.shape[1]
+        )
+        return square_BCHW.mul_(x_BCHW), None, None  # 2 x / (2 y)
+
+
+class _Similarity(torch.autograd.Function):
+    """Sum over channels of alpha l + beta s [B] (equations 3 and 4), keeping nothing but the features.
+
+    Its gradient is linear in them: of l and s by the means, variances and the covariance of each channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, f_BCHW: Tensor, g_BCHW: Tensor, alpha_C: Tensor, beta_C: Tensor) -> Tensor:
+        f_BCN, g_BCN = _whole(f_BCHW).flatten(2), _whole(g_BCHW).flatten(2)
+        var_f, mean_f = torch.var_mean(f_BCN, 2, correction=0)
+        var_g, mean_g = torch.var_mean(g_BCN, 2, correction=0)
+        covariance = (f_BCN * g_BCN).mean(2) - mean_f * mean_g
+        texture = (2 * mean_f * mean_g + C1) / (mean_f.square() + mean_g.square() + C1)
+        structure = (2 * covariance + C2) / (var_f + var_g + C2)
+        ctx.save_for_backward(f_BCHW, g_BCHW, alpha_C, beta_C, mean_f, mean_g, var_f + var_g, texture, structure)
+        return (alpha_C * texture + beta_C * structure).sum(1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        f_BCHW, g_BCHW, alpha_C, beta_C, mean_f, mean_g, variances, texture, structure = ctx.saved_tensors
+        each = grad_B[:, None] / f_BCHW[0, 0].numel()
+        by_mean = 2 * alpha_C * each / (mean_f.square() + mean_g.square() + C1)
+        by_product = 2 * beta_C * each / (variances + C2)  # of the other's features
+        by_square = -by_product * structure  # of its own
+
+        def of(x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
+            shift = by_mean * (mean_y - mean_x * texture) - by_product * mean_y - by_square * mean_x
+            own, other, shift = (z[:, :, None, None] for z in (by_square, by_product, shift))
+            return (_whole(x) * own).addcmul_(_whole(y), other).add_(shift).to(x.dtype)
+
+        for_f = of(f_BCHW, g_BCHW, mean_f, mean_g) if ctx.needs_input_grad[0] else None
+        for_g = of(g_BCHW, f_BCHW, mean_g, mean_f) if ctx.needs_input_grad[1] else None
+        return for_f, for_g, None, None
 
 
 class Dists(nn.Module):
@@ -84,16 +148,10 @@ class Dists(nn.Module):
     def between(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         """The same of features, where those of a target are kept."""
         whole = self.alpha.sum() + self.beta.sum()
-        weights = zip((self.alpha / whole).split(self.channels, 1), (self.beta / whole).split(self.channels, 1))
+        weights = zip(*((part.flatten() / whole).split(self.channels) for part in (self.alpha, self.beta)))
         similarity_B = x[0].new_zeros(len(x[0]))
-        for f_BCHW, g_BCHW, (alpha, beta) in zip(x, y, weights):
-            mean_f, mean_g = f_BCHW.mean((2, 3), keepdim=True), g_BCHW.mean((2, 3), keepdim=True)
-            var_f = (f_BCHW - mean_f).square().mean((2, 3), keepdim=True)
-            var_g = (g_BCHW - mean_g).square().mean((2, 3), keepdim=True)
-            covariance = (f_BCHW * g_BCHW).mean((2, 3), keepdim=True) - mean_f * mean_g
-            texture = (2 * mean_f * mean_g + C1) / (mean_f.square() + mean_g.square() + C1)
-            structure = (2 * covariance + C2) / (var_f + var_g + C2)
-            similarity_B = similarity_B + (alpha * texture + beta * structure).sum((1, 2, 3))
+        for f_BCHW, g_BCHW, (alpha_C, beta_C) in zip(x, y, weights):
+            similarity_B = similarity_B + _Similarity.apply(f_BCHW, g_BCHW, alpha_C, beta_C)
         return 1 - similarity_B
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common.metrics.perceptual import perceptual_distance
 from hipa.analyse import Exchange, compare
 from hipa.config import LossConfig
-from hipa.dists import dists
+from hipa.dists import C1, C2, L2Pool, _Similarity, dists
 from hipa.frequency import coherence, exchanged, high_pass, low_pass, relative_error
 from hipa.frozen import FrozenConv2d, spare_memory
 from hipa.losses import AdaptationLoss, fourier_loss
@@ -153,3 +154,23 @@ def test_comparing_a_set_with_itself_finds_nothing() -> None:
     assert found["share_one"] == found["share_many"]
     exchange = Exchange(images, 255 - images, images, judge_of("shapes64"))
     assert exchange.turning_radius() is not None or exchange.at(1)["fd_low_one_high_many"] > 0
+
+
+def test_the_written_gradients_of_dists_are_those_of_its_formula() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 3, 3, 6, 7, dtype=torch.float64)
+    alpha, beta = torch.rand(2, 3, dtype=torch.float64)
+    for a, b in ((x.requires_grad_(), y), (x, y.clone().requires_grad_())):
+        assert torch.autograd.gradcheck(lambda f, g: _Similarity.apply(f, g, alpha, beta), (a, b))
+    pool = L2Pool(3).double()
+    assert torch.autograd.gradcheck(pool, (x + 0.1,))
+    square = F.conv2d(x.square(), pool.filter, stride=2, padding=1, groups=3)
+    torch.testing.assert_close(pool(x), (square + 1e-12).sqrt(), rtol=0, atol=0)
+    mean, var = x.mean((2, 3)), x.var((2, 3), correction=0)
+    means, other = y.mean((2, 3)), y.var((2, 3), correction=0)
+    covariance = (x * y).mean((2, 3)) - mean * means
+    texture = (2 * mean * means + C1) / (mean**2 + means**2 + C1)
+    structure = (2 * covariance + C2) / (var + other + C2)
+    torch.testing.assert_close(
+        _Similarity.apply(x, y, alpha, beta), (alpha * texture + beta * structure).sum(1), rtol=1e-12, atol=1e-12
+    )

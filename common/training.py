@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.choices import Choices
 from common.cpu import tune_allocator
@@ -643,10 +643,12 @@ def train(
     logs: bool = True,
     checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
+    networks: Sequence[nn.Module] = (),
 ) -> pl.Trainer:
     """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
 
     Args:
+        networks: what `options.compile` compiles for as long as this takes, unless the caller did it.
         resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
         logs: False writes none.
         checkpoints: False keeps nothing below `folder`, and starts anew; None: as `logs` says.
@@ -675,11 +677,24 @@ def train(
         unit=unit,
     )
     try:
-        fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
+        with compiled(networks if options.compile else ()):
+            fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
     except Stopped as stopped:
         stopped.options = [] if resume == "auto" else ["--resume", "auto"]
         raise
     return trainer
+
+
+@contextmanager
+def compiled(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Networks that are compiled within; what is drawn with them before and after has other sizes."""
+    for network in networks:
+        network.compile()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network._compiled_call_impl = None
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:

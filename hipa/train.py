@@ -86,7 +86,15 @@ def make_base(run: Run) -> None:
     data = StepDataModule(table, batch, steps, config.seed, accumulate=options.accumulate)
     with booked(run.seconds, "base"):
         train(
-            run.folder / "base", module, data, options, steps=steps, batch_size=batch, resume=config.resume, grad_clip=1
+            run.folder / "base",
+            module,
+            data,
+            options,
+            steps=steps,
+            batch_size=batch,
+            resume=config.resume,
+            grad_clip=1,
+            networks=[unet],
         )
     if is_main_process():
         scheduler = run.teacher.scheduler_config
@@ -135,6 +143,7 @@ def adapt(run: Run, arm: str) -> OneStep:
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,
             callbacks=[EveryNSteps(options.sample_every, show)] if options.sample_every else [],
+            networks=[student.unet, run.base.vae.decoder],
         )
     finished = module.final().to(run.base.device)
     run.save(finished, arm)

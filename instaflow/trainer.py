@@ -111,6 +111,7 @@ def optimise(
         callbacks=grids,
         logs=keep and logs,
         checkpoints=keep,
+        networks=[flow.unet],
     )
     module.ema.copy_to(flow)
     flow.eval()

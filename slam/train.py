@@ -90,6 +90,7 @@ def distil(run: Run, name: str) -> Student:
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,
             callbacks=grids,
+            networks=[student.unet, module.target.unet, run.teacher.unet],
         )
     finished = module.final().to(run.teacher.device)
     run.save(finished, name)

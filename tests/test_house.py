@@ -137,3 +137,12 @@ def test_no_file_of_ours_hides_a_library() -> None:
 def test_no_program_changes_the_path() -> None:
     for file in modules(REPOSITORY).values():
         assert "sys.path" not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_no_paper_passes_over_that_its_network_should_be_compiled(paper: str) -> None:
+    config = REPOSITORY / paper / "config.py"
+    if not config.is_file() or "(TrainerOptions)" not in config.read_text(encoding="utf-8"):
+        pytest.skip("its runs have no such option")
+    code = "".join(file.read_text(encoding="utf-8") for file in (REPOSITORY / paper).glob("*.py"))
+    assert "trainer.compile" in code or "options.compile" in code or "networks=[" in code

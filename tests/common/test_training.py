@@ -26,6 +26,7 @@ from common.training import (
     load_checkpoint,
     open_run_folder,
     save_checkpoint,
+    train,
 )
 from tests.refusals import refused
 
@@ -97,6 +98,29 @@ def test_training_ends_at_its_steps_and_leaves_one_checkpoint_and_both_logs(tmp_
     assert [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
     assert len((tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()) == 11
     assert list(tmp_path.glob("tensorboard/version_0/events*"))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_networks_are_compiled_while_they_are_trained_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    seen: list[bool] = []
+
+    class Layered(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            seen.append(self.layer._compiled_call_impl is not None)
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # the compiler itself takes half a minute
+    module = Layered()
+    train(
+        tmp_path, module, data(2), options_of(compile=asked), steps=2, batch_size=4, logs=False, networks=[module.layer]
+    )
+    assert seen == [asked] * 2 and module.layer._compiled_call_impl is None
 
 
 def test_checkpoints_come_at_their_steps_although_global_step_jumps(tmp_path: Path) -> None:

@@ -96,7 +96,13 @@ def survivors(objectives: ArrayLike, count: int) -> list[int]:
 
 def tournament(objectives: ArrayLike, count: int, random: np.random.Generator) -> list[int]:
     """Winners of `count` duels between two drawn individuals: the better front, then the less crowded, then luck."""
-    ranks, crowding = ranks_and_crowding(objectives)
+    return duels(*ranks_and_crowding(objectives), count, random)
+
+
+def duels(
+    ranks: NDArray[np.int64], crowding: NDArray[np.float64], count: int, random: np.random.Generator
+) -> list[int]:
+    """A tournament of individuals whose fronts and crowding distances are known, as for one parent after the other."""
     pairs = random.integers(len(ranks), size=(count, 2))
     luck = random.random(count) < 0.5
     first, other = pairs[:, 0], pairs[:, 1]

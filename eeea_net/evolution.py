@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from common.errors import UserError
-from common.evolution import survivors, tournament
+from common.evolution import duels, ranks_and_crowding, survivors
 from eeea_net.config import EvolutionOptions
 from eeea_net.official import official_survivors, official_tournament
 
@@ -119,6 +119,7 @@ def next_generation(
     chosen = official_survivors(objectives, count) if compat else survivors(objectives, count)
     kept = [population[index] for index in chosen]
     values = [member.objectives for member in kept]
+    standing = ranks_and_crowding(values)
     children: dict[str, Member[C]] = {}
     for _ in range(TRIES):
         if len(children) == len(population) - count:
@@ -126,7 +127,7 @@ def next_generation(
         if compat:
             first, second = official_tournament(values, random)
         else:
-            first, second = tournament(values, 2, random)
+            first, second = duels(*standing, 2, random)
             if first == second:  # a network has no child with itself but by mutation
                 second = int(random.choice([index for index in range(count) if index != first]))
         mother, father = kept[first], kept[second]

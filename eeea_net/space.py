@@ -92,9 +92,12 @@ class Space:
 
     def invert(self, chromosome: Chromosome, random: np.random.Generator) -> Chromosome:
         """Two neighbouring pairs change places, where each may read the other's state."""
-        swapped = (inversion(chromosome, gene) for gene in range(0, self.genes - 2, 2))
-        possible = [found for found in swapped if self.holds(found)]
-        return possible[random.integers(len(possible))] if possible else chromosome
+        possible = [
+            gene
+            for gene in range(0, self.genes - 2, 2)
+            if int(chromosome[gene + 3]) < self.states(gene) and int(chromosome[gene + 1]) < self.states(gene + 2)
+        ]
+        return inversion(chromosome, possible[random.integers(len(possible))]) if possible else chromosome
 
     def breed(
         self,

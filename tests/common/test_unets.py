@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -47,3 +48,24 @@ def test_attention_that_is_not_a_plain_sequence_stays_as_it_is() -> None:
     unet.get_submodule(name.removesuffix(".processor")).residual_connection = True
     kinds = {n: type(p) for n, p in quicken(unet).attn_processors.items()}
     assert kinds.pop(name) is AttnProcessor2_0 and set(kinds.values()) == {AttentionForm}
+
+
+def test_a_quickened_network_is_copied_and_takes_another_processor() -> None:
+    x_BCHW, states_BLD, t_B = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([3])
+    stock = small_unet()
+    ours = copy.deepcopy(quicken(copy.deepcopy(stock)))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    called: list[str] = []
+
+    class Doubling(AttnProcessor2_0):  # type: ignore[misc]
+        def __call__(self, attn: Any, *args: Any, strength: float = 1.0, **options: Any) -> Any:
+            called.append(f"{strength:g}")
+            return strength * super().__call__(attn, *args, **options)
+
+    for network in (stock, ours):
+        network.set_attn_processor(Doubling())
+    given = {"cross_attention_kwargs": {"strength": 2.0}}
+    torch.testing.assert_close(
+        ours(x_BCHW, t_B, states_BLD, **given).sample, stock(x_BCHW, t_B, states_BLD, **given).sample, rtol=0, atol=0
+    )
+    assert set(called) == {"2"} and len(called) % 2 == 0

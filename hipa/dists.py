@@ -91,13 +91,13 @@ class _Similarity(torch.autograd.Function):
         f_BCHW, g_BCHW, alpha_C, beta_C, mean_f, mean_g, variances, texture, structure = ctx.saved_tensors
         each = grad_B[:, None] / f_BCHW[0, 0].numel()
         by_mean = 2 * alpha_C * each / (mean_f.square() + mean_g.square() + C1)
-        by_product = 2 * beta_C * each / (variances + C2)  # of the other's features
-        by_square = -by_product * structure  # of its own
+        by_product = 2 * beta_C * each / (variances + C2)
 
         def of(x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
-            shift = by_mean * (mean_y - mean_x * texture) - by_product * mean_y - by_square * mean_x
-            own, other, shift = (z[:, :, None, None] for z in (by_square, by_product, shift))
-            return (_whole(x) * own).addcmul_(_whole(y), other).add_(shift).to(x.dtype)
+            # by_product (y - mean_y - s (x - mean_x)) + by_mean (mean_y - l mean_x): alike features cancel exactly.
+            shift = by_mean * (mean_y - mean_x * texture) - by_product * (mean_y - structure * mean_x)
+            likeness, scale, shift = (z[:, :, None, None] for z in (structure, by_product, shift))
+            return torch.addcmul(_whole(y), _whole(x), likeness, value=-1).mul_(scale).add_(shift).to(x.dtype)
 
         for_f = of(f_BCHW, g_BCHW, mean_f, mean_g) if ctx.needs_input_grad[0] else None
         for_g = of(g_BCHW, f_BCHW, mean_g, mean_f) if ctx.needs_input_grad[1] else None

@@ -109,11 +109,13 @@ def rows_of(yardstick: Yardstick, models: Sequence[Path], autoencoders: Sequence
     def add(family: str, name: str, found: Tensor, bits: float) -> None:
         rows.append({"family": family, "name": name, "bits": bits, **yardstick.measure(found)})
 
-    for folder in models:
-        tokenizer = load_tokenizer(folder, option="--model")
+    tokenizers = [load_tokenizer(folder, option="--model") for folder in models]
+    names = [label(tokenizer) for tokenizer in tokenizers]
+    for folder, tokenizer, name in zip(models, tokenizers, names):
         family = "tokens in a line" if tokenizer.config.layout == "line" else "tokens in a grid"
         own = float(tokenizer.config.tokens * tokenizer.config.bits)
-        add(family, label(tokenizer), reconstruct(tokenizer, images)[0], own)
+        told = name if names.count(name) == 1 else f"{name}, {folder.name}"
+        add(family, told, reconstruct(tokenizer, images)[0], own)
     for folder in autoencoders:
         for name, found, bits in autoencoder(folder, images):
             add("autoencoders", name, found, bits)

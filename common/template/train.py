@@ -37,16 +37,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     open_run_folder(folder, config.resume, text, free_options()).begin({"data": fingerprint_tensors(table.columns)})
     module = DenoiserTraining(config)
     data = StepDataModule(table, batch, steps, config.seed, accumulate=options.accumulate)
-    train(
-        folder / "training",
-        module,
-        data,
-        options,
-        steps=steps,
-        batch_size=batch,
-        resume=config.resume,
-        networks=[module.network],
-    )
+    stage, resume, networks = folder / "training", config.resume, [module.network]
+    train(stage, module, data, options, steps=steps, batch_size=batch, resume=resume, networks=networks)
     module.ema.copy_to(module.network)
     save_weights(folder / "model.safetensors", module.network.state_dict())
     return write_metrics(folder / "metrics.json", measure(module.network, config.sigma), {}, perf_counter() - started)

@@ -244,7 +244,9 @@ def score_rows(model: Path, per_task: int) -> list[dict[str, Any]]:
     specs = prompts(per_task, "test", **WORLDS["small"])
     captions = [spec.caption for spec in specs]
     grid, found = painter.grid(painter.size, painter.size), dict[str, list[float]](ours=[], peer=[])
-    fast, official = painter.sampling, replace(OFFICIAL, guidance=painter.sampling.guidance)
+    fast = painter.sampling
+    # The released schedule clips nothing; weights of minutes then draw noise, so it gets the same clip.
+    official = replace(OFFICIAL, guidance=fast.guidance, clip=fast.clip)
     seconds = dict.fromkeys(found, 0.0)
     for seed in range(SEEDS):
         for side, draw, options in (("ours", decode_tokens, fast), ("peer", released_decoding, official)):

@@ -4,11 +4,11 @@
     python -m benchmarks.scenesplat --sizes codes neighbours --rounds 3
     python -m benchmarks.scenesplat --sizes tiny --rounds 1 --steps 1
 
-render       forward and backward of 20,000 Gaussians at 320 x 240, against compositing as gsplat's pure-torch path
-             does: every Gaussian of a tile times every pixel, kept for the backward pass
+render       forward and backward of 20,000 Gaussians at 320 x 240, against gsplat's own pure-torch functions (where it
+             is installed: pip install gsplat==1.5.3) and every Gaussian of a tile times every pixel, kept for the
+             backward pass; `render_tiles`: against the latter with projection and tiles as we find them
 fit          a step of a fit (picture, L1 and SSIM, backward, Adam) of 10,000 Gaussians at 160 x 120, in Gaussians times
-             pixels a second, against the same step on gsplat's own pure-torch functions, where gsplat is installed
-             (pip install gsplat==1.5.3); `fit_tiles`: against those with tiles found as we find them
+             pixels a second, against the same two peers; `fit_tiles`
 convolution  a convolution of 3^3 over 100,000 voxels, its neighbour search included, against spconv's CPU wheel, where
              that is installed (pip install spconv)
 codes, neighbours, sampling   of 100,000 Gaussians, against the plain numpy form
@@ -63,6 +63,7 @@ from scenesplat.structure import Structure, neighbours_of
 
 PARTS = {
     "render": (20_000, 5.0, "images/s"),
+    "render_tiles": (20_000, 5.0, "images/s"),
     "fit": (10_000, 5.0, "Gaussian pixels/s"),
     "fit_tiles": (10_000, 5.0, "Gaussian pixels/s"),
     "convolution": (100_000, 1.0, "passes/s"),
@@ -288,8 +289,8 @@ def gsplat_picture(scene: Any, view: Any, own_tiles: bool) -> Tensor:
     return every_pair(means[0], conics[0], scene.opacities_N.sigmoid(), colours, owner.long(), starts, size)
 
 
-def plain_render(arm: Arm) -> Step:
-    """Compositing with every Gaussian of a tile times every pixel at once."""
+def plain_render(arm: Arm, draw: Callable[[Any, Any], Tensor]) -> Step:
+    """Forward and backward of a picture that `draw` gives."""
     scene, view = cloud(arm.count).to(arm.device), camera()
     view = replace(view, world_44=view.world_44.to(arm.device), intrinsics_33=view.intrinsics_33.to(arm.device))
     leaves = [scene.means_N3, scene.scales_N3, scene.opacities_N, scene.colours_NC]
@@ -297,7 +298,7 @@ def plain_render(arm: Arm) -> Step:
     def step(_: int) -> None:
         for leaf in leaves:
             leaf.requires_grad_(True).grad = None
-        plain_picture(scene, view).square().mean().backward()
+        draw(scene, view).square().mean().backward()
 
     return step
 
@@ -374,7 +375,9 @@ def plain_sampling(arm: Arm) -> Step:
 
 ARMS: dict[tuple[str, str], Callable[[Arm], Step]] = {
     ("ours", "render"): our_render,
-    ("peer", "render"): plain_render,
+    ("peer", "render"): lambda arm: plain_render(arm, lambda scene, view: gsplat_picture(scene, view, True)),
+    ("ours", "render_tiles"): our_render,
+    ("peer", "render_tiles"): lambda arm: plain_render(arm, plain_picture),
     ("ours", "fit"): our_fit,
     ("peer", "fit"): lambda arm: fit_step(arm, lambda scene, view: gsplat_picture(scene, view, True)),
     ("ours", "fit_tiles"): our_fit,
@@ -424,12 +427,13 @@ def part_rows(
     if part == "convolution" and importlib.util.find_spec("spconv") is None:
         print("convolution is left out: spconv is not installed (pip install spconv)")
         return []
-    if part.startswith("fit") and importlib.util.find_spec("gsplat") is None:
+    if part in ("render", "fit", "fit_tiles") and importlib.util.find_spec("gsplat") is None:
         print(f"{part} is left out: gsplat is not installed (pip install gsplat==1.5.3)")
         return []
     found = take_turns("benchmarks.scenesplat", {"ours": arm, "peer": replace(arm, side="peer")}, pace, 1, folder)
     titles = {
-        "render": "forward and backward of a picture, against every Gaussian times every pixel of a tile",
+        "render": "forward and backward of a picture, against gsplat's pure-torch functions as they are",
+        "render_tiles": "forward and backward of a picture, against every Gaussian times every pixel of a tile",
         "fit": "a step of a fit, against gsplat's pure-torch functions as they are",
         "fit_tiles": "a step of a fit, against gsplat's pure-torch functions with our search of tiles",
         "convolution": "convolution of 3^3 with its neighbour search, against spconv's CPU wheel",
@@ -438,8 +442,9 @@ def part_rows(
         "sampling": "grid sampling into 8 passes, against numpy voxel by voxel",
     }
     rows = [rate(f"{where}{titles[part]} ({what})", part, count, found["ours"], found["peer"], target)]
-    if part == "render":
-        name = f"{where}memory of a picture's forward and backward ({what})"
+    if part.startswith("render"):
+        peer = "gsplat's" if part == "render" else "every Gaussian times every pixel of a tile"
+        name = f"{where}memory of a picture's forward and backward, against {peer} ({what})"
         rows.append(leaner(name, found["ours"], found["peer"], device, 2.0 if target else None))
     return rows
 

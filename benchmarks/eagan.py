@@ -118,7 +118,7 @@ def ours(arm: Arm) -> Step:
     """What `eagan.searching` and `eagan.retraining` do in a step."""
     size, device = SIZES[arm.size], torch.device(arm.device)
     generator, discriminator, genes = networks(arm)
-    generator, discriminator = placed(generator, device), placed(discriminator, device)
+    generator, discriminator = placed(generator, device, arm.bf16), placed(discriminator, device, arm.bf16)
     options = GameOptions(size.real, size.fake)
     game = Game(options, Pictures(size), size.network.latent_dim, 0, device, arm.bf16)  # type: ignore[arg-type]
     g_optimiser, d_optimiser = adam(generator, LR), adam(discriminator, LR)

@@ -56,8 +56,8 @@ class Training(Loop):
         super().__init__(folder, options.steps, run, device)
         self.options, self.look = options, look
         torch.manual_seed(derive_seed(seed, STREAMS["start"], 1))
-        self.generator = placed(Generator(network, generator), device)
-        self.discriminator = placed(new_discriminator(network, discriminator), device)
+        self.generator = placed(Generator(network, generator), device, bf16)
+        self.discriminator = placed(new_discriminator(network, discriminator), device, bf16)
         self.g_optimiser = adam(self.generator, options.lr_g)
         self.d_optimiser = adam(self.discriminator, options.lr_d)
         self.average = Ema(self.generator, options.ema_decay, warmup=options.ema_warmup).to(device)

@@ -121,7 +121,8 @@ class Search(Loop):
         self.evaluation, self.judging, self.seed = evaluation, judging, seed
         batches = RealBatches(real.train, stage.batch_real, self.total, derive_seed(seed, STREAMS["real"]))
         self.game = Game(stage, batches, network.latent_dim, seed, device, bf16)
-        self.generator, self.discriminator = placed(generator, device), placed(discriminator, device)
+        self.generator = placed(generator, device, bf16)
+        self.discriminator = placed(discriminator, device, bf16)
         self.optimisers = {"generator": adam(generator, stage.lr_g), "discriminator": adam(discriminator, stage.lr_d)}
         self.population: list[Individual] = []
         # Stage 2: a generator and its optimiser for every individual.

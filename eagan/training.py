@@ -77,10 +77,15 @@ def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
 N = TypeVar("N", bound=nn.Module)
 
 
-def placed(network: N, device: torch.device) -> N:
-    """On its device; on GPUs with channels last, in which convolutions are faster there."""
+def placed(network: N, device: torch.device, bf16: bool = False) -> N:
+    """On its device, with channels last: steps of these networks are half as long again without, on CPUs too.
+
+    Not in bf16 on CPUs: oneDNN's gradient of a dilated convolution's weight is not finite there (torch 2.13).
+    """
     network.to(device)
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network  # type: ignore[call-overload]
+    if device.type == "cpu" and bf16:
+        return network
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Diverged(Exception):

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,51 @@ def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn
     return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
 
 
-class ActConvBN(nn.Module):
-    """ReLU (or not), a convolution, batch norm."""
+class Activated(nn.Module):
+    """An operation that begins with a ReLU: `forward` takes the maps before it, `after` those behind it."""
 
-    def __init__(self, conv: nn.Conv2d, activate: bool = True) -> None:
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.after(F.relu(x_BCHW))
+
+    def after(self, x_BCHW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class State:
+    """Maps that several operations read; a ReLU that they begin with is taken once for all."""
+
+    def __init__(self, x_BCHW: Tensor) -> None:
+        self.x_BCHW = x_BCHW
+        self._positive_BCHW: Tensor | None = None
+
+    def through(self, operation: nn.Module) -> Tensor:
+        if not isinstance(operation, Activated):
+            return operation(self.x_BCHW)
+        if self._positive_BCHW is None:
+            self._positive_BCHW = F.relu(self.x_BCHW)
+        return operation.after(self._positive_BCHW)
+
+
+class ConvBN(nn.Module):
+    """A convolution, batch norm."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.activate = activate
         self.conv = conv
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.norm(self.conv(F.relu(x_BCHW) if self.activate else x_BCHW))
+        return self.norm(self.conv(x_BCHW))
 
 
-class FactorizedReduce(nn.Module):
+class ActConvBN(Activated, ConvBN):
+    """ReLU, a convolution, batch norm."""
+
+    def after(self, x_BCHW: Tensor) -> Tensor:
+        return ConvBN.forward(self, x_BCHW)
+
+
+class FactorizedReduce(Activated):
     """Half the sides: two 1x1 convolutions of stride 2, one on the even and one on the odd pixels.
 
     Raises:
@@ -58,14 +90,22 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = _conv(inputs, outputs // 2, stride=2)
         self.bn = nn.BatchNorm2d(outputs)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BCHW = F.relu(x_BCHW)
+    def after(self, x_BCHW: Tensor) -> Tensor:
         height, width = x_BCHW.shape[2:]
         odd_BCHW = F.pad(x_BCHW, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
         return self.bn(torch.cat([self.conv_1(x_BCHW), self.conv_2(odd_BCHW)], dim=1))
 
 
-class Chain(nn.Module):
+class Row(Activated, nn.Sequential):
+    """Layers, the first of which is a ReLU."""
+
+    def after(self, x_BCHW: Tensor) -> Tensor:
+        for layer in islice(self, 1, None):
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+class Chain(Activated):
     """[ReLU, depthwise, 1x1, batch norm], twice for a separable convolution, once for a dilated one."""
 
     def __init__(self, channels: int, kernel: int, strides: tuple[int, ...], dilation: int) -> None:
@@ -74,10 +114,10 @@ class Chain(nn.Module):
         for stride in strides:
             depthwise = _depthwise(channels, kernel, stride, dilation)
             layers += [nn.ReLU(), depthwise, _conv(channels, channels), nn.BatchNorm2d(channels)]
-        self.op = nn.Sequential(*layers)
+        self.op = Row(*layers)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.op(x_BCHW)
+    def after(self, x_BCHW: Tensor) -> Tensor:
+        return self.op.after(x_BCHW)
 
 
 class InvertedResidual(nn.Module):
@@ -89,7 +129,7 @@ class InvertedResidual(nn.Module):
         self.op = nn.Sequential(
             ActConvBN(_conv(channels, channels)),
             ActConvBN(_depthwise(channels, kernel, stride)),
-            ActConvBN(_conv(channels, channels), activate=False),
+            ConvBN(_conv(channels, channels)),
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -127,7 +167,7 @@ def make_operation(name: str, channels: int, stride: int) -> nn.Module:
         return InvertedResidual(channels, kernel, stride)
     if name == "conv_7x1_1x7":
         across, down = _conv(channels, channels, (1, 7), (1, stride)), _conv(channels, channels, (7, 1), (stride, 1))
-        return nn.Sequential(nn.ReLU(), across, down, nn.BatchNorm2d(channels))
+        return Row(nn.ReLU(), across, down, nn.BatchNorm2d(channels))
     raise UserError(f"operation {name!r} is unknown")
 
 
@@ -208,19 +248,19 @@ class NetworkCell(nn.Module):
         self.se_layer = SqueezeExcite(width) if se else None
         self.nl_layer = NonLocal(width) if se else None
 
-    def forward(self, s0_BCHW: Tensor, s1_BCHW: Tensor, drop_probability: float) -> Tensor:
+    def forward(self, s0: State, s1: State, drop_probability: float) -> Tensor:
         """drop_probability: of a path, per picture; identities are never dropped."""
-        values = [self.preprocess0(s0_BCHW), self.preprocess1(s1_BCHW)]
+        values = [State(s0.through(self.preprocess0)), State(s1.through(self.preprocess1))]
         for first in range(0, len(self._ops), 2):
             paths = []
             for place in (first, first + 1):
                 operation = self._ops[place]
-                path_BCHW = operation(values[self.states[place]])
+                path_BCHW = values[self.states[place]].through(operation)
                 if drop_probability > 0 and not isinstance(operation, nn.Identity):
                     path_BCHW = drop_path(path_BCHW, drop_probability)
                 paths.append(path_BCHW)
-            values.append(paths[0] + paths[1])
-        y_BCHW = torch.cat([values[state] for state in self.concat], dim=1)
+            values.append(State(paths[0] + paths[1]))
+        y_BCHW = torch.cat([values[state].x_BCHW for state in self.concat], dim=1)
         if self.se_layer is not None and self.nl_layer is not None:
             y_BCHW = self.nl_layer(self.se_layer(y_BCHW))
         return y_BCHW
@@ -315,33 +355,33 @@ class Network(nn.Module):
                 self.auxiliary_head = AuxiliaryHead(last, config.classes, config.stem)
         self.classifier = nn.Linear(last, config.classes)
 
-    def _before_the_cells(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _before_the_cells(self, x_BCHW: Tensor) -> tuple[State, State]:
         if self.config.stem == "imagenet":
             s0_BCHW = self.get_submodule("stem0")(x_BCHW)
-            return s0_BCHW, self.get_submodule("stem1")(s0_BCHW)
-        s_BCHW = self.get_submodule("stem")(x_BCHW)
-        return s_BCHW, s_BCHW
+            return State(s0_BCHW), State(self.get_submodule("stem1")(s0_BCHW))
+        s = State(self.get_submodule("stem")(x_BCHW))
+        return s, s
 
     def features(self, x_BCHW: Tensor, after: Sequence[int]) -> list[Tensor]:
         """Maps behind the cells of these numbers (section 4.3); no path is dropped."""
         found = []
-        s0_BCHW, s1_BCHW = self._before_the_cells(x_BCHW)
+        s0, s1 = self._before_the_cells(x_BCHW)
         for layer, cell in enumerate(self.cells):
-            s0_BCHW, s1_BCHW = s1_BCHW, cell(s0_BCHW, s1_BCHW, 0.0)
+            s0, s1 = s1, State(cell(s0, s1, 0.0))
             if layer in after:
-                found.append(s1_BCHW)
+                found.append(s1.x_BCHW)
         return found
 
     def with_auxiliary(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, K], and those of the auxiliary head in training mode, where there is one."""
-        s0_BCHW, s1_BCHW = self._before_the_cells(x_BCHW)
+        s0, s1 = self._before_the_cells(x_BCHW)
         probability = self.drop_path_probability if self.training else 0.0
         auxiliary_BK = None
         for layer, cell in enumerate(self.cells):
-            s0_BCHW, s1_BCHW = s1_BCHW, cell(s0_BCHW, s1_BCHW, probability)
+            s0, s1 = s1, State(cell(s0, s1, probability))
             if layer == self.auxiliary_after and self.training and self.auxiliary_head is not None:
-                auxiliary_BK = self.auxiliary_head(s1_BCHW)
-        return self.classifier(s1_BCHW.mean((2, 3))), auxiliary_BK
+                auxiliary_BK = self.auxiliary_head(s1.x_BCHW)
+        return self.classifier(s1.x_BCHW.mean((2, 3))), auxiliary_BK
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pictures to logits [B, K]."""

@@ -105,16 +105,25 @@ def evaluate(
 
 
 def train_and_compare(
-    genotype: Genotype, options: ProxyOptions, lesson: Lesson, seed: int, device: str = "cpu", fused: bool = True
+    genotype: Genotype,
+    options: ProxyOptions,
+    lesson: Lesson,
+    seed: int,
+    device: str = "cpu",
+    fused: bool = True,
+    layout: torch.memory_format = torch.channels_last,
 ) -> dict[str, float]:
     """Train a network on a lesson; error 0..1 and mean loss on the validation pictures, NaN where it diverged.
 
     Args:
         fused: the optimiser's form; the other one, parameter by parameter, is what speed is measured against.
+        layout: of weights, and with them of all maps: a depthwise convolution of few channels goes back up to seven
+            times as fast with channels last. The other one is what speed is measured against.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(derive_seed(seed, STREAM, 0))
-    network = Network(genotype, options.network(len(lesson.data.classes), lesson.data.channels)).to(device)
+    network = Network(genotype, options.network(len(lesson.data.classes), lesson.data.channels))
+    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     loss = fit(network, options, lesson, fused)
     error, validation_loss = compare(network, lesson.validation()) if math.isfinite(loss) else (math.nan, math.nan)
     return {

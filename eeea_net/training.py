@@ -293,9 +293,8 @@ class Training(Loop):
     ) -> None:
         stream = derive_seed(seed, STREAM)
         torch.manual_seed(stream)
-        network = Network(genotype, options.network(len(data.classes), data.channels)).to(device)
-        if device.type == "cuda":
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = Network(genotype, options.network(len(data.classes), data.channels))
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         augment = augmentation(pictures, options.cutout, cifar_policy if options.autoaugment else None)
         batches = Batches(data, data.train, options.batch_size, stream, augment, device=device)
         about = {"genotype": genotype.fields()}

@@ -82,9 +82,9 @@ class Retraining(Loop[FinalNetwork]):
             raise UserError(f"retrain.epochs {options.epochs}: expected at least one")
         device, stream = machine.device, derive_seed(seed, RETRAIN)
         torch.manual_seed(stream)
-        network = FinalNetwork(genotype, options.network(len(data.classes), data.channels)).to(device)
-        if device.type == "cuda":
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = FinalNetwork(genotype, options.network(len(data.classes), data.channels))
+        # Depthwise convolutions go back several times as fast with channels last, on CPUs too.
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         augment = replace(augment, cutout=options.cutout)
         batches = Batches(data, data.train, options.batch_size, stream, augment, machine.rank, machine.world, device)
         super().__init__(network, list(network.parameters()), options, batches, folder, seed, machine, run)

@@ -10,12 +10,20 @@ from benchmarks import eeea_net as bench
 from benchmarks.arms import Pace, Timing
 
 
-def test_all_arms_train_the_same_networks_to_the_same_errors() -> None:
+def test_all_arms_train_the_same_networks() -> None:
     errors = {}
     for side in ("ours", "plain", "best"):
         step = bench.make_step(bench.Arm(side, "tiny", "cpu"))
         errors[side] = [float(step(index)) for index in range(2)]  # type: ignore[arg-type]
-    assert errors["ours"] == errors["plain"] == errors["best"]
+    assert errors["plain"] == errors["best"]
+    bench.check_the_same_beginning("tiny", "cpu")
+
+
+def test_other_networks_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 1.1])
+    monkeypatch.setattr("eeea_net.proxy.train_and_compare", lambda *_: {"training_loss": next(losses)})
+    with pytest.raises(RuntimeError, match="tiny: losses of the second step differ"):
+        bench.check_the_same_beginning("tiny", "cpu")
 
 
 def test_rows_name_size_target_and_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +35,7 @@ def test_rows_name_size_target_and_both_sides(tmp_path: Path, monkeypatch: pytes
     assert rows[0]["ratio"] == pytest.approx(3.0) and "plain loop" in rows[0]["name"]
     assert rows[3]["ours"] < 1.0  # ms a network
     monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1)})
-    with pytest.raises(RuntimeError, match="tiny: errors differ"):
+    with pytest.raises(RuntimeError, match="tiny: mean errors differ"):
         next(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
 
 

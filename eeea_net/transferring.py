@@ -191,7 +191,7 @@ class Transfer:
         augment = augmentation(options.data, options.cutout)
         batches = Batches(data, data.train, options.batch_size, stream, augment, device=self.device)
         about = {"backbone": self.name(plan), "macs": plan.macs(config.data.size, config.first_stride)}
-        network = network.to(self.device)
+        network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         loop = Pretraining(network, options, options.epochs, batches, about, folder, config.seed, config)
         loop.run()
         pictures = list(evaluation_batches(data, data.test, EVALUATION_BATCH, self.device))
@@ -213,7 +213,8 @@ class Transfer:
         self.say(f"{plan.name}: {macs / 1e6:.2f} M MACs{shown}; {config.task}, {config.fit.epochs} epochs")
         torch.manual_seed(derive_seed(config.seed, STREAM, 3))
         backbone = Backbone.of(classifier, config.first_stride)
-        network = self.task.network(backbone).to(self.device)
+        network = self.task.network(backbone)
+        network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         about = {"backbone": self.name(plan), "macs": macs, "task": config.task}
         rest = (config.fit, config.fit.epochs, self.batches, about, folder, config.seed, config)
         loop = Fitting(network, self.task, *rest)

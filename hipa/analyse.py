@@ -68,9 +68,9 @@ class Exchange:
         }
 
     def turning_radius(self) -> float | None:
-        """Smallest cutoff at which one step's low band costs no more than its high band.
+        """Smallest cutoff at which one step's low band costs more than its high band.
 
-        At small cutoffs the low band holds little; None where the order never turns.
+        At small cutoffs the low band holds little and costs less; None where the order never turns.
         """
         for radius in range(1, self.x.shape[-2] // 2):
             found = self.at(radius)

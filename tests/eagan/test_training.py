@@ -20,7 +20,7 @@ from eagan.model import Discriminator, Generator
 from eagan.retraining import Training, load_discriminator, load_generator
 from eagan.run import given_pair, stage_options, stages
 from eagan.sample import main as sample
-from eagan.training import Diverged, Game, adam
+from eagan.training import Diverged, Game, adam, placed
 from tests.drills import kill, same_weights
 from tests.eagan.tiny_run import CPU, NETWORK, RUN, TRAIN, arguments, digits, train
 from tests.refusals import refused
@@ -173,6 +173,29 @@ def test_each_step_moves_its_own_network_alone(cache: None) -> None:
     before[1] = {n: p.clone() for n, p in discriminator.named_parameters()}
     play.generator_step(0, generator, discriminator, adam(generator, 0.01))
     assert moved() == [True, False] and all(p.requires_grad for p in discriminator.parameters())
+
+
+def test_channels_last_takes_the_same_step(cache: None) -> None:
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        play, generator, discriminator = game(GameOptions(4, 4))
+        generator.to(memory_format=layout)  # type: ignore[call-overload]
+        discriminator.to(memory_format=layout)  # type: ignore[call-overload]
+        play.generator_step(0, generator, discriminator, adam(generator, 0.0))
+        gradients.append(torch.cat([p.grad.flatten() for p in generator.parameters() if p.grad is not None]))
+    plain, last = gradients
+    assert (plain - last).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_placed_has_finite_gradients(bf16: bool) -> None:
+    # With channels last, in bf16 and on a CPU, oneDNN's gradient of a dilated convolution's weight is not.
+    torch.manual_seed(0)
+    convolution = placed(torch.nn.Conv2d(24, 24, 5, padding=4, dilation=2), CPU, bf16)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == (not bf16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        convolution(torch.randn(32, 24, 32, 32)).float().mean().backward()
+    assert convolution.weight.grad is not None and convolution.weight.grad.isfinite().all()
 
 
 def test_a_training_pass_follows_the_spectral_norm_once_for_real_and_once_for_generated(cache: None) -> None:

@@ -103,7 +103,10 @@ class ConvOp(nn.Module):
         self.add_module(self.name, convolution(channels, channels, kernel, dilation, stride, spectral))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.get_submodule(self.name)(F.relu(x_BCHW) if self.relu else x_BCHW)
+        x_BCHW = F.relu(x_BCHW) if self.relu else x_BCHW
+        if self.name == "dilconv" and x_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            x_BCHW = x_BCHW.contiguous()  # as `training.placed` leaves its weight, and why
+        return self.get_submodule(self.name)(x_BCHW)
 
 
 class UpOp(nn.Module):

@@ -16,7 +16,7 @@ from eagan.config import GameOptions, NetworkConfig
 from eagan.data import RealBatches, open_pictures
 from eagan.evaluate import main as evaluate
 from eagan.genotypes import PUBLISHED
-from eagan.model import Discriminator, Generator
+from eagan.model import ConvOp, Discriminator, Generator
 from eagan.retraining import Training, load_discriminator, load_generator
 from eagan.run import given_pair, stage_options, stages
 from eagan.sample import main as sample
@@ -191,11 +191,14 @@ def test_channels_last_takes_the_same_step(cache: None) -> None:
 def test_what_is_placed_has_finite_gradients(bf16: bool) -> None:
     # With channels last, in bf16 and on a CPU, oneDNN's gradient of a dilated convolution's weight is not.
     torch.manual_seed(0)
-    convolution = placed(torch.nn.Conv2d(24, 24, 5, padding=4, dilation=2), CPU, bf16)
-    assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == (not bf16)
+    operation = placed(ConvOp(24, 5, 2, 1, spectral=False), CPU, bf16)
+    weight = operation.get_submodule("dilconv").weight
+    assert isinstance(weight, torch.Tensor)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (not bf16)
+    pictures = torch.randn(32, 24, 32, 32).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        convolution(torch.randn(32, 24, 32, 32)).float().mean().backward()
-    assert convolution.weight.grad is not None and convolution.weight.grad.isfinite().all()
+        operation(pictures).float().square().mean().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()
 
 
 def test_a_training_pass_follows_the_spectral_norm_once_for_real_and_once_for_generated(cache: None) -> None:

@@ -32,6 +32,7 @@ from eagan.data import Real, take
 from eagan.genotypes import Genes
 from eagan.judge import open_judge
 from eagan.model import Generator, inherit
+from eagan.training import placed
 
 STATISTICS_SEED = 4711  # of the z that statistics of normalisation are estimated from
 STATISTICS = 512  # pictures for that
@@ -217,6 +218,7 @@ def measure_individual(
         if not all(torch.isfinite(tensor).all() for tensor in generator.state_dict().values()):
             return {"failed_because": "its weights are not finite"}
         found, real = _open(judge, reference, device, Path(reference).stat().st_mtime)
-        pictures = draw(generator.to(device), latents(images, config.latent_dim), batch_norm, batch_size)
+        placed(generator, torch.device(device))
+        pictures = draw(generator, latents(images, config.latent_dim), batch_norm, batch_size)
         save_png(make_grid(pictures[:sheet], columns=sheet, padding=0), strip)
         return {**asdict(score(pictures, real.train_ND, found, splits, batch_norm)), "parameters": parameters}

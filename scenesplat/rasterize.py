@@ -94,7 +94,10 @@ def project(
     seen_N3 = means_N3 @ turn_33.t() + camera.world_44[:3, 3]
     covariances_N33 = turn_33 @ covariances_N33 @ turn_33.t()
     (fx, _, cx), (_, fy, cy), _ = camera.intrinsics_33.unbind(0)
-    x, y, z = seen_N3.unbind(1)
+    x, y, depths_N = seen_N3.unbind(1)
+    between_N = (depths_N > near) & (depths_N < far)
+    # What is not drawn stands anywhere: at a depth of almost 0 it would have infinite sides, and NaN for gradients.
+    z = torch.where(between_N, depths_N, 1.0)
     margin_x, margin_y = 0.3 * 0.5 * width / fx, 0.3 * 0.5 * height / fy
     near_x = z * torch.minimum(torch.maximum(x / z, -(cx / fx + margin_x)), (width - cx) / fx + margin_x)
     near_y = z * torch.minimum(torch.maximum(y / z, -(cy / fy + margin_y)), (height - cy) / fy + margin_y)
@@ -112,10 +115,10 @@ def project(
     with torch.no_grad():
         radii_N2 = (REACH * torch.stack([xx, yy], 1).sqrt()).ceil()
         size_2 = means_N2.new_tensor([width, height])
-        inside_N = ((means_N2 + radii_N2 > 0) & (means_N2 - radii_N2 < size_2)).all(1) & (z > near) & (z < far)
+        inside_N = ((means_N2 + radii_N2 > 0) & (means_N2 - radii_N2 < size_2)).all(1) & between_N
         radii_N2 = torch.where(inside_N[:, None], radii_N2, 0).int()
     compensations_N = (sharp_N / wide_N).clamp(min=0).sqrt()
-    return Projection(means_N2, z, conics_N3, radii_N2, compensations_N, torch.stack([xx, xy, yy], 1))
+    return Projection(means_N2, depths_N, conics_N3, radii_N2, compensations_N, torch.stack([xx, xy, yy], 1))
 
 
 def colours_from(scene: Gaussians, camera: Camera) -> Tensor:

@@ -113,6 +113,18 @@ def test_gaussians_beyond_the_far_plane_or_before_the_near_one_are_not_in_the_pi
     assert (seen.radii_N2 > 0).all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("depth", [0.0, 1e-30, -1e-20])
+def test_a_gaussian_beside_the_camera_spoils_no_gradient(depth: float) -> None:
+    scene = cloud(20)
+    scene.means_N3[3] = torch.tensor([0.5, depth, 0.2])
+    leaves = [scene.means_N3, scene.scales_N3, scene.quaternions_N4, scene.opacities_N, scene.colours_NC]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    render(scene, camera()).rgb_HW3.square().mean().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[3].any() and leaf.grad[4:].any()
+
+
 def test_an_opaque_sheet_hides_what_is_behind_it_and_depth_is_its_own() -> None:
     near, far = cloud(1), cloud(1)
     near.means_N3[:], far.means_N3[:] = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.0, 5.0, 0.0])

@@ -18,6 +18,7 @@ torchmetrics takes them once for each of its metrics, with the same classifier, 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import statistics
@@ -81,7 +82,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One process: `side` is "ours" or "peer", `what` a step of the search or of the full training."""
+    """One process: `side` is "ours" or "peer", `what` a step of the search or of the full training.
+
+    Args:
+        last: the peer's maps have channels last, as ours always have.
+    """
 
     side: str
     size: str
@@ -89,6 +94,7 @@ class Arm:
     device: str
     bf16: bool = False
     compiled: bool = False
+    last: bool = False
 
 
 class Pictures:
@@ -136,8 +142,9 @@ def peer(arm: Arm) -> Step:
     """The same step as the paper and its code write it."""
     size, device = SIZES[arm.size], torch.device(arm.device)
     generator, discriminator, genes = networks(arm)
+    layout = torch.channels_last if arm.last else torch.contiguous_format
     for network in (generator, discriminator):
-        write_out(network).to(device)
+        write_out(network).to(device, memory_format=layout)  # type: ignore[call-overload]
     g: Any = torch.compile(generator) if arm.compiled else generator
     d: Any = torch.compile(discriminator) if arm.compiled else discriminator
     options = GameOptions(size.real, size.fake)
@@ -187,8 +194,9 @@ def step_rows(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict
             for name, arm in in_both_precisions(Arm("ours", size, what, device), compiled=False, peak=False).items()
             if not arm.bf16 or device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         }
+        arms["peer last"] = replace(arms["peer fp32"], last=True)
         if what == "training" and size != "tiny":  # a compiled supernet would be compiled for every genotype
-            arms["peer compiled"] = replace(arms["peer fp32"], compiled=True)
+            arms["peer compiled"] = replace(arms["peer last"], compiled=True)
         found = take_turns("benchmarks.eagan", arms, pace, 2, folder)
         agree(found)
         config = spec.network
@@ -200,9 +208,10 @@ def step_rows(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict
                 continue
             name = f"{where}{label}, both {precision} ({about})"
             yield faster(name, found[f"ours {precision}"], found[f"peer {precision}"], spec.real, STEP_SPEEDUP, note)
-        if "peer compiled" in found:
-            name = f"{where}{label}, fp32, ours eager against peer compiled ({about})"
-            yield faster(name, found["ours fp32"], found["peer compiled"], spec.real, None, note)
+        for peer, told in (("peer last", "peer with channels last"), ("peer compiled", "peer compiled, channels last")):
+            if peer in found:
+                name = f"{where}{label}, fp32, ours eager against {told} ({about})"
+                yield faster(name, found["ours fp32"], found[peer], spec.real, None, note)
         yield leaner(
             f"{where}memory of the {label}, both fp32 ({about})", found["ours fp32"], found["peer fp32"], device
         )
@@ -230,6 +239,7 @@ def evaluation_row(size: str, device: str, folder: Path, rounds: int) -> dict[st
         generators.append(Generator(spec.network, GENERATOR.sample(Random(seed))))
         inherit(generators[-1], supernet)
         generators[-1].to(device)
+    ours = [placed(copy.deepcopy(generator), torch.device(device)) for generator in generators]
     z_NZ = latents(spec.images, spec.network.latent_dim)
     real = torch.randint(0, 256, (spec.images, 3, spec.network.side, spec.network.side), dtype=torch.uint8)
     real_ND = judge(real)
@@ -249,7 +259,7 @@ def evaluation_row(size: str, device: str, folder: Path, rounds: int) -> dict[st
 
     def at_once() -> list[tuple[float, float]]:
         found = []
-        for generator in generators:
+        for generator in ours:
             features_ND = judge(draw(generator, z_NZ, "genotype", 100))
             scores = score_features(features_ND, real_ND, judge, 1, "genotype")
             found.append((scores.inception_score, scores.fid))

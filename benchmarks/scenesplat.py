@@ -8,7 +8,7 @@ render       forward and backward of 20,000 Gaussians at 320 x 240, against gspl
              is installed: pip install gsplat==1.5.3) and every Gaussian of a tile times every pixel, kept for the
              backward pass; `render_tiles`: against the latter with projection and tiles as we find them
 fit          a step of a fit (picture, L1 and SSIM, backward, Adam) of 10,000 Gaussians at 160 x 120, in Gaussians times
-             pixels a second, against the same two peers; `fit_tiles`
+             pixels a second, against the same two peers: `fit` and `fit_tiles`
 convolution  a convolution of 3^3 over 100,000 voxels, its neighbour search included, against spconv's CPU wheel, where
              that is installed (pip install spconv)
 codes, neighbours, sampling   of 100,000 Gaussians, against the plain numpy form

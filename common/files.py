@@ -48,7 +48,9 @@ def claim(place: Path) -> int:
 
 def sweep(folder: Path) -> None:
     """Remove what processes that were killed have left unfinished below a folder."""
-    for place in sorted(folder.rglob(".*.part")):
+    # Not rglob: it fails where a folder goes while it is being searched, as those of processes at work do.
+    found = [Path(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files)]
+    for place in sorted(place for place in found if place.match(".*.part")):
         with contextlib.suppress(OSError):  # of a process that lives
             handle = os.open(place, os.O_RDONLY)
             try:

@@ -11,6 +11,7 @@ Shape suffixes: B batch, C channels, H W sides, Z latent.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -301,7 +302,7 @@ def averaged(weight_OI33: Tensor) -> Tensor:
     return torch.stack([F.pad(weight_OI33, corner) for corner in corners]).sum(0) / 4
 
 
-class Searchable(nn.Module):
+class Searchable(nn.Module, ABC):
     """A network whose `cells()` are chosen by genes: alone with its own, or a supernet.
 
     genotype: of a network that stands alone; None for a supernet.
@@ -310,8 +311,8 @@ class Searchable(nn.Module):
     config: NetworkConfig
     genotype: Genes | None
 
-    def cells(self) -> list[Cell]:
-        raise NotImplementedError
+    @abstractmethod
+    def cells(self) -> list[Cell]: ...
 
     def genes(self, genes: Genes | None) -> Genes:
         """Those asked for; a network that stands alone has its own."""

@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import islice
 
@@ -31,14 +32,14 @@ def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn
     return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
 
 
-class Activated(nn.Module):
+class Activated(nn.Module, ABC):
     """An operation that begins with a ReLU: `forward` takes the maps before it, `after` those behind it."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.after(F.relu(x_BCHW))
 
-    def after(self, x_BCHW: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def after(self, x_BCHW: Tensor) -> Tensor: ...
 
 
 class State:

@@ -92,6 +92,8 @@ def load(results: Path) -> dict[str, Findings]:
             found.setdefault(path.stem, Findings()).claims = claims
         elif isinstance(content, dict) and {"summary", "settings"} <= set(content):
             found.setdefault(path.stem, Findings()).comparison = content
+        elif isinstance(content, dict) and "records" in content:  # benchmarks/PROFILE.md shows them
+            continue
         elif not path.with_name(f"bench_{path.name}").is_file():  # else: the measurements behind those rows
             print(f"left out {path.name}: it holds neither claims nor bench rows")
     for folder in sorted(path for path in results.glob("figures/*") if path.is_dir()):
@@ -206,7 +208,7 @@ def _front_row(paper: Paper, findings: Findings, rooms: Path) -> str:
     title = escape(paper.title)
     if findings:
         title = f'<a href="#{paper.key}">{title}</a>'
-        outcome = _outcome(findings)
+        outcome = _outcome(findings, rooms / paper.key)
     elif (rooms / paper.key / "model.py").exists():
         outcome = '<span class="quiet">built, not yet measured</span>'
     else:
@@ -224,7 +226,14 @@ def _arxiv(paper: Paper) -> str:
     return f'<a class="plain" href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>'
 
 
-def _outcome(findings: Findings) -> str:
+def waiting(findings: Findings, room: Path) -> str:
+    """How many of the claims in a paper's folder nobody has measured, as the end of a sentence; nothing where none."""
+    file = room / "claims.yaml"
+    left = read_claims(file, "small").keys() - findings.by_id().keys() if file.is_file() else ()
+    return f", {len(left)} not measured yet" if left else ""
+
+
+def _outcome(findings: Findings, room: Path) -> str:
     records = [group[0] for group in findings.by_id().values()]
     if not records:
         return '<span class="quiet">benchmarks only</span>' if findings.rows else '<span class="quiet">figures</span>'
@@ -234,8 +243,8 @@ def _outcome(findings: Findings) -> str:
         f"{'✓' if claim['holds'] else '✕'}</span>"
         for claim in records
     )
-    noun = "claim holds" if len(records) == 1 else "claims hold"
-    return f'<span class="pips" aria-hidden="true">{pips}</span>{holding} of {len(records)} {noun}'
+    told = f"{holding} of {len(records)} {'claim holds' if len(records) == 1 else 'claims hold'}"
+    return f'<span class="pips" aria-hidden="true">{pips}</span>{told}{waiting(findings, room)}'
 
 
 def _paper_section(paper: Paper, findings: Findings, album: Album, shelf: Album, room: Room) -> str:

@@ -34,7 +34,7 @@ from common.errors import UserError, run_main
 from common.files import write_atomically
 from common.ledger import read_claims, read_notes, verdict
 from common.paths import REPOSITORY, RESULTS
-from report.build import Findings, load
+from report.build import Findings, load, waiting
 from report.papers import Paper, all_papers
 from report.plots import number
 from report.record_run import WITHOUT_BF16
@@ -254,7 +254,8 @@ def _state(paper: Paper, root: Path, findings: Findings) -> str:
         return NOT_MEASURED if (root / paper.key / "model.py").is_file() else "not built yet"
     holding = sum(claim["holds"] for claim in best)
     later = sum(verdict(claim).rungs[-1][1] for claim in best if not claim["holds"])
-    return f"{holding} of {len(best)} claims hold" + (f", {later} more at a larger budget" if later else "")
+    larger = f", {later} more at a larger budget" if later else ""
+    return f"{holding} of {len(best)} claims hold{larger}{waiting(findings, root / paper.key)}"
 
 
 def _verdict(claim: Mapping[str, Any]) -> str:

@@ -17,10 +17,15 @@ from tests.drills import words
 @pytest.mark.parametrize("what", ["search", "training"])
 def test_both_forms_take_the_same_steps(what: str) -> None:
     losses = {}
-    for side in ("ours", "peer"):
-        step = getattr(bench, side)(Arm(side, "tiny", what, "cpu"))
-        losses[side] = torch.stack([step(i) for i in range(3)])
+    for name, arm in (
+        ("ours", Arm("ours", "tiny", what, "cpu")),
+        ("peer", Arm("peer", "tiny", what, "cpu")),
+        ("last", Arm("peer", "tiny", what, "cpu", last=True)),
+    ):
+        step = getattr(bench, arm.side)(arm)
+        losses[name] = torch.stack([step(i) for i in range(3)])
     torch.testing.assert_close(losses["ours"], losses["peer"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses["ours"], losses["last"], rtol=1e-4, atol=1e-4)
     assert len(set(losses["peer"].tolist())) == 3
 
 

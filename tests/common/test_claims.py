@@ -12,6 +12,7 @@ import pytest
 
 from common.ledger import Condition, read_claims, read_sizes
 from common.paths import REPOSITORY, RESULTS
+from report.build import load, waiting
 from tests.refusals import refused
 
 PAPERS = sorted(path.parent.name for path in REPOSITORY.glob("*/claims.yaml"))
@@ -27,7 +28,12 @@ def test_every_record_has_the_target_of_the_claims_file(paper: str) -> None:
             key: written[key] for key in ("statement", "paper", "target")
         }
         assert [row["seed"] for row in record["measured"]] == written["seeds"]
-    assert {record["id"] for record in records if record["tier"] == "small"} == set(read_claims(paper, "small"))
+    # What nobody has measured yet has no record, and the report says so: it is counted beside the rest.
+    known = set(read_claims(paper, "small"))
+    measured = {record["id"] for record in records if record["tier"] == "small"}
+    assert measured <= known
+    left = len(known - measured)
+    assert waiting(load(RESULTS)[paper], REPOSITORY / paper) == (f", {left} not measured yet" if left else "")
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError, run_main
-from common.files import checked_file, write_atomically, write_json
+from common.files import checked_file, sweep, unfinished, write_atomically, write_json
 from common.stopping import Stopped
 
 
@@ -35,6 +36,27 @@ def test_interrupted_write_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "new.txt", stops)
     assert not list(tmp_path.iterdir())
+
+
+def test_sweeping_takes_what_the_dead_left_and_bears_what_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, going = tmp_path / "deep" / ".left.part", tmp_path / ".going.part"
+    for folder in (left, going):
+        folder.mkdir(parents=True)
+    (left / "half.txt").write_text("half")
+    with unfinished(tmp_path / "new.txt") as temporary:
+        temporary.write_text("a living process writes this")
+        scandir = os.scandir
+
+        def another_finishes_first(folder: object) -> object:
+            if str(folder) == str(going):
+                going.rmdir()
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", another_finishes_first)
+        sweep(tmp_path)
+        assert not left.exists() and not going.exists() and temporary.exists()
 
 
 def test_folders_are_made_and_files_are_readable_by_others(tmp_path: Path) -> None:

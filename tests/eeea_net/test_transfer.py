@@ -324,7 +324,8 @@ def test_each_task_has_its_own_defaults() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     options = {"backbone": small_member(tmp_path / "member"), "data__train": 16, "pretrain__epochs": 0}
-    with pytest.raises(UserError, match=r"the loss became|is not finite"):
+    options |= {"checkpoint_every": 100}  # weights are looked at when they are written, and may be infinite first
+    with pytest.raises(UserError, match="the loss became"):
         transfer.main(arguments(tmp_path / "run", "segmentation", fit__lr=1e6, fit__epochs=20, **options))
     assert not (tmp_path / "run" / "member" / "trained.json").exists()
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.ledger import Claim, Condition, PaperValue, Target, bench_row, record, write_claims, write_rows
+from common.ledger import Claim, Condition, PaperValue, Target, bench_row, read_claims, record, write_claims, write_rows
 from common.paths import REPOSITORY, papers
+from report.build import load, waiting
 from report.papers import all_papers
 from report.readme_tables import NOT_MEASURED, filled, main, readme_files, runs_table
 from tests.refusals import refused
@@ -121,6 +122,12 @@ def test_bench_table_shows_ratio_target_and_verdict(tables: Path) -> None:
 def test_front_table_counts_the_claims_that_hold(tables: Path) -> None:
     row = next(line for line in text_of(tables, "README.md").splitlines() if line.startswith("| [`ldm`]"))
     assert row.endswith("| 1 of 3 claims hold |")
+
+
+def test_what_is_counted_names_the_claims_that_nobody_measured(tables: Path) -> None:
+    findings = load(tables / "results")["ldm"]
+    assert waiting(findings, REPOSITORY / "ldm") == f", {len(read_claims('ldm', 'small')) - 3} not measured yet"
+    assert waiting(findings, tables / "ldm") == ""
 
 
 def test_rewriting_is_idempotent_and_check_tells_stale_from_fresh(

@@ -203,7 +203,8 @@ def bench_table(findings: Findings, only: str = "") -> list[str]:
     note = f"Measured on {hardware}. 2x: ours is twice as good. ≥ 1.3: so much was asked for; bold where it was missed."
     if others:
         missed = sum(row["holds"] is False for row in others)
-        note += f" {len(others)} further rows{f', {missed} of them missed,' * bool(missed)} are on the report page."
+        counted = "1 further row is" if len(others) == 1 else f"{len(others)} further rows are"
+        note += f" {counted} on the report page{f' ({missed} of them missed)' * bool(missed)}."
     table = _markdown(head + ["peak memory, ours to peer"] * with_memory, [cells(w, with_memory) for w in found])
     return [note, "", *table]
 

@@ -76,5 +76,5 @@ def test_a_table_has_at_most_twelve_rows_names_what_is_left_out_and_keeps_what_m
     assert len(shown) == MOST_ROWS and "**0.5x < 1.3**" in shown[-1]
     assert "9 further rows are on the report page" in note
     note, *_ = bench_table(Findings(rows=rows), only="size 1")
-    assert "10 further rows, 1 of them missed, are on the report page" in note
+    assert "10 further rows are on the report page (1 of them missed)" in note
     assert len(bench_table(Findings(rows=rows), only=r"size [12]\)|sampling")[4:]) == 3

@@ -360,6 +360,54 @@ def of_the_peak(name: str, flop: float, ours: Timing, peak: Timing, device: str,
     return noted(row, f"peak: best of {rounds} turns of a {side}x{side} product in the same run")
 
 
+@dataclass(frozen=True)
+class Arm:
+    """A process of a benchmark of training steps: `side` is "ours", "peer" or "peak" (a large product)."""
+
+    side: str
+    size: str
+    device: str
+    bf16: bool = True
+    compiled: bool = False
+
+
+def training_rows(
+    module: str,
+    size: str,
+    device: str,
+    folder: Path,
+    pace: Pace,
+    batch: int,
+    label: str,
+    target: float,
+    flop: Callable[[], float] | None = None,
+    work: str = "training step",
+) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
+    """Rows of a training step's speed, memory and share of the peak, with the timings that they are made of.
+
+    Args:
+        module: whose processes are the arms.
+        batch: images of a step.
+        label: what is compared with what, "training step against ...".
+        target: of default against default.
+        flop: counts those of a step, once all is timed; without it there are no rows of the peak.
+        work: the step's name in the rows of memory and peak.
+    """
+    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=flop is not None)
+    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
+    timings = take_turns(module, arms, pace, 2, folder, steps=steps)
+    what = f"{size}, batch {batch}"
+
+    def row(form: str, mine: Timing, theirs: Timing, bar: float | None) -> dict[str, Any]:
+        name = f"{where_of(device)}{label}, {form} ({what})"
+        return faster(name, mine, theirs, batch, bar, "one step of the same batch")
+
+    rows = list(beside_the_peer(timings, device, "fp32", row, target, f"memory of a {work}", what))
+    if flop is not None:
+        rows += peak_rows(work, flop(), timings, device, what, pace)
+    return rows, timings
+
+
 def quality_rows(where: str, what: str, ours: Timing, peers: Mapping[str, Timing], steps: int, tail: int) -> list[Any]:
     """Rows of the training loss in bf16 beside others after the same `steps`, a mean over the last `tail`."""
     mean = {id(timing): statistics.fmean(timing.losses[-tail:]) for timing in (ours, *peers.values())}
@@ -398,6 +446,18 @@ def serve(arm: Any, steps: Mapping[str, Callable[[Any], Step]]) -> None:
     """An arm's own process: "ours" and "peer" make the step that they do, "peak" is a large product."""
     tune_allocator()
     Turns(arm.device).serve(matmul(arm.device, arm.bf16) if arm.side == "peak" else steps[arm.side](arm))
+
+
+def serve_or_measure(
+    options: argparse.Namespace,
+    steps: Mapping[str, Callable[[Arm], Step]],
+    parts: Callable[[str, str, Path, Pace], Iterator[list[dict[str, Any]]]],
+) -> list[dict[str, Any]]:
+    """The arm's process that the options name, or else the rows of `parts`."""
+    if options.arm:
+        serve(Arm(**options.arm), steps)
+        return []
+    return measure(options, parts)
 
 
 def peak_rows(

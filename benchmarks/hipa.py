@@ -13,7 +13,6 @@ at batch 1, stock DDIM with 25 guided steps against one step. The merged adaptor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Arm,
     Pace,
     Step,
-    Timing,
     bench_parser,
-    beside_the_peer,
-    faster,
-    in_both_precisions,
     in_turns,
     leaner,
-    measure,
     mixed,
     parse,
-    serve,
-    take_turns,
+    serve_or_measure,
+    training_rows,
     where_of,
 )
 from common.adaptors import adaptor_state, merge_adaptors
@@ -56,15 +51,6 @@ TEACHER = REPOSITORY / "ldm" / "pretrained" / "shapes32-v"
 LR, MEMORY, STEP_SPEEDUP, SAMPLING_SPEEDUP, FUSED = 1e-4, 1 / 0.8, 1.3, 20.0, 1 / 1.02
 SIZES = {"shapes32": 32, "sd15": 1}  # images of a step
 ADAPTORS = {"shapes32": AdaptorConfig(8, placement="attention_conv"), "sd15": AdaptorConfig(16)}
-
-
-@dataclass(frozen=True)
-class Arm:
-    side: str
-    size: str
-    device: str
-    bf16: bool = True
-    compiled: bool = False
 
 
 def teacher_of(arm: Arm) -> Teacher:
@@ -161,15 +147,9 @@ def peer(arm: Arm) -> Step:
 
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, sampling, the merged adaptor."""
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=False)
-    timings = take_turns("benchmarks.hipa", arms, pace, 2, folder)
-    images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
-
-    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
-        name = f"{where_of(device)}training step against peft and plain losses, {label} ({what})"
-        return faster(name, mine, theirs, images, target, "one step of the same batch")
-
-    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
+    label, images = "training step against peft and plain losses", SIZES[size]
+    rows, timings = training_rows("benchmarks.hipa", size, device, folder, pace, images, label, STEP_SPEEDUP)
+    what = f"{size}, batch {images}"
     name = f"{where_of(device)}memory of a training step, both fp32, at most 0.8 of the peer's ({what})"
     rows.append(leaner(name, timings["ours fp32"], timings["peer fp32"], device, MEMORY))
     yield rows
@@ -206,11 +186,7 @@ def sampling_rows(device: str, rounds: int) -> Iterator[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_hipa.json", SIZES, ["shapes32"], steps=3)
-    options = parse(parser, argv)
-    if options.arm:
-        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
-        return []
-    return measure(options, parts)
+    return serve_or_measure(parse(parser, argv), {"ours": ours, "peer": peer}, parts)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ beside the latent diffusion of `ldm/pretrained/emoji64` with DPM-Solver++ in 20 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Arm,
     Pace,
     Step,
-    Timing,
     bench_parser,
-    beside_the_peer,
-    faster,
-    in_both_precisions,
     in_turns,
-    measure,
     mixed,
     noted,
     parse,
-    peak_rows,
-    serve,
-    take_turns,
+    serve_or_measure,
+    training_rows,
     where_of,
 )
 from common.cli import parse_config
@@ -66,18 +61,14 @@ CAPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Arm:
-    side: str
-    size: str
-    device: str
-    bf16: bool = True
-    compiled: bool = False
+def config_of(size: str) -> InstellaConfig:
+    """The options of a size's configuration file."""
+    return parse_config(InstellaConfig, None, "", ["--config", str(CONFIGS / FILES[size])])[0]
 
 
 def recipe(size: str) -> InstellaConfig:
     """The run's options, with the language model that comes along."""
-    config, _ = parse_config(InstellaConfig, None, "", ["--config", str(CONFIGS / FILES[size])])
+    config = config_of(size)
     config.text = replace(config.text, encoder=str(ENCODER), cache_gb=1.0)
     return config
 
@@ -156,28 +147,19 @@ def peer(arm: Arm) -> Step:
 
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size."""
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
-    timings = take_turns("benchmarks.instella_generators", arms, pace, 2, folder, steps=steps)
-    count, what = SIZES[size], f"{size}, batch {SIZES[size]}"
-
-    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
-        name = f"{where_of(device)}training step of the denoiser against a plain loop, {label} ({what})"
-        return faster(name, mine, theirs, count, target, "one step of the same batch")
-
-    rows = list(
-        beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a denoiser's training step", what)
-    )
-    config = recipe(size)
+    config, count = recipe(size), SIZES[size]
     reader = CausalText(config.text, config.stream.layers)
-    text = reader.encode(given(Arm("ours", size, "cpu"), config)[1])
-    network = denoiser(config, reader.width)
-    x = torch.zeros(count, config.network.tokens, config.network.bits)
-    with torch.no_grad():
-        work = 3 * flop(lambda: network(x, torch.zeros(count), text))
-    rows += peak_rows("denoiser's training step", work, timings, device, what, pace)
-    yield rows
-    yield [grid_row(config, reader, device, what, max(3, pace.rounds))]
+
+    @torch.no_grad()
+    def work() -> float:
+        text, network = reader.encode(given(Arm("ours", size, "cpu"), config)[1]), denoiser(config, reader.width)
+        x = torch.zeros(count, config.network.tokens, config.network.bits)
+        return 3 * flop(lambda: network(x, torch.zeros(count), text))
+
+    label, step = "training step of the denoiser against a plain loop", "denoiser's training step"
+    given_to = ("benchmarks.instella_generators", size, device, folder, pace, count)
+    yield training_rows(*given_to, label, STEP_SPEEDUP, work, step)[0]
+    yield [grid_row(config, reader, device, f"{size}, batch {count}", max(3, pace.rounds))]
     yield [cache_row(config, reader, device, size, max(3, pace.rounds))]
     if size == "small":
         yield drawing_rows(config, reader, device, max(3, pace.rounds))
@@ -271,11 +253,7 @@ def drawing_rows(config: InstellaConfig, reader: CausalText, device: str, rounds
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_instella_t2i.json", SIZES, ["small"], steps=3)
-    options = parse(parser, argv)
-    if options.arm:
-        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
-        return []
-    return measure(options, parts)
+    return serve_or_measure(parse(parser, argv), {"ours": ours, "peer": peer}, parts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ of the generators: `benchmarks.instella_generators`, part of the same run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +24,37 @@ from torch import Tensor
 
 from benchmarks import instella_generators
 from benchmarks.arms import (
+    Arm,
     Pace,
     Step,
-    Timing,
     bench_parser,
-    beside_the_peer,
-    faster,
-    in_both_precisions,
     in_turns,
-    measure,
     mixed,
     parse,
-    peak_rows,
-    serve,
-    take_turns,
+    serve_or_measure,
+    training_rows,
     where_of,
 )
-from common.cli import parse_config
 from common.costs import flop, parameter_count
 from common.data.sampling import derive_seed
 from common.errors import run_main
 from common.images import to_unit
 from common.ledger import bench_row
 from common.metrics.perceptual import perceptual_distance
-from common.paths import REPOSITORY
 from instella_t2i import tokenizer as tokenizer_module
 from instella_t2i.config import InstellaConfig
 from instella_t2i.losses import Discriminator, hinge_loss, pixel_loss
 from instella_t2i.tokenizer import Tokenizer
 from instella_t2i.trainer import TokenizerTraining
 
-CONFIGS = REPOSITORY / "instella_t2i" / "configs"
-FILES = {"small": "small.yaml", "released": "paper.yaml"}
 SIZES = {"small": 16, "released": 4}  # pictures of a step
 STEP_SPEEDUP = 1.3
 WEIGHT = 0.05  # of the adversarial term
 
 
-@dataclass(frozen=True)
-class Arm:
-    side: str
-    size: str
-    device: str
-    bf16: bool = True
-    compiled: bool = False
-
-
 def recipe(arm: Arm) -> InstellaConfig:
     """The run's options, with the perceptual network that comes along."""
-    config, _ = parse_config(InstellaConfig, None, "", ["--config", str(CONFIGS / FILES[arm.size])])
+    config = instella_generators.config_of(arm.size)
     config.tokenizer = replace(config.tokenizer, perceptual_trunk="trained", gan_start=0.0, optimiser="adamw")
     return config
 
@@ -159,24 +141,16 @@ def peer(arm: Arm) -> Step:
 
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, share of the peak, throughput."""
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
-    timings = take_turns("benchmarks.instella_t2i", arms, pace, 2, folder, steps=steps)
-    images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
-
-    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
-        name = f"{where_of(device)}training step of the tokenizer against a plain loop, {label} ({what})"
-        return faster(name, mine, theirs, images, target, "one step of the same batch")
-
-    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
     arm = Arm("ours", size, "cpu")
-    config = recipe(arm)
-    network = Tokenizer(config.network, config.data.size)
-    x = to_unit(given(arm, config)[0])
-    with torch.no_grad():
-        work = 3 * flop(lambda: network(x))
-    rows += peak_rows("training step", work, timings, device, what, pace)
-    yield rows
+
+    @torch.no_grad()
+    def work() -> float:
+        config = recipe(arm)
+        network, x = Tokenizer(config.network, config.data.size), to_unit(given(arm, config)[0])
+        return 3 * flop(lambda: network(x))
+
+    label, images = "training step of the tokenizer against a plain loop", SIZES[size]
+    yield training_rows("benchmarks.instella_t2i", size, device, folder, pace, images, label, STEP_SPEEDUP, work)[0]
     yield throughput_rows(arm, device, max(5, pace.rounds))
     yield from instella_generators.parts(size, device, folder, pace)
 
@@ -226,11 +200,7 @@ def throughput_rows(arm: Arm, device: str, rounds: int) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_instella_t2i.json", SIZES, ["small"], steps=3)
-    options = parse(parser, argv)
-    if options.arm:
-        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
-        return []
-    return measure(options, parts)
+    return serve_or_measure(parse(parser, argv), {"ours": ours, "peer": peer}, parts)
 
 
 if __name__ == "__main__":

@@ -25,23 +25,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Arm,
     Pace,
     Step,
-    Timing,
     bench_parser,
-    beside_the_peer,
-    faster,
     fill_zero_weights,
-    in_both_precisions,
     in_turns,
-    measure,
     mixed,
     noted,
     parse,
-    peak_rows,
     record,
-    serve,
-    take_turns,
+    serve_or_measure,
+    training_rows,
     training_step,
     where_of,
 )
@@ -99,15 +94,6 @@ SIZES = {
     "grid8": Size(replace(_SMALL, patch=1, grid=8), 8, 384, 24, (8, 8), 16, 4),
     "large": Size(replace(preset("large"), dropout=0.0), 16, 4096, 128, (16, 16), 8, 2),
 }
-
-
-@dataclass(frozen=True)
-class Arm:
-    side: str
-    size: str
-    device: str
-    bf16: bool = True
-    compiled: bool = False
 
 
 def model_of(size: Size, device: str) -> Fluid:
@@ -280,20 +266,13 @@ def score_rows(model: Path, per_task: int) -> list[dict[str, Any]]:
 
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, share of the peak, decoding."""
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
-    timings = take_turns("benchmarks.lightgen", arms, pace, 2, folder, steps=steps)
-    found = SIZES[size]
-    what = f"{size}, batch {found.batch}"
+    found, label = SIZES[size], "training step against the released loop"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
-        name = f"{where_of(device)}training step against the released loop, {label} ({what})"
-        return faster(name, mine, theirs, found.batch, target, "one step of the same batch")
+    def work() -> float:
+        model = on_meta(found.network, found.channels, found.text)
+        return round(found.batch * step_flop(model, found.length, found.grid))
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
-    work = round(found.batch * step_flop(on_meta(found.network, found.channels, found.text), found.length, found.grid))
-    rows += peak_rows("training step", work, timings, device, what, pace)
-    yield rows
+    yield training_rows("benchmarks.lightgen", size, device, folder, pace, found.batch, label, STEP_SPEEDUP, work)[0]
     yield list(decoding_rows(size, device, pace.rounds))
 
 
@@ -301,10 +280,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_lightgen.json", SIZES, ["small", "grid8"], steps=3)
     parser.add_argument("--model", type=Path, help="a trained model, whose scores are measured too")
     options = parse(parser, argv)
-    if options.arm:
-        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
-        return []
-    rows = measure(options, parts)
+    rows = serve_or_measure(options, {"ours": ours, "peer": peer}, parts)
     if options.model:
         found = score_rows(options.model, 50)
         record(found, options.output)

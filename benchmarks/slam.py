@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    Arm,
     Pace,
     Step,
-    Timing,
     bench_parser,
-    beside_the_peer,
-    faster,
-    in_both_precisions,
     in_turns,
-    measure,
     mixed,
     parse,
-    peak_rows,
-    serve,
-    take_turns,
+    serve_or_measure,
+    training_rows,
     where_of,
 )
 from common.costs import flop
@@ -56,15 +50,6 @@ PATHS = SubPathConfig(solver_steps=25, sigma="linear", time="effective", embeddi
 W, DECAY, LR, FORWARDS = 0.5, 0.95, 1e-4, 6
 STEP_SPEEDUP, SAMPLING_SPEEDUP = 1.3, 10.0
 SIZES = {"shapes32": 32, "sd15": 4}  # images of a step
-
-
-@dataclass(frozen=True)
-class Arm:
-    side: str
-    size: str
-    device: str
-    bf16: bool = True
-    compiled: bool = False
 
 
 def teacher_of(arm: Arm) -> Teacher:
@@ -166,21 +151,15 @@ def peer(arm: Arm) -> Step:
 
 def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dict[str, Any]]]:
     """The rows of a size: training speed and memory, share of the peak, sampling."""
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=True)
-    steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
-    timings = take_turns("benchmarks.slam", arms, pace, 2, folder, steps=steps)
-    images, what = SIZES[size], f"{size}, batch {SIZES[size]}"
 
-    def row(label: str, mine: Timing, theirs: Timing, target: float | None) -> dict[str, Any]:
-        name = f"{where_of(device)}training step against diffusers' LCM example, {label} ({what})"
-        return faster(name, mine, theirs, images, target, "one step of the same batch")
+    def work() -> float:
+        arm = Arm("ours", size, "cpu")
+        teacher = teacher_of(arm)
+        x1, _, _, states = batches(teacher, arm)
+        return FORWARDS * flop(lambda: teacher.unet(x1, torch.zeros(len(x1)), states))
 
-    rows = list(beside_the_peer(timings, device, "fp32", row, STEP_SPEEDUP, "memory of a training step", what))
-    teacher = teacher_of(replace(arms["ours fp32"], device="cpu"))
-    x1, _, _, states = batches(teacher, replace(arms["ours fp32"], device="cpu"))
-    work = FORWARDS * flop(lambda: teacher.unet(x1, torch.zeros(len(x1)), states))
-    rows += peak_rows("training step", work, timings, device, what, pace)
-    yield rows
+    label, images = "training step against diffusers' LCM example", SIZES[size]
+    yield training_rows("benchmarks.slam", size, device, folder, pace, images, label, STEP_SPEEDUP, work)[0]
     if size == "shapes32":
         yield [sampling_row(device, max(5, pace.rounds), steps) for steps in (4, 1)]
 
@@ -204,11 +183,7 @@ def sampling_row(device: str, rounds: int, steps: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = bench_parser(__doc__, "bench_slam.json", SIZES, ["shapes32"], steps=3)
-    options = parse(parser, argv)
-    if options.arm:
-        serve(Arm(**options.arm), {"ours": ours, "peer": peer})
-        return []
-    return measure(options, parts)
+    return serve_or_measure(parse(parser, argv), {"ours": ours, "peer": peer}, parts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -354,6 +354,26 @@ def open_run_folder(
     }
     _refuse_changes(run_dir, [sentence for key, sentence in changed.items() if key not in input_at])
     return RunFolder(run_dir, resume, config_yaml, {input_at[key]: sentence for key, sentence in changed.items()})
+
+
+class OpenedOptions(Protocol):
+    """What `open_run` reads of a run's options."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def resume(self) -> str: ...
+    @property
+    def trainer(self) -> TrainerOptions: ...
+
+
+def open_run(
+    config: OpenedOptions, config_yaml: str, free: Sequence[str] = (), places: Mapping[str, Sequence[str]] | None = None
+) -> RunFolder:
+    """`open_run_folder` of `config.run_dir`, on as many threads as its trainer has."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    return open_run_folder(Path(config.run_dir), config.resume, config_yaml, free, places)
 
 
 def _refuse_changes(run_dir: Path, changed: Sequence[str]) -> None:

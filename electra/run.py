@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import unfinished, write_json
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
-from common.training import EveryNSteps, check_trainer, holds_work, open_run_folder, train
+from common.training import EveryNSteps, check_trainer, holds_work, open_run, train
 from common.weights import check_weights
 from electra.adversarial import AdversarialPretrainer
 from electra.config import ElectraConfig, ElectraRun
@@ -99,10 +99,8 @@ class Run:
         """
         started = time.perf_counter()
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, text, FREE_OPTIONS, PLACES)
+        opened = open_run(config, text, FREE_OPTIONS, PLACES)
+        folder = opened.path
         tokenizer = run_tokenizer(config, folder)
         inputs: dict[str, Callable[[], str] | str] = {
             "data": lambda: load_corpus(config.data.corpus).fingerprint,

@@ -214,8 +214,7 @@ class Study(CommonStudy[Sizes]):
     # Adaptors --------------------------------------------------------------------------------------------------------
 
     def _states_of(self, prompts: list[str] | Any) -> Any:
-        table = StateTable(self.teacher)
-        return lambda ids: table([prompts[i] for i in ids.tolist()]).float()
+        return StateTable(self.teacher).numbered(prompts)
 
     def _table(self, config: HipaConfig) -> Dataset:
         """The pairs of an arm, with their pictures; the same for most arms."""

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.cli import read_run_config
 from common.data.cache import fingerprint_strings
 from common.data.pairs import StateTable
 from common.errors import UserError
 from common.metrics.judge import judge_of
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
 from common.teacher import Teacher
-from common.training import accelerator_device, check_trainer, open_run_folder, refuse_other_inputs
-from common.weights import restore_trained, save_weights, trained_state
+from common.teacher_runs import WEIGHTS, TeacherRun
+from common.training import accelerator_device, check_trainer, open_run
 from hipa.config import HipaConfig, LossConfig
 from hipa.data import needs_pictures, open_pictures, teacher_source, training_prompts
 from hipa.frozen import spare_memory
@@ -32,18 +29,13 @@ FREE_OPTIONS = free_options(
     "evaluation", "arms", "pairs.folder", "pairs.batch_size", "trainer.cache_text_gb", "trainer.cache_pictures_gb"
 )
 PLACES = {"teacher": ["teacher"], "prompts": ["pairs.prompts", "pairs.pictures"]}  # only say where an input lies
-WEIGHTS = "student.safetensors"
 BASE = "base/pipeline"
 
 
-@dataclass
-class Run:
+class Run(TeacherRun[HipaConfig, OneStep]):
     """One run; `seconds` holds the wall times of what was done in this process."""
 
-    config: HipaConfig
-    folder: Path
-    teacher: Teacher
-    seconds: dict[str, float] = field(default_factory=dict)
+    config_class = HipaConfig
 
     @classmethod
     def open(cls, config: HipaConfig, config_yaml: str) -> Run:
@@ -53,11 +45,8 @@ class Run:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the teacher is.
         """
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        run = cls(config, folder, load_teacher(config))
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, opened.path, cls.load_teacher(config))
         teacher, size = run.teacher, run.teacher.image_size[0]
         has_picture_input(config.task, teacher)
         teacher_source(teacher, config.pairs)  # which knows whether there is such a solver
@@ -70,16 +59,10 @@ class Run:
         return run
 
     @classmethod
-    def existing(cls, folder: Path) -> Run:
-        """A run that train.py has finished; writes nothing.
-
-        Raises:
-            UserError: no run there, or its teacher was replaced.
-        """
-        config = read_run_config(HipaConfig, folder, "--run_dir")
-        teacher = load_teacher(config)
-        refuse_other_inputs(folder, {"teacher": teacher.checksum})
-        return cls(config, folder, teacher)
+    def load_teacher(cls, config: HipaConfig) -> Teacher:
+        """The run's teacher, on the device where the student will be trained."""
+        device, dtype = accelerator_device(config.trainer), getattr(torch, config.dtype)
+        return Teacher.load(config.teacher, device, dtype, pictures=config.task.name in ("inpainting", "superres"))
 
     @property
     def needs_base(self) -> bool:
@@ -104,9 +87,7 @@ class Run:
 
     def states(self, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Prompt numbers [b] to text states [b, L, D]; encoded once while `trainer.cache_text_gb` lasts."""
-        listed = list(prompts)
-        table = StateTable(self.teacher, int(self.config.trainer.cache_text_gb * 2**30))
-        return lambda ids_b: table([listed[i] for i in ids_b.tolist()]).float()
+        return StateTable(self.teacher, int(self.config.trainer.cache_text_gb * 2**30)).numbered(prompts)
 
     def loss(self, arm: str) -> AdaptationLoss:
         """Of an arm: whole, without the high-frequency part, or the squared error of pixels alone."""
@@ -123,25 +104,13 @@ class Run:
         """The base itself in one step."""
         return OneStep(self.base.unet, self.base.schedule, self.time)
 
-    def save(self, student: OneStep, arm: str) -> None:
-        """Keep the trained weights of a finished arm."""
-        if is_main_process():
-            save_weights(self.folder / arm / WEIGHTS, trained_state(student))
-
-    def restore(self, student: OneStep, arm: str) -> bool:
-        """Load a finished arm; False if it is not finished."""
-        return self.config.resume != "never" and restore_trained(student, self.folder / arm / WEIGHTS)
-
     def load(self, arm: str = "hipa") -> OneStep:
         """A finished student.
 
         Raises:
             UserError: it is not finished.
         """
-        student = self.new_student()
-        if not self.restore(student, arm):
-            raise UserError(f"{self.folder / arm} is not finished; run hipa/train.py --run_dir {self.folder} first")
-        return student
+        return self.restored(self.new_student(), arm, "hipa/train.py")
 
     @property
     def finished_arms(self) -> list[str]:
@@ -182,9 +151,3 @@ def check_options(config: HipaConfig) -> None:
             f"--pairs.pictures is missing: --pairs.prompts {config.pairs.prompts} has no pictures; expected shapes, "
             "emoji or an image folder with captions"
         )
-
-
-def load_teacher(config: HipaConfig) -> Teacher:
-    """The run's teacher, on the device where the student will be trained."""
-    device, dtype = accelerator_device(config.trainer), getattr(torch, config.dtype)
-    return Teacher.load(config.teacher, device, dtype, pictures=config.task.name in ("inpainting", "superres"))

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from common.cli import read_run_config
 from common.data.cache import fingerprint_strings
 from common.data.pairs import PairDataset, PairSource, StateTable, make_pairs, prompt_list
 from common.data.sampling import derive_seed
@@ -26,8 +23,8 @@ from common.metrics.perceptual import perceptual_distance
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
 from common.solvers import DiffusionSource
-from common.teacher import Teacher
-from common.training import accelerator_device, booked, check_trainer, open_run_folder, refuse_other_inputs
+from common.teacher_runs import WEIGHTS, TeacherRun
+from common.training import booked, check_trainer, open_run
 from common.weights import load_weights, save_weights
 from instaflow.config import InstaFlowConfig
 from instaflow.flow import FlowSource, UNetFlow
@@ -37,17 +34,12 @@ from instaflow.student import make_student, stack, unique_state
 # What two starts of one run may disagree on: none of it changes the trained weights.
 FREE_OPTIONS = free_options("stages", "evaluation", "pairs.folder", "pairs.batch_size", "trainer.cache_text_gb")
 PLACES = {"teacher": ["teacher"], "prompts": ["pairs.prompts"]}  # options that only say where an input lies
-WEIGHTS = "student.safetensors"
 
 
-@dataclass
-class Run:
+class Run(TeacherRun[InstaFlowConfig, UNetFlow]):
     """One run; `seconds` holds the wall times of the stages that ran in this process."""
 
-    config: InstaFlowConfig
-    folder: Path
-    teacher: Teacher
-    seconds: dict[str, float] = field(default_factory=dict)
+    config_class = InstaFlowConfig
 
     @classmethod
     def open(cls, config: InstaFlowConfig, config_yaml: str) -> Run:
@@ -57,30 +49,14 @@ class Run:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the teacher is.
         """
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        teacher = load_teacher(config)
-        prompts = prompt_list(config.pairs.prompts, config.pairs.count)
-        run = cls(config, folder, teacher)
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, opened.path, cls.load_teacher(config))
+        teacher, prompts = run.teacher, prompt_list(config.pairs.prompts, config.pairs.count)
         run.teacher_source()  # which knows whether there is such a solver
         if not run.finished:
             run.new_student(make_student(teacher, config.student.init))
         opened.begin({"teacher": teacher.checksum, "prompts": fingerprint_strings(prompts)})
         return run
-
-    @classmethod
-    def existing(cls, folder: Path) -> Run:
-        """A run that `train.py` has finished, for its metrics; writes nothing.
-
-        Raises:
-            UserError: no run there, or its teacher was replaced.
-        """
-        config = read_run_config(InstaFlowConfig, folder)
-        teacher = load_teacher(config)
-        refuse_other_inputs(folder, {"teacher": teacher.checksum})
-        return cls(config, folder, teacher)
 
     @property
     def metrics(self) -> Path:
@@ -89,9 +65,7 @@ class Run:
 
     def states(self, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Prompt numbers [B] to text states [B, L, D]; encoded once while `trainer.cache_text_gb` lasts."""
-        listed = list(prompts)
-        table = StateTable(self.teacher, int(self.config.trainer.cache_text_gb * 2**30))
-        return lambda ids_B: table([listed[i] for i in ids_B.tolist()]).float()
+        return StateTable(self.teacher, int(self.config.trainer.cache_text_gb * 2**30)).numbered(prompts)
 
     def teacher_source(self) -> DiffusionSource:
         """The teacher's ODE, from which the first pairs come."""
@@ -221,8 +195,3 @@ def check_options(config: InstaFlowConfig) -> None:
         raise UserError("--student.stack needs --student.init raw or negate: a wrapped network cannot be stacked")
     if config.pairs.online and config.reflow.rounds == 0:
         raise UserError("--pairs.online is for reflow: with --reflow.rounds 0 there is none")
-
-
-def load_teacher(config: InstaFlowConfig) -> Teacher:
-    """The run's teacher, on the device where the student will be trained."""
-    return Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,7 @@ from common.data.cache import fingerprint_strings, fingerprint_tensors
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
-from common.training import check_trainer, open_run_folder
+from common.training import booked, check_trainer, open_run_folder
 from instella_t2i.config import InstellaConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.tokenizer import ABOUT, Tokenizer, check_network, load_tokenizer, multiple_of, save_tokenizer
@@ -180,12 +178,9 @@ class Run:
         if is_main_process():
             save_tokenizer(tokenizer, self.folder / stage, {"stage": stage, "data": self.config.data.name})
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> AbstractContextManager[None]:
         """Book the block's wall time."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return booked(self.seconds, name)
 
 
 def stages_of(config: InstellaConfig) -> list[str]:

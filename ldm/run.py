@@ -26,7 +26,7 @@ from common.metrics.perceptual import perceptual_distance
 from common.options import Range, free_options, refuse_large_batch
 from common.pretrained import from_folder
 from common.processes import is_main_process
-from common.training import Inputs, check_trainer, holds_work, open_run_folder, say_other_inputs
+from common.training import Inputs, check_trainer, holds_work, open_run, say_other_inputs
 from common.weights import check_weights, load_weights, read_notes, read_weights, save_weights
 from ldm.autoencoder import AutoencoderKL, FirstStage, VQModel
 from ldm.config import LdmConfig
@@ -160,10 +160,8 @@ class Run:
         """
         config.first_stage = given_options(config.first_stage, config.data.size)
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        folder = opened.path
         tokenizer = saved_tokenizer(folder) if holds_work(folder) else None
         start = None if config.init_from is None or tokenizer is not None else Path(config.init_from)
         task = prepare(config, tokenizer if start is None else tokenizer_beside(start, config))

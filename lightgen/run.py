@@ -9,9 +9,7 @@ model/                  what sample.py draws with: after DPO, or of the last sta
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,7 @@ from common.data.cache import fingerprint_strings
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import RunFolder, check_trainer, open_run_folder, refuse_other_inputs
+from common.training import RunFolder, booked, check_trainer, open_run, refuse_other_inputs
 from common.weights import check_weights, read_weights, save_weights
 from lightgen.config import LightgenConfig
 from lightgen.data import Autoencoder, Captioned, captions_to_draw, is_shapes, open_pictures
@@ -57,11 +55,8 @@ class Run:
             UserError: the folder holds another run or cannot be written, an option is wrong, or an input is.
         """
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        run = cls(config, folder, Autoencoder(config.autoencoder, device_of(config)), text_of(config))
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, opened.path, Autoencoder(config.autoencoder, device_of(config)), text_of(config))
         run.text.check()
         run.check_network()
         run.begin(opened)
@@ -166,12 +161,9 @@ class Run:
     def device(self) -> torch.device:
         return self.autoencoder.device
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> AbstractContextManager[None]:
         """Book the block's wall time."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return booked(self.seconds, name)
 
 
 def device_of(config: LightgenConfig) -> torch.device:

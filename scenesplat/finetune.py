@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from common.data.cache import fingerprint_tensors
     from common.options import free_options
     from common.processes import is_main_process
-    from common.training import booked, open_run_folder, write_metrics
+    from common.training import booked, open_run, write_metrics
     from scenesplat.data import open_scenes
     from scenesplat.evaluate import labels_measured, report
     from scenesplat.run import PLACES
 
     check(config)
-    folder, seconds = Path(config.run_dir), dict[str, float]()
-    opened = open_run_folder(folder, config.resume, text, free_options("measure"), PLACES)
+    opened = open_run(config, text, free_options("measure"), PLACES)
+    folder, seconds = opened.path, dict[str, float]()
     with booked(seconds, "scenes"):
         scenes = open_scenes(config.data, "train", None, config.seed)
     check_scenes(config, scenes)
@@ -72,7 +72,6 @@ def check(config: FinetuneConfig) -> None:
     Raises:
         UserError: naming the option.
     """
-    import torch
 
     from common.training import check_trainer
     from scenesplat.run import check_encoder
@@ -83,8 +82,6 @@ def check(config: FinetuneConfig) -> None:
     check_encoder(config.network, config.data, trainer)
     if config.loss.frozen and config.init_from is None:
         raise UserError("--loss.frozen: expected --init_from FOLDER, an encoder whose features a linear head can read")
-    if trainer.threads:
-        torch.set_num_threads(trainer.threads)
 
 
 def check_scenes(config: FinetuneConfig, scenes: SceneData) -> None:

@@ -37,15 +37,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     # Torch and Lightning are imported here and below, so that --help and a misspelt option answer at once.
     from common.processes import is_main_process
-    from common.training import booked, open_run_folder, write_metrics
+    from common.training import booked, open_run, write_metrics
     from scenesplat.data import open_scenes
     from scenesplat.export import save_encoder
     from scenesplat.run import PLACES
     from scenesplat.text import TextSpace
 
     check(config)
-    folder, seconds = Path(config.run_dir), dict[str, float]()
-    opened = open_run_folder(folder, config.resume, text, places=PLACES)
+    opened = open_run(config, text, places=PLACES)
+    folder, seconds = opened.path, dict[str, float]()
     space = TextSpace(config.text.encoder, config.text.width) if config.terms.language else None
     with booked(seconds, "scenes"):
         scenes = open_scenes(config.data, "train", space, config.seed)
@@ -72,7 +72,6 @@ def check(config: PretrainConfig) -> None:
     Raises:
         UserError: naming the option.
     """
-    import torch
 
     from common.training import check_trainer
     from scenesplat.run import check_encoder
@@ -93,8 +92,6 @@ def check(config: PretrainConfig) -> None:
         raise UserError("--terms.codes []: expected one width at least, or --terms.language 0")
     if terms.codes_from == "pictures" and terms.autoencoder == "each":
         raise UserError("--terms.autoencoder each: expected together, since pictures belong to no single scene")
-    if trainer.threads:
-        torch.set_num_threads(trainer.threads)
 
 
 def check_scenes(config: PretrainConfig, scenes: SceneData) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +13,7 @@ from common.cli import read_run_config
 from common.errors import UserError
 from common.options import TrainerOptions, free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import check_trainer, open_run_folder, refuse_other_inputs
+from common.training import booked, check_trainer, open_run, refuse_other_inputs
 from common.weights import load_weights, save_weights
 from scenesplat.config import NetworkConfig, SceneSplatConfig, check_network
 from scenesplat.data import SceneData, open_scenes
@@ -51,11 +49,8 @@ class Run:
             UserError: the folder holds another run or cannot be written, or an option or an input is wrong.
         """
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        run = cls(config, folder, TextSpace(config.text.encoder, config.text.width))
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, opened.path, TextSpace(config.text.encoder, config.text.width))
         if run.text.width != config.network.dec_channels[0]:
             raise UserError(
                 f"--network.dec_channels {config.network.dec_channels}: expected {run.text.width} as the first, the "
@@ -121,12 +116,9 @@ class Run:
         data = self.config.data
         return SceneModel(network.eval(), self.text, data.voxel, list(data.inputs), self.scenes("train").classes)
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> AbstractContextManager[None]:
         """Book the block's wall time."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return booked(self.seconds, name)
 
 
 def check_options(config: SceneSplatConfig) -> None:

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.cli import read_run_config
 from common.data.cache import fingerprint_strings
 from common.data.captioned import Captioned
 from common.data.pairs import StateTable
 from common.errors import UserError
 from common.options import free_options, refuse_large_batch
-from common.processes import is_main_process
-from common.teacher import Teacher
-from common.training import accelerator_device, check_trainer, open_run_folder, refuse_other_inputs
-from common.weights import restore_trained, save_weights, trained_state
+from common.teacher_runs import TeacherRun
+from common.training import check_trainer, open_run
 from slam.config import SlamConfig, SubPathConfig
 from slam.data import open_pictures
 from slam.model import Student, make_student
 
 FREE_OPTIONS = free_options("evaluation", "baseline", "data.cache_text_gb")
 PLACES = {"teacher": ["teacher"], "data": ["data.path"]}  # options that only say where an input lies
-WEIGHTS = "student.safetensors"
 
 
-@dataclass
-class Run:
+class Run(TeacherRun[SlamConfig, Student]):
     """One run; `seconds` holds the wall times of what was done in this process."""
 
-    config: SlamConfig
-    folder: Path
-    teacher: Teacher
-    seconds: dict[str, float] = field(default_factory=dict)
+    config_class = SlamConfig
 
     @classmethod
     def open(cls, config: SlamConfig, config_yaml: str) -> Run:
@@ -46,28 +37,13 @@ class Run:
             UserError: the folder holds another run or cannot be written, an option is wrong, or the teacher is.
         """
         check_options(config)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        folder = Path(config.run_dir)
-        opened = open_run_folder(folder, config.resume, config_yaml, FREE_OPTIONS, PLACES)
-        run = cls(config, folder, load_teacher(config))
+        opened = open_run(config, config_yaml, FREE_OPTIONS, PLACES)
+        run = cls(config, opened.path, cls.load_teacher(config))
         run.new_student("slam")  # refuses what does not fit the teacher
         refuse_large_batch("trainer.batch_size", config.trainer.batch_size, len(run.pictures.captions))
         data = fingerprint_strings([run.pictures.fingerprint, *run.pictures.captions])
         opened.begin({"teacher": run.teacher.checksum, "data": data})
         return run
-
-    @classmethod
-    def existing(cls, folder: Path) -> Run:
-        """A run that train.py has finished; writes nothing.
-
-        Raises:
-            UserError: no run there, or its teacher was replaced.
-        """
-        config = read_run_config(SlamConfig, folder, "--run_dir")
-        teacher = load_teacher(config)
-        refuse_other_inputs(folder, {"teacher": teacher.checksum})
-        return cls(config, folder, teacher)
 
     @cached_property
     def pictures(self) -> Captioned:
@@ -76,8 +52,7 @@ class Run:
 
     def states(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Caption numbers [b] to text states [b, L, D]; encoded once while `data.cache_text_gb` lasts."""
-        table = StateTable(self.teacher, int(self.config.data.cache_text_gb * 2**30))
-        return lambda ids: table([captions[i] for i in ids.tolist()]).float()
+        return StateTable(self.teacher, int(self.config.data.cache_text_gb * 2**30)).numbered(captions)
 
     def subpath(self, name: str) -> SubPathConfig:
         """The options of a student; `lcm` is trained at gamma = 1 and is else the same."""
@@ -88,25 +63,13 @@ class Run:
         torch.manual_seed(self.config.seed)
         return make_student(self.teacher, self.config.student, self.subpath(name)).to(self.teacher.device)
 
-    def save(self, student: Student, name: str) -> None:
-        """Keep a finished student's trained weights."""
-        if is_main_process():
-            save_weights(self.folder / name / WEIGHTS, trained_state(student))
-
-    def restore(self, student: Student, name: str) -> bool:
-        """Load a finished student; False if it is not finished."""
-        return self.config.resume != "never" and restore_trained(student, self.folder / name / WEIGHTS)
-
     def load(self, name: str = "slam") -> Student:
         """A finished student.
 
         Raises:
             UserError: it is not finished.
         """
-        student = self.new_student(name)
-        if not self.restore(student, name):
-            raise UserError(f"{self.folder / name} is not finished; run slam/train.py --run_dir {self.folder} first")
-        return student
+        return self.restored(self.new_student(name), name, "slam/train.py")
 
 
 def check_options(config: SlamConfig) -> None:
@@ -137,8 +100,3 @@ def check_options(config: SlamConfig) -> None:
                 "--loss.w_range is LCM's recipe, which embeds w where SLAM embeds gamma: expected --subpath.gamma one "
                 "and --student.kind full"
             )
-
-
-def load_teacher(config: SlamConfig) -> Teacher:
-    """The run's teacher, on the device where the student will be trained."""
-    return Teacher.load(config.teacher, accelerator_device(config.trainer), getattr(torch, config.dtype))

@@ -145,6 +145,10 @@ class StateTable:
             self._states.update(zip(missing, states, strict=True))
         return torch.stack([self._states[prompt] for prompt in prompts])
 
+    def numbered(self, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Numbers [B] of `prompts` to their states in float32, [B, L, D]."""
+        return lambda ids_B: self([prompts[i] for i in ids_B.tolist()]).float()
+
 
 def identity(source: PairSource, prompts: Sequence[str], seed: int, shard_size: int) -> dict[str, Any]:
     """What a folder of pairs is: two runs with equal identity make the same pairs."""

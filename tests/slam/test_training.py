@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from common.images import open_rgb
+from common.teacher_runs import WEIGHTS
 from slam.export import CARD, load_student
 from slam.model import Reading
-from slam.run import WEIGHTS
 from slam.trainer import SlamTraining
 from tests.common.tiny_teacher import save_teacher
 from tests.drills import kill, same_weights, succeed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -70,6 +70,36 @@ class StepDraws:
     def seed_dropout(self) -> None:
         """Dropout draws from the global generator, which no checkpoint holds."""
         torch.manual_seed(self.seed)
+
+
+class StepOptions(TypedDict):
+    """The steps of a stage; `accumulate`: micro-batches per step."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: NotRequired[int]
+
+
+def steps_of(config: Any) -> StepOptions:
+    """Those of a run with a single stage, by its `seed` and `trainer`."""
+    trainer = config.trainer
+    return StepOptions(
+        seed=config.seed, steps=trainer.max_steps, batch_size=trainer.batch_size, accumulate=trainer.accumulate
+    )
+
+
+class StepTraining(pl.LightningModule):
+    """A module whose steps draw random numbers and log means (`self.means`) for the global batch."""
+
+    def __init__(self, *, seed: int, steps: int, batch_size: int, accumulate: int = 1) -> None:
+        super().__init__()
+        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
+        self.means = BatchMeans()
+
+    def draws(self, batch_idx: int) -> StepDraws:
+        """The random numbers of a step."""
+        return StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

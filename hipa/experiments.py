@@ -26,7 +26,7 @@ from common.optimisers import adamw, rise_then, scheduled
 from common.options import TrainerOptions
 from common.progressive import progressive_grid, progressive_loss, progressive_sample, progressive_target
 from common.solvers import DiffusionSource, guided_network
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepTraining
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from common.teacher import Teacher
@@ -398,7 +398,7 @@ class Study(CommonStudy[Sizes]):
         return progressive_sample(guided_network(unet, states_BLD), self.teacher.schedule, x_BCHW, 1)
 
 
-class Round(pl.LightningModule):
+class Round(StepTraining):
     """One halving: the student's step against two of its teacher (Salimans & Ho, algorithm 2)."""
 
     def __init__(
@@ -414,17 +414,16 @@ class Round(pl.LightningModule):
         steps: int,
         batch_size: int,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed, steps=steps, batch_size=batch_size)
         self.student, self.states, self.count, self.guidance = student, states, count, guidance
         self.before, self.teacher = [before], [teacher]  # no part of the checkpoint
-        self.lr, self.seed, self.steps, self.batch_size = lr, seed, steps, batch_size
-        self.means = BatchMeans()
+        self.lr = lr
 
     def configure_optimizers(self) -> Any:
         return scheduled(adamw(self.student.parameters(), self.lr), rise_then("cosine", 10, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, seed=self.seed)
+        draws = self.draws(batch_idx)
         (before,), (teacher,) = self.before, self.teacher
         schedule, x1_BCHW, states = teacher.schedule, batch["x1"].float(), self.states(batch["prompt"])
         index_B = 1 + draws.integers(self.count)

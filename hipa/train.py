@@ -106,6 +106,7 @@ def make_base(run: Run) -> None:
 def adapt(run: Run, arm: str) -> OneStep:
     """Train the adaptors of one arm, unless they are finished; returns the student."""
     from common.data.sampling import StepDataModule
+    from common.steps import steps_of
     from common.training import EveryNSteps, booked, train
     from hipa.data import pair_table, training_prompts, with_pictures
     from hipa.trainer import HipaTraining
@@ -124,10 +125,7 @@ def adapt(run: Run, arm: str) -> OneStep:
         run.loss(arm),
         run.states(prompts),
         config.optimiser,
-        seed=config.seed,
-        steps=options.max_steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        **steps_of(config),
         fresh_noise=config.pairs.target == "data",
     )
     show = grid_of(run, arm, student, table, prompts)

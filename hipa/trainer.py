@@ -6,15 +6,14 @@ Shape suffixes: b rows of a micro-batch on this process, C channels, H height, W
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from common.ema import Ema
 from common.optimisers import adamw, rise_then, scheduled
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepOptions, StepTraining
 from common.teacher import NoiseSchedule
 from hipa.config import OptimiserConfig
 from hipa.losses import AdaptationLoss
@@ -23,7 +22,7 @@ from hipa.model import OneStep
 States = Callable[[Tensor], Tensor]  # prompt numbers [b] to text states [b, L, D] (of the frozen encoder)
 
 
-class HipaTraining(pl.LightningModule):
+class HipaTraining(StepTraining):
     """Trains a student's adaptors; its frozen weights are no part of the checkpoint.
 
     Args:
@@ -38,18 +37,13 @@ class HipaTraining(pl.LightningModule):
         states: States,
         options: OptimiserConfig,
         *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
         fresh_noise: bool = False,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.student, self.loss, self.states, self.options = student, loss, states, options
-        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
         self.fresh_noise = fresh_noise
         self.ema = Ema(student, options.ema_decay) if options.ema_decay > 0 else None
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -58,7 +52,7 @@ class HipaTraining(pl.LightningModule):
         return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         x_bCHW, x1_bCHW = batch["x0"].float(), batch["x1"].float()
         if self.fresh_noise:
             x_bCHW = torch.cat([draws.normal(*x1_bCHW.shape[1:]), x_bCHW[:, x1_bCHW.shape[1] :]], 1)
@@ -88,7 +82,7 @@ class HipaTraining(pl.LightningModule):
         return super().load_state_dict({**super().state_dict(), **state_dict}, strict=strict, assign=assign)
 
 
-class BaseTraining(pl.LightningModule):
+class BaseTraining(StepTraining):
     """Trains a widened U-Net on: its own denoising loss, with the picture's channels behind the noisy latents.
 
     Args:
@@ -105,21 +99,17 @@ class BaseTraining(pl.LightningModule):
         null: Tensor,
         *,
         lr: float,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.unet, self.schedule, self.states, self.null = unet, schedule, states, null
-        self.lr, self.seed, self.steps, self.batch_size, self.accumulate = lr, seed, steps, batch_size, accumulate
-        self.means = BatchMeans()
+        self.lr = lr
 
     def configure_optimizers(self) -> Any:
         return scheduled(adamw(self.unet.parameters(), self.lr), rise_then("cosine", 20, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         x1_bCHW, states_bLD = batch["x1"], self.states(batch["prompt"])
         t_b, dropped_b = draws.integers(self.schedule.steps), draws.uniform() < self.DROPPED
         noise_bCHW = draws.normal(*x1_bCHW.shape[1:])

@@ -9,21 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.sampling import StepDataModule
 from common.ema import Ema
 from common.optimisers import adamw, rise_then, scheduled
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepTraining
 from common.training import EveryNSteps, train
 from instaflow.config import OptimiserConfig, StageConfig, TrainerConfig
 from instaflow.flow import UNetFlow
 from instaflow.losses import Loss
 
 
-class StudentTrainer(pl.LightningModule):
+class StudentTrainer(StepTraining):
     """Minimises a loss of a flow with AdamW, warm-up and averaged weights.
 
     Args:
@@ -41,11 +40,9 @@ class StudentTrainer(pl.LightningModule):
         states: Callable[[Tensor], Tensor],
         accumulate: int = 1,
     ) -> None:
-        super().__init__()
-        self.flow, self.loss, self.stage, self.options = flow, loss, stage, optimiser
-        self.seed, self.states, self.accumulate = seed, states, accumulate
+        super().__init__(seed=seed, steps=stage.steps, batch_size=stage.batch_size, accumulate=accumulate)
+        self.flow, self.loss, self.stage, self.options, self.states = flow, loss, stage, optimiser, states
         self.ema = Ema(flow, optimiser.ema_decay)
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -54,9 +51,7 @@ class StudentTrainer(pl.LightningModule):
         return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.stage.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(
-            self, batch_idx, batch_size=self.stage.batch_size, accumulate=self.accumulate, seed=self.seed
-        )
+        draws = self.draws(batch_idx)
         loss = self.loss(self.flow, {**batch, "states": self.states(batch["prompt"])}, draws)
         self.means.log(self, {"loss": loss}, draws.part, self.accumulate)
         return loss

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from common.optimisers import adamw, rise_then, scheduled
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepTraining
 from instella_t2i.autoregression import autoregression_loss
 from instella_t2i.codes import unpack_bits
 from instella_t2i.config import DiffusionConfig, GeneratorConfig
@@ -22,7 +21,7 @@ from instella_t2i.diffusion import add_noise, diffusion_loss, training_times
 from instella_t2i.generators import Autoregressor, Denoiser, Text
 
 
-class GeneratorTraining(pl.LightningModule):
+class GeneratorTraining(StepTraining):
     """Trains `generator` on packed codes (column `code`) with the captions of their numbers (`caption`).
 
     Args:
@@ -40,10 +39,8 @@ class GeneratorTraining(pl.LightningModule):
         seed: int,
         accumulate: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed, steps=options.steps, batch_size=options.batch_size, accumulate=accumulate)
         self.generator, self.texts, self.options = generator, texts, options
-        self.seed, self.accumulate = seed, accumulate
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -52,7 +49,7 @@ class GeneratorTraining(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         options, shape = self.options, self.generator.shape
-        draws = StepDraws.of(self, batch_idx, batch_size=options.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         x0_bKD = unpack_bits(batch["code"], shape.tokens, shape.bits)
         # The same draws whatever the options are, so that arms differ in nothing else.
         kept_b, time_b = draws.uniform() >= options.uncond, draws.uniform()

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from common.ema import Ema
 from common.muon import MuonAdam
 from common.optimisers import adamw, scheduled
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepOptions, StepTraining
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
 from lightgen.diffusion import STEPS
 from lightgen.losses import masked_loss, noise_errors, preference
@@ -39,12 +38,11 @@ def optimiser_of(model: nn.Module, options: OptimiserConfig, lr: float, law: Cal
     return scheduled(adamw(groups, lr, betas=(0.9, options.beta2)), law)
 
 
-class MaskedTraining(pl.LightningModule):
+class MaskedTraining(StepTraining):
     """One stage: Equation 6 on masked tokens.
 
     Args:
         average: the averaged weights of the stage before, which go on; None begins them with `model`.
-        steps, batch_size: of the stage; accumulate: micro-batches per step.
     """
 
     def __init__(
@@ -55,19 +53,15 @@ class MaskedTraining(pl.LightningModule):
         stages: StagesConfig,
         optimiser: OptimiserConfig,
         *,
-        seed: int,
         lr: float,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.model, self.states, self.stages, self.options = model, states, stages, optimiser
-        self.seed, self.lr, self.steps, self.batch_size, self.accumulate = seed, lr, steps, batch_size, accumulate
+        self.lr, self.law = lr, mask_law(stages.mask_min)
         # An average that is handed over keeps its horizon: warming up again would forget it.
         decay = optimiser.ema_decay
         self.ema = Ema(average or model, decay, warmup=average is None) if decay else None
-        self.law, self.means = mask_law(stages.mask_min), BatchMeans()
         model.train()  # Lightning leaves the mode as it is, and what comes from an earlier part does not drop out
 
     def configure_optimizers(self) -> Any:
@@ -82,7 +76,7 @@ class MaskedTraining(pl.LightningModule):
         return optimiser_of(self.model, options, self.lr, factor)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         stages, config = self.stages, self.model.config
         # One share for the whole batch, on all processes: known tokens then fill a rectangle.
         share = float(self.law.ppf(torch.rand((), generator=draws.generator, device=self.device).item()))
@@ -119,7 +113,7 @@ class MaskedTraining(pl.LightningModule):
         return model.eval()
 
 
-class PreferenceTraining(pl.LightningModule):
+class PreferenceTraining(StepTraining):
     """DPO: policy and reference see the same masks, times and noises on winner and loser (Equation 7).
 
     The reference is a frozen copy of the policy as it starts, and no part of the checkpoint.
@@ -142,12 +136,11 @@ class PreferenceTraining(pl.LightningModule):
         seed: int,
         accumulate: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed, steps=options.steps, batch_size=options.batch_size, accumulate=accumulate)
         policy.null_text.requires_grad_(False)  # no caption is dropped here, and processes wait for every gradient
         self.policy, self.states, self.captions = policy, states, captions
         self._reference = [reference.eval().requires_grad_(False)]  # a list: Lightning does not see it
-        self.options, self.optimiser, self.seed, self.accumulate = options, optimiser, seed, accumulate
-        self.law, self.means = mask_law(mask_min), BatchMeans()
+        self.options, self.optimiser, self.law = options, optimiser, mask_law(mask_min)
         self._aligned: Tensor | None = None
 
     @property
@@ -174,8 +167,7 @@ class PreferenceTraining(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         options, config = self.options, self.policy.config
-        size = options.batch_size
-        draws = StepDraws.of(self, batch_idx, batch_size=size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         share = float(self.law.ppf(torch.rand((), generator=draws.generator, device=self.device).item()))
         winner_bCHW, loser_bCHW = batch["winner"].float(), batch["loser"].float()
         grid = (winner_bCHW.shape[2] // config.patch, winner_bCHW.shape[3] // config.patch)

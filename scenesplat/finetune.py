@@ -126,12 +126,13 @@ def tune(config: FinetuneConfig, folder: Path, scenes: SceneData, model: LabelMo
     from torch import nn
 
     from common.processes import is_main_process
-    from common.training import booked, train
+    from common.steps import steps_of
+    from common.training import booked
     from common.weights import load_weights, save_weights
-    from scenesplat.data import SceneModule
+    from scenesplat.run import fit
     from scenesplat.trainer import LabelTraining
 
-    weights, options = folder / STAGE / "labels.safetensors", config.trainer
+    weights = folder / STAGE / "labels.safetensors"
     both = nn.ModuleDict({"network": model.network, "head": model.head})
     if weights.is_file():
         load_weights(both, weights, against="the network of this run's configuration")
@@ -141,24 +142,10 @@ def tune(config: FinetuneConfig, folder: Path, scenes: SceneData, model: LabelMo
             model.head,
             config.loss,
             config.optimiser,
-            seed=config.seed,
-            steps=options.max_steps,
-            batch_size=options.batch_size,
-            accumulate=options.accumulate,
+            **steps_of(config),
         )
-        data = SceneModule(scenes, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
         with booked(seconds, "tuning"):
-            train(
-                folder / STAGE,
-                module,
-                data,
-                options,
-                steps=options.max_steps,
-                batch_size=options.batch_size,
-                resume=config.resume,
-                grad_clip=config.optimiser.grad_clip,
-                unit=("scenes", 1.0),
-            )
+            fit(module, scenes, folder / STAGE, config)
         if is_main_process():
             save_weights(weights, both.state_dict())
     both.eval().requires_grad_(False)

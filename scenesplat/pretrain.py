@@ -128,29 +128,17 @@ def pretrain(
     """Train the network on crops of the scenes, unless it is finished; and what is known of codes and heads."""
     from common.files import read_object, write_json
     from common.processes import is_main_process
-    from common.training import booked, train
+    from common.training import booked
     from common.weights import load_weights, save_weights
-    from scenesplat.data import SceneModule
+    from scenesplat.run import fit
 
-    weights = folder / STAGE / "encoder.safetensors"
-    module, options = module_of(config), config.trainer
+    weights, module = folder / STAGE / "encoder.safetensors", module_of(config)
     if weights.is_file():
         load_weights(module.network, weights, against="the network of this run's configuration")
         return module.network, read_object(folder / STAGE / "codes.json")
     data, found = coded(config, scenes, space)
-    batches = SceneModule(data, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
     with booked(seconds, "pretraining"):
-        train(
-            folder / STAGE,
-            module,
-            batches,
-            options,
-            steps=options.max_steps,
-            batch_size=options.batch_size,
-            resume=config.resume,
-            grad_clip=config.optimiser.grad_clip,
-            unit=("scenes", 1.0),
-        )
+        fit(module, data, folder / STAGE, config)
     if is_main_process():
         write_json(folder / STAGE / "codes.json", found)
         save_weights(folder / STAGE / "heads.safetensors", module.heads.state_dict())
@@ -162,21 +150,18 @@ def module_of(config: PretrainConfig) -> SelfSupervision:
     """Network, heads and teacher as they start."""
     import torch
 
+    from common.steps import steps_of
     from scenesplat.model import PointTransformer
     from scenesplat.trainer import SelfSupervision
 
     torch.manual_seed(config.seed)
-    options = config.trainer
     return SelfSupervision(
         PointTransformer(config.network),
         config.terms,
         config.optimiser,
         config.data.inputs,
         config.terms.codes[-1] if config.terms.codes else 0,
-        seed=config.seed,
-        steps=options.max_steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        **steps_of(config),
     )
 
 

@@ -13,14 +13,16 @@ from common.cli import read_run_config
 from common.errors import UserError
 from common.options import TrainerOptions, free_options, refuse_large_batch
 from common.processes import is_main_process
-from common.training import booked, check_trainer, open_run, refuse_other_inputs
+from common.steps import StepTraining
+from common.training import booked, check_trainer, open_run, refuse_other_inputs, train
 from common.weights import load_weights, save_weights
 from scenesplat.config import NetworkConfig, SceneSplatConfig, check_network
-from scenesplat.data import SceneData, open_scenes
+from scenesplat.data import SceneData, SceneModule, open_scenes
 from scenesplat.data_config import DataConfig
 from scenesplat.export import SceneModel, start_from
 from scenesplat.gaussians import ATTRIBUTES
 from scenesplat.model import PointTransformer
+from scenesplat.pretrain_config import FinetuneConfig, PretrainConfig
 from scenesplat.rooms import Part
 from scenesplat.text import TextSpace
 
@@ -119,6 +121,27 @@ class Run:
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Book the block's wall time."""
         return booked(self.seconds, name)
+
+
+def fit(
+    module: StepTraining,
+    scenes: SceneData,
+    folder: Path,
+    config: SceneSplatConfig | PretrainConfig | FinetuneConfig,
+) -> None:
+    """Train on the scenes, from wherever it was interrupted."""
+    options = config.trainer
+    train(
+        folder,
+        module,
+        SceneModule(scenes, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate),
+        options,
+        steps=options.max_steps,
+        batch_size=options.batch_size,
+        resume=config.resume,
+        grad_clip=config.optimiser.grad_clip,
+        unit=("scenes", 1.0),
+    )
 
 
 def check_options(config: SceneSplatConfig) -> None:

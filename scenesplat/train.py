@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def pretrain(run: Run) -> PointTransformer:
     """Train the network on the training scenes, unless it is finished."""
-    from common.training import train
-    from scenesplat.data import SceneModule
+    from common.steps import steps_of
+    from scenesplat.run import fit
     from scenesplat.trainer import LanguagePretraining
 
-    config, options = run.config, run.config.trainer
+    config = run.config
     network = run.new_network()
     if run.restore(network):
         return network
@@ -71,24 +71,10 @@ def pretrain(run: Run) -> PointTransformer:
         run.text.embed(scenes.classes),
         config.loss,
         config.optimiser,
-        seed=config.seed,
-        steps=options.max_steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        **steps_of(config),
     )
-    data = SceneModule(scenes, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)
     with run.timed("pretraining"):
-        train(
-            run.folder / "pretraining",
-            module,
-            data,
-            options,
-            steps=options.max_steps,
-            batch_size=options.batch_size,
-            resume=config.resume,
-            grad_clip=config.optimiser.grad_clip,
-            unit=("scenes", 1.0),
-        )
+        fit(module, scenes, run.folder / "pretraining", config)
     run.save(network.eval())
     return network
 

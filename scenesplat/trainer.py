@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampling import generator_step
 from common.optimisers import adamw
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepDraws, StepOptions, StepTraining
 from scenesplat.config import LossConfig, OptimiserConfig
 from scenesplat.losses import language_losses, lovasz_loss
 from scenesplat.model import PointTransformer, unit
@@ -24,12 +23,11 @@ from scenesplat.pretrain_config import LabelConfig, SelfOptimiserConfig, TermsCo
 from scenesplat.self_supervision import cosine_schedule, follow, make_heads, step_losses
 
 
-class LanguagePretraining(pl.LightningModule):
+class LanguagePretraining(StepTraining):
     """Trains `network` to answer with text features (section 3.3).
 
     Args:
         texts_KD: of the classes, for pseudo-classes of the contrastive loss.
-        steps, batch_size: of the run; accumulate: micro-batches per step.
     """
 
     def __init__(
@@ -38,24 +36,18 @@ class LanguagePretraining(pl.LightningModule):
         texts_KD: Tensor,
         loss: LossConfig,
         optimiser: OptimiserConfig,
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.network, self.loss, self.options = network, loss, optimiser
         self.register_buffer("texts_KD", texts_KD, persistent=False)
-        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         optimiser, schedule = optimiser_of(self.network, self.options, self.steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         draws.seed_dropout()
         permute = permutations_of(draws)
         structure = self.network.structure(batch["grid_coord"], batch["offset"], curves(self.network, permute))
@@ -71,12 +63,11 @@ class LanguagePretraining(pl.LightningModule):
         return found["loss"]
 
 
-class SelfSupervision(pl.LightningModule):
+class SelfSupervision(StepTraining):
     """Trains `network` and its heads on the terms of GaussianSSL; a teacher follows it (section 3.4).
 
     Args:
         attributes: that the network sees. code: width of the language codes.
-        steps, batch_size: of the run; accumulate: micro-batches per step.
     """
 
     def __init__(
@@ -86,13 +77,9 @@ class SelfSupervision(pl.LightningModule):
         optimiser: SelfOptimiserConfig,
         attributes: Sequence[str],
         code: int,
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.network, self.terms, self.options, self.attributes = network, terms, optimiser, attributes
         options = network.options
         self.heads = make_heads(options.enc_channels[-1], options.dec_channels[0], options.in_channels, terms, code)
@@ -101,8 +88,6 @@ class SelfSupervision(pl.LightningModule):
             self.teacher = PointTransformer(replace(options, drop_path=0.0))
             self.teacher.load_state_dict(network.state_dict())
             self.teacher.requires_grad_(False)
-        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         trained = nn.ModuleDict({"network": self.network, "heads": self.heads})
@@ -110,7 +95,7 @@ class SelfSupervision(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         draws.seed_dropout()
         permute = permutations_of(draws)
         crops = batch["globals"]
@@ -140,12 +125,11 @@ class SelfSupervision(pl.LightningModule):
             follow(self.teacher, self.network, cosine_schedule(self.options.momentum, 1.0, step, steps))
 
 
-class LabelTraining(pl.LightningModule):
+class LabelTraining(StepTraining):
     """Trains an encoder with a linear head, or the head alone, on labelled Gaussians (supervised fine-tuning).
 
     Args:
         head: from the decoder's width to the classes.
-        steps, batch_size: of the run; accumulate: micro-batches per step.
     """
 
     def __init__(
@@ -154,17 +138,11 @@ class LabelTraining(pl.LightningModule):
         head: nn.Linear,
         loss: LabelConfig,
         optimiser: OptimiserConfig,
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.network, self.head, self.loss, self.options = network, head, loss, optimiser
-        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
         self.network.requires_grad_(not loss.frozen)
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         trained = nn.ModuleDict({"network": self.network, "head": self.head})
@@ -172,7 +150,7 @@ class LabelTraining(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         draws.seed_dropout()
         if self.loss.frozen:
             self.network.eval()

@@ -56,6 +56,7 @@ def distil(run: Run, name: str) -> Student:
     """Train one student, unless it is finished; returns the averaged one."""
     from common.data.captioned import latents
     from common.data.sampling import StepDataModule
+    from common.steps import steps_of
     from common.training import EveryNSteps, booked, train
     from slam.trainer import SlamTraining
 
@@ -72,10 +73,7 @@ def distil(run: Run, name: str) -> Student:
         run.subpath(name),
         config.loss,
         config.optimiser,
-        seed=config.seed,
-        steps=options.max_steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        **steps_of(config),
     )
     grids = [EveryNSteps(options.sample_every, grid_of(run, module.target, name))] if options.sample_every else []
     data = StepDataModule(table, options.batch_size, options.max_steps, config.seed, accumulate=options.accumulate)

@@ -6,26 +6,24 @@ Shape suffixes: b rows of a micro-batch on this process, L text tokens, D text w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-import pytorch_lightning as pl
 from torch import Tensor
 
 from common.optimisers import adamw, rise_then, scheduled
-from common.steps import BatchMeans, StepDraws
+from common.steps import StepOptions, StepTraining
 from common.teacher import Teacher
 from slam.config import LossConfig, OptimiserConfig, SubPathConfig
 from slam.losses import draw_gamma, solve_subpath, subpath_loss
 from slam.model import Student, averaged_copy, follow
 
 
-class SlamTraining(pl.LightningModule):
+class SlamTraining(StepTraining):
     """Trains `student`; `target` follows it and is what is kept in the end.
 
     Args:
         teacher: frozen, on the device of the training, no part of the checkpoint.
         states: prompt numbers [b] to text states [b, L, D] (of the frozen encoder).
-        steps, batch_size: of the run; accumulate: micro-batches per step.
     """
 
     def __init__(
@@ -36,17 +34,11 @@ class SlamTraining(pl.LightningModule):
         subpath: SubPathConfig,
         loss: LossConfig,
         optimiser: OptimiserConfig,
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        accumulate: int = 1,
+        **given: Unpack[StepOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**given)
         self.student, self.target = student, averaged_copy(student)
         self.teacher, self.states, self.subpath, self.loss, self.options = teacher, states, subpath, loss, optimiser
-        self.seed, self.steps, self.batch_size, self.accumulate = seed, steps, batch_size, accumulate
-        self.means = BatchMeans()
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -55,7 +47,7 @@ class SlamTraining(pl.LightningModule):
         return scheduled(optimiser, rise_then(options.schedule, options.warmup, self.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = StepDraws.of(self, batch_idx, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
+        draws = self.draws(batch_idx)
         x1_bCHW, states_bLD = batch["x1"].float(), self.states(batch["prompt"])
         paths = self.student.paths
         # The same draws whatever the options are, so that arms differ in nothing else.

@@ -8,27 +8,20 @@ Shape suffixes: B batch, Z latent, C channels, S side.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common import loops
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError
-from common.events import Board
-from common.files import write_atomically
 from common.options import RunOptions
-from common.stopping import Steps
-from common.training import LAST_CHECKPOINT, load_checkpoint, of_another_network, save_checkpoint
 from eagan.augment import augmented
 from eagan.config import GameOptions
 from eagan.data import RealBatches
@@ -198,122 +191,28 @@ class Game:
         return float(norm)
 
 
-class Clock:
-    """Seconds and CPU seconds since a stage began, over all its starts."""
-
-    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
-        self._wall, self._cpu = time.perf_counter() - seconds, time.process_time() - cpu_seconds
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._wall
-
-    @property
-    def cpu_seconds(self) -> float:
-        return time.process_time() - self._cpu
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log rows as CSV, whole or not at all."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
-
-
-class Loop(ABC):
-    """Steps that go on exactly from `folder/last.ckpt`.
+class Loop(loops.Loop):
+    """Steps of the game that go on exactly; see `common.loops.Loop`.
 
     Args:
         total: number of steps.
-        run: checkpoint_every, log_every and progress are read.
     """
 
-    kind: str
-    board: Board
-
     def __init__(self, folder: Path, total: int, run: RunOptions, device: torch.device) -> None:
-        self.folder, self.total, self.run_options, self.device = folder, total, run, device
-        self.step = 0
-        self.rows: list[dict[str, Any]] = []
-        self.clock = Clock()
+        super().__init__(folder, run, device)
+        self.total = total
 
-    @abstractmethod
-    def _one_step(self) -> None:
-        """Step number `self.step`."""
+    @property
+    def total_steps(self) -> int:
+        return self.total
 
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """Tensors and plain values from which everything goes on."""
-
-    @abstractmethod
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Take over `_state`."""
-
-    def _after_step(self) -> None:  # noqa: B027 (nothing, by default)
-        """What comes after some steps; `self.step` is the number of those made."""
-
-    def train(self, stop_after: int | None = None) -> None:
-        """To the end, or to a step; from wherever it was interrupted.
-
-        Raises:
-            UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
-        """
-        self._open()
-        self.board = Board(self.folder, self.run_options.logger, self.step)
-        last = self.total if stop_after is None else min(stop_after, self.total)
-        show = self.run_options.progress and not os.environ.get("CI")
-        bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, self.board, Steps() as steps:
-            while self.step < last:
-                self._one_step()
-                self.step += 1
-                self._after_step()
-                if self.step % self.run_options.checkpoint_every == 0 or self.step == last:
-                    self.save()
-                bar.update()
-                steps.ended(self.save)
+    def _weights(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return flat_tensors(state["networks"])
 
     def log(self, **values: Any) -> None:
         """A row of log.csv, every `log_every` steps."""
         if self.step % self.run_options.log_every == 0:
             self.rows.append({"step": self.step, **values, "seconds": self.clock.seconds})
-
-    def save(self) -> str:
-        """Replace the checkpoint; returns what is kept, for messages."""
-        state = self._state()
-        path = self.folder / LAST_CHECKPOINT
-        content = {
-            "kind": self.kind,
-            "step": self.step,
-            "rows": self.rows,
-            "seconds": self.clock.seconds,
-            "cpu_seconds": self.clock.cpu_seconds,
-        }
-        save_checkpoint(path, content | state, flat_tensors(state.get("networks", {})), self.step)
-        if self.rows:
-            write_rows(self.folder / "log.csv", self.rows)
-        self.board.keep(self.rows, self.step)
-        return f"step {self.step} is saved in {path}"
-
-    def _open(self) -> None:
-        path = self.folder / LAST_CHECKPOINT
-        if not path.is_file():
-            return
-        state = load_checkpoint(path, self.device)
-        if state.get("kind") != self.kind:
-            raise UserError(f"{path} holds no state of a {self.kind}; choose another --run_dir")
-        try:
-            self._restore(state)
-        except RuntimeError as error:
-            raise of_another_network(path, error) from None
-        self.step, self.rows = state["step"], state["rows"]
-        self.clock = Clock(state["seconds"], state["cpu_seconds"])
 
 
 def flat_tensors(states: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,29 +7,23 @@ Shape suffixes: B batch, C channels, H W sides, K classes.
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common import loops
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet
 from common.data.sampling import derive_seed, step_generator
 from common.errors import UserError, stop_if_not_finite
-from common.events import Board
-from common.files import read_object, reading, write_atomically, write_json
+from common.files import read_object, reading, write_json
 from common.options import RunOptions
-from common.stopping import Steps
-from common.training import LAST_CHECKPOINT, load_checkpoint, of_another_network, save_checkpoint
 from common.weights import load_weights, save_weights
 from eeea_net.autoaugment import cifar_policy
 from eeea_net.config import DataConfig, NetworkConfig, RetrainOptions, SgdOptions
@@ -117,14 +111,13 @@ class Stream(Protocol):
     def run(self, start: int, stop: int) -> Iterator[tuple[Tensor, Any]]: ...
 
 
-class Loop(ABC):
+class Loop(loops.Loop):
     """Steps of SGD with a cosine over epochs; `run` finishes them from wherever they were interrupted.
 
     Args:
         about: what a checkpoint must agree with to be gone on from.
     """
 
-    board: Board | None = None
     fused = True  # the optimiser's form; these networks have hundreds of small tensors
 
     def __init__(
@@ -138,14 +131,13 @@ class Loop(ABC):
         seed: int,
         run: RunOptions,
     ) -> None:
-        self.network, self.options, self.epochs, self.batches = network, options, epochs, batches
-        self.about, self.folder, self.seed, self.run_options = about, folder, seed, run
         self.weights = list(network.parameters())
+        super().__init__(folder, run, self.weights[0].device)
+        self.network, self.options, self.epochs, self.stream = network, options, epochs, batches
+        self.about, self.seed = about, seed
         self.optimiser = self.make_optimiser()
-        self.step = 0
-        self.seconds = self.cpu_seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0  # of the finished training
         self.history: list[dict[str, float]] = []
-        self.rows: list[dict[str, float]] = []
         self.sums = {"loss": 0.0, "right": 0.0, "seconds": 0.0}  # of the epoch
 
     @abstractmethod
@@ -177,40 +169,23 @@ class Loop(ABC):
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.batches.steps_per_epoch
+        return self.epochs * self.stream.steps_per_epoch
 
-    @property
-    def _place(self) -> Path:
-        return self.folder / LAST_CHECKPOINT
+    def batches(self, first: int, last: int) -> Iterable[tuple[Tensor, Any]]:
+        return self.stream.run(first, last)
 
     def run(self) -> None:
-        """Train to the end.
+        """`train` to the end."""
+        self.train()
+        self.seconds, self.cpu_seconds = self.clock.seconds, self.clock.cpu_seconds
 
-        Raises:
-            UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
-            Stopped: between two steps.
-        """
-        self._open()
-        self.board = Board(self.folder, self.run_options.logger, self.step)
-        wall, cpu = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
-        show = self.run_options.progress and not os.environ.get("CI")
-        last, per_epoch = self.total_steps, self.batches.steps_per_epoch
-        bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, self.board, Steps() as steps:
-            for x_BCHW, y_B in self.batches.run(self.step, last):
-                self._one_step(x_BCHW, y_B)
-                self.step += 1
-                self.seconds, self.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-                if self.step % per_epoch == 0:
-                    self._close_epoch()
-                if self.step % self.run_options.checkpoint_every == 0 or self.step == last:
-                    self._save()
-                bar.update()
-                steps.ended(self._save)
+    def _after_step(self) -> None:
+        if self.step % self.stream.steps_per_epoch == 0:
+            self._close_epoch()
 
     def _one_step(self, x_BCHW: Tensor, y_B: Any) -> None:
         options = self.options
-        epoch = self.step // self.batches.steps_per_epoch
+        epoch = self.step // self.stream.steps_per_epoch
         lr = options.lr * self.rate(epoch)
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -231,47 +206,29 @@ class Loop(ABC):
             self.rows.append({"step": self.step + 1, "epoch": epoch, "lr": lr, "loss": value, "accuracy": right})
 
     def _close_epoch(self) -> None:
-        steps = self.batches.steps_per_epoch
+        steps = self.stream.steps_per_epoch
         row = {
             "epoch": self.step // steps - 1,
             "lr": self.optimiser.param_groups[0]["lr"],
             "loss": self.sums["loss"] / steps,
             "accuracy": self.sums["right"] / steps,
-            "seconds": self.seconds - self.sums["seconds"],
+            "seconds": self.clock.seconds - self.sums["seconds"],
         }
         self.history.append({**row, **self.facts()})
-        self.sums = {"loss": 0.0, "right": 0.0, "seconds": self.seconds}
+        self.sums = {"loss": 0.0, "right": 0.0, "seconds": self.clock.seconds}
 
-    def _save(self) -> str:
-        kept = ("step", "seconds", "cpu_seconds", "history", "rows", "sums")
-        state: dict[str, Any] = {"about": self.about, **{name: getattr(self, name) for name in kept}}
-        state |= {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
-        save_checkpoint(self._place, state, state["network"], self.step)
-        if self.rows:
-            write_atomically(self.folder / "log.csv", self._write_log)
-        if self.board is not None:
-            self.board.keep(self.rows, self.step)
-        return f"step {self.step} is saved in {self._place}"
+    def _state(self) -> dict[str, Any]:
+        parts = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {**parts, "about": self.about, "history": self.history, "sums": self.sums}
 
-    def _write_log(self, temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.history, self.sums = state["history"], state["sums"]
 
-    def _open(self) -> None:
-        if not self._place.is_file():
-            return
-        state = load_checkpoint(self._place, next(self.network.parameters()).device)
+    def _refuse_other(self, state: Mapping[str, Any]) -> None:
         if state.get("about") != self.about:
             raise UserError(f"{self._place} is of another training; choose another --run_dir, or delete it")
-        try:
-            self.network.load_state_dict(state["network"])
-        except RuntimeError as error:
-            raise of_another_network(self._place, error) from None
-        self.optimiser.load_state_dict(state["optimiser"])
-        for name in ("step", "seconds", "cpu_seconds", "history", "rows", "sums"):
-            setattr(self, name, state[name])
 
 
 class Training(Loop):

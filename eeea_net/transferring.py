@@ -57,7 +57,7 @@ class Fitting(Loop):
     """Backbone and head on their way."""
 
     options: FitOptions
-    batches: SceneBatches
+    stream: SceneBatches
 
     def __init__(self, network: nn.Module, task: Task, *rest: Any) -> None:
         self.task = task

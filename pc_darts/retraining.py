@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, H W sides.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,11 @@ class Retraining(Loop[FinalNetwork]):
         row["drop_path"] = self.network.drop_path_probability
 
     def _state(self) -> dict[str, Any]:
-        return {"genotype": self.network.genotype.to_json()}
+        return {**super()._state(), "genotype": self.network.genotype.to_json()}
 
-    def _restore(self, state: dict[str, Any] | None) -> None:
-        if state is not None and state["genotype"] != self.network.genotype.to_json():
+    def _refuse_other(self, state: Mapping[str, Any]) -> None:
+        super()._refuse_other(state)
+        if state["genotype"] != self.network.genotype.to_json():
             raise UserError(f"{self.folder} holds the training of another cell; choose another --run_dir or delete it")
 
 

@@ -9,7 +9,7 @@ Shape suffixes: B batch, C channels, H W sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +24,14 @@ from common.data.augmentation import Augmentation, Batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError
+from common.loops import Clock
 from common.options import RunOptions
 from pc_darts.architect import Architect
 from pc_darts.config import SearchOptions
 from pc_darts.drawing import draw_cell, draw_weights
 from pc_darts.genotypes import Cap, Genotype
 from pc_darts.search_space import ARCHITECTURE, SearchNetwork
-from pc_darts.training import Clock, Loop, Machine, Result, peak_bytes, seed_step
+from pc_darts.training import Loop, Machine, Result, peak_bytes, seed_step
 
 WEIGHTS, ALPHAS = 1, 2  # streams of random numbers
 
@@ -200,12 +201,18 @@ class Searcher(Loop[SearchNetwork]):
         return kept + 3 * weights + 4 * architecture
 
     def _state(self) -> dict[str, Any]:
-        return {"architect": self.architect.optimiser.state_dict(), "memory": self._memory}
+        return {**super()._state(), "architect": self.architect.optimiser.state_dict(), "memory": self._memory}
 
-    def _restore(self, state: dict[str, Any] | None) -> None:
-        self._memory = self.measure_memory() if state is None else state["memory"]
-        if state is not None:
-            self.architect.optimiser.load_state_dict(state["architect"])
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self.architect.optimiser.load_state_dict(state["architect"])
+        self._memory = state["memory"]
+
+    def _open(self) -> None:
+        if not self._place.is_file():
+            self._memory = self.measure_memory()
+            self.clock = Clock()
+        super()._open()
 
     def _result(self) -> SearchResult:
         searching = [row for row in self.history if row["epoch"] >= self.options.warmup_epochs]

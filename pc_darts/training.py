@@ -6,12 +6,10 @@ the architecture gradient is of second order), of which Lightning's automation w
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,25 +18,17 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common import loops
 from common.batch_norm import synchronised_statistics
 from common.cpu import tune_allocator
 from common.data.augmentation import Batches, evaluation_batches
 from common.data.classes import ImageSet, Pictures
 from common.data.sampling import derive_seed
 from common.errors import UserError, stop_if_not_finite
-from common.events import Board
-from common.files import read_object, reading, write_atomically, write_json
+from common.files import read_object, reading, write_json
 from common.options import RunOptions
 from common.processes import start_process_group
-from common.stopping import Steps
-from common.training import (
-    LAST_CHECKPOINT,
-    load_checkpoint,
-    of_another_network,
-    save_checkpoint,
-)
 from pc_darts.config import SgdOptions
 from pc_darts.genotypes import Genotype
 from pc_darts.schedules import rate
@@ -119,66 +109,6 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(derive_seed(seed, step, 0))
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Replace `folder/last.ckpt` in one step; `state` holds tensors and plain values.
-
-    Raises:
-        UserError: a weight is not finite (the earlier checkpoint is kept), or the disk is full.
-    """
-    save_checkpoint(folder / LAST_CHECKPOINT, state, state["network"], state["step"])
-
-
-def load_state(folder: Path, kind: str, device: torch.device) -> dict[str, Any] | None:
-    """The state in `folder/last.ckpt`, None when no run was interrupted there.
-
-    Raises:
-        UserError: truncated, pickled, or the state of something else than a `kind`.
-    """
-    path = folder / LAST_CHECKPOINT
-    if not path.is_file():
-        return None
-    state = load_checkpoint(path, device)
-    if state.get("kind") != kind:
-        raise UserError(f"{path} holds no state of a {kind}; choose another --run_dir")
-    return state
-
-
-class Clock:
-    """Seconds and CPU seconds since a run began, over all its starts."""
-
-    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
-        self._wall, self._cpu = time.perf_counter() - seconds, time.process_time() - cpu_seconds
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._wall
-
-    @property
-    def cpu_seconds(self) -> float:
-        """Of all threads of this process; does not depend on what else the machine does."""
-        return time.process_time() - self._cpu
-
-    def cost(self, device: torch.device) -> float:
-        """What budgets are counted in: CPU seconds on the CPU, seconds on a GPU."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            return self.seconds
-        return self.cpu_seconds
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Log rows as CSV, whole or not at all."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
-
-
 @dataclass(frozen=True)
 class Result:
     """What a finished part of a run found, kept as JSON."""
@@ -200,17 +130,13 @@ class Result:
 N = TypeVar("N", bound=nn.Module)
 
 
-class Loop(ABC, Generic[N]):
-    """Steps of SGD on a network's weights that go on exactly from `folder/last.ckpt`.
+class Loop(loops.Loop, Generic[N]):
+    """Steps of SGD on a network's weights that go on exactly; see `common.loops.Loop`.
 
     Args:
         network: as it starts. weights: of it, trained by SGD.
-        batches: of the training pictures. folder: gets last.ckpt and log.csv.
-        run: checkpoint_every, log_every and progress are read.
+        batches: of the training pictures.
     """
-
-    kind: str
-    board: Board
 
     def __init__(
         self,
@@ -223,17 +149,15 @@ class Loop(ABC, Generic[N]):
         machine: Machine,
         run: RunOptions | None,
     ) -> None:
+        run = run or RunOptions(checkpoint_every=50, log_every=10, progress=False, logger="none")
+        super().__init__(folder, run, machine.device, machine.main)
         self.network, self.weights, self.schedule, self.training = network, list(weights), options, batches
-        self.folder, self.seed, self.machine = folder, seed, machine
-        self.run_options = run or RunOptions(checkpoint_every=50, log_every=10, progress=False, logger="none")
+        self.seed, self.machine = seed, machine
         self.optimiser = torch.optim.SGD(
             self.weights, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
-        self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.rows: list[dict[str, float]] = []
         self.sums = {"loss": 0.0, "right": 0.0, "started": 0.0}  # of the epoch
-        self.clock = Clock()
 
     @property
     def total_steps(self) -> int:
@@ -243,8 +167,7 @@ class Loop(ABC, Generic[N]):
     def epoch(self) -> int:
         return self.step // self.training.steps_per_epoch
 
-    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
-        """What `_one_step` takes, for steps `first` to `last` - 1."""
+    def batches(self, first: int, last: int) -> Iterable[tuple[Tensor, ...]]:
         return self.training.run(first, last)
 
     @abstractmethod
@@ -255,36 +178,9 @@ class Loop(ABC, Generic[N]):
     def _end_epoch(self, row: dict[str, Any]) -> None:
         """Complete the epoch's row of the history, which has epoch, lr, train_loss, train_accuracy and seconds."""
 
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights, SGD, logs and times."""
-
-    @abstractmethod
-    def _restore(self, state: dict[str, Any] | None) -> None:
-        """Take over `_state`; None at the start."""
-
-    def train(self, stop_after: int | None = None) -> None:
-        """To the end, or to a step; from wherever it was interrupted.
-
-        Raises:
-            UserError: a loss that is not finite, a damaged or foreign checkpoint, a full disk.
-        """
-        self._open()
-        self.board = Board(self.folder, self.run_options.logger, self.step, self.machine.main)
-        start_peak(self.machine.device)
-        last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
-        show = self.run_options.progress and self.machine.main and not os.environ.get("CI")
-        bar = tqdm(total=last, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0, disable=not show)
-        with bar, self.board, Steps() as steps:
-            for batch in self.batches(self.step, last):
-                self._one_step(*batch)
-                self.step += 1
-                if self.step % self.training.steps_per_epoch == 0:
-                    self._close_epoch()
-                if self.step % self.run_options.checkpoint_every == 0 or self.step == last:
-                    self._save()
-                bar.update()
-                steps.ended(self._save)
+    def _after_step(self) -> None:
+        if self.step % self.training.steps_per_epoch == 0:
+            self._close_epoch()
 
     def _begin_step(self) -> None:
         options = self.schedule
@@ -312,7 +208,7 @@ class Loop(ABC, Generic[N]):
 
     def stop_if_not_finite(self, loss: float, what: str) -> None:
         """End the run before its next checkpoint."""
-        stop_if_not_finite(loss, self.step + 1, self.folder / LAST_CHECKPOINT, advice="a lower lr", what=what)
+        stop_if_not_finite(loss, self.step + 1, self._place, advice="a lower lr", what=what)
 
     @property
     def _lr(self) -> float:
@@ -331,42 +227,26 @@ class Loop(ABC, Generic[N]):
         self._end_epoch(row)
         self.sums = {**dict.fromkeys(self.sums, 0.0), "started": self.clock.seconds}
 
-    def _save(self) -> str:
-        # Every process holds the same state.
-        if self.machine.main:
-            state = {
-                "kind": self.kind,
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "history": self.history,
-                "rows": self.rows,
-                "sums": self.sums,
-                "seconds": self.clock.seconds,
-                "cpu_seconds": self.clock.cpu_seconds,
-            }
-            save_state(self.folder, state | self._state())
-            if self.rows:
-                write_rows(self.folder / "log.csv", self.rows)
-            self.board.keep(self.rows, self.step)
+    def _state(self) -> dict[str, Any]:
+        parts = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {**parts, "history": self.history, "sums": self.sums}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.history, sums = state["history"], state["sums"]
+        # Trainings from before they had names: loss, right, started.
+        self.sums = dict(zip(self.sums, sums)) if isinstance(sums, list) else sums
+
+    def save(self) -> str:
+        """Every process holds the same state; they go on together."""
+        kept = super().save()
         self.machine.wait()
-        return f"step {self.step} is saved in {self.folder / LAST_CHECKPOINT}"
+        return kept
 
     def _open(self) -> None:
-        state = load_state(self.folder, self.kind, self.machine.device)
-        self._restore(state)
-        if state is None:
-            self.clock = Clock()
-            return
-        try:
-            self.network.load_state_dict(state["network"])
-        except RuntimeError as error:
-            raise of_another_network(self.folder / LAST_CHECKPOINT, error) from None
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.history, self.rows = state["step"], state["history"], state["rows"]
-        sums = state["sums"]  # trainings from before they had names: loss, right, started
-        self.sums = dict(zip(self.sums, sums)) if isinstance(sums, list) else sums
-        self.clock = Clock(state["seconds"], state["cpu_seconds"])
+        super()._open()
+        start_peak(self.machine.device)
 
 
 @torch.no_grad()

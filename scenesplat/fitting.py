@@ -8,7 +8,6 @@ Shape suffixes: N Gaussians, n drawn ones, H W pixels, Q points, K coefficients 
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import statistics
@@ -29,8 +28,8 @@ from tqdm import tqdm
 from common.data.sampling import derive_seed
 from common.errors import UserError, stop_if_not_finite
 from common.events import Board
-from common.files import write_atomically
 from common.images import save_grid
+from common.loops import write_rows
 from common.metrics.image import SIGMA, WINDOW
 from common.metrics.image import ssim as exact_ssim
 from common.stopping import Steps
@@ -343,7 +342,8 @@ class Fitting:
         content = {"values": values, "moments": self.moments, "step": self.step, "seconds": self.seconds}
         content |= {"rows": self.rows, "losses": torch.tensor(self.losses, dtype=torch.float64)}
         save_checkpoint(path, {**content, "since": getattr(self, "_since", [])}, values, self.step)
-        self._write_log(path.with_name("log.csv"))
+        if self.rows:
+            write_rows(path.with_name("log.csv"), self.rows)
         return f"step {self.step} is saved in {path}"
 
     def _open(self) -> None:
@@ -355,18 +355,6 @@ class Fitting:
         self._take(state["values"], state["moments"])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], list(state["rows"])
         self.losses, self._since = state["losses"].tolist(), list(state["since"])
-
-    def _write_log(self, path: Path) -> None:
-        if not self.rows:
-            return
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in self.rows for key in row)), restval="")
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomically(path, write)
 
     # What came out ---------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def test_what_a_training_leaves_is_evaluated_to_the_same_error(tmp_path: Path) -
 
 
 def test_a_checkpoint_of_another_cell_is_refused(tmp_path: Path) -> None:
-    training(tmp_path)._save()
+    training(tmp_path).save()
     other = Training(published()["EEEA_C"], FULL, digits(), DATA, tmp_path, 0, torch.device("cpu"), RUN)
     with pytest.raises(UserError, match="is of another training"):
         other.run()

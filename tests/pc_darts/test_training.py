@@ -12,8 +12,8 @@ from common.errors import UserError
 from common.training import load_checkpoint
 from pc_darts.baselines import random_genotype
 from pc_darts.model import FinalNetwork
-from pc_darts.retraining import RetrainResult, load_model, retrain
-from pc_darts.training import Machine, accuracy, open_machine, save_state
+from pc_darts.retraining import Retraining, RetrainResult, load_model, retrain
+from pc_darts.training import Machine, accuracy, open_machine
 from tests.pc_darts.tiny_run import AUGMENT, CELL, RETRAIN, digits, on_two_processes, training
 
 
@@ -83,10 +83,13 @@ def test_nan_loss_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_checkpoint_with_a_nan_weight_is_not_written(tmp_path: Path) -> None:
-    save_state(tmp_path, {"kind": "training", "step": 1, "network": {"w": torch.ones(2)}})
-    with pytest.raises(UserError, match=r"step 2: w is not finite; last.ckpt not overwritten"):
-        save_state(tmp_path, {"kind": "training", "step": 2, "network": {"w": torch.tensor([1.0, float("nan")])}})
-    assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 1
+    loop = Retraining(CELL, RETRAIN, digits(), AUGMENT, tmp_path, 0, Machine(), None)
+    loop.save()
+    loop.step, weight = 2, next(loop.network.parameters())
+    weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"step 2: \S+ is not finite; last.ckpt not overwritten"):
+        loop.save()
+    assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 0
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])

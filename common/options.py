@@ -132,6 +132,29 @@ class TrainerOptions(RunOptions):
     attention: Attention = "auto"
 
 
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures are classified.
+
+    Args:
+        name: emoji (EmojiGroups, embedded, 9 classes), digits (scikit-learn, 8 px grey), textures (procedural shape x
+            texture), fashion-mnist (`make data-fashion-mnist`), cifar10 or cifar100 (binary version, --data.path), or
+            folder (your own: one subfolder per class, optionally below train/ and test/, or a table with labels).
+        path: folder of cifar10, cifar100 or folder.
+        image_column: the column of the pictures in a table; None takes `image`, or the one that may be it.
+        label_column: the column of the classes, likewise `label` by default.
+        size: side of the square pictures in pixels.
+        images: at most so many training pictures; None takes all.
+    """
+
+    name: Literal["emoji", "digits", "textures", "fashion-mnist", "cifar10", "cifar100", "folder"] = "emoji"
+    path: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    size: Annotated[int, Range(8, 4096)] = 32
+    images: Count | None = None
+
+
 FREE_TRAINER_OPTIONS = (
     "accelerator",
     "devices",

@@ -13,6 +13,7 @@ from common.options import (
     Count,
     Decay,
     NotNegative,
+    PictureOptions,
     Portion,
     Range,
     RunOptions,
@@ -31,19 +32,11 @@ Stem = Literal["cifar", "imagenet"]
 Schedule = Literal["cosine", "imagenet_search", "imagenet_final"]
 
 
-@dataclass
-class DataConfig:
+@dataclass(frozen=True)
+class DataConfig(PictureOptions):
     """Which pictures are classified.
 
     Args:
-        name: emoji (EmojiGroups, embedded, 9 classes), digits (scikit-learn, 8 px grey), textures (procedural shape x
-            texture), fashion-mnist (`make data-fashion-mnist`), cifar10 or cifar100 (binary version, --data.path), or
-            folder (your own: one subfolder per class, optionally below train/ and test/, or a table with labels).
-        path: folder of cifar10, cifar100 or folder.
-        image_column: the column of the pictures in a table; None takes `image`, or the one that may be it.
-        label_column: the column of the classes, likewise `label` by default.
-        size: side of the square pictures in pixels.
-        images: at most so many training pictures; None takes all.
         validation: share of the training pictures that no training sees: architectures are chosen on it, never on the
             test pictures.
         halves: shares of the training pictures, drawn per class, for weights and for alphas (ImageNet: 0.1, 0.025).
@@ -53,12 +46,6 @@ class DataConfig:
         jitter: strengths of brightness, contrast, saturation and hue changes (ImageNet: 0.4 0.4 0.4 0.2); [] is off.
     """
 
-    name: Literal["emoji", "digits", "textures", "fashion-mnist", "cifar10", "cifar100", "folder"] = "emoji"
-    path: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    size: Annotated[int, Range(8, 4096)] = 32
-    images: Count | None = None
     validation: Annotated[float, Range(0, 0.9, above=True)] = 0.1
     halves: list[Portion] = field(default_factory=lambda: [0.5, 0.5])
     padding: Annotated[int, Range(0, 4096)] = 4

@@ -94,12 +94,9 @@ class Study(CommonStudy[Sizes]):
         return prompt_list("shapes", PROMPT_POOL)
 
     @cached_property
-    def _table(self) -> StateTable:
-        return StateTable(self.teacher)
-
-    def states(self, ids_B: Tensor) -> Tensor:
-        """Text states of training prompts by their number."""
-        return self._table([self.prompts[i] for i in ids_B.tolist()]).float()
+    def states(self) -> Callable[[Tensor], Tensor]:
+        """Numbers of training prompts to their text states."""
+        return StateTable(self.teacher).numbered(self.prompts)
 
     def source(self, steps: int, solver: str = SOLVER) -> DiffusionSource:
         """The teacher's guided ODE."""

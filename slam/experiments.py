@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,12 +103,9 @@ class Study(CommonStudy[Sizes]):
         return table
 
     @cached_property
-    def _table(self) -> StateTable:
-        return StateTable(self.teacher)
-
-    def states(self, ids_B: Tensor) -> Tensor:
-        """Text states of training captions by their number."""
-        return self._table([self._pictures.captions[i] for i in ids_B.tolist()]).float()
+    def states(self) -> Callable[[Tensor], Tensor]:
+        """Numbers of training captions to their text states."""
+        return StateTable(self.teacher).numbered(self._pictures.captions)
 
     @cached_property
     def evaluation(self) -> PromptSet:

@@ -133,12 +133,9 @@ class Bench:
         return self.teacher.null(1).float()
 
     @cached_property
-    def _table(self) -> StateTable:
-        return StateTable(self.teacher)
-
-    def states(self, ids_B: Tensor) -> Tensor:
-        """Text states [B, L, D] of training prompts by their number."""
-        return self._table([self.prompts[i] for i in ids_B.tolist()]).float()
+    def states(self) -> Callable[[Tensor], Tensor]:
+        """Numbers of training prompts to their text states [B, L, D]."""
+        return StateTable(self.teacher).numbered(self.prompts)
 
     def teacher_source(self, steps: int | None = None) -> DiffusionSource:
         """The guided teacher by DPM-Solver++ 2M: the source of the shared pairs."""

@@ -122,7 +122,7 @@ def test_a_wandb_run_is_kept_with_its_numbers_and_pictures(tmp_path: Path) -> No
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize("paper", papers())
+@pytest.mark.parametrize("paper", [*papers(), "common"])
 def test_every_paper_with_a_loop_of_its_own_writes_event_files(paper: str) -> None:
     texts = [file.read_text(encoding="utf-8") for file in (REPOSITORY / paper).glob("*.py")]
     loops = sum("steps.ended(" in text for text in texts)

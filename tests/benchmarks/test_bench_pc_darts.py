@@ -27,10 +27,11 @@ def test_gradients_that_differ_stop_the_benchmark(tmp_path: Path, monkeypatch: p
 
 def test_both_forms_take_the_same_steps() -> None:
     losses = {}
-    for side in ("plain", "fused"):
-        step = bench.search_step(Arm(side, "tiny", "cpu"))
-        losses[side] = torch.stack([step(i) for i in range(3)])
+    for side, last in (("plain", False), ("plain", True), ("fused", False)):
+        step = bench.search_step(Arm(side, "tiny", "cpu", last=last))
+        losses["last" if last else side] = torch.stack([step(i) for i in range(3)])
     torch.testing.assert_close(losses["fused"], losses["plain"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses["last"], losses["plain"], rtol=1e-4, atol=1e-4)
     assert len(set(losses["plain"].tolist())) == 3
 
 
@@ -48,5 +49,7 @@ def test_rows_name_size_target_and_both_sides(tmp_path: Path) -> None:
     assert json.loads(output.read_text())["rows"] == rows
     targets = {row["name"].split(" (tiny")[0]: row["target"] for row in rows}
     assert targets["search step, K=4, batched against op by op"] == 1.5
+    assert targets["search step, K=4, both fp32, against the better peer"] == 1.15
+    assert targets["search step, K=4, batched against op by op with channels last"] is None
     assert targets["memory kept for the backward pass, K=4 against DARTS (K=1), same batch"] == 2.5
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)

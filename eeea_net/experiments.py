@@ -34,7 +34,6 @@ from eeea_net.transfer_config import FitOptions, HeadOptions, PretrainOptions, S
 from eeea_net.transferring import Transfer
 
 MEMBERS = 10  # of the elastic network, in E5
-DEEP = [1, 2, 3]  # blocks of a stage, in E6d
 DRAWN = 1000  # random networks whose parameters give the percentiles
 # What an arm differs in from the search without a filter; `percentile` stands for beta.
 ARMS: dict[str, dict[str, Any]] = {
@@ -140,35 +139,29 @@ class Study(CommonStudy[Sizes]):
         self.note(name, seed, {**self.settings, "evolution": asdict(options)}, values)
         return found
 
-    def _elastic(self, seed: int, deep: bool = False) -> OnceForAll:
-        """The elastic network, trained; `deep`: its stages have up to as many blocks as MobileNetV3's."""
-        folder = self.workplace(f"{'deep' if deep else 'elastic'}-seed{seed}", self._with_depths(self.settings, deep))
+    def _elastic(self, seed: int) -> OnceForAll:
+        """The elastic network, trained."""
+        folder = self.workplace(f"elastic-seed{seed}", self.settings)
         config = RunConfig(run_dir=str(folder), seed=seed, space="once_for_all", progress=False, device="cpu")
         sizes, config.data = self.sizes.transfer, self.sizes.data
         initial, rounds, proposals = sizes.initial, sizes.rounds, sizes.proposals
-        elastic = replace(self.sizes.elastic, depths=DEEP) if deep else self.sizes.elastic
-        config.elastic = replace(elastic, initial=initial, rounds=rounds, proposals=proposals)
+        config.elastic = replace(self.sizes.elastic, initial=initial, rounds=rounds, proposals=proposals)
         config.compare = replace(config.compare, random_search=False)
         parts = OnceForAll(config, torch.device("cpu"))
         parts.train()
         return parts
 
-    @staticmethod
-    def _with_depths(settings: dict[str, Any], deep: bool) -> dict[str, Any]:
-        return {**settings, "elastic": {**settings["elastic"], "depths": DEEP}} if deep else settings
-
-    def searched(self, seed: int, deep: bool = False) -> Plan:
+    def searched(self, seed: int) -> Plan:
         """The most accurate member that the search over the elastic network has measured."""
 
         def measured() -> dict[str, Any]:
-            parts = self._elastic(seed, deep)
+            parts = self._elastic(seed)
             best = min(
                 parts.search()["measured"], key=lambda member: (math.isnan(member.objectives[0]), member.objectives[0])
             )
             return {"choice": parts.space.decode(best.chromosome).__dict__, "design": parts.design.__dict__}
 
-        name = f"searched{'-deep' * deep}-seed{seed}"
-        found = self.values(name, measured, self._with_depths(self._transfer_settings, deep))
+        found = self.values(f"searched-seed{seed}", measured, self._transfer_settings)
         choice, design = from_records(found["choice"], found["design"])
         return Plan("searched", lambda: Subnet.of(choice, design), design=design)
 
@@ -176,19 +169,18 @@ class Study(CommonStudy[Sizes]):
     def _transfer_settings(self) -> dict[str, Any]:
         return {**self.settings, "transfer": asdict(self.sizes.transfer)}
 
-    def transfer(self, task: Task, seed: int, deep: bool = False) -> dict[str, float]:
+    def transfer(self, task: Task, seed: int) -> dict[str, float]:
         """Scores in per cent and MACs of the searched backbone and of MobileNetV3's blocks at its MACs: the same
         classification, then the same training with the task's head."""
-        sizes, settings = self.sizes.transfer, self._with_depths(self._transfer_settings, deep)
-        kind = f"transfer{'-deep' * deep}"
+        sizes = self.sizes.transfer
 
         def measured() -> dict[str, float]:
-            folder = self.workplace(f"{kind}-seed{seed}", settings)
+            folder = self.workplace(f"transfer-seed{seed}", self._transfer_settings)
             config = TransferConfig(run_dir=str(folder / task), seed=seed, task=task, progress=False, device="cpu")
             config.data, config.head, config.fit = sizes.data, sizes.head, getattr(sizes, task)
             config.pretrain = replace(sizes.pretrain, data=self.sizes.data)
             parts = Transfer(config, torch.device("cpu"), folder / "classifiers")
-            searched = self.searched(seed, deep)
+            searched = self.searched(seed)
             side, stride, classes = config.data.size, config.first_stride, len(parts.pictures.classes)
             beside = plan_of("mobilenetv3", classes, parts.pictures.channels, config.layers, searched, side, stride)
             found: dict[str, float] = {}
@@ -199,8 +191,8 @@ class Study(CommonStudy[Sizes]):
                 found |= labelled({**scores, "macs_m": row["macs"] / 1e6, "classification_error": error}, plan.name)
             return found
 
-        found = self.values(f"{kind}-{task}-seed{seed}", measured, settings)
-        self.note(f"{kind}-{task}", seed, settings, found)
+        found = self.values(f"transfer-{task}-seed{seed}", measured, self._transfer_settings)
+        self.note(f"transfer-{task}", seed, self._transfer_settings, found)
         return found
 
     def recalibration(self, seed: int) -> dict[str, float]:

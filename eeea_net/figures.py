@@ -41,16 +41,11 @@ def draw_figures(results: Path, folder: Path) -> None:
         bars(axes[1], claims["E3"], {"beta 30th": "error_beta30", "beta 70th": "error_beta70"})
         axes[0].set_ylabel("best validation error %")
         save_figure(figure, folder / "errors.png", "E2 and E3: best validation error by beta (mean over seeds).")
-    transfers = {
-        "E6": ("AP50", "ap50"),
-        "E6s": ("mIoU", "miou"),
-        "E6d": ("mIoU, deeper space", "miou"),
-        "E6p": ("keypoint AP", "ap"),
-    }
+    transfers = {"E6": ("AP50", "ap50"), "E6s": ("mIoU", "miou"), "E6p": ("keypoint AP", "ap")}
     if transfers.keys() <= claims.keys():
-        figure, axes = panels(len(transfers), width=2.6)
+        figure, axes = panels(3, width=2.6)
         for axis, (name, (title, metric)) in zip(axes, transfers.items()):
             bars(axis, claims[name], {"searched": f"{metric}_searched", "MobileNetV3": f"{metric}_mobilenetv3"}, title)
         axes[0].set_ylabel("%")
-        caption = "E6, E6s, E6d and E6p: detection, segmentation and pose on Shapes with backbones of equal MACs."
+        caption = "E6, E6s and E6p: detection, segmentation and pose on Shapes with backbones of equal MACs."
         save_figure(figure, folder / "transfer.png", caption)

@@ -97,9 +97,9 @@ def e5(study: Study, seed: int) -> dict[str, float]:
     return {"recalibration_gain": found["before"] - found["after"], **errors_of}
 
 
-def gap(study: Study, seed: int, task: Task, metric: str, deep: bool = False) -> dict[str, float]:
+def gap(study: Study, seed: int, task: Task, metric: str) -> dict[str, float]:
     """A task's metric with the searched backbone above that with MobileNetV3's blocks, in points."""
-    found = study.transfer(task, seed, deep)
+    found = study.transfer(task, seed)
     return {f"{metric}_gap": found[f"{metric}_searched"] - found[f"{metric}_mobilenetv3"], **found}
 
 
@@ -111,11 +111,6 @@ def e6(study: Study, seed: int) -> dict[str, float]:
 def e6s(study: Study, seed: int) -> dict[str, float]:
     """Transfer to segmentation."""
     return gap(study, seed, "segmentation", "miou")
-
-
-def e6d(study: Study, seed: int) -> dict[str, float]:
-    """Transfer to segmentation from a space of networks as deep as MobileNetV3."""
-    return gap(study, seed, "segmentation", "miou", deep=True)
 
 
 def e6p(study: Study, seed: int) -> dict[str, float]:

@@ -8,8 +8,9 @@ peak memory. A step is one of the search: the first-order architecture step on o
 clipping and SGD on another; images count once a step. Both forms of our network start from the same weights, alphas and
 images, and their gradients are compared before the clock runs. "op by op" is our plain form (`fused=False`), which
 computes one operation after the other as the authors' code does; its architecture step, like ours, asks for no
-gradients of weights; it is timed compiled and with channels last as well. nni's DARTS (where nni is installed) is its
-one-shot supernet on its own DARTS space, K = 1, forward and backward of both batches and both optimiser steps.
+gradients of weights; it is timed with channels last as well, and compiled edge by edge (as one graph, a single cell took
+more than nine minutes). nni's DARTS (where nni is installed) is its one-shot supernet on its own DARTS space, K = 1,
+forward and backward of both batches and both optimiser steps.
 """
 
 from __future__ import annotations
@@ -93,9 +94,34 @@ class Arm:
     last: bool = False  # channels last
 
 
+class Switch:
+    """Of frozen statistics, as `torch.compile` can follow it; a context variable would end its graph at every norm."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def get(self) -> bool:
+        return self.on
+
+    def set(self, on: bool) -> bool:
+        before, self.on = self.on, on
+        return before
+
+    reset = set
+
+
+def traceable() -> None:
+    """Let edges of this process's networks be whole graphs: a single process has no group of statistics."""
+    from pc_darts import operations
+
+    operations._frozen = Switch()  # type: ignore[assignment]
+    operations.statistics_group = lambda: None  # type: ignore[attr-defined]
+
+
 def search_step(arm: Arm) -> Step:
     """An architecture step and a weight step; returns the training loss."""
     from pc_darts.architect import Architect
+    from pc_darts.search_space import MixedOp
 
     network = build(arm.size, arm.partial, arm.side == "fused").to(arm.device).train()
     x_train, y_train, x_val, y_val = images(arm.size, arm.batch or SIZES[arm.size].batch, arm.device)
@@ -106,7 +132,10 @@ def search_step(arm: Arm) -> Step:
     optimiser = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=3e-4)
     architect = Architect(network, optimiser)
     if arm.compiled:
-        network.compile()
+        traceable()
+        for part in network.modules():
+            if isinstance(part, MixedOp):
+                part.compile(dynamic=False)
 
     def step(index: int) -> Tensor:
         architect.step(None, None, x_val, y_val)

@@ -8,9 +8,9 @@ peak memory. A step is one of the search: the first-order architecture step on o
 clipping and SGD on another; images count once a step. Both forms of our network start from the same weights, alphas and
 images, and their gradients are compared before the clock runs. "op by op" is our plain form (`fused=False`), which
 computes one operation after the other as the authors' code does; its architecture step, like ours, asks for no
-gradients of weights; it is timed with channels last as well, and compiled edge by edge (as one graph, a single cell took
-more than nine minutes). nni's DARTS (where nni is installed) is its one-shot supernet on its own DARTS space, K = 1,
-forward and backward of both batches and both optimiser steps.
+gradients of weights; it is timed with channels last as well, and compiled edge by edge (as one graph, a single cell
+took more than nine minutes). nni's DARTS (where nni is installed) is its one-shot supernet on its own DARTS space,
+K = 1, forward and backward of both batches and both optimiser steps.
 """
 
 from __future__ import annotations

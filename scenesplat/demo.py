@@ -4,7 +4,8 @@
     python scenesplat/demo.py --pictures FOLDER --up=-y         # the user's own: transforms.json, or COLMAP's folder
     python scenesplat/demo.py --steps 300 --output runs/quick
 
-Four minutes on two CPU cores (AMD with AVX-512); started again, it goes on where it stopped. Open page.html in any browser.
+Four minutes on two CPU cores (AMD with AVX-512); started again, it goes on where it stopped. Open page.html in any
+browser.
 """
 
 from __future__ import annotations

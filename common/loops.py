@@ -156,6 +156,7 @@ class Loop(ABC):
 
     def _open(self) -> None:
         if not self._place.is_file():
+            self.clock = Clock()  # what came between the loop's making and its start is not counted
             return
         state = load_checkpoint(self._place, self.device)
         self._refuse_other(state)

@@ -211,7 +211,6 @@ class Searcher(Loop[SearchNetwork]):
     def _open(self) -> None:
         if not self._place.is_file():
             self._memory = self.measure_memory()
-            self.clock = Clock()
         super()._open()
 
     def _result(self) -> SearchResult:

@@ -199,11 +199,21 @@ class Search(Loop):
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
-    def _after_step(self) -> None:
+    @property
+    def _at_a_rounds_end(self) -> bool:
         done = self.step - self.stage.warmup_steps
-        if done > 0 and done % self.stage.round_steps == 0:
+        return done > 0 and done % self.stage.round_steps == 0
+
+    def _after_step(self) -> None:
+        if self._at_a_rounds_end:
             self.save()  # a process that is killed while it evaluates has not lost the round
-            self._end_round(done // self.stage.round_steps - 1)
+            self._end_round(self.round - 1)
+            self.save()
+
+    def _open(self) -> None:
+        super()._open()
+        if self._at_a_rounds_end and all(row["round"] != self.round - 1 for row in self.history):
+            self._end_round(self.round - 1)  # it was killed there
             self.save()
 
     def _end_round(self, number: int) -> None:

@@ -180,6 +180,28 @@ def test_a_killed_search_goes_on_with_identical_populations_and_weights(
         assert all(equal(state_of(a[0]), state_of(b[0])) for a, b in zip(again.pairs, whole.pairs))
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_search_that_dies_while_it_evaluates_has_not_lost_the_round(
+    stage_d: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder = tmp_path / "stage"
+    with monkeypatch.context() as patched:
+        end = Search._end_round
+
+        def dies(one: Search, ended: int) -> None:
+            if ended == number:
+                raise KeyboardInterrupt
+            end(one, ended)
+
+        patched.setattr(Search, "_end_round", dies)
+        with pytest.raises(KeyboardInterrupt):
+            search(folder, "discriminator").train()
+    again = search(folder, "discriminator")
+    again.run()
+    assert [r["individuals"] for r in rounds(folder)] == [r["individuals"] for r in rounds(stage_d.folder)]
+    assert equal(state_of(again.discriminator), state_of(stage_d.discriminator))
+
+
 # Stage 2: one to one
 
 

@@ -69,7 +69,7 @@ class DiffusionSource:
     def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
         if self._null is None:
             self._null = self.teacher.encode([self.negative_prompt])
-        network, scheduler = self.teacher.unet, self.scheduler
+        network, scheduler = self.teacher.network, self.scheduler
         *_, x1_BCHW = solve(network, scheduler, self.steps, x0_BCHW, states_BLD, self._null, self.guidance)
         return x1_BCHW
 

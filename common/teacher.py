@@ -24,7 +24,8 @@ from common.data.text import say_lost, unknown_texts
 from common.errors import UserError
 from common.files import read_object
 from common.pretrained import from_folder, one_line, quiet_libraries, read_network, refuse_code, refuse_not_finite
-from common.unets import quicken
+from common.recorded import Recorder
+from common.unets import RecordedUNet, quicken
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")  # besides text
@@ -135,6 +136,8 @@ class Teacher:
                 "schedule that ends above zero"
             )
         self._checksum: str | None = None
+        self._network = RecordedUNet(self.unet, constant=True)
+        self._decoder = Recorder(self.vae, decode_latents, constant=True)
 
     @classmethod
     def load(
@@ -162,6 +165,13 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
+
+    @property
+    def network(self) -> RecordedUNet:
+        """The U-Net for passes without gradients: its weights and what it is made of must stay as they are."""
+        if self._network.unet is not self.unet:
+            self._network = RecordedUNet(self.unet, constant=True)
+        return self._network
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -193,7 +203,10 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, batch_size: int = 64) -> Tensor:
         """uint8 images [B, 3, H, W] on the CPU."""
-        parts = [to_uint8(self.decode_differentiable(part)).cpu() for part in latents_BCHW.split(batch_size)]
+        decode = self._decoder
+        if decode.network is not self.vae:
+            decode = self._decoder = Recorder(self.vae, decode_latents, constant=True)
+        parts = [to_uint8(decode(part)).cpu() for part in latents_BCHW.split(batch_size)]
         return torch.cat(parts)
 
     @torch.no_grad()  # not inference mode: text states made here are kept for training

@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.kernels.attention import attention
+from common.recorded import Recorder
 
 
 class AttentionForm:
@@ -80,3 +81,34 @@ def quicken(unet: Any) -> Any:
     unet.set_attn_processor(processors)
     layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
     return unet.to(memory_format=layout)
+
+
+class RecordedUNet(nn.Module):
+    """A U-Net for passes without gradients, called as diffusers' are; often repeated calls are recorded (`Recorder`).
+
+    Args:
+        constant: the weights never change.
+    """
+
+    def __init__(self, unet: Any, constant: bool = False) -> None:
+        super().__init__()
+        self.unet, self.recorder = unet, Recorder(unet, _output, constant)
+
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        condition = () if timestep_cond is None else (timestep_cond,)
+        return (self.recorder(sample, timestep, encoder_hidden_states, *condition),)
+
+
+def _output(unet: Any, x_BCHW: Tensor, time: Tensor, states_BLD: Tensor, condition_BE: Tensor | None = None) -> Tensor:
+    return unet(x_BCHW, time, states_BLD, timestep_cond=condition_BE, return_dict=False)[0]

@@ -37,6 +37,8 @@ def few_step_source(
     from common.data.sampling import step_generator
     from slam.sampler import sample
 
+    student = student.recorded()
+
     def draw(noise_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
         keys = noise_BCHW.flatten(1)[:, :4].contiguous().cpu().view(torch.int32).long().abs().sum(1).tolist()
         generators = [step_generator(SAMPLING_SEED, key) for key in keys]

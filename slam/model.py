@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.adaptors import add_adaptors
 from common.errors import UserError
 from common.teacher import Teacher
-from common.unets import quicken
+from common.unets import RecordedUNet, quicken
 from slam.config import StudentConfig, SubPathConfig
 from slam.subpath import TIMESTEP_SCALING, SubPaths, boundary_scalings, column
 
@@ -132,6 +132,11 @@ class Student(nn.Module):
         x1_BCHW = self._read(output_BCHW, input_BCHW.float(), alpha_B, sigma_B, noise_B)
         skip, out = (column(c_B).to(x1_BCHW) for c_B in boundary_scalings(t_B, self.reading.timestep_scaling))
         return skip * x_BCHW.float() + out * self.reading.limited(x1_BCHW)
+
+    def recorded(self) -> Student:
+        """The same student, weights shared, for passes without gradients (`common.recorded`)."""
+        unet = RecordedUNet(self.unet)
+        return Student(unet, self.paths, self.effective_time, self.embedding_scale, self.reading).train(self.training)
 
     def _condition(self, batch: int, gamma_B: Tensor | None, w_B: Tensor | None, like: Tensor) -> Tensor | None:
         width = self.unet.config.time_cond_proj_dim

@@ -205,7 +205,7 @@ def _form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) 
         return default
     if torch.compiler.is_compiling():
         return default
-    sizes = [1 << (size - 1).bit_length() for size in (rows, queries, keys, q.shape[3])]
+    sizes = [1 << (int(size) - 1).bit_length() for size in (rows, queries, keys, q.shape[3])]
     key = (
         f"attention {str(q.dtype).removeprefix('torch.')}{' with gradients' * gradients} {'x'.join(map(str, sizes))}"
         f"{' ragged' * _widens(k)}{'' if mask is None else ' masked'}{' dropout' * (dropout > 0)}"

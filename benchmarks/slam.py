@@ -76,7 +76,7 @@ def ours(arm: Arm) -> Step:
     """The trainer's own step, without Lightning around it."""
     teacher = teacher_of(arm)
     student = make_student(teacher, StudentConfig(), PATHS).to(arm.device)
-    target = averaged_copy(student).recorded()
+    target = averaged_copy(student)
     x1, noise, index, states = batches(teacher, arm)
     null, gamma = states.flip(0), torch.linspace(0, 1, len(x1), device=arm.device)
     w = torch.full((len(x1),), W, device=arm.device)

@@ -8,7 +8,7 @@ the same kernels in the same order, so the numbers are the same to the bit; unli
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,13 +76,23 @@ class Recorder:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")  # of shapes that become constants: a recording is for one set of them
             given = tuple(x.clone(memory_format=torch.preserve_format) for x in inputs)
-            try:
-                with torch.autocast("cpu", mixed or torch.bfloat16, enabled=mixed is not None, cache_enabled=False):
-                    recorded = torch.jit.trace(_Pure(self.network, self.call).eval(), given, check_trace=False)
-                with torch.autocast("cpu", enabled=False):
-                    if self.constant:
-                        recorded = torch.jit.freeze(recorded)
-                    same = [torch.equal(recorded(*given), output) for _ in range(3)]  # the first two are optimised
-            except (RuntimeError, TypeError, ValueError, AttributeError):
-                return None
-        return recorded if all(same) else None
+            for few in _with_fewer_rows(given):
+                try:
+                    with torch.autocast("cpu", mixed or torch.bfloat16, enabled=mixed is not None, cache_enabled=False):
+                        recorded = torch.jit.trace(_Pure(self.network, self.call).eval(), few, check_trace=False)
+                    with torch.autocast("cpu", enabled=False):
+                        if self.constant:
+                            recorded = torch.jit.freeze(recorded)
+                        if all(torch.equal(recorded(*given), output) for _ in range(3)):  # the first two are optimised
+                            return recorded
+                except (RuntimeError, TypeError, ValueError, AttributeError):
+                    continue
+        return None
+
+
+def _with_fewer_rows(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs' first two samples, then all: a recording keeps every tensor on the way until it is finished."""
+    rows = {len(x) if x.dim() else 0 for x in inputs}
+    if len(rows) == 1 and rows.pop() > 2:
+        yield tuple(x[:2] for x in inputs)
+    yield inputs

@@ -87,7 +87,7 @@ def finish(stage: Stage, painter: Painter | None) -> dict[str, Any]:
 
 def write_summary(folder: Path, metrics: dict[str, Any]) -> None:
     """metrics.json of a recipe: the last stage's, the headline numbers and times of every stage, the total time."""
-    from common.files import write_json
+    from common.files import sweep, write_json
 
     last = dict(next(reversed(metrics.values())))
     last["stages"] = {
@@ -96,6 +96,7 @@ def write_summary(folder: Path, metrics: dict[str, Any]) -> None:
     }
     total = sum(sum(values.get("seconds", {}).values()) for values in metrics.values())
     last["seconds"] = {**last.get("seconds", {}), "total": round(total, 1)}
+    sweep(folder)  # every stage sweeps its own
     write_json(folder / "metrics.json", last)
 
 

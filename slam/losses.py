@@ -64,7 +64,7 @@ def solve_subpath(
 
     def guided(x_BCHW: Tensor, tau_B: Tensor) -> Tensor:
         twice = torch.cat([x_BCHW, x_BCHW]).to(dtype)
-        output = teacher.network(twice, torch.cat([tau_B, tau_B]), both_BLD.to(dtype))[0].float()
+        output = teacher.unet(twice, torch.cat([tau_B, tau_B]), both_BLD.to(dtype), return_dict=False)[0].float()
         null_BCHW, text_BCHW = output.chunk(2)
         return text_BCHW + w_B.view(-1, 1, 1, 1) * (text_BCHW - null_BCHW)
 

@@ -38,7 +38,6 @@ class SlamTraining(StepTraining):
     ) -> None:
         super().__init__(**given)
         self.student, self.target = student, averaged_copy(student)
-        self.still = [self.target.recorded()]  # in a list: no part of the checkpoint
         self.teacher, self.states, self.subpath, self.loss, self.options = teacher, states, subpath, loss, optimiser
 
     def configure_optimizers(self) -> Any:
@@ -58,7 +57,7 @@ class SlamTraining(StepTraining):
         low, high = self.loss.w_range or (self.loss.guidance, self.loss.guidance)
         w_b = low + (high - low) * share_b
         path = solve_subpath(self.teacher, paths, x1_bCHW, noise_bCHW, index_b, states_bLD, w_b)
-        target = self.still[0] if self.options.ema_decay > 0 else self.student
+        target = self.target if self.options.ema_decay > 0 else self.student
         embedded = w_b if self.loss.w_range else None
         loss = subpath_loss(self.student, target, path, gamma_b, states_bLD, self.loss, embedded)
         self.means.log(self, {"loss": loss}, draws.part, self.accumulate)

@@ -81,8 +81,11 @@ def test_finished_stages_are_not_trained_again(
     reference: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.training.fit", lambda *_: pytest.fail("trained again"))
+    left = reference / ".metrics.json.killed.part"  # by a process that was killed while it wrote the summary
+    left.mkdir()
     train(reference, trainer__log_every=7)  # how it is logged is no other run
     assert capfd.readouterr().err.count("trained already") == 3
+    assert not left.exists()
 
 
 def test_latents_and_captions_made_in_every_step_give_the_losses_of_cached_ones(

@@ -51,6 +51,7 @@ NETWORK = NetworkConfig(
     head_width=160,
     head_depth=3,
 )
+STAGES = StagesConfig(mask_min=0.3)  # as in configs/small.yaml
 SAMPLING = SamplingConfig(iterations=12, head_steps=20, guidance=3.0, clip=4.0)
 # Every pre-trained arm differs from the recipe in what stands here: options of the network, of the set, of the stages.
 ARMS: dict[str, dict[str, Any]] = {
@@ -116,6 +117,8 @@ def _scene_of(spec: Spec, seed: int, index: int) -> Scene:
 class Study(CommonStudy[Sizes]):
     """One autoencoder and one world; arms by (name, seed)."""
 
+    paper = "lightgen"
+
     def __init__(self, autoencoder: str, sizes: Sizes, folder: Path) -> None:
         super().__init__(sizes, folder)
         self.autoencoder, self.text = Autoencoder(autoencoder), TextStates(TextConfig())
@@ -151,7 +154,7 @@ class Study(CommonStudy[Sizes]):
         folder: Path | None,
         watch: Watch,
     ) -> None:
-        options = TrainerOptions(precision="32-true", accelerator="cpu", progress=False)
+        options = TrainerOptions(precision=self.precision, accelerator="cpu", progress=False)
         every = max(20, steps // 10) if folder else 0
         fit_arm(
             module,
@@ -180,7 +183,7 @@ class Study(CommonStudy[Sizes]):
         optimiser = OptimiserConfig("muon", warmup=min(50, steps // 4), schedule="cosine", ema_decay=0.99)
         states = self.text.cached(captions, progress=False)
         module = MaskedTraining(
-            *start, states, StagesConfig(), optimiser, seed=seed, lr=lr, steps=steps, batch_size=self.sizes.batch
+            *start, states, STAGES, optimiser, seed=seed, lr=lr, steps=steps, batch_size=self.sizes.batch
         )
         self._fit(module, table, steps, seed, folder, watch or Watch())
         return module.model, module.averaged()
@@ -260,7 +263,7 @@ class Study(CommonStudy[Sizes]):
             len(pairs.captions),
             options,
             OptimiserConfig(warmup=10),
-            0.7,
+            STAGES.mask_min,
             seed=seed,
         )
         self._fit(module, pairs.table, steps, seed, folder, watch or Watch())

@@ -111,4 +111,5 @@ class RecordedUNet(nn.Module):
 
 
 def _output(unet: Any, x_BCHW: Tensor, time: Tensor, states_BLD: Tensor, condition_BE: Tensor | None = None) -> Tensor:
-    return unet(x_BCHW, time, states_BLD, timestep_cond=condition_BE, return_dict=False)[0]
+    more = {} if condition_BE is None else {"timestep_cond": condition_BE}
+    return unet(x_BCHW, time, states_BLD, **more, return_dict=False)[0]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.teacher import NoiseSchedule, Teacher, module_checksum
+from common.unets import RecordedUNet
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z_BCHW, t_B) -> v_BCHW
 TIME_SCALE = 1000.0  # the published weights: network time 1000 at the noise end
@@ -100,6 +101,10 @@ class UNetFlow(nn.Module):
         dtype = next(self.unet.parameters()).dtype
         output = self.unet(x_BCHW.to(dtype), time_B, states_BLD.to(dtype), return_dict=False)[0]
         return output.to(x_BCHW.dtype)
+
+    def recorded(self) -> UNetFlow:
+        """The same flow, weights shared, for passes without gradients (`common.recorded`)."""
+        return UNetFlow(RecordedUNet(self.unet), self.schedule, self.time_scale)
 
     def estimate(self, x_BCHW: Tensor, t_B: Tensor, states_BLD: Tensor) -> FlowEstimate:
         """The diffusion network's view of the flow at x_t = t x1 + (1 - t) eps.
@@ -239,6 +244,7 @@ class FlowSource:
 
     def __init__(self, flow: UNetFlow, teacher: Teacher, steps: int = 25, guidance: float = 1.5) -> None:
         self.flow, self.teacher, self.steps, self.guidance = flow, teacher, steps, guidance
+        self._recorded = flow.recorded()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -259,4 +265,4 @@ class FlowSource:
     @torch.no_grad()
     def __call__(self, x0_BCHW: Tensor, states_BLD: Tensor) -> Tensor:
         null = self.teacher.null(len(x0_BCHW)) if self.guidance > 1 else None
-        return euler(conditioned(self.flow, states_BLD, null, self.guidance), x0_BCHW, self.steps)
+        return euler(conditioned(self._recorded, states_BLD, null, self.guidance), x0_BCHW, self.steps)

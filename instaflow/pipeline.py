@@ -36,6 +36,7 @@ from torch import Tensor
 from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import read_object, reading, unfinished, write_json
+from common.recorded import Recorder
 from common.teacher import Teacher, decode_latents, encode_text, latent_shape, load_parts, read_schedule, to_uint8
 from common.weights import load_weights, save_weights
 from instaflow.flow import TIME_SCALE, UNetFlow, conditioned, euler_path
@@ -101,6 +102,7 @@ class InstaFlowPipeline:
     def __init__(self, flow: UNetFlow, vae: Any, text_encoder: Any, tokenizer: Any, card: Card | None = None) -> None:
         self.flow, self.vae, self.text_encoder, self.tokenizer = flow, vae, text_encoder, tokenizer
         self.card = card or Card()
+        self._recorded, self._decoder = flow.recorded(), Recorder(vae, decode_latents)
 
     @classmethod
     def of(cls, flow: UNetFlow, teacher: Teacher, card: Card | None = None) -> InstaFlowPipeline:
@@ -193,14 +195,15 @@ class InstaFlowPipeline:
                 raise UserError(f"{len(negatives)} negative prompts for {len(states)} prompts; expected 1 or as many")
             null = self.encode(negatives)
         with torch.inference_mode():
-            *_, z_BCHW = sample_latents(self.flow, z_BCHW.to(self.device, torch.float32), states, steps, guidance, null)
+            z_BCHW = z_BCHW.to(self.device, torch.float32)
+            *_, z_BCHW = sample_latents(self._recorded, z_BCHW, states, steps, guidance, null)
             found = z_BCHW if output == "latent" else self.decode(z_BCHW)
         return found.clone()  # an ordinary tensor, which may be changed and differentiated
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, batch_size: int = 64) -> Tensor:
         """uint8 images [B, 3, H, W] on the CPU."""
-        return torch.cat([to_uint8(decode_latents(self.vae, part)).cpu() for part in latents_BCHW.split(batch_size)])
+        return torch.cat([to_uint8(self._decoder(part)).cpu() for part in latents_BCHW.split(batch_size)])
 
     def interpolate(self, prompts: tuple[str, str], seeds: tuple[int, int], count: int, steps: int = 1) -> Tensor:
         """Images uint8 [count, 3, H, W] between two (prompt, noise) ends: noise on the sphere, text on the line."""

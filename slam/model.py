@@ -136,7 +136,7 @@ class Student(nn.Module):
     def recorded(self) -> Student:
         """The same student, weights shared, for passes without gradients (`common.recorded`)."""
         unet = RecordedUNet(self.unet)
-        return Student(unet, self.paths, self.effective_time, self.embedding_scale, self.reading).train(self.training)
+        return Student(unet, self.paths, self.effective_time, self.embedding_scale, self.reading)
 
     def _condition(self, batch: int, gamma_B: Tensor | None, w_B: Tensor | None, like: Tensor) -> Tensor | None:
         width = self.unet.config.time_cond_proj_dim

@@ -46,8 +46,8 @@ class Recorder:
     Weights may change in place unless `constant`; what the network is made of (adaptors, layers) may not.
     """
 
-    def __init__(self, network: nn.Module, call: Call, constant: bool = False, after: int = AFTER) -> None:
-        self.network, self.call, self.constant, self.after = network, call, constant, after
+    def __init__(self, network: nn.Module, call: Call, constant: bool = False, after: int | None = None) -> None:
+        self.network, self.call, self.constant, self.after = network, call, constant, after or AFTER
         self.small = parameter_count(network) <= LARGEST
         self._calls: dict[Any, int] = {}
         self._recorded: dict[Any, Callable[..., Tensor] | None] = {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.ema import Ema
 from common.errors import UserError
 from common.images import to_unit
+from common.recorded import Recorder
 from common.steps import StepDraws
 
 Prediction = Literal["eps", "x0", "v"]
@@ -299,6 +300,7 @@ class LatentDiffusion(nn.Module):
         self.learn_logvar = learn_logvar
         self.cond_drop = cond_drop
         self.null_input = null_input
+        self._recorders: dict[tuple[tuple[str, int], ...], Recorder] = {}
         self.register_buffer("scale_factor", torch.tensor(scale_factor, dtype=torch.float32))
         logvar_T = torch.full((self.schedule.timesteps,), logvar_init)
         if learn_logvar:
@@ -384,11 +386,25 @@ class LatentDiffusion(nn.Module):
 
     def apply_model(self, zt_BCHW: Tensor, t_B: Tensor, cond: Conditioning = None) -> Tensor:
         """The denoiser's raw output (eps, x0 or v)."""
-        if cond is None:
-            return self.model(zt_BCHW, t_B)
+        return self.model(zt_BCHW, t_B, **self._lists(cond))
+
+    def apply_recorded(self, zt_BCHW: Tensor, t_B: Tensor, cond: Conditioning = None) -> Tensor:
+        """The same for samplers: without gradients, calls that come often are recorded (`common.recorded`)."""
+        lists = self._lists(cond)
+        form = tuple((name, len(tensors)) for name, tensors in lists.items())
+        if form not in self._recorders:
+
+            def call(model: nn.Module, z_BCHW: Tensor, t_B: Tensor, *tensors: Tensor) -> Tensor:
+                rest = iter(tensors)
+                return model(z_BCHW, t_B, **{name: [next(rest) for _ in range(count)] for name, count in form})
+
+            self._recorders[form] = Recorder(self.model, call)
+        return self._recorders[form](zt_BCHW, t_B, *(x for tensors in lists.values() for x in tensors))
+
+    def _lists(self, cond: Conditioning) -> dict[str, list[Tensor]]:
         if isinstance(cond, Tensor):
-            cond = {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": [cond]}
-        return self.model(zt_BCHW, t_B, **cond)
+            return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": [cond]}
+        return cond or {}
 
     def loss(
         self, z_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor, cond: Conditioning = None

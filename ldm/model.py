@@ -210,8 +210,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_BLD: Tensor, context_BLD: Tensor | None = None) -> Tensor:
         if context_BLD is None:
             k_BLD, v_BLD = self._keys_values(x_BLD)
-        # Keys with a gradient belong to one backward pass, and compiled code has no place for a memory.
-        elif self.memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Keys with a gradient belong to one backward pass; compiled and recorded code has no place for a memory.
+        elif self.memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             k_BLD, v_BLD = self._keys_values(context_BLD)
         else:
             k_BLD, v_BLD = self.memory.recall(context_BLD, self._keys_values)

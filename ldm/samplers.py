@@ -510,14 +510,14 @@ def sample(
         sampler: ddim, ddpm (all T steps), plms or dpm++.
         guidance: classifier-free scale; `uncond` defaults to the model's null condition.
         wrap: adds guidance to the denoiser, e.g. lambda d: image_guided(d, ldm.schedule, distance).
-        network: replaces `ldm.apply_model`, e.g. by `patchwise(ldm.apply_model, ...)`.
+        network: replaces `ldm.apply_recorded`, e.g. by `patchwise(ldm.apply_model, ...)`.
         options: of the sampler's own function (known, snap, temperature, progress, ...).
     """
     if zT_BCHW is None:
         zT_BCHW = noise(torch.empty(tuple(shape), device=ldm.scale_factor.device))
     if guidance != 1.0 and cond is not None and uncond is None:
         uncond = ldm.null_conditioning(cond)
-    denoise = make_denoiser(network or ldm.apply_model, ldm.schedule, cond, guidance=guidance, uncond=uncond)
+    denoise = make_denoiser(network or ldm.apply_recorded, ldm.schedule, cond, guidance=guidance, uncond=uncond)
     if wrap is not None:
         denoise = wrap(denoise)
     with reused_context(ldm.model):

@@ -349,6 +349,23 @@ def test_reused_keys_follow_another_condition_a_changed_one_and_the_end_of_the_c
         assert torch.equal(ldm.apply_model(z, t, second.clone()), plain[1])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_recorded_calls_draw_the_same_and_follow_their_condition(monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
+    monkeypatch.setattr("common.recorded.AFTER", 3)
+    ldm, generator = text_model(), torch.Generator().manual_seed(0)
+    calls: list[int] = []
+    ldm.model.register_forward_hook(lambda *_: calls.append(1))
+    for context in torch.randn(3, 1, 4, 12, generator=generator):
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            drawn = [
+                sample(ldm, (1, 3, 8, 8), noise(), context, steps=5, guidance=2.0, network=network)
+                for network in (ldm.apply_model, None)
+            ]
+        assert torch.equal(*drawn) and drawn[0].std() > 0.1
+    assert len(calls) == 5  # those of `apply_model`: the others come from the recording
+
+
 def test_nothing_is_reused_where_gradients_flow() -> None:
     ldm = text_model()
     z, t = torch.randn(1, 3, 8, 8), torch.tensor([500])

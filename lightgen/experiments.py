@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from common.data.cache import fingerprint_module, fingerprint_strings
-from common.data.sampling import StepDataModule, Table
+from common.data.sampling import StepDataModule, Table, step_generator
 from common.data.shapes import Scene, Spec, Split, heldout_pairs, prompts, render, sample_scene
 from common.options import TrainerOptions
+from common.steps import StepDraws
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
 from lightgen.config import NetworkConfig, OptimiserConfig, PreferenceConfig, SamplingConfig, StagesConfig, TextConfig
@@ -208,15 +209,29 @@ class Study(CommonStudy[Sizes]):
         small, large = (step_flop(model, self.text.config.length, grid) for grid in ((2, 2), (4, 4)))
         return round(0.5 * steps * large / small), round(0.5 * steps)
 
-    def _tuned(self, name: str, rates: Sequence[float], attempt: Callable[[float], Fluid]) -> float:
-        """The rate with the best overall score on validation prompts."""
+    def _tuned(self, name: str, rates: Sequence[float], badness: Callable[[float], float]) -> float:
+        """The rate with the least badness."""
 
         def tries() -> dict[str, Any]:
-            specs = self.specs(seed=VALIDATION_SEED)
-            found = {f"{lr:g}": scores(self.painter(attempt(lr)), specs)["overall"] for lr in rates}
-            return {"lr": max(rates, key=lambda lr: found[f"{lr:g}"]), "overall": found}
+            found = {f"{lr:g}": badness(lr) for lr in rates}
+            return {"lr": min(rates, key=lambda lr: found[f"{lr:g}"]), "badness": found}
 
         return float(self.values(f"tuning-{name}", tries, self.settings)["lr"])
+
+    @torch.no_grad()
+    def held_out_loss(self, model: Fluid) -> float:
+        """Equation 6 on pictures that were not trained on: always the same masks, times and noises."""
+        pictures = scenes("test", 8 * self.sizes.batch, SIZE, WORLD, VALIDATION_SEED)
+        table = latents(pictures, SIZE, self.autoencoder, False, progress=False)
+        states, batch = self.text.cached(pictures.captions, progress=False), self.sizes.batch
+        module = MaskedTraining(
+            model, None, states, STAGES, OptimiserConfig(), seed=0, lr=0.0, steps=1, batch_size=batch
+        ).eval()
+        total = 0.0
+        for number, first in enumerate(range(0, len(pictures), batch)):
+            draws = StepDraws(step_generator(VALIDATION_SEED, number), batch, slice(None))
+            total += float(module.loss(table.__getitems__(range(first, first + batch)), draws)) * batch / len(pictures)
+        return total
 
     def learning_rate(self, name: str) -> float:
         """Of a pre-trained arm; sets of other pictures and sizes take that of `plain`."""
@@ -224,7 +239,11 @@ class Study(CommonStudy[Sizes]):
             return self.sizes.lr
         kind = name if "network" in ARMS[name] else "plain"
         steps, images = max(1, int(TUNING_SHARE * self.sizes.steps)), str(self.sizes.images)
-        return self._tuned(kind, LEARNING_RATES, lambda lr: self._pretrain(kind, images, lr, steps, TUNING_SEED))
+
+        def badness(lr: float) -> float:  # after so few steps most pictures are wrong, whatever the rate is
+            return self.held_out_loss(self._pretrain(kind, images, lr, steps, TUNING_SEED))
+
+        return self._tuned(kind, LEARNING_RATES, badness)
 
     def pretrained(self, name: str, seed: int, images: str | None = None) -> Arm[Fluid]:
         """A pre-trained arm."""
@@ -275,8 +294,12 @@ class Study(CommonStudy[Sizes]):
             return self.sizes.preference_lr
         steps = max(1, int(TUNING_SHARE * self.sizes.preference_steps))
         rates = PREFERENCE_RATES if kind == "dpo" else tuple(0.1 * lr for lr in LEARNING_RATES)
-        attempt = lambda lr: self._prefer(start, kind, lr, steps, TUNING_SEED)  # noqa: E731
-        return self._tuned(f"{start}-{kind}", rates, attempt)
+
+        def badness(lr: float) -> float:
+            painter = self.painter(self._prefer(start, kind, lr, steps, TUNING_SEED))
+            return 1 - scores(painter, self.specs(seed=VALIDATION_SEED))["overall"]
+
+        return self._tuned(f"{start}-{kind}", rates, badness)
 
     def preferred(self, start: str, kind: str, seed: int, times: float = 1.0) -> Arm[Fluid]:
         """An arm after DPO (`dpo`) or after as many steps on the winners (`sft`); `times` its own rate."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.ema import Ema
 from common.muon import MuonAdam
 from common.optimisers import adamw, scheduled
-from common.steps import StepOptions, StepTraining
+from common.steps import StepDraws, StepOptions, StepTraining
 from lightgen.config import OptimiserConfig, PreferenceConfig, StagesConfig
 from lightgen.diffusion import STEPS
 from lightgen.losses import masked_loss, noise_errors, preference
@@ -77,6 +77,12 @@ class MaskedTraining(StepTraining):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = self.draws(batch_idx)
+        loss = self.loss(batch, draws)
+        self.means.log(self, {"loss": loss}, draws.part, self.accumulate)
+        return loss
+
+    def loss(self, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
+        """Equation 6 on the rows of a micro-batch."""
         stages, config = self.stages, self.model.config
         # One share for the whole batch, on all processes: known tokens then fill a rectangle.
         share = float(self.law.ppf(torch.rand((), generator=draws.generator, device=self.device).item()))
@@ -95,9 +101,7 @@ class MaskedTraining(StepTraining):
         noise_UbMP = draws.normal(times, count, width).transpose(0, 1)
         draws.seed_dropout()
         text_bLD = self.model.dropped(self.model.text(self.states(batch["prompt"])), drop_b)
-        loss = masked_loss(self.model, tokens_bNP, order_bN, count, text_bLD, t_UbM, noise_UbMP, grid)
-        self.means.log(self, {"loss": loss}, draws.part, self.accumulate)
-        return loss
+        return masked_loss(self.model, tokens_bNP, order_bN, count, text_bLD, t_UbM, noise_UbMP, grid)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         # Not in on_train_batch_end, which comes after the callback that writes the checkpoint.

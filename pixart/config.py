@@ -151,10 +151,11 @@ class OptimiserConfig:
     """AdamW with decay on all parameters, constant rate after a linear warm-up (table 4; the official configs).
 
     Args:
+        name: muon takes orthogonalised steps for weight matrices instead (common/muon.py).
         lr: learning rate after the warm-up.
         auto_lr: none takes lr as it is (the paper's text); sqrt multiplies it by sqrt(batch / 256) (the official code).
         weight_decay: of all parameters.
-        eps: Adam's epsilon.
+        eps: AdamW's epsilon.
         warmup: steps over which the rate rises linearly.
         cooldown: last fraction of the steps over which the rate falls linearly to zero (0: constant, as in the paper).
         grad_clip: largest norm of the gradient; 0 does not clip.
@@ -163,6 +164,7 @@ class OptimiserConfig:
         snr_loss: compare x_0 instead of the noise at t <= 249 (official option, off).
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: NotNegative = 2e-5
     auto_lr: Literal["none", "sqrt"] = "none"
     weight_decay: NotNegative = 0.03

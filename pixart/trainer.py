@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common.ema import Ema
 from common.errors import UserError
+from common.muon import MuonAdam
 from common.optimisers import adamw, scheduled
 from common.steps import BatchMeans, StepDraws
 from pixart.config import StageConfig
@@ -79,8 +80,12 @@ class StageModule(pl.LightningModule):
             raise UserError(f"optimiser.cooldown {options.cooldown}: expected a fraction of the steps, 0 to 1")
         # The official code's auto_lr: its base batch is 256.
         lr = options.lr * math.sqrt(batch / 256) if options.auto_lr == "sqrt" else options.lr
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        optimiser = adamw(trained, lr, options.weight_decay, options.eps)
+        optimiser: torch.optim.Optimizer
+        if options.name == "muon":
+            optimiser = MuonAdam(self.network, lr, options.weight_decay)
+        else:
+            trained = [p for p in self.network.parameters() if p.requires_grad]
+            optimiser = adamw(trained, lr, options.weight_decay, options.eps)
         rate = partial(rate_factor, options.warmup, options.cooldown, self.config.trainer.max_steps)
         return scheduled(optimiser, rate)
 

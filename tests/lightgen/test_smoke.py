@@ -51,3 +51,19 @@ def test_the_set_of_few_captions_shows_them_and_nothing_that_is_held_out() -> No
     shown = verify(found.images(list(range(96))).numpy(), [specs[i % 24] for i in range(96)])
     assert shown.mean() > 0.97
     assert len({image.numpy().tobytes() for image in found.images(list(range(96)))}) == 96
+
+
+def test_rates_are_chosen_by_a_loss_that_is_the_same_each_time_and_falls(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from common.study import open_sizes
+    from lightgen.experiments import Sizes, Study
+
+    sizes = replace(open_sizes(Sizes, "lightgen", "smoke", 1), batch=16, steps=40, images=64, tune=True)
+    study = Study(str(reproduce.AUTOENCODER), sizes, tmp_path)
+    untrained = study.new_model("plain", 0).eval()
+    before = study.held_out_loss(untrained)
+    assert before == study.held_out_loss(untrained)
+    assert study.held_out_loss(study._pretrain("plain", "64", 3e-3, 12, 0)) < before - 0.05
+    badness = {"0.0015": 0.9, "0.003": 0.4, "0.006": 0.5}
+    assert study._tuned("tried", [float(lr) for lr in badness], lambda lr: badness[f"{lr:g}"]) == 0.003

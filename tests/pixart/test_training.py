@@ -66,6 +66,15 @@ def test_null_caption_is_saved_and_never_changed_by_training(reference: Path) ->
     assert not torch.equal(changed, weights_of(reference / "stage3")["y_embedder.y_proj.fc1.weight"])
 
 
+def test_muon_trains_another_network_and_leaves_the_null_caption_alone(reference: Path, tmp_path: Path) -> None:
+    options = {"init_from": reference / "stage1" / "model", "optimiser__name": "muon", "evaluate": "false"}
+    first, second = (train(tmp_path / name, "stage2", **options) / "stage2" for name in ("first", "second"))
+    found, other = losses(first), losses(reference / "stage2")
+    assert found == losses(second) and found[min(found)] == other[min(other)] and found != other
+    key = "y_embedder.y_embedding"
+    assert torch.equal(weights_of(first)[key], weights_of(reference / "stage2")[key])
+
+
 def test_run_leaves_logs_checkpoints_weights_and_pictures(reference: Path) -> None:
     for stage in ("stage1", "stage2", "stage3"):
         folder = reference / stage

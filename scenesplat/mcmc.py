@@ -48,11 +48,20 @@ def drawn(weights_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(ends_N, at_n, right=True).clamp(max=len(weights_N) - 1)
 
 
-def wandering(quaternions_N4: Tensor, scales_N3: Tensor, opacities_N: Tensor, noise_N3: Tensor, size: float) -> Tensor:
+def wandering(
+    quaternions_N4: Tensor,
+    scales_N3: Tensor,
+    opacities_N: Tensor,
+    noise_N3: Tensor,
+    size: float,
+    steepness: float = STEEPNESS,
+    faint: float = FAINT,
+) -> Tensor:
     """Displacements [N, 3]: noise in the shape of each Gaussian, only where it is faint (equation 8).
 
     Args:
         scales_N3: standard deviations. opacities_N: 0..1. noise_N3: of unit variance. size: rate times strength.
+        steepness, faint: of the gate of the noise, a sigmoid in 1 - opacity.
     """
-    gate_N1 = torch.sigmoid(STEEPNESS * ((1 - opacities_N) - FAINT))[:, None]
+    gate_N1 = torch.sigmoid(steepness * ((1 - opacities_N) - faint))[:, None]
     return (covariances(quaternions_N4, scales_N3) @ (noise_N3 * gate_N1 * size)[..., None])[..., 0]

@@ -522,7 +522,7 @@ def self_supervised_step(case: Case) -> None:
         assert gradient is not None
         assert_close(gradient.norm(), torch.tensor(norm), f"norm of {name}'s gradient")
     if teacher is not None:
-        follow(teacher, student, 0.9)
+        follow(teacher, student, config["ema_momentum"])
         for name, value in case.group("out", "ema/backbone_teacher.").items():
             assert_close(teacher.state_dict()[name], value, f"{name} of the teacher")
 

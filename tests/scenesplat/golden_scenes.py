@@ -226,13 +226,19 @@ def augmentation(case: Case) -> None:
 def growth(case: Case) -> None:
     """What Gaussians become that are split among copies, and how far they wander."""
     given, wanted, config = case.group("in", "relocate/"), case.group("out", "relocate/"), case.config
-    assert config["op_sigmoid"] == {"k": mcmc.STEEPNESS, "x0": mcmc.FAINT}
+    gate = config["op_sigmoid"]
     opacities_N, scales_N3 = mcmc.shared(given["opacities"], given["scales"], given["ratios"])
     assert_close(opacities_N, wanted["opacities"], "opacities after relocation")
     assert_close(scales_N3, wanted["scales"], "scales after relocation")
     given, wanted = case.group("in", "noise/"), case.group("out", "noise/")
     moved_N3 = mcmc.wandering(
-        given["quats"], given["scales"].exp(), given["opacities"].sigmoid(), given["noise"], config["noise_scaler"]
+        given["quats"],
+        given["scales"].exp(),
+        given["opacities"].sigmoid(),
+        given["noise"],
+        config["noise_scaler"],
+        gate["k"],
+        gate["x0"],
     )
     assert_close(given["means"] + moved_N3, wanted["means"], "places after the noise")
 

@@ -32,12 +32,12 @@ from benchmarks.arms import (
     training_rows,
     where_of,
 )
+from benchmarks.few_steps import against_many_steps
 from common.adaptors import adaptor_state, merge_adaptors
 from common.errors import run_main
 from common.ledger import bench_row
 from common.optimisers import adamw
 from common.paths import REPOSITORY
-from common.solvers import stock_pipeline
 from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
 from common.teacher import Teacher
 from hipa.config import PLACEMENTS, AdaptorConfig, LossConfig
@@ -164,16 +164,20 @@ def sampling_rows(device: str, rounds: int) -> Iterator[dict[str, Any]]:
     unet = bare_copy(teacher)
     merge_adaptors(unet, adaptor_state(adapted.unet))
     student, frozen = OneStep(unet, teacher.schedule), OneStep(teacher.unet, teacher.schedule)
-    pipeline = stock_pipeline(teacher, "DDIMScheduler")
-    noise, states = torch.randn(1, *teacher.latent_shape), teacher.encode(["a red star"])
-    arms = {
-        "ours": lambda: teacher.draw(student, ["a red star"], noise),
-        "peer": lambda: pipeline("a red star", num_inference_steps=25, guidance_scale=1.5, output_type="np"),
-    }
-    with torch.inference_mode():
-        found = in_turns(arms, rounds, device)
-    name = f"{where_of(device)}caption to image, one step against 25 guided DDIM steps, batch 1 (shapes32)"
-    yield bench_row(name, 1 / found["ours"], 1 / found["peer"], "images/s", target=SAMPLING_SPEEDUP)
+    noise, prompts = torch.randn(1, *teacher.latent_shape), ["a red star"]
+    states = teacher.encode(prompts)
+    yield from against_many_steps(
+        "caption to image, one step",
+        "shapes32",
+        lambda: teacher.draw(student, prompts, noise),
+        lambda: Teacher.load(TEACHER, device),
+        prompts,
+        "DDIM",
+        1.5,
+        rounds,
+        device,
+        SAMPLING_SPEEDUP,
+    )
     x = noise.to(device)
     turns = {"ours": lambda: student(x, states), "bare": lambda: frozen(x, states), "peft": lambda: adapted(x, states)}
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.arms import chosen_devices, in_turns, machine_options, record, where_of
+from benchmarks.few_steps import against_many_steps
 from common.cli import Parser
 from common.cpu import tune_allocator
 from common.data.pairs import generate_pairs
@@ -75,9 +76,10 @@ def student_pipeline(teacher: Teacher, folder: Path | None, dtype: torch.dtype) 
 
 
 def latency_rows(
-    teacher: Teacher, student: InstaFlowPipeline, what: str, rounds: int, device: str
+    open_teacher: Callable[[], Teacher], student: InstaFlowPipeline, what: str, rounds: int, device: str
 ) -> list[dict[str, Any]]:
     """One step against 25 guided steps, from caption to image, at batch 1 and 16; and the U-Net evaluations of both."""
+    teacher = open_teacher()
     peer = stock_pipeline(teacher, SOLVER)
     counted = {"student": 0, "teacher": 0}
     hooks = [
@@ -104,20 +106,22 @@ def latency_rows(
     ]
     for batch in (1, 16):
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
-        arms: dict[str, Callable[[], Any]] = {
-            "ours": lambda p=prompts: student(p),  # type: ignore[misc]
-            "peer": lambda p=prompts: peer(  # type: ignore[misc]
-                p, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np"
-            ),
-        }
-        seconds = in_turns(arms, rounds, device)
-        name = f"{where}caption to image, 1 step against {STEPS} guided DPM-Solver++ steps, batch {batch} ({what})"
-        target = SPEEDUP if batch == 1 else None
-        rows.append(bench_row(name, batch / seconds["ours"], batch / seconds["peer"], "images/s", target=target))
+        rows += against_many_steps(
+            "caption to image, 1 step",
+            what,
+            lambda p=prompts: student(p),  # type: ignore[misc]
+            open_teacher,
+            prompts,
+            "DPM-Solver++",
+            GUIDANCE,
+            rounds,
+            device,
+            SPEEDUP if batch == 1 else None,
+        )
         if batch == 1:
+            first = rows[-2 if device == "cpu" else -1]
             name = f"{where}latency of one image ({what})"
-            values = (1000 * seconds["ours"], 1000 * seconds["peer"])
-            rows.append(bench_row(name, values[0], values[1], "ms", higher_is_better=False))
+            rows.append(bench_row(name, 1000 / first["ours"], 1000 / first["peer"], "ms", higher_is_better=False))
     return rows
 
 
@@ -159,13 +163,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for device in chosen_devices(options):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        if options.stable_diffusion:
-            teacher, what = random_stable_diffusion(device, dtype), "Stable Diffusion 1.5 sizes"
-        else:
-            teacher, what = Teacher.load(options.teacher, device, dtype), options.teacher.name
+        what = "Stable Diffusion 1.5 sizes" if options.stable_diffusion else options.teacher.name
+
+        def open_teacher(device: str = device, dtype: torch.dtype = dtype) -> Teacher:
+            if options.stable_diffusion:
+                return random_stable_diffusion(device, dtype)
+            return Teacher.load(options.teacher, device, dtype)
+
+        teacher = open_teacher()
         student = student_pipeline(teacher, options.run_dir, dtype)
         with torch.inference_mode():
-            rows += latency_rows(teacher, student, what, options.rounds, device)
+            rows += latency_rows(open_teacher, student, what, options.rounds, device)
             rows.append(pair_row(teacher, what, max(3, options.rounds // 3), device))
     record(rows, options.output)
     return rows

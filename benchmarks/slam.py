@@ -25,19 +25,16 @@ from benchmarks.arms import (
     Pace,
     Step,
     bench_parser,
-    in_turns,
     mixed,
     parse,
     serve_or_measure,
     training_rows,
-    where_of,
 )
+from benchmarks.few_steps import against_many_steps
 from common.costs import flop
 from common.errors import run_main
-from common.ledger import bench_row
 from common.optimisers import adamw
 from common.paths import REPOSITORY
-from common.solvers import stock_pipeline
 from common.stable_diffusion import stable_diffusion_unet
 from common.teacher import Teacher
 from slam.config import LossConfig, StudentConfig, SubPathConfig
@@ -161,24 +158,27 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     label, images = "training step against diffusers' LCM example", SIZES[size]
     yield training_rows("benchmarks.slam", size, device, folder, pace, images, label, STEP_SPEEDUP, work)[0]
     if size == "shapes32":
-        yield [sampling_row(device, max(5, pace.rounds), steps) for steps in (4, 1)]
+        for count in (4, 1):
+            yield sampling_rows(device, max(5, pace.rounds), count)
 
 
-def sampling_row(device: str, rounds: int, steps: int) -> dict[str, Any]:
+def sampling_rows(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Caption to image at batch 1: few steps of the student against 25 guided DDIM steps of stock diffusers."""
     teacher = Teacher.load(TEACHER, device)
     student = make_student(teacher, StudentConfig(), PATHS).eval().requires_grad_(False).to(device)
-    pipeline, draw = stock_pipeline(teacher, "DDIMScheduler"), few_step_source(student, steps)
-    noise = torch.randn(1, *teacher.latent_shape)
-    arms = {
-        "ours": lambda: teacher.draw(draw, ["a red star"], noise),
-        "peer": lambda: pipeline("a red star", num_inference_steps=25, guidance_scale=1.5, output_type="np"),
-    }
-    with torch.inference_mode():
-        found = in_turns(arms, rounds, device)
-    target = SAMPLING_SPEEDUP if steps == 4 else None
-    name = f"{where_of(device)}caption to image, {steps} steps against 25 guided DDIM steps, batch 1 (shapes32)"
-    return bench_row(name, 1 / found["ours"], 1 / found["peer"], "images/s", target=target)
+    draw, noise, prompts = few_step_source(student, steps), torch.randn(1, *teacher.latent_shape), ["a red star"]
+    return against_many_steps(
+        f"caption to image, {steps} steps",
+        "shapes32",
+        lambda: teacher.draw(draw, prompts, noise),
+        lambda: Teacher.load(TEACHER, device),
+        prompts,
+        "DDIM",
+        1.5,
+        rounds,
+        device,
+        SAMPLING_SPEEDUP if steps == 4 else None,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ the same kernels in the same order, so the numbers are the same to the bit; unli
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from common.costs import parameter_count
 
 AFTER = 64  # calls with equal shapes before recording pays: it takes as long as 50 to 200 of them save
-LARGEST = 50_000_000  # parameters: of larger networks products take all the time, and constants would be kept twice
+# What is larger is left as it is: products take all the time there, and while it is being recorded a network keeps
+# every tensor on the way.
+LARGEST = 50_000_000  # parameters
+MOST, PLACES = 2**16, 2**8  # numbers of the first input, and its places (all dimensions after samples and channels)
 Call = Callable[..., Tensor]
 
 
@@ -35,8 +39,9 @@ class _Pure(nn.Module):
 class Recorder:
     """call(network, *inputs), recorded for each combination of input shapes and types that comes often.
 
-    Calls with gradients, of a network in training mode or a large one, on another device than the CPU or with anything
-    but tensors go to the network as they are; so do those whose recording fails or does not give its own numbers.
+    Calls with gradients, of a network in training mode, of large networks or inputs, on another device than the CPU or
+    with anything but tensors go to the network as they are; so do those whose recording fails or does not give the
+    network's own numbers.
 
     Args:
         call: a function of the network and of tensors alone: no random numbers, nothing decided by their values.
@@ -55,6 +60,8 @@ class Recorder:
     def __call__(self, *inputs: Any) -> Tensor:
         plain = torch.is_grad_enabled() or self.network.training or torch.compiler.is_compiling() or not self.small
         if plain or not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in inputs):
+            return self.call(self.network, *inputs)
+        if inputs[0].numel() > MOST or math.prod(inputs[0].shape[2:]) > PLACES:
             return self.call(self.network, *inputs)
         mixed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         key = (mixed, *((x.shape, x.dtype, x.stride()) for x in inputs))
@@ -91,7 +98,7 @@ class Recorder:
 
 
 def _with_fewer_rows(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """The inputs' first two samples, then all: a recording keeps every tensor on the way until it is finished."""
+    """The inputs' first two samples, then all."""
     rows = {len(x) if x.dim() else 0 for x in inputs}
     if len(rows) == 1 and rows.pop() > 2:
         yield tuple(x[:2] for x in inputs)

@@ -80,6 +80,20 @@ def test_gradients_and_training_go_through_the_network() -> None:
         assert network.calls == 6
 
 
+def test_large_inputs_and_networks_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small()
+    for name, limit, expected in (("MOST", 29, 3), ("LARGEST", 10, 3), ("MOST", 30, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"common.recorded.{name}", limit)
+            recorder, network.calls = Recorder(network, plain, after=1), 0
+            with torch.no_grad():
+                recorder(*given())
+                before = network.calls
+                for _ in range(2):
+                    recorder(*given())  # 5 x 6 numbers
+            assert network.calls - before + 1 == expected
+
+
 def test_weights_that_change_in_place_are_seen() -> None:
     network = small()
     recorder = Recorder(network, plain, after=1)

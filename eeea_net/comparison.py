@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from common.data.classes import ImageSet
 from common.errors import UserError
 from common.events import Board
-from common.files import read_object, write_atomically, write_json
+from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
+from common.loops import Clock
 from common.publishing import markdown_table
 from eeea_net.config import EvolutionOptions, RetrainOptions, RunConfig
 from eeea_net.counting import count
@@ -72,9 +72,7 @@ class Comparison:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, Path(config.run_dir)
         self.device = pick_device(config.device)
-        metrics = self.folder / "metrics.json"
-        known = read_object(metrics, kinds={"seconds": (int, float)}) if metrics.is_file() else {"seconds": 0.0}
-        self.started = time.perf_counter() - float(known["seconds"])
+        self.clock = Clock.of_run(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data, config.seed)
         self.space = Space.of(config.cell)
         self.scale = Scale(self.space, config.large)
@@ -243,7 +241,7 @@ class Comparison:
                 }
                 for name, search in searches.items()
             },
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.clock.seconds,
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),

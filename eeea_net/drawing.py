@@ -131,20 +131,31 @@ def draw_generation(
     save_figure(figure, path, caption)
 
 
-def draw_comparison(fronts: Mapping[str, Any], path: Path, caption: str, size: str = "parameters M (20 cells)") -> None:
+def draw_comparison(
+    fronts: Mapping[str, Any],
+    path: Path,
+    caption: str,
+    size: str = "parameters M (20 cells)",
+    along: str = "networks trained",
+) -> None:
     """Hypervolume against networks trained, and the fronts, of several searches.
 
     Args:
         fronts: name to {"evaluations": [...], "hypervolume": [...], "front": objectives}.
-        size: what the second objective is.
+        size: what the second objective is; along: what evaluations are.
     """
     figure, axes = panels(2, width=4.5)
     for number, (name, of) in enumerate(fronts.items()):
-        style = {"marker": "o", "color": (BLUE, ORANGE, "#3c7d3c", "#7a3fa0")[number % 4], "label": name}
+        style = {
+            "marker": "o",
+            "markersize": 4,
+            "color": (BLUE, ORANGE, "#3c7d3c", "#7a3fa0")[number % 4],
+            "label": name,
+        }
         axes[0].plot(of["evaluations"], of["hypervolume"], **style)
         points = sorted(of["front"], key=lambda p: p[1])
         axes[1].plot([p[1] for p in points], [100 * p[0] for p in points], linestyle="none", **style)
-    axes[0].set_xlabel("networks trained")
+    axes[0].set_xlabel(along)
     axes[0].set_ylabel("normalised hypervolume")
     axes[1].set_xlabel(size)
     axes[1].set_ylabel("validation error %")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.errors import UserError
 from common.evolution import fronts, generation_random, hypervolume, spread
 from common.files import read_object, reading, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
+from common.loops import Clock
 from common.options import RunOptions
 from common.publishing import markdown_table
 from common.stopping import Steps
@@ -92,7 +92,7 @@ class OnceForAll:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, Path(config.run_dir)
-        self.started = time.perf_counter()
+        self.clock = Clock.of_run(self.folder / "metrics.json")
         options = config.elastic
         self.elastic = elastic_of(options)
         self.data: ImageSet = open_data(config.data, config.seed)
@@ -248,7 +248,7 @@ class OnceForAll:
             "hypervolume": found["volumes"][-1],
             "hypervolume_random": self._volume(random) if random else None,
             "recalibration_gain": float(np.mean(gains)) if gains else None,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.clock.seconds,
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),
@@ -258,13 +258,18 @@ class OnceForAll:
         write_atomically(self.folder / "table.md", lambda path: path.write_text(table(content), encoding="utf-8"))
         draw_comparison(
             {
-                name: {"evaluations": [len(of)], "hypervolume": [self._volume(of)], "front": [m.objectives for m in of]}
+                name: {
+                    "evaluations": range(1, len(of) + 1),
+                    "hypervolume": [self._volume(of[:count]) for count in range(1, len(of) + 1)],
+                    "front": [m.objectives for m in of],
+                }
                 for name, of in (("surrogate search", measured), ("random", random))
                 if of
             },
             self.folder / "comparison.png",
-            "Members of the elastic network that were measured: error against MACs.",
+            "Members of the elastic network as they were measured: hypervolume so far, and error against MACs.",
             "MACs M",
+            "members measured",
         )
         return content
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +17,7 @@ from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import read_object, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
+from common.loops import Clock
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
 from pc_darts.config import RunConfig, SearchOptions, SgdOptions
 from pc_darts.counting import size_cap
@@ -53,7 +53,7 @@ class Comparison:
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
         self.folder = Path(config.run_dir)
-        self.started, self.earlier = time.perf_counter(), _earlier_seconds(self.folder / "metrics.json")
+        self.clock = Clock.of_run(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data)
         self.halves: tuple[Pictures, Pictures] = search_halves(self.data.train, config.data.halves, 0)
         self.augment = augmentation(config.data)
@@ -229,7 +229,7 @@ class Comparison:
                 "test": len(self.data.test),
             },
             "arms": [_figures(arm) for arm in arms],
-            "seconds": self.earlier + time.perf_counter() - self.started,
+            "seconds": self.clock.seconds,
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),
@@ -246,11 +246,6 @@ def check_schedule(section: str, options: SgdOptions) -> None:
     """Refuse a linear decay that has no epochs to decay in (`schedules.imagenet_final`)."""
     if options.lr_schedule == "imagenet_final" and options.lr_warmup < options.epochs <= 5:
         raise UserError(f"--{section}.epochs {options.epochs}: lr_schedule imagenet_final expects more than 5")
-
-
-def _earlier_seconds(path: Path) -> float:
-    """Wall seconds of the starts before this one, as far as they finished an arm."""
-    return float(read_object(path, kinds={"seconds": (int, float)})["seconds"]) if path.is_file() else 0.0
 
 
 def _figures(arm: Arm) -> dict[str, Any]:

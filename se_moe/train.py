@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import read_object, write_atomically, write_json
+from common.loops import Clock
 from se_moe.config import FREE_OPTIONS, TrainConfig, read_config
 
 
@@ -144,13 +144,13 @@ def main(argv: Sequence[str] | None = None) -> str:
     if "RANK" in os.environ:  # one of several processes: torchrun's, or those of `start_ranks`
         train_arm(config, config.arms[0])
         return ""
-    record, started = folder / "metrics.json", time.perf_counter()
-    earlier = read_object(record, kinds={"seconds": (int, float)})["seconds"] if record.is_file() else 0.0
+    record = folder / "metrics.json"
+    clock = Clock.of_run(record)
     for arm in config.arms:
         if arm == "deepspeed" and not deepspeed_arm.available():
             continue
         start_ranks(config, arm)
-        write_json(record, {"seconds": earlier + time.perf_counter() - started, "arms": measured(config)})
+        write_json(record, {"seconds": clock.seconds, "arms": measured(config)})
     result = table(config)
     write_atomically(folder / "table.md", lambda path: path.write_text(result + "\n", encoding="utf-8"))
     print(result)

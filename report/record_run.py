@@ -2,13 +2,14 @@
 
     python -m report.record_run pc_darts runs/pc_darts-small
     python -m report.record_run electra runs/electra-small --figure curves.png "Default run: losses in training."
+    python -m report.record_run eeea_net runs/eeea_net-detection --name detection   # another run of the same paper
     python -m report.readme_tables        # then: the READMEs
 
 Writes results/run_<paper>.md (the run's table.md and a line on time and machine), results/runs/<folder's name>.json
 (the run's metrics.json with the machine, versions and commit) and, for every --figure FILE CAPTION,
-results/figures/<paper>/default_run_<name> with its caption. Nothing is computed here. On a CPU without bf16
-instructions (or with ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only results/runs/<folder's name>-without-bf16.json
-is written.
+results/figures/<paper>/default_run_<FILE> with its caption; --name NAME stands between paper and file in the names.
+Nothing is computed here. On a CPU without bf16 instructions (or with ONEDNN_MAX_CPU_ISA=AVX2, as the run itself) only
+results/runs/<folder's name>-without-bf16.json is written.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ def _seconds(metrics: dict[str, Any], path: Path) -> float:
     return float(total)
 
 
-def record(paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, results: Path = RESULTS) -> Path:
+def record(
+    paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, results: Path = RESULTS, name: str = ""
+) -> Path:
     """Write the run's table and numbers below `results`; returns the file (the Markdown one, if both).
 
     Args:
         figures: captions of the pictures to copy, by their places in `run_dir`.
+        name: of another run than the paper's first one.
     Raises:
         UserError: an unknown paper, a file of a finished run is missing, or the wall time is not in metrics.json.
     """
@@ -75,11 +79,12 @@ def record(paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, 
         return path
     text = (run_dir / "table.md").read_text(encoding="utf-8").strip()
     text += f"\n\n{minutes:.1f} minutes in all on {kept['hardware']}.\n"
-    target = results / f"run_{paper}.md"
+    target = results / f"run_{paper}{name and f'_{name}'}.md"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"))
     write_json(results / "runs" / f"{run_dir.name}.json", kept)
     for figure, caption in figures.items():
-        copy_picture(run_dir / figure, results / "figures" / paper / f"default_run_{Path(figure).name}", caption)
+        kept_as = f"default_run_{name and f'{name}_'}{Path(figure).name}"
+        copy_picture(run_dir / figure, results / "figures" / paper / kept_as, caption)
     return target
 
 
@@ -96,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar=("FILE", "CAPTION"),
         help="picture of the run folder and what it shows; may be repeated",
     )
+    parser.add_argument("--name", default="", help="of another run than the paper's first one")
     options = parser.parse_args(argv)
-    print(record(options.paper, options.run_dir, dict(options.figure)))
+    print(record(options.paper, options.run_dir, dict(options.figure), name=options.name))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ def test_table_time_machine_and_pictures_are_kept(tmp_path, seconds, monkeypatch
     assert json.loads((figures / "captions.json").read_text()) == {"default_run_curves.png": "Losses."}
 
 
+def test_another_run_of_a_paper_has_names_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("report.record_run.bf16_possible", lambda *_: True)
+    run = finished_run(tmp_path / "electra-long", 60.0)
+    path = record("electra", run, {"curves.png": "Losses."}, tmp_path / "results", "long")
+    assert path.name == "run_electra_long.md" and (tmp_path / "results/runs/electra-long.json").is_file()
+    assert (tmp_path / "results/figures/electra/default_run_long_curves.png").is_file()
+
+
 def test_what_is_missing_is_named(tmp_path):
     run = finished_run(tmp_path / "run", 1.0)
     refused("unknown paper 'bert'", record, "bert", run, results=tmp_path)

@@ -32,8 +32,9 @@ class Clock:
     @classmethod
     def of_run(cls, metrics: Path) -> Clock:
         """Of a run whose metrics.json has the `seconds` of its earlier starts, as far as they finished a part."""
-        known = read_object(metrics, kinds={"seconds": (int, float)}) if metrics.is_file() else {"seconds": 0.0}
-        return cls(float(known["seconds"]))
+        if not metrics.is_file() or "seconds" not in read_object(metrics):
+            return cls()
+        return cls(float(read_object(metrics, kinds={"seconds": (int, float)})["seconds"]))
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.events import Board
-from common.files import read_object, write_atomically
+from common.files import write_atomically
 from common.options import RunOptions
 from common.stopping import Steps
 from common.training import LAST_CHECKPOINT, load_checkpoint, of_another_network, save_checkpoint
@@ -28,13 +28,6 @@ class Clock:
 
     def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
         self._wall, self._cpu = time.perf_counter() - seconds, time.process_time() - cpu_seconds
-
-    @classmethod
-    def of_run(cls, metrics: Path) -> Clock:
-        """Of a run whose metrics.json has the `seconds` of its earlier starts, as far as they finished a part."""
-        if not metrics.is_file() or "seconds" not in read_object(metrics):
-            return cls()
-        return cls(float(read_object(metrics, kinds={"seconds": (int, float)})["seconds"]))
 
     @property
     def seconds(self) -> float:

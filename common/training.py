@@ -27,6 +27,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from common import run_clock
 from common.choices import Choices
 from common.cpu import tune_allocator
 from common.data.sampling import generator_step
@@ -106,6 +107,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], weights: Mapping[str
     if bad:
         raise UserError(f"step {step}: {bad[0]} is not finite; {path.name} not overwritten")
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    run_clock.keep_with(path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -316,6 +318,7 @@ class RunFolder:
         if record != _recorded_inputs(self.path):
             write_json(self.path / INPUTS, record)
         note_start(self.path)
+        run_clock.begin(self.path)
 
 
 def open_run_folder(
@@ -800,13 +803,19 @@ def write_metrics(
     """Write a run's final numbers with its wall times and return them.
 
     Args:
-        seconds: by stage, in this process.
-        total: of this process.
+        seconds: by stage, in this process; those of an earlier start that ended are added.
+        total: of this process; those of earlier starts are added, as far as they came to a checkpoint.
         trained: False where nothing was trained now: the times of the start that did it stand.
     """
-    times = {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(total, 1)}
-    if not trained and path.is_file():
-        times = read_object(path).get("seconds", times)
+    known = read_object(path).get("seconds", {}) if path.is_file() else {}
+    if known and not trained:
+        times = known
+    else:
+        before = {name: value for name, value in known.items() if name != "total"} if isinstance(known, dict) else {}
+        clock = run_clock.clock_of(path.parent)
+        times = {name: round(before.get(name, 0.0) + seconds.get(name, 0.0), 1) for name in {**before, **seconds}}
+        times["total"] = round(clock.earlier + total, 1)
+        write_json(path.parent / run_clock.SECONDS, {"seconds": times["total"]})
     content = {**metrics, "seconds": times}
     write_json(path, content)
     return content

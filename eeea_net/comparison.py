@@ -16,8 +16,8 @@ from common.errors import UserError
 from common.events import Board
 from common.files import write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
-from common.loops import Clock
 from common.publishing import markdown_table
+from common.run_clock import clock_of
 from eeea_net.config import EvolutionOptions, RetrainOptions, RunConfig
 from eeea_net.counting import count
 from eeea_net.data import open_data
@@ -72,7 +72,6 @@ class Comparison:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, Path(config.run_dir)
         self.device = pick_device(config.device)
-        self.clock = Clock.of_run(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data, config.seed)
         self.space = Space.of(config.cell)
         self.scale = Scale(self.space, config.large)
@@ -241,7 +240,7 @@ class Comparison:
                 }
                 for name, search in searches.items()
             },
-            "seconds": self.clock.seconds,
+            "seconds": clock_of(self.folder).keep(),
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),

@@ -26,9 +26,9 @@ from common.errors import UserError
 from common.evolution import fronts, generation_random, hypervolume, spread
 from common.files import read_object, reading, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
-from common.loops import Clock
 from common.options import RunOptions
 from common.publishing import markdown_table
+from common.run_clock import clock_of
 from common.stopping import Steps
 from common.weights import save_weights
 from eeea_net.config import ElasticOptions, EvolutionOptions, RunConfig
@@ -92,7 +92,6 @@ class OnceForAll:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, Path(config.run_dir)
-        self.clock = Clock.of_run(self.folder / "metrics.json")
         options = config.elastic
         self.elastic = elastic_of(options)
         self.data: ImageSet = open_data(config.data, config.seed)
@@ -248,7 +247,7 @@ class OnceForAll:
             "hypervolume": found["volumes"][-1],
             "hypervolume_random": self._volume(random) if random else None,
             "recalibration_gain": float(np.mean(gains)) if gains else None,
-            "seconds": self.clock.seconds,
+            "seconds": clock_of(self.folder).keep(),
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),

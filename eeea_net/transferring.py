@@ -24,8 +24,8 @@ from common.errors import UserError
 from common.files import file_sha256, read_object, reading, write_atomically, write_json
 from common.images import make_grid, save_png
 from common.ledger import commit, hardware, peak_memory, versions
-from common.loops import Clock
 from common.publishing import markdown_table
+from common.run_clock import clock_of
 from common.weights import check_weights, load_weights, read_weights, save_weights
 from eeea_net.backbones import Backbone, Plan, plan_of
 from eeea_net.data import augmentation, open_data
@@ -110,7 +110,7 @@ class Transfer:
         if config.task != "segmentation":
             check_installed()
         self.config, self.device, self.folder = config, device, Path(config.run_dir)
-        self.classifiers, self.clock = classifiers or self.folder, Clock.of_run(self.folder / "metrics.json")
+        self.classifiers = classifiers or self.folder
         self.channels = self.pictures.channels if config.pretrain.epochs else RGB
         self.train, self.test = (part.in_channels(self.channels) for part in open_scenes(config.data, config.seed))
         self.task = KINDS[config.task](self.train, config.head, config.data.size)
@@ -253,7 +253,7 @@ class Transfer:
             "metric": self.task.metric,
             "data": {"name": self.train.name, "train": len(self.train), "test": len(self.test)},
             "networks": [{key: value for key, value in row.items() if key != "history"} for row in rows],
-            "seconds": self.clock.seconds,
+            "seconds": clock_of(self.folder).keep(),
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),

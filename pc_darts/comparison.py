@@ -17,7 +17,7 @@ from common.data.sampling import derive_seed
 from common.errors import UserError
 from common.files import read_object, write_atomically, write_json
 from common.ledger import commit, hardware, peak_memory, versions
-from common.loops import Clock
+from common.run_clock import clock_of
 from pc_darts.baselines import RandomSearch, darts_options, random_genotype, random_search
 from pc_darts.config import RunConfig, SearchOptions, SgdOptions
 from pc_darts.counting import size_cap
@@ -53,7 +53,6 @@ class Comparison:
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
         self.folder = Path(config.run_dir)
-        self.clock = Clock.of_run(self.folder / "metrics.json")
         self.data: ImageSet = open_data(config.data)
         self.halves: tuple[Pictures, Pictures] = search_halves(self.data.train, config.data.halves, 0)
         self.augment = augmentation(config.data)
@@ -229,7 +228,7 @@ class Comparison:
                 "test": len(self.data.test),
             },
             "arms": [_figures(arm) for arm in arms],
-            "seconds": self.clock.seconds,
+            "seconds": clock_of(self.folder).keep(),
             "peak_memory_bytes": peak_memory(),
             "hardware": hardware(),
             "versions": versions(),

@@ -130,8 +130,8 @@ class Searcher(Loop[SearchNetwork]):
         self.train(stop_after)
         result = self._result()
         if self.machine.main and self.step == self.total_steps:
-            result.save(done)
             result.genotype.save(self.folder / "genotype.json")
+            result.save(done)  # the last of all: with it the search is not begun again
         self.machine.wait()
         return result
 

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def finish(stage: Stage, painter: Painter | None) -> dict[str, Any]:
     """Grid and metrics of a trained stage, unless they are there already."""
     from common.files import read_object, write_json
+    from common.run_clock import clock_of
     from pixart.evaluate import evaluate_stage
 
     file, grid = stage.folder / "metrics.json", stage.folder / "samples.png"
@@ -81,6 +82,8 @@ def finish(stage: Stage, painter: Painter | None) -> dict[str, Any]:
     metrics: dict[str, Any] = evaluate_stage(stage, painter) if stage.config.evaluate else {"task": stage.config.kind}
     stage.seconds["evaluation"] = time.perf_counter() - started
     metrics["seconds"] = {name: round(value, 1) for name, value in stage.seconds.items()}
+    if earlier := clock_of(stage.folder).earlier:
+        metrics["seconds"]["earlier starts"] = round(earlier, 1)
     write_json(file, metrics)
     return metrics
 

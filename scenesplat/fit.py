@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def finish(fitting: Fitting, seconds: float) -> dict[str, Any]:
     """Write the scene, its pictures and its numbers."""
     from common.files import write_json
+    from common.run_clock import clock_of
     from scenesplat.ply import write_scene
 
     folder, scene = fitting.folder, fitting.scene()
@@ -68,7 +69,7 @@ def finish(fitting: Fitting, seconds: float) -> dict[str, Any]:
         "gaussians": len(scene),
         "pictures": len(fitting.photos.train),
         "steps": fitting.step,
-        "seconds": seconds,
+        "seconds": clock_of(folder).earlier + seconds,
     }
     write_json(folder / "metrics.json", metrics)
     print(

@@ -23,7 +23,7 @@ from typing import Any
 
 from common.errors import UserError, run_main, stop_if_not_finite
 from common.files import read_object, write_atomically, write_json
-from common.loops import Clock
+from common.run_clock import clock_of
 from se_moe.config import FREE_OPTIONS, TrainConfig, read_config
 
 
@@ -145,12 +145,11 @@ def main(argv: Sequence[str] | None = None) -> str:
         train_arm(config, config.arms[0])
         return ""
     record = folder / "metrics.json"
-    clock = Clock.of_run(record)
     for arm in config.arms:
         if arm == "deepspeed" and not deepspeed_arm.available():
             continue
         start_ranks(config, arm)
-        write_json(record, {"seconds": clock.seconds, "arms": measured(config)})
+        write_json(record, {"seconds": clock_of(folder).keep(), "arms": measured(config)})
     result = table(config)
     write_atomically(folder / "table.md", lambda path: path.write_text(result + "\n", encoding="utf-8"))
     print(result)

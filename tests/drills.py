@@ -352,6 +352,17 @@ class Drill:
             assert ended.status in (0, -signal.SIGALRM), ended.said
             self.equal(name)
 
+    def writes(self) -> None:
+        """Signal 9 before each file of the run gets its name."""
+        found = []
+        for file in self.files[1:]:
+            name = f"file-{'-'.join(file.parts)}"
+            self.killed(name, file)
+            self.once(name).well()
+            found += differences(self.folder / name, self.whole)
+            shutil.rmtree(self.folder / name)
+        assert not found, found
+
     def term(self, number: int = signal.SIGTERM) -> None:
         """A signal at two steps: status 143 or 130, the command that goes on, and the same result."""
         name = f"signal-{number}"
@@ -486,7 +497,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "deep": lambda file: file.write_text("[" * 100_000),
     "empty": lambda file: file.write_text(""),
 }
-KINDS = ("kill", "term", "interrupt", "rank", "orphans", "restart", "full", "readonly", "bits", "records", "hostile")
+KINDS = (
+    *("kill", "writes", "term", "interrupt", "rank", "orphans", "restart"),
+    *("full", "readonly", "bits", "records", "hostile"),
+)
 OF_RANKS = ("rank", "orphans", "restart")  # left out where a paper's tiny_run.py says TWO_RANKS = None
 
 

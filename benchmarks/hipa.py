@@ -164,12 +164,13 @@ def sampling_rows(device: str, rounds: int) -> Iterator[dict[str, Any]]:
     unet = bare_copy(teacher)
     merge_adaptors(unet, adaptor_state(adapted.unet))
     student, frozen = OneStep(unet, teacher.schedule), OneStep(teacher.unet, teacher.schedule)
+    drawing = student.recorded()  # as hipa/sample.py draws
     noise, prompts = torch.randn(1, *teacher.latent_shape), ["a red star"]
     states = teacher.encode(prompts)
     yield from against_many_steps(
         "caption to image, one step",
         "shapes32",
-        lambda: teacher.draw(student, prompts, noise),
+        lambda: teacher.draw(drawing, prompts, noise),
         lambda: Teacher.load(TEACHER, device),
         prompts,
         "DDIM",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.adaptors import add_adaptors
 from common.teacher import NoiseSchedule, Teacher
-from common.unets import quicken
+from common.unets import RecordedUNet, quicken
 from hipa.config import PLACEMENTS, AdaptorConfig
 from hipa.frozen import spare_memory
 
@@ -44,6 +44,10 @@ class OneStep(nn.Module):
         alpha, sigma = self.schedule.levels(t_B)
         x1_BCHW, _ = self.schedule.read(output_BCHW, x_BCHW[:, : output_BCHW.shape[1]].float(), alpha, sigma)
         return x1_BCHW
+
+    def recorded(self) -> OneStep:
+        """The same step, weights shared, for passes without gradients (`common.recorded`)."""
+        return OneStep(RecordedUNet(self.unet), self.schedule, self.time)
 
 
 def make_student(teacher: Teacher, options: AdaptorConfig, time: int | None = None) -> OneStep:

@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> Path:
             "or draw with the teacher"
         )
     student, around, task = open_model(options)
+    student = student.recorded()
 
     from common.data.sampling import derive_seed
     from common.images import save_grid

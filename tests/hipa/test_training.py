@@ -193,6 +193,8 @@ def test_sampling_needs_the_folder_alone_and_is_the_same_twice(reference: Path, 
     refused("--negative does nothing here", sample.main, ["--model", model, *common, "--negative", "blue"])
     refused("guidance .1.5. is inside", sample.main, ["--model", model, *common, "--guidance", "7.5"])
     refused("is not a diffusers directory", sample.main, ["--model", str(tmp_path), *common])
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    refused("holds adaptors; give them as --lora", sample.main, ["--model", str(tmp_path), *common])
     found = evaluate.main(["--teacher", str(teacher), *lora[2:], "--images", "4", "--steps", "2"])
     assert list(found["arms"]) == ["teacher 2 steps", "frozen, 1 step", "adapted, 1 step"]
 

@@ -176,6 +176,19 @@ def _padded(half: Tensor, dim: int, rank: int) -> Tensor:
     return torch.cat([half, half.new_zeros(more)], dim)
 
 
+def refuse_as_model(folder: Path) -> None:
+    """Refuse adaptors where the pipeline is asked for that they were made for (--model).
+
+    Raises:
+        UserError: the folder holds adaptors and no pipeline.
+    """
+    if any((folder / name).is_file() for name in (FILE, PEFT_FILE)) and not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"--model {folder} holds adaptors; give them as --lora {folder}, and as --model the pipeline that they "
+            "were made for"
+        )
+
+
 def read_adaptors(path: Path, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """{module of `unet`: (A, B)} of a file in diffusers', peft's or kohya's layout, with its alphas, in any order.
 

@@ -815,7 +815,8 @@ def write_metrics(
         clock = run_clock.clock_of(path.parent)
         times = {name: round(before.get(name, 0.0) + seconds.get(name, 0.0), 1) for name in {**before, **seconds}}
         times["total"] = round(clock.earlier + total, 1)
-        write_json(path.parent / run_clock.SECONDS, {"seconds": times["total"]})
+        if trained:
+            write_json(path.parent / run_clock.SECONDS, {"seconds": times["total"]})
     content = {**metrics, "seconds": times}
     write_json(path, content)
     return content

@@ -98,17 +98,13 @@ def open_model(options: argparse.Namespace) -> tuple[OneStep, Teacher, TaskConfi
     """
     import torch
 
-    from common.adaptors import FILE
+    from common.adaptors import refuse_as_model
     from common.teacher import Teacher
     from hipa.export import read_card
     from hipa.model import OneStep
     from hipa.tasks import has_picture_input, start_time
 
-    if (options.model / FILE).is_file() and not (options.model / "model_index.json").is_file():
-        raise UserError(
-            f"--model {options.model} holds adaptors; give them as --lora {options.model}, and as --model the pipeline "
-            "that they were made for"
-        )
+    refuse_as_model(options.model)
     card, task = read_card(options.lora or options.model)
     if not card:
         task = replace(task, name=options.task or "text")

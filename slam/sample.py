@@ -104,11 +104,12 @@ def open_model(options: argparse.Namespace) -> tuple[Student, Teacher, float | N
     """
     import torch
 
-    from common.adaptors import adaptor_card, merge_adaptors, read_adaptors
+    from common.adaptors import adaptor_card, merge_adaptors, read_adaptors, refuse_as_model
     from common.teacher import Teacher
     from slam.export import CARD, load_student, paths_of, student_card
     from slam.model import Student, copy_unet
 
+    refuse_as_model(options.model)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.lora:
         around = Teacher.load(options.model, device)

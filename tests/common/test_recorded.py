@@ -100,12 +100,14 @@ def test_weights_that_change_in_place_are_seen() -> None:
     with torch.no_grad():
         for _ in range(3):
             recorder(*given())
-        for parameter in network.parameters():
-            parameter.mul_(1.5)
-        before = network.calls
-        found = recorder(*given())
-        assert network.calls == before
-        assert torch.equal(found, network(*given()))
+        first = network(*given())
+        for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.data / 2)):  # averages are swapped so
+            for parameter in network.parameters():
+                change(parameter)
+            before = network.calls
+            found = recorder(*given())
+            assert network.calls == before
+            assert torch.equal(found, network(*given())) and not torch.allclose(found, first)
 
 
 def test_random_numbers_and_failures_leave_the_network_as_it_is() -> None:

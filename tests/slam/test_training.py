@@ -146,6 +146,7 @@ def test_sampling_and_converting_need_the_folder_alone(
     sample.main(["--model", model, *common, *near, "--out", str(tmp_path / "c.png")])
     assert (tmp_path / "c.png").read_bytes() != first.read_bytes()
     adaptors = ["--lora", str(lora / "slam" / "lora")]
+    refused("holds adaptors; give them as --lora", sample.main, ["--model", adaptors[-1], *common])
     by_file = sample.main(["--model", str(teacher), *adaptors, *common, "--out", str(tmp_path / "d.png")])
     fused = sample.main(["--model", str(lora / "slam" / "pipeline"), *common, "--out", str(tmp_path / "e.png")])
     assert abs(open_rgb(by_file).astype(int) - open_rgb(fused)).max() <= 1

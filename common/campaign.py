@@ -31,7 +31,7 @@ from common.errors import UserError, first_line, run_main
 from common.figures import draw_ladder
 from common.files import read_object, write_json
 from common.jobs import ENGINES, Engine, Job, JobError, run_jobs
-from common.ledger import Claim, read_claims, read_ledger, verdict
+from common.ledger import Claim, read_claims, read_ledger, read_notes, verdict
 from common.options import Positive, Whole
 from common.paths import REPOSITORY, RESULTS
 
@@ -205,7 +205,7 @@ def bring_up(paper: str, results: Path) -> None:
         name = written.split()[0]
         record = next(old for old in read_ledger(ledger) if old["id"] == name and old["tier"] == "small")
         print(f"{paper} {written} is on record: {verdict(record).text}", flush=True)
-        draw_ladder(ledger, results / "figures" / paper)
+        draw_ladder(ledger, results / "figures" / paper, read_notes(paper)[1])
 
 
 def print_queue(steps: Sequence[Step]) -> None:

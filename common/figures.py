@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,12 @@ def curve(axis: Any, claim: Mapping[str, Any], metrics: Mapping[Any, str], **sty
     axis.errorbar(list(metrics), mean, yerr=spread, **{"marker": "o", "capsize": 3, **style})
 
 
-def ladder(axis: Any, claim: Mapping[str, Any]) -> None:
-    """A claim's headline metric (mean and standard deviation over seeds) at each rung, its target as a line."""
+def ladder(axis: Any, claim: Mapping[str, Any], words: Mapping[str, str] | None = None) -> None:
+    """A claim's headline metric (mean and standard deviation over seeds) at each rung, its target as a line.
+
+    Args:
+        words: what metrics are called.
+    """
     target = claim["target"]
     rungs = [claim, *claim.get("rungs", ())]
     places = [entry.get("rung", 1) for entry in rungs]
@@ -84,12 +89,17 @@ def ladder(axis: Any, claim: Mapping[str, Any]) -> None:
     axis.minorticks_off()
     axis.set_xlim(min(places) / 1.5, max(places) * 1.5)
     axis.set_xlabel("budget")
-    axis.set_ylabel(target["metric"].replace("_", " "))
+    metric = target["metric"]
+    axis.set_ylabel(fill((words or {}).get(metric, metric.replace("_", " ")), 26), fontsize=8)
     axis.set_title(f"{claim['id']}, target {target['op']} {target['value']:g}")
 
 
-def draw_ladder(results: Path, folder: Path) -> Path | None:
-    """`ladder.png`: a panel for every claim of a results file that is measured at more than one rung."""
+def draw_ladder(results: Path, folder: Path, words: Mapping[str, Mapping[str, str]] | None = None) -> Path | None:
+    """`ladder.png`: a panel for every claim of a results file that is measured at more than one rung.
+
+    Args:
+        words: what metrics are called, by claim (`common.ledger.read_notes`).
+    """
     claims = [claim for claim in small_claims(results).values() if claim.get("rungs")]
     if not claims:
         return None
@@ -98,7 +108,7 @@ def draw_ladder(results: Path, folder: Path) -> Path | None:
     figure = Figure(figsize=(3.2 * columns, 2.7 * rows))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, claim in zip(axes, claims):
-        ladder(axis, claim)
+        ladder(axis, claim, (words or {}).get(claim["id"]))
     for axis in axes[len(claims) :]:
         axis.set_axis_off()
     caption = "Metric against budget: mean and standard deviation over seeds at each multiple of the claim's budget, "

@@ -74,6 +74,9 @@ def test_a_ladder_has_a_point_a_rung_and_its_target_as_a_line(tmp_path: Path) ->
     assert points.get_xdata().tolist() == [1, 4, 16] and points.get_ydata().tolist()[:2] == [2.0, 3.0]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] == [2.5]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1x", "4x", "16x"]
+    assert axis.get_ylabel() == "a"
+    ladder(axis, claim, {"a": "length of something that is long to say (m)"})
+    assert axis.get_ylabel().split("\n") == ["length of something that", "is long to say (m)"]
     write_json(tmp_path / "r.json", {"claims": [claim, {**CLAIM, "id": "X2"}]})
     assert draw_ladder(tmp_path / "r.json", tmp_path) == tmp_path / "ladder.png"
     assert listing(tmp_path)["ladder.png"].startswith("Metric against budget")

@@ -209,18 +209,23 @@ def take_turns(
 PRECISIONS = ("bf16", "fp32")
 
 
-def in_both_precisions(ours: A, compiled: bool, peak: bool) -> dict[str, A]:
+def in_both_precisions(ours: A, compiled: Sequence[str], peak: bool) -> dict[str, A]:
     """The arms "ours bf16", "peer fp32" and so on of one that is ours, a frozen dataclass.
 
     Args:
-        compiled: with "peer bf16 compiled" and "peer fp32 compiled".
+        compiled: the sides that come compiled too, "peer bf16 compiled" and so on: the peer, and ours where a run of
+            ours compiles (`--trainer.compile`).
         peak: with the processor's own rate, "peak bf16" and "peak fp32".
     """
     arm: Any = ours
     sides = ["ours", "peer", "peak"] if peak else ["ours", "peer"]
     arms = {f"{side} {p}": replace(arm, side=side, bf16=p == "bf16") for p in PRECISIONS for side in sides}
-    more = PRECISIONS if compiled else ()
-    return arms | {f"peer {p} compiled": replace(arm, side="peer", bf16=p == "bf16", compiled=True) for p in more}
+    more = {
+        f"{side} {p} compiled": replace(arm, side=side, bf16=p == "bf16", compiled=True)
+        for p in PRECISIONS
+        for side in compiled
+    }
+    return arms | more
 
 
 class Targets(NamedTuple):
@@ -260,7 +265,8 @@ def beside_the_peer(
     for precision, target in zip(PRECISIONS, targets):
         if compiled := timings.get(f"peer {precision} compiled"):
             ours, eager = timings[f"ours {precision}"], timings[f"peer {precision}"]
-            yield from at_its_best(precision, faster, target if device == "cpu" else None, ours, eager, compiled)
+            bar, also = target if device == "cpu" else None, timings.get(f"ours {precision} compiled")
+            yield from at_its_best(precision, faster, bar, ours, eager, compiled, also)
     for ours_in, peer_in in (("bf16", default), ("fp32", "fp32")):
         label = f"ours {ours_in}, peer {peer_in}" if ours_in != peer_in else f"both {ours_in}"
         name = f"{where_of(device)}{memory}, {label} ({what})"
@@ -277,13 +283,21 @@ def at_its_best(
     ours: Timing,
     eager: Timing,
     compiled: Timing,
+    ours_compiled: Timing | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of ours against the compiled peer, and with the target against the faster of its two forms."""
+    """Rows of ours against the compiled peer, and with the target the faster form of ours against the faster of its."""
     label = "bf16" if precision == "bf16" else "float32"
     yield faster(f"{label}, ours eager against peer compiled", ours, compiled, None)
+    if ours_compiled is not None:
+        yield faster(f"{label}, both compiled", ours_compiled, compiled, None)
+    mine = min(filter(None, (ours, ours_compiled)), key=lambda timing: timing.wall)
     better = min(eager, compiled, key=lambda timing: timing.wall)
-    row = faster(f"both {precision}, against the better peer", ours, better, target)
-    yield noted(row, f"{row.get('note', '')}; the better one is {'compiled' if better is compiled else 'eager'}")
+    row = faster(f"both {precision}, against the better peer", mine, better, target)
+    note = f"{row.get('note', '')}; the better one is {'compiled' if better is compiled else 'eager'}"
+    if ours_compiled is not None:
+        note += f", ours is {'compiled' if mine is ours_compiled else 'eager'}"
+        note += f" (compiled: {ours_compiled.memory / 2**20:.0f} MiB beside its {better.memory / 2**20:.0f})"
+    yield noted(row, note)
 
 
 def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
@@ -382,6 +396,7 @@ def training_rows(
     target: float,
     flop: Callable[[], float] | None = None,
     work: str = "training step",
+    compiled: Sequence[str] = ("ours", "peer"),
 ) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
     """Rows of a training step's speed, memory and share of the peak, with the timings that they are made of.
 
@@ -392,8 +407,9 @@ def training_rows(
         target: of default against default.
         flop: counts those of a step, once all is timed; without it there are no rows of the peak.
         work: the step's name in the rows of memory and peak.
+        compiled: the sides that are measured compiled too.
     """
-    arms = in_both_precisions(Arm("ours", size, device), compiled=True, peak=flop is not None)
+    arms = in_both_precisions(Arm("ours", size, device), compiled, peak=flop is not None)
     steps = {name: 4 if arm.side == "peak" else pace.steps for name, arm in arms.items()}
     timings = take_turns(module, arms, pace, 2, folder, steps=steps)
     what = f"{size}, batch {batch}"

@@ -191,7 +191,7 @@ def step_rows(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict
     for what in ("search", "training"):
         arms = {
             name: arm
-            for name, arm in in_both_precisions(Arm("ours", size, what, device), compiled=False, peak=False).items()
+            for name, arm in in_both_precisions(Arm("ours", size, what, device), compiled=(), peak=False).items()
             if not arm.bf16 or device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         }
         arms["peer last"] = replace(arms["peer fp32"], last=True)

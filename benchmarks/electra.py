@@ -244,7 +244,7 @@ def train_ours(arm: Arm, turns: Turns) -> None:
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader
 
-    from common.training import build_trainer
+    from common.training import build_trainer, compiled
     from electra.config import ElectraRun, OptimiserConfig, TrainerConfig
     from electra.trainer import PretrainingModule
 
@@ -266,12 +266,12 @@ def train_ours(arm: Arm, turns: Turns) -> None:
             precision=precision,
             accelerator="gpu" if arm.device == "cuda" else "cpu",
             log_every=1000,
-            compile=arm.compiled,
             progress=False,
         ),
     )
     module = PretrainingModule(build(arm.size), config, STEPS)
-    with tempfile.TemporaryDirectory() as folder:
+    parts = [part for part in (module.network.electra, module.network.generator) if part is not None]
+    with compiled(parts if arm.compiled else (), dynamic=True), tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             Path(folder), config.trainer, steps=STEPS, batch_size=batch, grad_clip=1.0, callbacks=[Wait()], logs=False
         )
@@ -398,7 +398,7 @@ def step_flop(arm: Arm, steps: int = 5) -> float:
 def rows_for(size: str, rows: str, device: str, folder: Path, pace: Pace) -> list[Any]:
     """Bench rows of one size and kind of rows; the two sides' losses are compared first."""
     check_same(size, rows, folder)
-    arms = in_both_precisions(Arm("ours", size, rows, device), compiled=True, peak=True)
+    arms = in_both_precisions(Arm("ours", size, rows, device), compiled=("peer",), peak=True)
     timings = take_turns("benchmarks.electra", arms, pace, 3, folder)
     return list(comparison(arms["ours bf16"], timings, pace))
 

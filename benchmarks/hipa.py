@@ -78,6 +78,9 @@ def ours(arm: Arm) -> Step:
     student = make_student(teacher, ADAPTORS[arm.size]).to(arm.device)
     if arm.device == "cuda":  # as the trainer does
         spare_memory(teacher.vae)
+    if arm.compiled:  # what the trainer does with --trainer.compile true
+        for network in (student.unet, teacher.vae.decoder):
+            network.compile()
     loss = AdaptationLoss(LossConfig(), teacher.decode_differentiable, teacher.device)
     noise, x1, states = batch_of(teacher, arm)
     with torch.no_grad(), mixed(arm.device, arm.bf16):

@@ -102,6 +102,8 @@ def ours(arm: Arm) -> Step:
     reader = CausalText(config.text, config.stream.layers, arm.device)
     table, numbers = FeatureTable(reader, prompts), torch.arange(len(prompts))
     network = denoiser(config, reader.width).to(arm.device)
+    if arm.compiled:  # what the trainer does with --trainer.compile true
+        network.compile()
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=True)
 
     def step(_: int) -> Tensor:

@@ -74,6 +74,8 @@ def ours(arm: Arm) -> Step:
     network = Tokenizer(config.network, config.data.size)
     stage = config.tokenizer
     module = TokenizerTraining(network, stage, stage, config.data, config.trainer, 0).to(arm.device)
+    if arm.compiled:  # what the trainer does with --trainer.compile true
+        network.compile()
     assert module.discriminator is not None
     module.frozen[0].to(arm.device)
     images, uniforms = given(arm, config)

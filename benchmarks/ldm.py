@@ -382,7 +382,6 @@ def work(arm: Arm, folder: Path, sampling_steps: int) -> None:
         turns.answer(**prepare(config, folder))
     elif arm.kind == "our whole":
         config.trainer.precision = "bf16-mixed" if arm.bf16 else "32-true"
-        config.trainer.compile = arm.compiled
         serve_our_training(config, device, turns, folder)
     else:
         steps: dict[str, Callable[[], Step]] = {

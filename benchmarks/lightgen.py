@@ -121,6 +121,9 @@ def ours(arm: Arm) -> Step:
     """The trainer's own loss on the masked tokens."""
     size = SIZES[arm.size]
     model = model_of(size, arm.device)
+    if arm.compiled:  # what the trainer does with --trainer.compile true
+        for block in model.blocks():
+            block.compile(dynamic=True)
     tokens, order, count, states, t, noise = inputs(size, arm.device)
     at = order[:, :count]
     t = t.gather(2, at.expand(TIMES, -1, -1))

@@ -331,7 +331,7 @@ def rows_of(kind: str, size: str, device: str, folder: Path, pace: Pace, batch: 
     spec, cuda = SIZES[size], device == "cuda"
     images = batch or spec.batch
     training = kind == "training"
-    arms = in_both_precisions(Arm("ours", kind, size, device, batch=batch), compiled=True, peak=training)
+    arms = in_both_precisions(Arm("ours", kind, size, device, batch=batch), compiled=("peer",), peak=training)
     warm_up = LOSS_STEPS if training and not size.startswith("xl") else 2
     if kind == "sampling" and size == "xl1024" and not cuda:
         pace, warm_up = pace._replace(rounds=1), 0  # twenty passes of seconds each are their own repetition

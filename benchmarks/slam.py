@@ -6,8 +6,8 @@
 
 Training: equal networks, batch, sub-paths and noises. The peer is the example's loop as written: the teacher's
 conditional and unconditional pass one after the other, the target network, AdamW, and the average kept weight by
-weight; eager as users run it (float32 on a CPU), and at its best (same precision, compiled). Sampling: caption to
-image at batch 1, stock DDIM with 25 guided steps against 4 steps of the student.
+weight; eager as users run it (float32 on a CPU), and at its best (same precision, compiled; ours with --trainer.compile
+true beside it). Sampling: caption to image at batch 1, stock DDIM with 25 guided steps against 4 steps of the student.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def ours(arm: Arm) -> Step:
     teacher = teacher_of(arm)
     student = make_student(teacher, StudentConfig(), PATHS).to(arm.device)
     target = averaged_copy(student)
+    if arm.compiled:  # what the trainer does with --trainer.compile true
+        for unet in (student.unet, target.unet, teacher.unet):
+            unet.compile()
     x1, noise, index, states = batches(teacher, arm)
     null, gamma = states.flip(0), torch.linspace(0, 1, len(x1), device=arm.device)
     w = torch.full((len(x1),), W, device=arm.device)

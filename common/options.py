@@ -82,6 +82,7 @@ Decay = Annotated[float, Range(0, 0.999999)]  # of a moving average that must no
 
 Events = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Compile = bool | Literal["auto"]
 Attention = Literal["auto", "fused", "fused_float32", "written_out", "parts"]
 
 
@@ -117,7 +118,8 @@ class TrainerOptions(RunOptions):
         devices: devices of each machine.
         num_nodes: machines (through torchrun).
         strategy: auto, ddp, fsdp, deepspeed_stage_2, ... (Lightning's names).
-        compile: compile the network with torch.compile.
+        compile: compile the networks with torch.compile while they are trained; auto: on a CPU with a C++ compiler, in
+            a run of one process whose precision is auto as well, where training takes so long that it pays.
         attention: the form that attention is computed in (common/kernels/attention.py); auto: on CPUs the one that is
             measured to be the fastest, shape by shape.
     """
@@ -128,7 +130,7 @@ class TrainerOptions(RunOptions):
     devices: Count = 1
     num_nodes: Count = 1
     strategy: str = "auto"
-    compile: bool = False
+    compile: Compile = "auto"
     attention: Attention = "auto"
 
 

@@ -1,12 +1,15 @@
-"""`--trainer.precision auto`: bf16 where the machine at hand has it and is faster with it, float32 elsewhere.
+"""`--trainer.precision auto`: bf16 where the machine at hand has it and is faster with it, float32 elsewhere;
+`--trainer.compile auto`: compiled networks where the run is long enough to earn the compiler's minutes back.
 
 CPUs without bf16 instructions (AVX2 only) are many times slower in bf16 than in float32; small networks are no faster
-in it on CPUs that have them. So the run's own network is timed for a few steps in both.
+in it on CPUs that have them. So the run's own network is timed for a few steps in both. Compiled steps round otherwise
+than eager ones, so a run that names its precision, to be repeated to the digit, is never compiled unasked.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +28,8 @@ from common.processes import is_main_process
 FLOAT32: Precision = "32-true"
 BF16: Precision = "bf16-mixed"
 MARGIN = 0.1  # bf16 must win by so much, so that equal machines choose alike
+PAYS_AFTER = 40.0  # minutes of training: compiling takes one to three and wins 15 to 35 % of the small networks' steps
+FEWEST_STEPS = 500  # of a run that is worth timing for it
 ROUNDS, STEPS = 2, 3  # measured turns of each precision, and steps of a turn, of which the first is not counted
 
 
@@ -59,6 +64,58 @@ def choose_precision(
     return choices.choose(
         "precision", lambda: measure_precisions(options, module, data), default=FLOAT32, margin=MARGIN
     )
+
+
+def choose_compile(
+    folder: Path | None,
+    options: TrainerOptions,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    steps: int,
+    precision: str,
+    begun: bool = False,
+) -> bool:
+    """Whether a run compiles its networks: as it was asked, or for `auto` the choice kept in `folder`, or made now.
+
+    Args:
+        folder: of the run or its stage, as for `choose_precision`.
+        steps: of the whole training.
+        precision: the one that the run takes.
+        begun: it goes on from a checkpoint; one that has kept no choice was eager.
+    """
+    if options.compile != "auto":
+        return options.compile
+    choices = Choices(folder)
+    if choices.kept("compile") is None and (begun or steps < FEWEST_STEPS or not _may_compile(options)):
+        return False
+
+    def measure() -> dict[str, float]:
+        known = (choices.kept("precision") or {}).get("seconds", {}).get(precision)
+        each = known or measure_precisions(options, module, data, (precision,))[precision]
+        return {"eager": each * steps}
+
+    def long_enough(seconds: Mapping[str, float]) -> str:
+        return "compiled" if seconds["eager"] > 60 * PAYS_AFTER else "eager"
+
+    if choices.choose("compile", measure, default="eager", pick=long_enough) == "eager":
+        return False
+    print("compile auto: a long training, so the networks are compiled first (minutes)", file=sys.stderr)
+    return True
+
+
+def _may_compile(options: TrainerOptions) -> bool:
+    """Where auto compiles at all: a single process on a CPU, with the compiler that TorchInductor needs."""
+    alone = options.devices == options.num_nodes == 1 and "WORLD_SIZE" not in os.environ
+    on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
+    if options.precision != "auto" or not alone or not on_cpu:
+        return False
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
 
 
 def precisions_taken(run_dir: Path, asked: str) -> str:

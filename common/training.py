@@ -37,7 +37,7 @@ from common.files import read_object, read_yaml, reading, sweep, write_atomicall
 from common.kernels.attention import fix_form, use_choices
 from common.ledger import note_start
 from common.options import TrainerOptions, check_ranges
-from common.precision import choose_precision
+from common.precision import choose_compile, choose_precision
 from common.processes import (
     Guard,
     end_all,
@@ -349,11 +349,12 @@ def open_run_folder(
     old, new = _flat(read_yaml(saved)), _flat(yaml.safe_load(config_yaml))
     recorded = _recorded_inputs(run_dir)
     input_at = {option: name for name, options in (places or {}).items() for option in options if name in recorded}
-    # An option that the saved config lacks is newer than that run.
+    # An option that the saved config lacks is newer than that run; `compile: auto`, newer too, goes on as it was.
     changed = {
         key: f"{key} was {old[key]}, is {value}"
         for key, value in new.items()
         if key in old and old[key] != value and not any(key == f or key.startswith(f"{f}.") for f in free)
+        if (key, old[key], value) != ("trainer.compile", False, "auto")
     }
     _refuse_changes(run_dir, [sentence for key, sentence in changed.items() if key not in input_at])
     return RunFolder(run_dir, resume, config_yaml, {input_at[key]: sentence for key, sentence in changed.items()})
@@ -667,11 +668,13 @@ def train(
     checkpoints: bool | None = None,
     unit: tuple[str, float] = ("img", 1.0),
     networks: Sequence[nn.Module] = (),
+    dynamic: bool = False,
 ) -> pl.Trainer:
     """Train or resume one stage of a run: what `build_trainer` builds, with `precision: auto` decided.
 
     Args:
-        networks: what `options.compile` compiles for as long as this takes, unless the caller did it.
+        networks: what `options.compile` compiles for as long as this takes; without them nothing is.
+        dynamic: they see inputs of many sizes.
         resume: auto goes on from `folder`'s last checkpoint, never starts anew, a path goes on from that file.
         logs: False writes none.
         checkpoints: False keeps nothing below `folder`, and starts anew; None: as `logs` says.
@@ -684,7 +687,10 @@ def train(
     """
     quiet_lightning()
     checkpoints = logs if checkpoints is None else checkpoints
-    precision = choose_precision(folder if checkpoints else None, options, module, data)
+    kept = folder if checkpoints else None
+    checkpoint = checkpoint_to_resume(resume, folder) if checkpoints else None
+    precision = choose_precision(kept, options, module, data)
+    compiles = bool(networks) and choose_compile(kept, options, module, data, steps, precision, checkpoint is not None)
     trainer = build_trainer(
         folder,
         options,
@@ -700,8 +706,8 @@ def train(
         unit=unit,
     )
     try:
-        with compiled(networks if options.compile else ()):
-            fit(trainer, module, data, checkpoint_to_resume(resume, folder) if checkpoints else None)
+        with compiled(networks if compiles else (), dynamic):
+            fit(trainer, module, data, checkpoint)
     except Stopped as stopped:
         stopped.options = [] if resume == "auto" else ["--resume", "auto"]
         raise
@@ -709,10 +715,10 @@ def train(
 
 
 @contextmanager
-def compiled(networks: Sequence[nn.Module]) -> Iterator[None]:
+def compiled(networks: Sequence[nn.Module], dynamic: bool = False) -> Iterator[None]:
     """Networks that are compiled within; what is drawn with them before and after has other sizes."""
     for network in networks:
-        network.compile()
+        network.compile(dynamic=dynamic or None)
     try:
         yield
     finally:

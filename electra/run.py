@@ -257,6 +257,8 @@ class Run:
             grad_clip=config.optimiser.grad_clip,
             callbacks=[EveryNSteps(every, measure), *callbacks],
             unit=("tokens", self.tokens_per_row),
+            networks=[part for part in (network.electra, network.generator) if part is not None],
+            dynamic=True,
         )
         trainer.strategy.barrier()
 

@@ -53,10 +53,6 @@ class PretrainingModule(pl.LightningModule):
         self._counters: dict[str, Tensor] = {}
         self._loss: Tensor | None = None
         self._since = 0
-        if config.trainer.compile:
-            network.electra.compile(dynamic=True)
-            if network.generator is not None:
-                network.generator.compile(dynamic=True)
 
     def configure_optimizers(self) -> Any:
         options = self.config.optimiser

@@ -119,6 +119,7 @@ def fit(
         resume=config.resume,
         optimisers=3,  # at most; the module ends training by its own count
         callbacks=[EveryNSteps(options.sample_every, show)] if options.sample_every else [],
+        networks=[module.tokenizer],
     )
 
 
@@ -156,8 +157,6 @@ def train_generator(run: Run, kind: str) -> None:
     shape = Shape(tokenizer.config.tokens, tokenizer.config.bits, reader.width)
     network = make_generator(kind, config.stream, shape)
     trainer = config.trainer
-    if trainer.compile:
-        network.compile()
     module = GeneratorTraining(network, texts, options, seed=config.seed, accumulate=trainer.accumulate)
     begins = round(config.codes.synthetic_from * options.steps) if config.codes.synthetic else options.steps
     data = MixedData(
@@ -179,6 +178,7 @@ def train_generator(run: Run, kind: str) -> None:
         batch_size=options.batch_size,
         resume=config.resume,
         grad_clip=options.grad_clip,
+        networks=[network],
     )
     if is_main_process():
         trained = Trained(network, getattr(options, "target", "epsilon"), reader.fingerprint, fingerprint(tokenizer))

@@ -73,8 +73,6 @@ class TokenizerTraining(pl.LightningModule):
         self.gan_start = round(stage.gan_start * stage.steps)
         self.warned = False
         self.register_buffer("_steps", torch.zeros((), dtype=torch.long))
-        if trainer.compile:
-            tokenizer.compile()
 
     @property
     def step_count(self) -> int:

@@ -214,6 +214,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
         ldm.set_scale_factor(first_batch_scale(config, run.task.train, first_stage))
     holes = mask_bank(config.data.size, MASKS, config.seed) if config.task == "inpaint" else None
     module = DiffusionTrainer(ldm, config, holes)
+    unet: Any = ldm.model.diffusion_model
     folder = run.folder / "diffusion"
     record_inputs(folder, config.resume, {"first stage": lambda: fingerprint_module(first_stage)})
 
@@ -231,6 +232,7 @@ def train_diffusion(run: Run, first_stage: FirstStage) -> LatentDiffusion:
         resume=config.resume,
         grad_clip=config.optimiser.grad_clip,
         callbacks=[EveryNSteps(trainer.sample_every, draw)] if trainer.sample_every else [],
+        networks=[unet],
     )
     if module.ema is not None:
         module.ema.copy_to(ldm)

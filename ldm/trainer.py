@@ -183,8 +183,6 @@ class DiffusionTrainer(pl.LightningModule):
         self.ema = Ema(ldm, config.optimiser.ema_decay) if config.optimiser.ema_decay > 0 else None
         self.register_buffer("holes", holes, persistent=False)
         self._means = BatchMeans()
-        if config.trainer.compile:
-            ldm.model.diffusion_model.compile()  # type: ignore[union-attr,operator]
 
     def configure_optimizers(self) -> Any:
         options, trainer = self.config.optimiser, self.config.trainer

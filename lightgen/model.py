@@ -249,10 +249,9 @@ class Fluid(nn.Module):
     def _positions(self, table_1GD: Tensor, grid: Grid) -> Tensor:
         return resized_positions(table_1GD, grid, self.offset, self.turned)
 
-    def compile_blocks(self) -> None:
-        """By torch.compile, for any number of known tokens."""
-        for block in [*self.encoder, *self.decoder, *self.cross]:
-            block.compile(dynamic=True)
+    def blocks(self) -> list[nn.Module]:
+        """What is worth compiling; they see any number of known tokens."""
+        return [*self.encoder, *self.decoder, *self.cross]
 
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""

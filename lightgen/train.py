@@ -120,8 +120,6 @@ def masked_training(
         batch_size=options.batch_size,
         accumulate=options.accumulate,
     )
-    if options.compile:
-        module.model.compile_blocks()
     grids = [EveryNSteps(options.sample_every, grid_of(run, name, module, number))] if options.sample_every else []
     data = StepDataModule(table, options.batch_size, steps, config.seed, accumulate=options.accumulate)
     with run.timed(name):
@@ -135,6 +133,8 @@ def masked_training(
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,
             callbacks=grids,
+            networks=module.model.blocks(),
+            dynamic=True,
         )
     trained, averaged = module.model.to(run.device).eval(), module.averaged().to(run.device)
     run.save(name, trained, averaged)
@@ -174,8 +174,6 @@ def train_preferences(run: Run, pairs: Pairs, start: Fluid) -> Fluid:
         seed=config.seed,
         accumulate=config.trainer.accumulate,
     )
-    if config.trainer.compile:
-        module.policy.compile_blocks()
     data = StepDataModule(
         pairs.table, options.batch_size, options.steps, config.seed, accumulate=config.trainer.accumulate
     )
@@ -190,6 +188,8 @@ def train_preferences(run: Run, pairs: Pairs, start: Fluid) -> Fluid:
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,
             unit=("pairs", 1.0),
+            networks=module.policy.blocks(),
+            dynamic=True,
         )
     policy = module.policy.to(run.device).eval()
     run.save("dpo", policy, policy)

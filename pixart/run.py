@@ -288,6 +288,7 @@ class Stage:
             resume=config.resume,
             grad_clip=config.optimiser.grad_clip,
             callbacks=[*([EveryNSteps(every, grid)] if every else []), *(callbacks or [])],
+            networks=[network],
         )
         painter.network = module.averaged()
         self.seconds["training"] = time.perf_counter() - started - self.seconds["features"]

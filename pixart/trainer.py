@@ -53,8 +53,6 @@ class StageModule(pl.LightningModule):
         parts = (network, network.base_model) if isinstance(network, ControlPixArt) else (network,)
         for part in parts:
             part.gradient_checkpointing = config.trainer.gradient_checkpointing  # type: ignore[assignment]
-        if config.trainer.compile:
-            network.compile()
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:

@@ -24,10 +24,11 @@ Row = Mapping[str, Any]
 _SIZE = r"(?P<size> \([^()]*\))?"
 _SIDES = re.compile(
     r"(?P<what>.+?), (?P<sides>default against default: .+?|both \w+(?:, against the better peer)?|ours \w+, peer \w+"
-    r"|(?:bf16|float32), ours eager .+?)" + _SIZE
+    r"|(?:bf16|float32), ours eager .+?|(?:bf16|float32), both compiled)" + _SIZE
 )
 _AGAINST = re.compile(r"(?P<what>.+?),? (?P<sides>against .+?)" + _SIZE)
 _MEMORY = re.compile(r"peak memory(?:, | of )(?P<of>.+)")
+SAME = 0.02  # of ours in two rows: closer ones are not told apart
 _EXPLAINING = ("quality: ", "fraction of ")  # they say that a speed is honest, and how near the limit it is
 
 
@@ -131,7 +132,8 @@ def cells(workload: Workload, with_memory: bool) -> list[str]:
         found.append("-" if len(workload.rows) == 1 else "the same")
     else:
         row = workload.rows[best]
-        found.append(f"{number(row['peer'])} ({ratio_text(row)}, {workload.sides[best]})")
+        ours = "" if abs(row["ours"] / first["ours"] - 1) < SAME else f"{number(row['ours'])} to "
+        found.append(f"{ours}{number(row['peer'])} ({ratio_text(row)}, {workload.sides[best]})")
     if with_memory:
         memory = workload.memory
         if memory is None:

@@ -169,7 +169,7 @@ def check_encoder(network: NetworkConfig, data: DataConfig, trainer: TrainerOpti
     if network.in_channels != seen:
         raise UserError(f"--network.in_channels {network.in_channels}: expected {seen}, of {', '.join(data.inputs)}")
     check_network(network)
-    if trainer.compile:
+    if trainer.compile is True:
         raise UserError("--trainer.compile: patches and neighbours differ in every batch, nothing would stay compiled")
     if network.convolution == "spconv":
         raise UserError("--network.convolution spconv: the library has no backward pass on CPUs; expected gather")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from common.choices import Choices
 from common.data.sampling import StepDataModule, TensorTable
 from common.options import TrainerOptions
-from common.precision import affordable_steps, bf16_possible, choose_precision
+from common.precision import affordable_steps, bf16_possible, choose_compile, choose_precision
 from common.training import train
 
 AUTO = TrainerOptions(precision="auto", accelerator="cpu", progress=False, log_every=1)
@@ -113,3 +114,63 @@ def test_a_slower_machine_does_as_many_eighths_of_the_steps_as_fit(
     assert affordable_steps(tmp_path, AUTO, Slow("bf16"), data(), 100, minutes) == expected
     monkeypatch.setattr("common.precision.measure_precisions", lambda *_: pytest.fail("measured again"))
     assert affordable_steps(tmp_path, AUTO, Slow("bf16"), data(), 100, minutes) == expected
+
+
+@pytest.fixture
+def with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("common.precision.bf16_possible", lambda *_: False)
+
+
+def compiles(folder: Path | None, options: TrainerOptions, steps: int) -> bool:
+    return choose_compile(folder, options, Slow("bf16"), data(), steps, "32-true")
+
+
+@pytest.mark.parametrize(("seconds", "steps", "expected"), [(1.0, 2400, False), (1.0, 2401, True), (9.0, 499, False)])
+@pytest.mark.usefixtures("with_compiler")
+def test_a_training_of_more_than_40_minutes_is_compiled_and_goes_on_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int, expected: bool
+) -> None:
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: {"32-true": seconds})
+    assert compiles(tmp_path, AUTO, steps) is expected
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: pytest.fail("measured again"))
+    assert compiles(tmp_path, AUTO, steps) is expected
+
+
+@pytest.mark.usefixtures("with_compiler")
+def test_a_run_of_before_goes_on_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: {"32-true": 60.0})
+    assert not choose_compile(tmp_path, AUTO, Slow("bf16"), data(), 1000, "32-true", begun=True)
+    assert compiles(tmp_path, AUTO, 1000)
+
+
+@pytest.mark.usefixtures("with_compiler")
+def test_what_precision_auto_has_measured_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Choices(tmp_path).choose("precision", lambda: {"32-true": 3.0, "bf16-mixed": 3.0}, default="32-true")
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: pytest.fail("measured"))
+    assert compiles(tmp_path, AUTO, 1000)
+
+
+@pytest.mark.parametrize("case", ["precision named", "several processes", "no compiler"])
+@pytest.mark.usefixtures("with_compiler")
+def test_nothing_is_compiled_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Where a run is to be repeated to the digit, has other ranks, or where nothing could compile."""
+    monkeypatch.setattr("common.precision.measure_precisions", lambda *_: {"32-true": 60.0})
+    assert compiles(None, AUTO, 1000)
+    options = replace(AUTO, precision="32-true") if case == "precision named" else AUTO
+    if case == "several processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    if case == "no compiler":
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        def missing() -> str:
+            raise InvalidCxxCompiler
+
+        monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    assert not compiles(None, options, 1000)
+    assert compiles(None, replace(options, compile=True), 2) and not compiles(
+        None, replace(options, compile=False), 1000
+    )

@@ -190,6 +190,13 @@ def test_run_folder_takes_the_same_run_again_and_no_other(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"another configuration \(trainer.steps was 5, is 6\)"):
         open_run_folder(tmp_path / "run", "auto", CONFIG.replace("steps: 5", "steps: 6"), free)
     assert "steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
+    for before, after in (("false", "auto"), ("true", "auto")):  # before there was auto, nothing was compiled unasked
+        texts = [CONFIG.replace("steps: 5", f"compile: {value}") for value in (before, after)]
+        open_run_folder(tmp_path / before, "auto", texts[0], free).begin({})
+        if before == "false":
+            open_run_folder(tmp_path / before, "auto", texts[1], free).begin({})
+        else:
+            refused("trainer.compile was True, is auto", open_run_folder, tmp_path / before, "auto", texts[1], free)
     refused(r"--resume never: .* is not empty", open_run_folder, tmp_path / "run", "never", CONFIG, free)
     refused("is a file", open_run_folder, tmp_path / "run" / "config.yaml", "auto", CONFIG, free)
 

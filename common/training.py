@@ -206,12 +206,18 @@ class ThroughputBar(TQDMProgressBar):
 
     def __init__(self, per_step: float, label: str, steps: int, unit: str = "img") -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else max(1, steps // 20))
-        self.per_step, self.label, self.unit = per_step, label, unit
+        self.per_step, self.label, self.steps, self.unit = per_step, label, steps, unit
         self._last = (time.perf_counter(), 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._last = (time.perf_counter(), generator_step(trainer))
+        if done := trainer.fit_loop.epoch_loop.batch_progress.current.processed:
+            # Lightning begins no epoch where a run goes on within one: the bar would know neither label, end nor rate.
+            bar = self.train_progress_bar
+            bar.reset(total=self.steps * trainer.accumulate_grad_batches)
+            bar.initial = bar.n = done
+            bar.set_description(self.label)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)

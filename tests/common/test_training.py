@@ -155,6 +155,26 @@ def test_bar_shows_stage_and_throughput_in_few_lines(
     assert "Tip" not in printed.out + printed.err and "GPU available" not in printed.err
 
 
+def test_the_bar_of_a_run_that_goes_on_knows_its_label_its_end_and_its_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    folder = tmp_path / "first_stage"
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 80
+
+    fit(trainer(folder, steps=100, checkpoint_every=80, callbacks=[Stop()]), Line(), data(100), None)
+    capfd.readouterr()
+    going_on = trainer(folder, steps=100, progress=True)
+    fit(going_on, Line(), data(100), latest_checkpoint(folder))
+    shown = capfd.readouterr().out
+    assert "first stage:  80%" in shown and "100/100" in shown and "/?" not in shown.split("80/100")[1]
+    bar = going_on.progress_bar_callback.train_progress_bar  # type: ignore[union-attr]
+    assert (bar.initial, bar.n, bar.total) == (80, 100, 100)  # its rate counts 20 steps
+
+
 def test_network_of_another_shape_and_unusable_options_are_one_sentence(tmp_path: Path) -> None:
     fit(trainer(tmp_path), Line(), data(), None)
     with pytest.raises(UserError, match=r"last.ckpt belongs to another network .*size mismatch for weight") as failure:

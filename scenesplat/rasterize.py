@@ -5,8 +5,8 @@ no table of Gaussians by pixels. Where Gaussians are small it goes through the l
 count; where they are large, through slabs of a tile's Gaussians front to back, leaving tiles that are opaque, and the
 backward pass computes them again. The numbers of pairs and of tiles' elements decide, so equal scenes are drawn alike.
 
-Shape suffixes: N Gaussians, H W pixels, D channels; within a slab K Gaussians of each of T tiles, P pixels of a tile;
-M pairs.
+Shape suffixes: N Gaussians, H W or Q pixels, D channels; within a slab K Gaussians of each of T tiles, P pixels of a
+tile, S of its side, E columns of a table; M pairs, R rows of the Gaussians' boxes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ REACH = 3.33  # standard deviations that a Gaussian reaches, per axis of the pic
 LARGEST_ALPHA, LEAST_ALPHA, OPAQUE = 0.999, 1 / 255, 1e-4  # gsplat 1.5.3
 TILE = 8  # pixels; any side gives the same picture
 SLAB = 16  # Gaussians of a tile that are composited at a time
-PAIR = 3.0  # what a pair costs, in elements of a slab (measured: 3 to 4)
+MARGIN = 0.01  # by which an ellipse's rows are widened: pixels, and share of the squared distance
+FEW_CHANNELS = 8  # are summed one by one; more go through matrix products
+PAIR = 2.7  # what a pair costs, in elements of a slab (measured: 2.5 to 3)
 MOST_PAIRS = 2**23  # that are held in memory, some 200 bytes each
 ELEMENTS = 2**19  # Gaussians times pixels of a slab, over all its tiles: what caches hold
 
@@ -181,18 +183,18 @@ def composite(
         )
         few = not weigh and pairs <= MOST_PAIRS and PAIR * pairs < TILE * TILE * int(tiles_N2.prod(1).sum())
         if few:
-            owner_M, pixel_M = _pairs(low_N2, span_N2, projection.depths_N, width)
+            found = _pairs(projection, sigmas_N, low_N2, span_N2)
         else:
             owner_M, starts, _ = tile_pairs(means_N2, reach_N2, projection.depths_N, width, height, TILE)
     shape = (means_N2, conics_N3, opacities_N, values_ND)
     if few:
-        picture_QD, alpha_Q = _CompositePairs.apply(*shape, owner_M, pixel_M, width, height)
+        picture_QD, alpha_Q = _CompositePairs.apply(*shape, found, width, height)
         return picture_QD.view(height, width, -1), alpha_Q.view(height, width), None
-    picture_TPD, alpha_TP, weight_N = _Composite.apply(*shape, owner_M, starts, -(-width // TILE), weigh)
+    picture_DPT, alpha_PT, weight_N = _Composite.apply(*shape, owner_M, starts, -(-width // TILE), weigh)
     if weight_N is not None:  # tiles at the border reach beyond the picture
         place_N2 = (means_N2.detach() - 0.5).floor()
         weight_N = torch.where((place_N2 < place_N2.new_tensor([width, height])).all(1), weight_N, 0)
-    return _untile(picture_TPD, width, height), _untile(alpha_TP[..., None], width, height)[..., 0], weight_N
+    return _untile(picture_DPT, width, height), _untile(alpha_PT, width, height)[..., 0], weight_N
 
 
 def _boxes(means_N2: Tensor, reach_N2: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
@@ -203,21 +205,50 @@ def _boxes(means_N2: Tensor, reach_N2: Tensor, width: int, height: int) -> tuple
     return low_N2, torch.where((reach_N2 > 0).all(1, keepdim=True), high_N2 - low_N2, 0).clamp(min=0)
 
 
-def _pairs(low_N2: Tensor, span_N2: Tensor, depths_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Gaussians [M], the nearest first, and the pixels in the box of each."""
-    nearest_N = depths_N.sort(stable=True).indices
-    counts_N = span_N2[nearest_N].prod(1)
-    owner_M = torch.repeat_interleave(nearest_N, counts_N)
-    place_M = torch.arange(len(owner_M), device=owner_M.device)
-    place_M -= torch.repeat_interleave(counts_N.cumsum(0) - counts_N, counts_N)
-    columns_M = span_N2[:, 0].index_select(0, owner_M)
-    row_M = place_M // columns_M
-    low_M2 = low_N2.index_select(0, owner_M)
-    return owner_M, (low_M2[:, 1] + row_M) * width + low_M2[:, 0] + place_M - row_M * columns_M
+def _pairs(
+    projection: Projection, sigmas_N: Tensor, low_N2: Tensor, span_N2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gaussians [M], the nearest first, columns and rows of the pixels that each may reach, and their rows' numbers.
+
+    Of a row of its box a Gaussian has what its ellipse cuts out, and a little more.
+    """
+    nearest_N = projection.depths_N.sort(stable=True).indices
+    owner_R = torch.repeat_interleave(nearest_N, span_N2[nearest_N, 1])
+    rows_N = span_N2[nearest_N, 1]
+    y_R = torch.arange(len(owner_R), device=owner_R.device)
+    y_R += torch.repeat_interleave(low_N2[nearest_N, 1] - (rows_N.cumsum(0) - rows_N), rows_N)
+    mean_x, mean_y = projection.means_N2.t()
+    a, b, c = projection.conics_N3.t()
+    # a dx^2 + 2 b dx dy + c dy^2 <= sigmas^2
+    dy_R = y_R + 0.5 - mean_y.index_select(0, owner_R)
+    square_N = sigmas_N.square() * a * (1 + MARGIN)
+    half_R = square_N.index_select(0, owner_R) - (a * c - b * b).index_select(0, owner_R) * dy_R.square()
+    half_R = half_R.clamp(min=0).sqrt() / a.index_select(0, owner_R) + MARGIN
+    middle_R = mean_x.index_select(0, owner_R) - (b / a).index_select(0, owner_R) * dy_R - 0.5
+    first_R, most_R = low_N2[:, 0].index_select(0, owner_R), (low_N2 + span_N2)[:, 0].index_select(0, owner_R)
+    low_R = torch.maximum((middle_R - half_R).ceil().clamp(0, 2**20).long(), first_R)
+    high_R = torch.minimum((middle_R + half_R).floor().clamp(-1, 2**20).long() + 1, most_R)
+    columns_R = (high_R - low_R).clamp(min=0)
+    of_row_M = torch.repeat_interleave(columns_R)
+    x_M = torch.arange(len(of_row_M), device=of_row_M.device)
+    x_M += (low_R - (columns_R.cumsum(0) - columns_R)).index_select(0, of_row_M)
+    return owner_R.index_select(0, of_row_M), x_M, y_R, of_row_M
+
+
+def _weighted(weights_M: Tensor, values_ND: Tensor, from_M: Tensor, to_M: Tensor, count: int) -> Tensor:
+    """[count, D]: sums at `to` of weights times the values at `from`."""
+    if not 0 < values_ND.shape[1] <= FEW_CHANNELS:
+        products_MD = weights_M[:, None] * values_ND.index_select(0, from_M)
+        return values_ND.new_zeros(count, values_ND.shape[1]).index_add_(0, to_M, products_MD)
+    columns = (weights_M * value_N.index_select(0, from_M) for value_N in values_ND.t().contiguous())
+    return torch.stack([values_ND.new_zeros(count).index_add_(0, to_M, column_M) for column_M in columns], 1)
 
 
 class _CompositePairs(torch.autograd.Function):
-    """Blends the pairs of each pixel by running sums of logarithms in float64."""
+    """Blends the pairs of each pixel by running sums of logarithms in float64.
+
+    Everything is a column by itself: of narrow tables torch adds and takes rows several times as slowly.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -226,84 +257,113 @@ class _CompositePairs(torch.autograd.Function):
         conics: Tensor,
         opacities: Tensor,
         values_ND: Tensor,
-        owner_M: Tensor,
-        pixel_M: Tensor,
+        pairs: tuple[Tensor, Tensor, Tensor, Tensor],
         width: int,
         height: int,
     ) -> tuple[Tensor, Tensor]:
-        across_M2 = torch.stack([pixel_M % width, pixel_M // width], 1) + 0.5 - means.index_select(0, owner_M)
-        dx_M, dy_M = across_M2.unbind(1)
-        a, b, c = conics.index_select(0, owner_M).unbind(1)
-        full_M = opacities.index_select(0, owner_M) * torch.exp(
-            -0.5 * (a * dx_M * dx_M + c * dy_M * dy_M) - b * dx_M * dy_M
-        )
-        counts_M = (full_M >= LEAST_ALPHA).nonzero()[:, 0]
-        counts_M = counts_M[pixel_M[counts_M].int().sort(stable=True).indices]
-        owner_M, pixel_M, full_M, across_M2 = (
-            part.index_select(0, counts_M) for part in (owner_M, pixel_M, full_M, across_M2)
-        )
-        ends_Q = torch.bincount(pixel_M, minlength=width * height).cumsum(0)
-        alpha_M = full_M.clamp(max=LARGEST_ALPHA).double()
+        """Picture [Q, D] and its alpha [Q]."""
+        owner_M, x_M, y_R, of_row_M = pairs
+        order_M = (x_M + (y_R * width).index_select(0, of_row_M)).int()
+        pixel_M, order_M = order_M.sort(stable=True)
+        pixel_M, owner_M = pixel_M.long(), owner_M.index_select(0, order_M)
+        x_M, y_M = x_M.index_select(0, order_M), y_R.index_select(0, of_row_M).index_select(0, order_M)
+        mean_x, mean_y = means.t().contiguous()
+        dx_M, dy_M = x_M + 0.5 - mean_x.index_select(0, owner_M), y_M + 0.5 - mean_y.index_select(0, owner_M)
+        a, b, c = (part.index_select(0, owner_M) for part in conics.t().contiguous())
+        power_M = (a * dx_M).mul_(dx_M).addcmul_(c * dy_M, dy_M).mul_(-0.5).sub_(b.mul_(dx_M).mul_(dy_M))
+        full_M = power_M.exp_().mul_(opacities.index_select(0, owner_M))
+        cut = bool(opacities.max() > LARGEST_ALPHA) if len(opacities) else False
+        uncut_M = full_M <= LARGEST_ALPHA if cut else None
+        alpha_M = F.threshold(full_M.clamp(max=LARGEST_ALPHA), below(LEAST_ALPHA, full_M.dtype), 0.0)
         logs_M = torch.log1p(-alpha_M)
-        sums_M = F.pad(logs_M.cumsum(0), (1, 0))
-        before_Q = sums_M[F.pad(ends_Q, (1, 0))[:-1]]  # of the pixels before
-        after_M = (sums_M[1:] - before_Q.index_select(0, pixel_M)).exp_()
-        hidden_M = after_M <= OPAQUE
-        light_M = (after_M / (1 - alpha_M)).masked_fill_(hidden_M, 0)
-        weights_M = (alpha_M * light_M).to(values_ND)
-        picture_QD = values_ND.new_zeros(width * height, values_ND.shape[1])
-        picture_QD.index_add_(0, pixel_M, weights_M[:, None] * values_ND.index_select(0, owner_M))
-        left_Q = after_M.new_zeros(width * height).index_add_(0, pixel_M, logs_M.masked_fill(hidden_M, 0)).exp_()
-        ctx.save_for_backward(
-            conics, opacities, values_ND, owner_M, pixel_M, full_M, across_M2, light_M, weights_M, left_Q, ends_Q
-        )
-        return picture_QD, (1 - left_Q).to(values_ND)
+        ends_Q = torch.bincount(pixel_M, minlength=width * height).cumsum(0)
+        starts_Q = F.pad(ends_Q, (1, 0))[:-1]
+        sums_M = _running(logs_M)
+        after_M = (sums_M[1:] - sums_M[starts_Q].index_select(0, pixel_M)).to(means).exp_()
+        hides = bool(after_M.amin() <= OPAQUE) if len(after_M) else False
+        if hides:
+            sums_M = _running(logs_M * (after_M > OPAQUE))
+        left_Q = (sums_M[ends_Q] - sums_M[starts_Q]).exp_()
+        light_M = F.threshold(after_M, OPAQUE, 0.0, inplace=True).div_(1 - alpha_M)
+        weights_M = alpha_M * light_M
+        picture_QD = _weighted(weights_M, values_ND, owner_M, pixel_M, width * height)
+        kept = (conics, opacities, values_ND, owner_M, pixel_M, dx_M, dy_M, alpha_M, uncut_M, light_M, left_Q, ends_Q)
+        ctx.save_for_backward(*kept)
+        ctx.hides = hides
+        return picture_QD, (1 - left_Q).to(means)
 
     @staticmethod
     def backward(ctx: Any, grad_picture_QD: Tensor, grad_alpha_Q: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        conics, opacities, values_ND, owner_M, pixel_M, full_M, across_M2, light_M, weights_M, left_Q, ends_Q = (
+        conics, opacities, values_ND, owner_M, pixel_M, dx_M, dy_M, alpha_M, uncut_M, light_M, left_Q, ends_Q = (
             ctx.saved_tensors
         )
-        grad_MD = grad_picture_QD.index_select(0, pixel_M)
+        weights_M, count = alpha_M * light_M, len(opacities)
         grads: list[Tensor | None] = [None, None, None, None]
         if ctx.needs_input_grad[3]:
-            grads[3] = torch.zeros_like(values_ND).index_add_(0, owner_M, weights_M[:, None] * grad_MD)
+            grads[3] = _weighted(weights_M, grad_picture_QD, pixel_M, owner_M, count)
         if any(ctx.needs_input_grad[:3]):
             # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k); alpha of the picture likewise
-            value_M = (grad_MD * values_ND.index_select(0, owner_M)).sum(1).double()
-            sums_M = F.pad((weights_M * value_M).cumsum(0), (1, 0))
-            behind_M = (sums_M[ends_Q] - left_Q * grad_alpha_Q).index_select(0, pixel_M) - sums_M[1:]
-            grad_M = light_M * value_M - behind_M / (1 - full_M.clamp(max=LARGEST_ALPHA).double())
-            grad_M = (grad_M * full_M).masked_fill_((light_M == 0) | (full_M > LARGEST_ALPHA), 0).to(full_M)
-            dx_M, dy_M = across_M2.unbind(1)
+            value_M = torch.zeros_like(weights_M)
+            for grad_Q, value_N in zip(grad_picture_QD.t().contiguous(), values_ND.t().contiguous()):
+                value_M.addcmul_(grad_Q.index_select(0, pixel_M), value_N.index_select(0, owner_M))
+            sums_M = _running(weights_M.mul_(value_M))
+            behind_M = (sums_M[ends_Q] - left_Q * grad_alpha_Q).index_select(0, pixel_M).sub_(sums_M[1:])
+            grad_M = value_M.mul_(light_M).sub_(behind_M.to(light_M).div_(1 - alpha_M)).mul_(alpha_M)
+            if ctx.hides:
+                grad_M *= light_M != 0
+            if uncut_M is not None:
+                grad_M *= uncut_M
             gx_M, gy_M = grad_M * dx_M, grad_M * dy_M
-            moments_M6 = torch.stack([grad_M, gx_M, gy_M, gx_M * dx_M, gx_M * dy_M, gy_M * dy_M], 1)
-            moments_N6 = full_M.new_zeros(len(opacities), 6).index_add_(0, owner_M, moments_M6)
-            whole, gx, gy, gxx, gxy, gyy = moments_N6.unbind(1)
+
+            def summed(part_M: Tensor) -> Tensor:
+                return part_M.new_zeros(count).index_add_(0, owner_M, part_M)
+
+            gx, gy, gxy, whole = summed(gx_M), summed(gy_M), summed(gx_M * dy_M), summed(grad_M)
+            gxx, gyy = summed(gx_M.mul_(dx_M)), summed(gy_M.mul_(dy_M))
             a, b, c = conics.unbind(1)
             grads[0] = torch.stack([a * gx + b * gy, b * gx + c * gy], 1)
             grads[1] = torch.stack([-0.5 * gxx, -gxy, -0.5 * gyy], 1)
             grads[2] = whole / opacities.clamp(min=1e-12)
-        return *grads, None, None, None, None
+        return *grads, None, None, None
 
 
-def _untile(picture_TPD: Tensor, width: int, height: int) -> Tensor:
+def _running(part_M: Tensor) -> Tensor:
+    """Running sums [M + 1] in float64, from 0."""
+    sums_M = torch.zeros(len(part_M) + 1, dtype=torch.float64, device=part_M.device)
+    torch.cumsum(part_M, 0, dtype=torch.float64, out=sums_M[1:])
+    return sums_M
+
+
+def _untile(picture_DPT: Tensor, width: int, height: int) -> Tensor:
+    """[H, W, D] of tiles."""
     across, down = -(-width // TILE), -(-height // TILE)
-    rows = picture_TPD.view(down, across, TILE, TILE, -1).transpose(1, 2)
+    rows = picture_DPT.view(-1, TILE, TILE, down, across).permute(3, 1, 4, 2, 0)
     return rows.reshape(down * TILE, across * TILE, -1)[:height, :width]
 
 
 class _Slabs:
-    """Walks front to back through the Gaussians of tiles, a slab at a time, over groups of tiles that fit in memory."""
+    """Walks front to back through the Gaussians of tiles, a slab at a time, over groups of tiles that fit in memory.
+
+    Tiles come last: what is done to a slab then runs along memory, whatever is broadcast over Gaussians or pixels.
+    """
 
     def __init__(
-        self, means_N2: Tensor, conics_N3: Tensor, opacities_N: Tensor, owner_M: Tensor, starts: Tensor, across: int
+        self,
+        means_N2: Tensor,
+        conics_N3: Tensor,
+        opacities_N: Tensor,
+        values_ND: Tensor,
+        owner_M: Tensor,
+        starts: Tensor,
+        across: int,
     ):
-        # One row more, which stands for no Gaussian: its alpha is 0.
-        self.means_N2, self.conics_N3 = F.pad(means_N2, (0, 0, 0, 1)), F.pad(conics_N3, (0, 0, 0, 1))
-        self.opacities_N, self.owner_M, self.starts, self.across = F.pad(opacities_N, (0, 1)), owner_M, starts, across
-        self.none = len(means_N2)
-        self.axis = torch.arange(TILE, device=means_N2.device) + 0.5
+        columns = [means_N2, conics_N3, opacities_N[:, None], opacities_N.log()[:, None], values_ND]
+        # One more, which stands for no Gaussian: its alpha is 0.
+        self.table_EN = F.pad(torch.cat(columns, 1).t(), (0, 1))
+        self.table_EN[6, -1] = -torch.inf
+        self.owner_M, self.starts, self.across, self.none = owner_M, starts, across, len(means_N2)
+        self.axis_S = torch.arange(TILE, device=means_N2.device) + 0.5
+        self.least = below(LEAST_ALPHA, means_N2.dtype)
 
     def gaussians(self, tiles_T: Tensor, first: int, count: int) -> Tensor:
         """Numbers [K, T] of the `count` Gaussians of each tile from its `first` on."""
@@ -313,19 +373,72 @@ class _Slabs:
             return torch.full_like(at_KT, self.none)
         return torch.where(inside_KT, self.owner_M[at_KT.clamp(max=len(self.owner_M) - 1)], self.none)
 
-    def alpha(self, rows_KT: Tensor, tiles_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Alphas [K, T, P] before and after cutting, and distances [K, T, TILE] from the centres along x and y."""
-        corner_x, corner_y = (tiles_T % self.across) * TILE, (tiles_T // self.across) * TILE
-        mean_KT2 = self.means_N2[rows_KT]
-        dx_KTX = (corner_x - mean_KT2[..., 0])[..., None] + self.axis
-        dy_KTX = (corner_y - mean_KT2[..., 1])[..., None] + self.axis
-        a, b, c = (part[..., None] for part in self.conics_N3[rows_KT].unbind(-1))
-        power = (-b * dx_KTX)[..., None, :] * dy_KTX[..., None]
-        power += (-0.5 * a * dx_KTX**2)[..., None, :]
-        power += (-0.5 * c * dy_KTX**2)[..., None]
-        full_KTP = power.exp_().flatten(-2) * self.opacities_N[rows_KT][..., None]
-        cut_KTP = full_KTP.clamp(max=LARGEST_ALPHA)
-        return full_KTP, cut_KTP.masked_fill_(cut_KTP < LEAST_ALPHA, 0), dx_KTX, dy_KTX
+    def slab(self, rows_KT: Tensor, tiles_T: Tensor) -> _Slab:
+        """Alphas in all pixels of the tiles, and what is known of the Gaussians."""
+        given_EKT = self.table_EN.index_select(1, rows_KT.flatten()).unflatten(1, rows_KT.shape)
+        mean_x, mean_y, a, b, c, opacity_KT, log_KT = given_EKT[:7, :, None]
+        dx_KST = (tiles_T % self.across * TILE + self.axis_S[:, None]) - mean_x
+        dy_KST = (tiles_T // self.across * TILE + self.axis_S[:, None]) - mean_y
+        by_x, tilt = -0.5 * a * dx_KST**2 + log_KT, -b * dx_KST
+        alpha = torch.addcmul(by_x[:, None], tilt[:, None], dy_KST[:, :, None])
+        alpha = alpha.add_((-0.5 * c * dy_KST**2)[:, :, None]).exp_().flatten(1, 2)
+        uncut_KPT = None
+        if bool(opacity_KT.max() > LARGEST_ALPHA):
+            uncut_KPT = alpha <= LARGEST_ALPHA
+            alpha.clamp_(max=LARGEST_ALPHA)
+        alpha_KPT = F.threshold(alpha, self.least, 0.0, inplace=True)
+        return _Slab(alpha_KPT, uncut_KPT, dx_KST, dy_KST, given_EKT[2:5], given_EKT[5], given_EKT[7:])
+
+
+@dataclass
+class _Slab:
+    """K Gaussians of each of T tiles in the tiles' pixels; distances of pixels from centres along both axes (S)."""
+
+    alpha_KPT: Tensor
+    uncut_KPT: Tensor | None  # where alpha is that of the Gaussian; None: everywhere
+    dx_KST: Tensor
+    dy_KST: Tensor
+    conics_3KT: Tensor
+    opacities_KT: Tensor
+    values_DKT: Tensor
+
+    def light(self, first_PT: Tensor) -> Tensor:
+        """What reaches each Gaussian, and what is left behind the last [K + 1, P, T]."""
+        light_KPT = torch.empty(len(self.alpha_KPT) + 1, *first_PT.shape).to(first_PT)
+        light_KPT[0] = first_PT
+        torch.sub(1, self.alpha_KPT, out=light_KPT[1:])
+        for k in range(len(self.alpha_KPT)):
+            light_KPT[k + 1] *= light_KPT[k]
+        return light_KPT
+
+
+def below(number: float, dtype: torch.dtype) -> float:
+    """The largest number of a type that is less: `threshold` keeps what lies above it, so it keeps `number`."""
+    return float(torch.nextafter(torch.tensor(number, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+
+
+def _blended(weights_KPT: Tensor, values_DKT: Tensor) -> Tensor:
+    """Sum over Gaussians [D, P, T]."""
+    if not 0 < len(values_DKT) <= FEW_CHANNELS:
+        return torch.bmm(values_DKT.permute(2, 0, 1), weights_KPT.permute(2, 0, 1)).permute(1, 2, 0)
+    return torch.stack([(weights_KPT * value_KT[:, None]).sum(0) for value_KT in values_DKT])
+
+
+def _summed(weights_KPT: Tensor, grad_DPT: Tensor) -> Tensor:
+    """Sum over pixels [D, K, T]."""
+    if not 0 < len(grad_DPT) <= FEW_CHANNELS:
+        return torch.bmm(grad_DPT.permute(2, 0, 1), weights_KPT.permute(2, 1, 0)).permute(1, 2, 0)
+    return torch.stack([(weights_KPT * grad_PT).sum(1) for grad_PT in grad_DPT])
+
+
+def _projected(values_DKT: Tensor, grad_DPT: Tensor) -> Tensor:
+    """Sum over channels [K, P, T]."""
+    if not 0 < len(values_DKT) <= FEW_CHANNELS:
+        return torch.bmm(values_DKT.permute(2, 1, 0), grad_DPT.permute(2, 0, 1)).permute(1, 2, 0).contiguous()
+    sum_KPT = values_DKT[0][:, None] * grad_DPT[0]
+    for value_KT, grad_PT in zip(values_DKT[1:], grad_DPT[1:]):
+        sum_KPT.addcmul_(value_KT[:, None], grad_PT)
+    return sum_KPT
 
 
 class _Composite(torch.autograd.Function):
@@ -341,93 +454,105 @@ class _Composite(torch.autograd.Function):
         across: int,
         weigh: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tiles, pixels = len(starts) - 1, TILE * TILE
-        picture_TPD = values_ND.new_zeros(tiles, pixels, values_ND.shape[1])
-        light_TP = values_ND.new_ones(tiles, pixels)
-        left_TP = values_ND.new_ones(tiles, pixels)  # as light, but of the last Gaussian that counted
+        """Picture [D, P, tiles], its alpha [P, tiles], weights [N]."""
+        tiles, pixels, channels = len(starts) - 1, TILE * TILE, values_ND.shape[1]
+        # Alpha, as a sum, is exact where it is small; 1 less it, what is left, is kept as a product.
+        picture_DPT, alpha_PT = values_ND.new_zeros(channels, pixels, tiles), values_ND.new_zeros(pixels, tiles)
+        left_PT = values_ND.new_ones(pixels, tiles)
         weight_N = values_ND.new_zeros(len(means)) if weigh else None
-        slabs = _Slabs(means, conics, opacities, owner, starts, across)
-        padded_ND = F.pad(values_ND, (0, 0, 0, 1))
+        slabs = _Slabs(means, conics, opacities, values_ND, owner, starts, across)
         counts = starts.diff()
         used = torch.zeros_like(counts)  # Gaussians of a tile until it is opaque
         for group in _groups(counts, SLAB):
             first = 0
+            sum_DPT = values_ND.new_zeros(channels + 1, pixels, len(group))
+            light_PT = values_ND.new_ones(pixels, len(group))
+            last_PT = light_PT.clone()  # as light, but of the last Gaussian that counted
             while len(group):
                 rows_KT = slabs.gaussians(group, first, SLAB)
-                _, alpha_KTP, _, _ = slabs.alpha(rows_KT, group)
-                light_KTP = _light(light_TP[group], 1 - alpha_KTP)
-                now, ends_KTP = light_KTP[-1], light_KTP[1:]
-                hidden_KTP = ends_KTP <= OPAQUE
-                weights_KTP = alpha_KTP.mul_(light_KTP[:-1]).masked_fill_(hidden_KTP, 0)
-                kept_TP = torch.minimum(left_TP[group], ends_KTP.masked_fill(hidden_KTP, 1).amin(0))
-                light_TP[group], left_TP[group] = now, kept_TP
-                picture_TPD[group] += torch.bmm(weights_KTP.permute(1, 2, 0), padded_ND[rows_KT].transpose(0, 1))
+                slab = slabs.slab(rows_KT, group)
+                light_KPT = slab.light(light_PT)
+                light_PT, ends_KPT = light_KPT[-1], light_KPT[1:]
+                weights_KPT = slab.alpha_KPT.mul_(light_KPT[:-1])
+                if bool(light_PT.amin() <= OPAQUE):
+                    weights_KPT *= ends_KPT > OPAQUE
+                    last_PT = torch.minimum(last_PT, F.threshold(ends_KPT, OPAQUE, 1.0).amin(0))
+                else:
+                    last_PT = light_PT
+                sum_DPT[:-1] += _blended(weights_KPT, slab.values_DKT)
+                sum_DPT[-1] += weights_KPT.sum(0)
                 if weight_N is not None:
-                    _weigh(weight_N, weights_KTP, rows_KT, group, means, across)
+                    _weigh(weight_N, weights_KPT, rows_KT, group, means, across)
                 first += SLAB
-                used[group] = torch.minimum(counts[group], torch.tensor(first, device=counts.device))
-                group = group[(now > OPAQUE).any(1) & (counts[group] > first)]
-        ctx.save_for_backward(means, conics, opacities, values_ND, owner, starts, used, left_TP)
+                used[group] = counts[group].clamp(max=first)
+                goes_on_T = (light_PT > OPAQUE).any(0) & (counts[group] > first)
+                ended, stays = (~goes_on_T).nonzero()[:, 0], goes_on_T.nonzero()[:, 0]
+                if len(ended):
+                    picture_DPT[..., group[ended]] = sum_DPT[:-1, :, ended]
+                    alpha_PT[:, group[ended]] = sum_DPT[-1][:, ended]
+                    left_PT[:, group[ended]] = last_PT[:, ended]
+                    group, sum_DPT = group[stays], sum_DPT[..., stays]
+                    light_PT, last_PT = light_PT[:, stays], last_PT[:, stays]
+        ctx.save_for_backward(means, conics, opacities, values_ND, owner, starts, used, left_PT)
         ctx.across = across
         if weight_N is not None:
             ctx.mark_non_differentiable(weight_N)
-        return picture_TPD, 1 - left_TP, weight_N
+        return picture_DPT, alpha_PT, weight_N
 
     @staticmethod
-    def backward(ctx: Any, grad_picture_TPD: Tensor, grad_alpha_TP: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        means, conics, opacities, values_ND, owner, starts, used, left_TP = ctx.saved_tensors
-        slabs = _Slabs(means, conics, opacities, owner, starts, ctx.across)
-        padded_ND = F.pad(values_ND, (0, 0, 0, 1))
-        grads = [torch.zeros(len(part) + 1, *part.shape[1:]).to(part) for part in (means, conics, opacities, values_ND)]
+    def backward(ctx: Any, grad_picture_DPT: Tensor, grad_alpha_PT: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        means, conics, opacities, values_ND, owner, starts, used, left_PT = ctx.saved_tensors
+        slabs = _Slabs(means, conics, opacities, values_ND, owner, starts, ctx.across)
         only_values = not any(ctx.needs_input_grad[:3])
+        channels = values_ND.shape[1]
+        grads_NE = values_ND.new_zeros(len(means) + 1, channels + (0 if only_values else 6))
         for group in _groups(used, None):
             rows_KT = slabs.gaussians(group, 0, int(used[group].max()))
-            full_KTP, alpha_KTP, dx_KTX, dy_KTX = slabs.alpha(rows_KT, group)
-            through_KTP = 1 - alpha_KTP
-            light_KTP = _light(torch.ones_like(alpha_KTP[0]), through_KTP)
-            hidden_KTP = light_KTP[1:] <= OPAQUE
-            light_KTP = light_KTP[:-1].masked_fill_(hidden_KTP, 0)
-            weights_KTP = alpha_KTP * light_KTP
-            grad_TPD = grad_picture_TPD[group]
-            grads[3].index_add_(
-                0, rows_KT.t().flatten(), torch.bmm(weights_KTP.permute(1, 0, 2), grad_TPD).flatten(0, 1)
-            )
-            if only_values:
-                continue
-            # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k)
-            value_KTP = torch.bmm(padded_ND[rows_KT].transpose(0, 1), grad_TPD.transpose(1, 2)).transpose(0, 1)
-            behind_KTP = weights_KTP.mul_(value_KTP)
-            # alpha of the picture is 1 - T of the last: its derivative is T_last / (1 - alpha_k) where k counts
-            behind_TP = -left_TP[group] * grad_alpha_TP[group]
-            for k in reversed(range(len(rows_KT))):
-                share_TP = behind_KTP[k].clone()
-                behind_KTP[k] = behind_TP
-                behind_TP += share_TP
-            grad_KTP = value_KTP.mul_(light_KTP).sub_(behind_KTP.div_(through_KTP))
-            # to the exponent; none where the Gaussian does not count, nor where its alpha is cut
-            full_KTP.masked_fill_(hidden_KTP.logical_or_(alpha_KTP == 0).logical_or_(full_KTP > LARGEST_ALPHA), 0)
-            grad_KTP *= full_KTP
-            opacity_KT = slabs.opacities_N[rows_KT].clamp(min=1e-12)
-            grads[2].index_add_(0, rows_KT.flatten(), (grad_KTP.sum(-1) / opacity_KT).flatten())
-            square = grad_KTP.unflatten(-1, (TILE, TILE))
-            by_x, by_y = square.sum(-2), square.sum(-1)
-            a, b, c = slabs.conics_N3[rows_KT].unbind(-1)
-            gx, gy = (by_x * dx_KTX).sum(-1), (by_y * dy_KTX).sum(-1)
-            gxx, gyy = (by_x * dx_KTX**2).sum(-1), (by_y * dy_KTX**2).sum(-1)
-            gxy = ((square * dx_KTX[..., None, :]).sum(-1) * dy_KTX).sum(-1)
-            grads[0].index_add_(0, rows_KT.flatten(), torch.stack([a * gx + b * gy, b * gx + c * gy], -1).flatten(0, 1))
-            grads[1].index_add_(0, rows_KT.flatten(), torch.stack([-0.5 * gxx, -gxy, -0.5 * gyy], -1).flatten(0, 1))
-        found = [grad[:-1] if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
-        return *found, None, None, None, None
+            slab = slabs.slab(rows_KT, group)
+            alpha_KPT = slab.alpha_KPT
+            light_KPT = slab.light(torch.ones_like(alpha_KPT[0]))
+            visible_KPT = light_KPT[1:] > OPAQUE if bool(light_KPT[-1].amin() <= OPAQUE) else None
+            light_KPT = light_KPT[:-1]
+            if visible_KPT is not None:
+                light_KPT *= visible_KPT
+            weights_KPT = alpha_KPT * light_KPT
+            grad_DPT = grad_picture_DPT[..., group]
+            found = [_summed(weights_KPT, grad_DPT)]
+            if not only_values:
+                # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k)
+                value_KPT = _projected(slab.values_DKT, grad_DPT)
+                weights_KPT *= value_KPT
+                behind_KPT = torch.empty_like(weights_KPT)
+                # alpha of the picture is 1 - T of the last: its derivative is T_last / (1 - alpha_k) where k counts
+                torch.mul(left_PT[:, group], -grad_alpha_PT[:, group], out=behind_KPT[-1])
+                for k in reversed(range(len(rows_KT) - 1)):
+                    torch.add(behind_KPT[k + 1], weights_KPT[k + 1], out=behind_KPT[k])
+                grad_KPT = value_KPT.mul_(light_KPT).sub_(behind_KPT.div_(1 - alpha_KPT))
+                # to the exponent; none where the Gaussian does not count, nor where its alpha is cut
+                grad_KPT *= alpha_KPT
+                for counted_KPT in (visible_KPT, slab.uncut_KPT):
+                    if counted_KPT is not None:
+                        grad_KPT *= counted_KPT
+                found.append(_moments(grad_KPT, slab))
+            grads_NE.index_add_(0, rows_KT.flatten(), torch.cat(found).flatten(1).t())
+        grads: list[Tensor | None] = [None, None, None, grads_NE[:-1, :channels]]
+        if not only_values:
+            grads[:3] = grads_NE[:-1, channels : channels + 2], grads_NE[:-1, channels + 2 : -1], grads_NE[:-1, -1]
+        found_grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+        return *found_grads, None, None, None, None
 
 
-def _light(first_TP: Tensor, through_KTP: Tensor) -> Tensor:
-    """What reaches each of K Gaussians, and what is left behind the last [K + 1, T, P]."""
-    light_KTP = torch.empty(len(through_KTP) + 1, *first_TP.shape).to(first_TP)
-    light_KTP[0] = first_TP
-    for k in range(len(through_KTP)):
-        torch.mul(light_KTP[k], through_KTP[k], out=light_KTP[k + 1])
-    return light_KTP
+def _moments(grad_KPT: Tensor, slab: _Slab) -> Tensor:
+    """Gradients [6, K, T] of mean, conic and opacity from those of the exponent."""
+    square = grad_KPT.unflatten(1, (TILE, TILE))
+    by_x, by_y = square.sum(1), square.sum(2)  # [K, S, T]
+    (a, b, c), dx, dy = slab.conics_3KT, slab.dx_KST, slab.dy_KST
+    along_x, along_y = by_x * dx, by_y * dy
+    gx, gy = along_x.sum(1), along_y.sum(1)
+    gxx, gyy = along_x.mul_(dx).sum(1), along_y.mul_(dy).sum(1)
+    gxy = (square.mul_(dy[:, :, None]).sum(1) * dx).sum(1)
+    opacity = by_x.sum(1) / slab.opacities_KT.clamp(min=1e-12)
+    return torch.stack([a * gx + b * gy, b * gx + c * gy, -0.5 * gxx, -gxy, -0.5 * gyy, opacity])
 
 
 def _groups(counts: Tensor, slab: int | None) -> list[Tensor]:
@@ -449,7 +574,7 @@ def _groups(counts: Tensor, slab: int | None) -> list[Tensor]:
 
 
 def _weigh(
-    weight_N: Tensor, weights_KTP: Tensor, rows_KT: Tensor, tiles_T: Tensor, means_N2: Tensor, across: int
+    weight_N: Tensor, weights_KPT: Tensor, rows_KT: Tensor, tiles_T: Tensor, means_N2: Tensor, across: int
 ) -> None:
     """Add what each Gaussian of a slab has in the pixel before its centre, where that lies in the tile."""
     place_KT2 = (F.pad(means_N2, (0, 0, 0, 1), value=-1.0)[rows_KT] - 0.5).floor().clamp(-1, 2**20).long()
@@ -457,7 +582,7 @@ def _weigh(
     local_y = place_KT2[..., 1] - (tiles_T // across) * TILE
     here_KT = (local_x >= 0) & (local_x < TILE) & (local_y >= 0) & (local_y < TILE) & (rows_KT < len(weight_N))
     pixel_KT = (local_y * TILE + local_x).clamp(0, TILE * TILE - 1)
-    found_KT = weights_KTP.gather(-1, pixel_KT[..., None])[..., 0]
+    found_KT = weights_KPT.gather(1, pixel_KT[:, None])[:, 0]
     weight_N.index_add_(0, rows_KT[here_KT], found_KT[here_KT])
 
 

@@ -29,7 +29,7 @@ TILE = 8  # pixels; any side gives the same picture
 SLAB = 16  # Gaussians of a tile that are composited at a time
 MARGIN = 0.01  # by which an ellipse's rows are widened: pixels, and share of the squared distance
 FEW_CHANNELS = 8  # are summed one by one; more go through matrix products
-PAIR = 2.7  # what a pair costs, in elements of a slab (measured: 2.5 to 3)
+PAIR = 3.0  # what a pair costs, in elements of a slab (measured: 2.5 to 3; slabs take less memory)
 MOST_PAIRS = 2**23  # that are held in memory, some 200 bytes each
 ELEMENTS = 2**19  # Gaussians times pixels of a slab, over all its tiles: what caches hold
 

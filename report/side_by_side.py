@@ -59,7 +59,7 @@ def _workload(name: str, group: Sequence[tuple[str, Workload]], several: bool, m
             cells.append(f'<td class="num quiet" colspan="2">{same}</td>')
         else:
             sides = _sides(workload.sides[workload.best()])
-            cells.append(f'<td class="num">{number(best["peer"])}{unit}{sides}</td><td class="num">{_ratio(best)}</td>')
+            cells.append(f'<td class="num">{workload.pair()}{unit}{sides}</td><td class="num">{_ratio(best)}</td>')
         if memory:
             cells.append(f'<td class="num">{_memory(workload)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")

@@ -57,6 +57,12 @@ class Workload:
         sign = 1 if higher_is_better else -1
         return max(range(len(self.rows)), key=lambda place: (sign * self.rows[place]["peer"], place))
 
+    def pair(self) -> str:
+        """The peer's number at its best; ours goes before it where it is another than in the first row."""
+        row, first = self.rows[self.best()], self.rows[0]
+        same = abs(row["ours"] / first["ours"] - 1) < SAME
+        return number(row["peer"]) if same else f"{number(row['ours'])} to {number(row['peer'])}"
+
     def shown(self) -> list[Row]:
         """The rows that a table has: as users run it, at its best, and the worst of memory."""
         memory = [min(self.memory.rows, key=lambda row: row["ratio"])] if self.memory else []
@@ -131,9 +137,7 @@ def cells(workload: Workload, with_memory: bool) -> list[str]:
     if best == 0:
         found.append("-" if len(workload.rows) == 1 else "the same")
     else:
-        row = workload.rows[best]
-        ours = "" if abs(row["ours"] / first["ours"] - 1) < SAME else f"{number(row['ours'])} to "
-        found.append(f"{ours}{number(row['peer'])} ({ratio_text(row)}, {workload.sides[best]})")
+        found.append(f"{workload.pair()} ({ratio_text(workload.rows[best])}, {workload.sides[best]})")
     if with_memory:
         memory = workload.memory
         if memory is None:

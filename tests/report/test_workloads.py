@@ -50,6 +50,13 @@ def test_rows_against_the_compiled_and_the_better_peer_belong_to_their_workload(
     assert cells(training, with_memory=False)[3] == "25 (**1.2x < 1.5**, both bf16, against the better peer)"
 
 
+def test_where_the_better_peer_met_another_form_of_ours_both_numbers_are_shown() -> None:
+    rows = rows_of_a_benchmark()
+    rows.append(bench_row(f"training, both bf16, against the better peer{SIZE}", 40.0, 25.0, "images/s", target=1.5))
+    (training,) = workloads(rows)
+    assert cells(training, with_memory=False)[3] == "40 to 25 (1.6x ≥ 1.5, both bf16, against the better peer)"
+
+
 def test_pairs_with_other_numbers_of_ours_are_workloads_of_their_own() -> None:
     seconds = {"higher_is_better": False}
     rows = [

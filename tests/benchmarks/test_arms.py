@@ -31,3 +31,21 @@ def test_rows_of_a_training_step_say_what_was_compared(
     assert (rows[0]["name"], rows[0]["target"], rows[0]["ours"]) == (first, 1.3, 4.0)
     peaks = ["share of the matmul peak, training step, bf16 (small, batch 4)"] if flop else []
     assert [row["name"] for row in rows if "peak," in row["name"] and "bf16" in row["name"]] == peaks
+
+
+def test_the_target_counts_for_the_faster_form_of_ours_against_the_faster_one_of_the_peers() -> None:
+    seconds = {"ours": 2.0, "eager": 4.0, "compiled": 3.0, "ours compiled": 1.0}
+    given = {name: arms.Timing(wall, wall, 2**20, [], wall) for name, wall in seconds.items()}
+
+    def row(form: str, ours: arms.Timing, peer: arms.Timing, bar: float | None) -> dict[str, Any]:
+        return {"form": form, "ratio": peer.wall / ours.wall, "target": bar}
+
+    found = list(arms.at_its_best("bf16", row, 1.5, *given.values()))
+    assert [(each["form"], each["ratio"], each["target"]) for each in found] == [
+        ("bf16, ours eager against peer compiled", 1.5, None),
+        ("bf16, both compiled", 3.0, None),
+        ("both bf16, against the better peer", 3.0, 1.5),
+    ]
+    assert found[-1]["note"].endswith("the better one is compiled, ours is compiled (compiled: 1 MiB beside its 1)")
+    eager = list(arms.at_its_best("bf16", row, 1.5, *list(given.values())[:3]))
+    assert len(eager) == 2 and eager[-1]["ratio"] == 1.5 and eager[-1]["note"].endswith("the better one is compiled")

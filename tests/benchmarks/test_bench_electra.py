@@ -91,7 +91,7 @@ def test_flop_of_a_step_are_three_forward_passes_over_real_tokens() -> None:
 
 
 def test_rows_of_the_comparison_have_ratios_and_targets() -> None:
-    arms = in_both_precisions(Arm("ours", "tiny", "full", "cpu"), compiled=False, peak=True)
+    arms = in_both_precisions(Arm("ours", "tiny", "full", "cpu"), compiled=(), peak=True)
     rows = list(bench.comparison(arms["ours bf16"], timings(arms), PACE))
     check_rows(rows)
     default = next(row for row in rows if "default against default" in row["name"])

@@ -52,10 +52,15 @@ class Workload:
         return len(self.rows) == 1 and self.sides[0].startswith("against")
 
     def best(self) -> int:
-        """The place of the row in which the peer's own number is the best."""
+        """The place of the row in which the peer's own number is the best, one that was asked for before others."""
         higher_is_better = (self.rows[0]["ratio"] > 1) == (self.rows[0]["ours"] > self.rows[0]["peer"])
         sign = 1 if higher_is_better else -1
-        return max(range(len(self.rows)), key=lambda place: (sign * self.rows[place]["peer"], place))
+
+        def rank(place: int) -> tuple[float, bool, int]:
+            row = self.rows[place]
+            return sign * row["peer"], row["target"] is not None, place
+
+        return max(range(len(self.rows)), key=rank)
 
     def pair(self) -> str:
         """The peer's number at its best; ours goes before it where it is another than in the first row."""

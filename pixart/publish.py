@@ -1,13 +1,15 @@
-"""Put a finished recipe into pretrained/: `python pixart/publish.py --run_dir runs/pixart-small --name shapes`.
+"""Put a finished recipe into pretrained/: `python pixart/publish.py --run_dir runs/pixart-pretrained --name shapes`.
 
-Copies the last stage's averaged weights in half precision, writes the model card from the run's own metrics, and brings
-the run's sample grids (results/figures/pixart/) and its numbers (results/runs/, results/run_pixart.md for the README)
-into the repository.
+Copies the last stage's averaged weights in half precision, draws a fixed sheet of prompts with them and with the
+weights that were there before, writes the model card from the run's own metrics, and brings the run's numbers into
+results/runs/. The default run (runs/pixart-small) also leaves its sample grids (results/figures/pixart/) and its table
+(results/run_pixart.md) for the README.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,19 @@ from common.files import read_object, write_atomically, write_json
 from common.paths import RESULTS, WORKPLACE
 
 PRETRAINED = WORKPLACE / "pixart" / "pretrained"
+DEFAULT_RUN = "pixart-small"
+COMMANDS = {
+    DEFAULT_RUN: "`make pixart-train` (pixart/configs/small.yaml)",
+    "pixart-pretrained": "`python pixart/train.py --config pixart/configs/pretrained.yaml`",
+}
+SHEET_PER_TASK, SHEET_SEED = 4, 3
 TASKS = ("single", "two", "count", "color", "position", "attr", "mean")
+SHEET = "samples.png"
 CAPTIONS = {
     "stage1": "Default run, stage 1: single objects by class.",
     "stage2": "Default run, stage 2: held-out dense captions, 32 px, averaged weights.",
     "stage3a": "Default run, stage 3a: held-out captions of richer scenes, 32 px.",
-    "stage3b": "Default run, stage 3b: the same kind at 64 px (the weights of pretrained/shapes).",
+    "stage3b": "Default run, stage 3b: the same kind at 64 px.",
 }
 
 
@@ -54,7 +63,32 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
     return publishing.markdown_table(head.split("|"), rows) + "\n"
 
 
-def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str]) -> str:
+def draw_sheet(weights: Path, data: Mapping[str, Any], sampling: Mapping[str, Any], picture: Path | None) -> list[bool]:
+    """Draw the fixed sheet, four prompts of each task in a run's shapes and colours, and say which are right.
+
+    Args:
+        data, sampling: of a run's config.
+        picture: where the sheet goes, each prompt with the verifier's word.
+    """
+    from common.data.shapes import prompts
+    from common.data.shapes_verifier import verify
+    from common.images import save_grid
+    from pixart.config import SamplingConfig
+    from pixart.sample import open_painter
+
+    painter = open_painter(weights)
+    specs = prompts(SHEET_PER_TASK, "test", TASKS[:-1], SHEET_SEED, data["shapes"], data["colours"], ("solid",))
+    captions = [spec.caption for spec in specs]
+    options = SamplingConfig(sampling["sampler"], sampling["steps"], sampling["guidance"])
+    images = painter.captions(captions, painter.size, painter.size, options, SHEET_SEED)
+    right = [bool(holds) for holds in verify(images.numpy(), specs)]
+    if picture is not None:
+        words = [f"{caption} ({'right' if holds else 'wrong'})" for caption, holds in zip(captions, right, strict=True)]
+        save_grid(images, picture, columns=6, captions=words, tile=128)
+    return right
+
+
+def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str], sheet: str) -> str:
     """The model card's text; every number comes from the run."""
     metrics, config = last["metrics"], last["config"]
     judge, summary, sampling = metrics["judge"], metrics["summary"], metrics["sampling"]
@@ -80,9 +114,8 @@ def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str]) -> 
         about,
         "A small PixArt-alpha network, trained from scratch in the paper's stages by `pixart` of this repository.",
         '```\n.venv/bin/python pixart/sample.py --prompt "a red circle left of a blue square"\n```',
-        "![samples](samples.png)",
-        f"Held-out captions of the last stage, {sampling['steps']} {sampling['sampler']} steps, guidance "
-        f"{sampling['guidance']}.",
+        f"![a fixed sheet of prompts]({SHEET})",
+        f"{sheet} {sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']}.",
         publishing.facts_table(facts),
         f"KID x 1000 {1000 * summary['kid_lite0']:.0f} (floor {1000 * summary['floor/kid_lite0']:.0f}), FID "
         f"{summary['metrics_at_floor_n/fid_lite0']:.0f} (floor {summary['floor/fid_lite0']:.0f}); "
@@ -119,29 +152,38 @@ def publish(run_dir: Path, name: str) -> Path:
     last = stages[-1]
     source, target = run_dir / last["name"], PRETRAINED / name
     table, minutes = stage_table(stages), last["total_seconds"] / 60
+    asked, drawn = last["config"]["data"], last["config"]["sampling"]
+    before = sum(draw_sheet(target, asked, drawn, None)) if (target / "config.json").is_file() else None
     publishing.copy_half(source / "model" / "model.safetensors", target / "model.safetensors")
     for file in ("config.json", "pixart.json"):
         shutil.copyfile(source / "model" / file, target / file)
-    shutil.copyfile(source / "samples.png", target / "samples.png")
+    right = draw_sheet(target, asked, drawn, target / SHEET)
+    sheet = f"{sum(right)} of {len(right)} fixed prompts are right by the exact verifier"
+    sheet += "." if before is None else f" (with the weights that were here before {before})."
     facts = {
         "data": f"procedural scenes, {last['config']['data']['size']} px (common/README.md)",
-        "command": "`make pixart-train` (pixart/configs/small.yaml)",
+        "command": COMMANDS.get(run_dir.name, "`python pixart/train.py`"),
         "parameters": f"{last['metrics']['parameters']:,}, float16",
         "hardware": origin["hardware"],
         "time": f"{minutes:.1f} minutes, features and evaluation included",
         **origin,
     }
-    (target / "README.md").write_text(card(name, last, table, facts))
-    text = f"{table}\n{minutes:.1f} minutes in all on {origin['hardware']}.\n"
-    write_atomically(RESULTS / "run_pixart.md", lambda temporary: temporary.write_text(text))
+    (target / "README.md").write_text(card(name, last, table, facts, sheet))
     kept = ("task", "summary", "shapes_score", "own_captions", "held_out", "curve", "seconds")
     runs = {stage["name"]: {key: stage["metrics"][key] for key in kept if key in stage["metrics"]} for stage in stages}
-    write_json(RESULTS / "runs" / "pixart-small.json", {"stages": runs, "facts": facts})
+    write_json(RESULTS / "runs" / f"{run_dir.name}.json", {"stages": runs, "facts": facts})
+    if run_dir.name == DEFAULT_RUN:
+        record(run_dir, stages, f"{table}\n{minutes:.1f} minutes in all on {origin['hardware']}.\n")
+    return target
+
+
+def record(run_dir: Path, stages: list[dict[str, Any]], text: str) -> None:
+    """The default run's pictures and table, for the README."""
+    write_atomically(RESULTS / "run_pixart.md", lambda temporary: temporary.write_text(text))
     for stage in stages:
         picture = RESULTS / "figures" / "pixart" / f"default_run_{stage['name']}.png"
         caption = CAPTIONS.get(stage["name"], f"Default run, {stage['name']}.")
         publishing.copy_picture(run_dir / stage["name"] / "samples.png", picture, caption)
-    return target
 
 
 if __name__ == "__main__":

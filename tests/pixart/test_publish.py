@@ -31,7 +31,13 @@ METRICS: dict[str, Any] = {
 
 
 def finished_run(folder: Path) -> Path:
-    config = {"seed": 0, "data": {"size": 32}, "trainer": {"max_steps": 7, "batch_size": 4, "threads": 1}}
+    sampling = {"sampler": "dpm-solver", "steps": 20, "guidance": 4.5}
+    config = {
+        "seed": 0,
+        "data": {"size": 32},
+        "sampling": sampling,
+        "trainer": {"max_steps": 7, "batch_size": 4, "threads": 1},
+    }
     for name, metrics in (("stage1", {"task": "class", "seconds": METRICS["seconds"]}), ("stage2", METRICS)):
         (folder / name / "model").mkdir(parents=True)
         (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
@@ -40,6 +46,8 @@ def finished_run(folder: Path) -> Path:
         save_file({"w": torch.arange(3.0)}, folder / name / "model" / "model.safetensors")
         for file in ("config.json", "pixart.json"):
             (folder / name / "model" / file).write_text("{}")
+        start = {"hardware": "a machine", "versions": {"torch": "2"}, "commit": "0123456789ab"}
+        (folder / name / "origin.json").write_text(json.dumps({"starts": [start]}))
     (folder / "metrics.json").write_text(
         json.dumps({"stages": {"stage1": {}, "stage2": {}}, "seconds": {"total": 90.0}})
     )
@@ -52,20 +60,73 @@ def test_a_stage_without_pictures_has_dashes_and_the_other_its_own_numbers(tmp_p
     assert lines[3] == "| stage2 | 32 | 7 x 4 | 1 | 10 | 5 | 0.0321 | 1.50 | 400 | 0.25 | 0.25 |"
 
 
-def test_published_folder_holds_the_last_stage_in_half_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Sheets are not drawn: the first has one prompt right, each later one one more; returns whose they were."""
+    drawn: list[Path] = []
+
+    def draw(weights: Path, data: Any, sampling: Any, picture: Path | None) -> list[bool]:
+        drawn.append(weights)
+        if picture is not None:
+            picture.write_bytes(b"a sheet")
+        return [place < len(drawn) for place in range(24)]
+
+    monkeypatch.setattr(publishing, "draw_sheet", draw)
+    return drawn
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     results = tmp_path / "results"
     (results / "runs").mkdir(parents=True)
     monkeypatch.setattr(publishing, "RESULTS", results)
     monkeypatch.setattr(publishing, "PRETRAINED", tmp_path / "pretrained")
-    target = publish(finished_run(tmp_path / "run"), "tiny")
+    return results
+
+
+def test_published_folder_holds_the_last_stage_in_half_precision(
+    tmp_path: Path, results: Path, sheets: list[Path]
+) -> None:
+    target = publish(finished_run(tmp_path / "pixart-small"), "tiny")
     assert load_file(target / "model.safetensors")["w"].dtype == torch.float16
-    assert (target / "samples.png").read_bytes() == b"picture of stage2"
-    assert "| mean | 0.250 | 0.250 |" in (target / "README.md").read_text()
+    assert (target / "samples.png").read_bytes() == b"a sheet" and sheets == [target]
+    text = (target / "README.md").read_text()
+    assert "| mean | 0.250 | 0.250 |" in text and "1 of 24 fixed prompts are right by the exact verifier. 20" in text
     assert json.loads((results / "runs" / "pixart-small.json").read_text())["stages"]["stage2"]["held_out"]["mse"]
     table = (results / "run_pixart.md").read_text()
     assert table.count("| stage2 |") == 1 and "1.5 minutes in all on" in table
+    assert (results / "figures" / "pixart" / "default_run_stage2.png").read_bytes() == b"picture of stage2"
+
+
+def test_another_run_takes_the_place_of_the_weights_and_leaves_the_default_runs_pictures(
+    tmp_path: Path, results: Path, sheets: list[Path]
+) -> None:
+    publish(finished_run(tmp_path / "pixart-small"), "tiny")
+    kept = (results / "run_pixart.md").read_bytes()
+    target = publish(finished_run(tmp_path / "other"), "tiny")
+    text = (target / "README.md").read_text()
+    assert "3 of 24 fixed prompts are right by the exact verifier (with the weights that were here before 2)." in text
+    assert (results / "runs" / "other.json").is_file() and (results / "run_pixart.md").read_bytes() == kept
+
+
+def test_the_sheet_has_four_prompts_of_each_task_and_the_verifiers_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Drawn:
+        size = 32
+
+        def captions(self, texts: list[str], height: int, width: int, *_: Any) -> torch.Tensor:
+            asked.extend(texts)
+            return torch.full((len(texts), 3, height, width), 255, dtype=torch.uint8)
+
+    monkeypatch.setattr("pixart.sample.open_painter", lambda _: Drawn())
+    world = {"shapes": ["circle", "star", "heart"], "colours": ["red", "blue", "pink"]}
+    right = publishing.draw_sheet(tmp_path, world, METRICS["sampling"], tmp_path / "sheet.png")
+    assert right == [False] * 24 and len(asked) == 24  # white pictures show nothing
+    assert not any(word in " ".join(asked) for word in ("square", "green", "striped"))
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_an_unfinished_recipe_is_refused_by_the_missing_file(tmp_path: Path) -> None:

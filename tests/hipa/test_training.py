@@ -85,7 +85,7 @@ def test_micro_batches_undecoded_pairs_and_recomputation_change_no_loss(
     cache: None, reference: Path, teacher: Path, tmp_path: Path
 ) -> None:
     options = {"trainer__accumulate": 2, "trainer__cache_pictures_gb": 0.0, "loss__recompute": "true"}
-    # Adam's steps carry on how sums were rounded: 5e-4 apart where torch has no vector units, 2e-5 where it has them.
+    # Adam's steps carry on how sums were rounded: 5e-4 apart where torch has no vector units.
     assert losses(train(tmp_path / "run", teacher, **options)) == pytest.approx(losses(reference), rel=1e-3)
 
 

@@ -28,7 +28,7 @@ LARGEST_ALPHA, LEAST_ALPHA, OPAQUE = 0.999, 1 / 255, 1e-4  # gsplat 1.5.3
 TILE = 8  # pixels; any side gives the same picture
 SLAB = 16  # Gaussians of a tile that are composited at a time
 MARGIN = 0.01  # by which an ellipse's rows are widened: pixels, and share of the squared distance
-FEW_CHANNELS = 8  # are summed one by one; more go through matrix products
+FEW_CHANNELS = 16  # are summed one by one; more go through matrix products
 PAIR = 3.0  # what a pair costs, in elements of a slab (measured: 2.5 to 3; slabs take less memory)
 MOST_PAIRS = 2**23  # that are held in memory, some 200 bytes each
 ELEMENTS = 2**19  # Gaussians times pixels of a slab, over all its tiles: what caches hold
@@ -190,11 +190,12 @@ def composite(
     if few:
         picture_QD, alpha_Q = _CompositePairs.apply(*shape, found, width, height)
         return picture_QD.view(height, width, -1), alpha_Q.view(height, width), None
-    picture_DPT, alpha_PT, weight_N = _Composite.apply(*shape, owner_M, starts, -(-width // TILE), weigh)
+    picture_TPD, alpha_PT, weight_N = _Composite.apply(*shape, owner_M, starts, -(-width // TILE), weigh)
     if weight_N is not None:  # tiles at the border reach beyond the picture
         place_N2 = (means_N2.detach() - 0.5).floor()
         weight_N = torch.where((place_N2 < place_N2.new_tensor([width, height])).all(1), weight_N, 0)
-    return _untile(picture_DPT, width, height), _untile(alpha_PT, width, height)[..., 0], weight_N
+    alpha_HW = _untile(alpha_PT.t()[..., None].contiguous(), width, height)[..., 0]
+    return _untile(picture_TPD, width, height), alpha_HW, weight_N
 
 
 def _boxes(means_N2: Tensor, reach_N2: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
@@ -237,11 +238,13 @@ def _pairs(
 
 def _weighted(weights_M: Tensor, values_ND: Tensor, from_M: Tensor, to_M: Tensor, count: int) -> Tensor:
     """[count, D]: sums at `to` of weights times the values at `from`."""
-    if not 0 < values_ND.shape[1] <= FEW_CHANNELS:
+    if values_ND.shape[1] > FEW_CHANNELS:
         products_MD = weights_M[:, None] * values_ND.index_select(0, from_M)
         return values_ND.new_zeros(count, values_ND.shape[1]).index_add_(0, to_M, products_MD)
-    columns = (weights_M * value_N.index_select(0, from_M) for value_N in values_ND.t().contiguous())
-    return torch.stack([values_ND.new_zeros(count).index_add_(0, to_M, column_M) for column_M in columns], 1)
+    sums_DC = values_ND.new_zeros(values_ND.shape[1], count)
+    for sum_C, value_N in zip(sums_DC, values_ND.t().contiguous()):
+        sum_C.index_add_(0, to_M, weights_M * value_N.index_select(0, from_M))
+    return sums_DC.t()
 
 
 class _CompositePairs(torch.autograd.Function):
@@ -334,10 +337,10 @@ def _running(part_M: Tensor) -> Tensor:
     return sums_M
 
 
-def _untile(picture_DPT: Tensor, width: int, height: int) -> Tensor:
+def _untile(picture_TPD: Tensor, width: int, height: int) -> Tensor:
     """[H, W, D] of tiles."""
     across, down = -(-width // TILE), -(-height // TILE)
-    rows = picture_DPT.view(-1, TILE, TILE, down, across).permute(3, 1, 4, 2, 0)
+    rows = picture_TPD.view(down, across, TILE, TILE, -1).transpose(1, 2)
     return rows.reshape(down * TILE, across * TILE, -1)[:height, :width]
 
 
@@ -352,12 +355,11 @@ class _Slabs:
         means_N2: Tensor,
         conics_N3: Tensor,
         opacities_N: Tensor,
-        values_ND: Tensor,
         owner_M: Tensor,
         starts: Tensor,
         across: int,
     ):
-        columns = [means_N2, conics_N3, opacities_N[:, None], opacities_N.log()[:, None], values_ND]
+        columns = [means_N2, conics_N3, opacities_N[:, None], opacities_N.log()[:, None]]
         # One more, which stands for no Gaussian: its alpha is 0.
         self.table_EN = F.pad(torch.cat(columns, 1).t(), (0, 1))
         self.table_EN[6, -1] = -torch.inf
@@ -376,18 +378,18 @@ class _Slabs:
     def slab(self, rows_KT: Tensor, tiles_T: Tensor) -> _Slab:
         """Alphas in all pixels of the tiles, and what is known of the Gaussians."""
         given_EKT = self.table_EN.index_select(1, rows_KT.flatten()).unflatten(1, rows_KT.shape)
-        mean_x, mean_y, a, b, c, opacity_KT, log_KT = given_EKT[:7, :, None]
+        mean_x, mean_y, a, b, c, opacity, log_opacity = given_EKT[:, :, None]
         dx_KST = (tiles_T % self.across * TILE + self.axis_S[:, None]) - mean_x
         dy_KST = (tiles_T // self.across * TILE + self.axis_S[:, None]) - mean_y
-        by_x, tilt = -0.5 * a * dx_KST**2 + log_KT, -b * dx_KST
+        by_x, tilt = -0.5 * a * dx_KST**2 + log_opacity, -b * dx_KST
         alpha = torch.addcmul(by_x[:, None], tilt[:, None], dy_KST[:, :, None])
         alpha = alpha.add_((-0.5 * c * dy_KST**2)[:, :, None]).exp_().flatten(1, 2)
         uncut_KPT = None
-        if bool(opacity_KT.max() > LARGEST_ALPHA):
+        if bool(opacity.max() > LARGEST_ALPHA):
             uncut_KPT = alpha <= LARGEST_ALPHA
             alpha.clamp_(max=LARGEST_ALPHA)
         alpha_KPT = F.threshold(alpha, self.least, 0.0, inplace=True)
-        return _Slab(alpha_KPT, uncut_KPT, dx_KST, dy_KST, given_EKT[2:5], given_EKT[5], given_EKT[7:])
+        return _Slab(alpha_KPT, uncut_KPT, dx_KST, dy_KST, given_EKT[2:5], given_EKT[5])
 
 
 @dataclass
@@ -400,7 +402,6 @@ class _Slab:
     dy_KST: Tensor
     conics_3KT: Tensor
     opacities_KT: Tensor
-    values_DKT: Tensor
 
     def light(self, first_PT: Tensor) -> Tensor:
         """What reaches each Gaussian, and what is left behind the last [K + 1, P, T]."""
@@ -417,28 +418,64 @@ def below(number: float, dtype: torch.dtype) -> float:
     return float(torch.nextafter(torch.tensor(number, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
 
 
-def _blended(weights_KPT: Tensor, values_DKT: Tensor) -> Tensor:
-    """Sum over Gaussians [D, P, T]."""
-    if not 0 < len(values_DKT) <= FEW_CHANNELS:
-        return torch.bmm(values_DKT.permute(2, 0, 1), weights_KPT.permute(2, 0, 1)).permute(1, 2, 0)
-    return torch.stack([(weights_KPT * value_KT[:, None]).sum(0) for value_KT in values_DKT])
+class _Channels:
+    """Values of Gaussians over the slabs: few channels one by one with the tiles last, as everything else, many through
+    a matrix product a tile, for which the tiles come first.
 
+    Shapes of values: few [D, K, T], many [T, K, D]; of a picture's part: [D, P, T], [T, P, D].
+    """
 
-def _summed(weights_KPT: Tensor, grad_DPT: Tensor) -> Tensor:
-    """Sum over pixels [D, K, T]."""
-    if not 0 < len(grad_DPT) <= FEW_CHANNELS:
-        return torch.bmm(grad_DPT.permute(2, 0, 1), weights_KPT.permute(2, 1, 0)).permute(1, 2, 0)
-    return torch.stack([(weights_KPT * grad_PT).sum(1) for grad_PT in grad_DPT])
+    def __init__(self, values_ND: Tensor) -> None:
+        self.many = values_ND.shape[1] > FEW_CHANNELS
+        # One more, which stands for no Gaussian.
+        self.table = F.pad(values_ND if self.many else values_ND.t(), (0, 0, 0, 1) if self.many else (0, 1))
 
+    def of(self, rows_KT: Tensor) -> Tensor:
+        """The values of a slab's Gaussians."""
+        if self.many:
+            return self.table.index_select(0, rows_KT.t().flatten()).unflatten(0, rows_KT.t().shape)
+        return self.table.index_select(1, rows_KT.flatten()).unflatten(1, rows_KT.shape)
 
-def _projected(values_DKT: Tensor, grad_DPT: Tensor) -> Tensor:
-    """Sum over channels [K, P, T]."""
-    if not 0 < len(values_DKT) <= FEW_CHANNELS:
-        return torch.bmm(values_DKT.permute(2, 1, 0), grad_DPT.permute(2, 0, 1)).permute(1, 2, 0).contiguous()
-    sum_KPT = values_DKT[0][:, None] * grad_DPT[0]
-    for value_KT, grad_PT in zip(values_DKT[1:], grad_DPT[1:]):
-        sum_KPT.addcmul_(value_KT[:, None], grad_PT)
-    return sum_KPT
+    def nothing(self, pixels: int, tiles: int) -> Tensor:
+        """A picture's part before anything is drawn."""
+        if self.many:
+            return self.table.new_zeros(tiles, pixels, self.table.shape[1])
+        return self.table.new_zeros(len(self.table), pixels, tiles)
+
+    def draw(self, part: Tensor, weights_KPT: Tensor, values: Tensor) -> None:
+        """Add a slab to a picture's part."""
+        if self.many:
+            part.baddbmm_(weights_KPT.permute(2, 1, 0).contiguous(), values)
+        else:
+            for part_PT, value_KT in zip(part, values):
+                part_PT += (weights_KPT * value_KT[:, None]).sum(0)
+
+    def tiles(self, part: Tensor, which: Tensor) -> Tensor:
+        """Some tiles of a picture's part."""
+        return part[which] if self.many else part[..., which]
+
+    def turned(self, part: Tensor) -> Tensor:
+        """A picture's part [T, P, D], or from that."""
+        return part if self.many else part.permute(2, 1, 0).contiguous()
+
+    def gradients(self, weights_KPT: Tensor, grad_part: Tensor, rows_KT: Tensor) -> tuple[Tensor, Tensor]:
+        """Gaussians and the gradients [.., D] of their values, from those of a picture's part."""
+        if self.many:
+            found_TKD = torch.bmm(weights_KPT.permute(2, 0, 1).contiguous(), grad_part)
+            return rows_KT.t().flatten(), found_TKD.flatten(0, 1)
+        found_DKT = weights_KPT.new_empty(len(grad_part), *rows_KT.shape)
+        for found_KT, grad_PT in zip(found_DKT, grad_part):
+            torch.sum(weights_KPT * grad_PT, 1, out=found_KT)
+        return rows_KT.flatten(), found_DKT.flatten(1).t()
+
+    def projected(self, values: Tensor, grad_part: Tensor) -> Tensor:
+        """Values times the picture's gradients, summed over channels [K, P, T]."""
+        if self.many:
+            return torch.bmm(values, grad_part.transpose(1, 2)).permute(1, 2, 0).contiguous()
+        sum_KPT = values.new_zeros(values.shape[1], *grad_part.shape[1:])
+        for value_KT, grad_PT in zip(values, grad_part):
+            sum_KPT.addcmul_(value_KT[:, None], grad_PT)
+        return sum_KPT
 
 
 class _Composite(torch.autograd.Function):
@@ -454,18 +491,18 @@ class _Composite(torch.autograd.Function):
         across: int,
         weigh: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Picture [D, P, tiles], its alpha [P, tiles], weights [N]."""
+        """Picture [tiles, P, D], its alpha [P, tiles], weights [N]."""
         tiles, pixels, channels = len(starts) - 1, TILE * TILE, values_ND.shape[1]
         # Alpha, as a sum, is exact where it is small; 1 less it, what is left, is kept as a product.
-        picture_DPT, alpha_PT = values_ND.new_zeros(channels, pixels, tiles), values_ND.new_zeros(pixels, tiles)
+        picture_TPD, alpha_PT = values_ND.new_zeros(tiles, pixels, channels), values_ND.new_zeros(pixels, tiles)
         left_PT = values_ND.new_ones(pixels, tiles)
         weight_N = values_ND.new_zeros(len(means)) if weigh else None
-        slabs = _Slabs(means, conics, opacities, values_ND, owner, starts, across)
+        slabs, values = _Slabs(means, conics, opacities, owner, starts, across), _Channels(values_ND)
         counts = starts.diff()
         used = torch.zeros_like(counts)  # Gaussians of a tile until it is opaque
         for group in _groups(counts, SLAB):
             first = 0
-            sum_DPT = values_ND.new_zeros(channels + 1, pixels, len(group))
+            part, sum_PT = values.nothing(pixels, len(group)), values_ND.new_zeros(pixels, len(group))
             light_PT = values_ND.new_ones(pixels, len(group))
             last_PT = light_PT.clone()  # as light, but of the last Gaussian that counted
             while len(group):
@@ -479,8 +516,8 @@ class _Composite(torch.autograd.Function):
                     last_PT = torch.minimum(last_PT, F.threshold(ends_KPT, OPAQUE, 1.0).amin(0))
                 else:
                     last_PT = light_PT
-                sum_DPT[:-1] += _blended(weights_KPT, slab.values_DKT)
-                sum_DPT[-1] += weights_KPT.sum(0)
+                values.draw(part, weights_KPT, values.of(rows_KT))
+                sum_PT += weights_KPT.sum(0)
                 if weight_N is not None:
                     _weigh(weight_N, weights_KPT, rows_KT, group, means, across)
                 first += SLAB
@@ -488,24 +525,23 @@ class _Composite(torch.autograd.Function):
                 goes_on_T = (light_PT > OPAQUE).any(0) & (counts[group] > first)
                 ended, stays = (~goes_on_T).nonzero()[:, 0], goes_on_T.nonzero()[:, 0]
                 if len(ended):
-                    picture_DPT[..., group[ended]] = sum_DPT[:-1, :, ended]
-                    alpha_PT[:, group[ended]] = sum_DPT[-1][:, ended]
+                    picture_TPD[group[ended]] = values.turned(values.tiles(part, ended))
+                    alpha_PT[:, group[ended]] = sum_PT[:, ended]
                     left_PT[:, group[ended]] = last_PT[:, ended]
-                    group, sum_DPT = group[stays], sum_DPT[..., stays]
+                    group, part, sum_PT = group[stays], values.tiles(part, stays), sum_PT[:, stays]
                     light_PT, last_PT = light_PT[:, stays], last_PT[:, stays]
         ctx.save_for_backward(means, conics, opacities, values_ND, owner, starts, used, left_PT)
         ctx.across = across
         if weight_N is not None:
             ctx.mark_non_differentiable(weight_N)
-        return picture_DPT, alpha_PT, weight_N
+        return picture_TPD, alpha_PT, weight_N
 
     @staticmethod
-    def backward(ctx: Any, grad_picture_DPT: Tensor, grad_alpha_PT: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_picture_TPD: Tensor, grad_alpha_PT: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         means, conics, opacities, values_ND, owner, starts, used, left_PT = ctx.saved_tensors
-        slabs = _Slabs(means, conics, opacities, values_ND, owner, starts, ctx.across)
+        slabs, values = _Slabs(means, conics, opacities, owner, starts, ctx.across), _Channels(values_ND)
         only_values = not any(ctx.needs_input_grad[:3])
-        channels = values_ND.shape[1]
-        grads_NE = values_ND.new_zeros(len(means) + 1, channels + (0 if only_values else 6))
+        grads_ND, grads_N6 = (values_ND.new_zeros(len(means) + 1, width) for width in (values_ND.shape[1], 6))
         for group in _groups(used, None):
             rows_KT = slabs.gaussians(group, 0, int(used[group].max()))
             slab = slabs.slab(rows_KT, group)
@@ -516,11 +552,11 @@ class _Composite(torch.autograd.Function):
             if visible_KPT is not None:
                 light_KPT *= visible_KPT
             weights_KPT = alpha_KPT * light_KPT
-            grad_DPT = grad_picture_DPT[..., group]
-            found = [_summed(weights_KPT, grad_DPT)]
+            grad_part = values.turned(grad_picture_TPD[group])
+            grads_ND.index_add_(0, *values.gradients(weights_KPT, grad_part, rows_KT))
             if not only_values:
                 # d picture / d alpha_k = T_k v_k - (what lies behind) / (1 - alpha_k)
-                value_KPT = _projected(slab.values_DKT, grad_DPT)
+                value_KPT = values.projected(values.of(rows_KT), grad_part)
                 weights_KPT *= value_KPT
                 behind_KPT = torch.empty_like(weights_KPT)
                 # alpha of the picture is 1 - T of the last: its derivative is T_last / (1 - alpha_k) where k counts
@@ -533,11 +569,8 @@ class _Composite(torch.autograd.Function):
                 for counted_KPT in (visible_KPT, slab.uncut_KPT):
                     if counted_KPT is not None:
                         grad_KPT *= counted_KPT
-                found.append(_moments(grad_KPT, slab))
-            grads_NE.index_add_(0, rows_KT.flatten(), torch.cat(found).flatten(1).t())
-        grads: list[Tensor | None] = [None, None, None, grads_NE[:-1, :channels]]
-        if not only_values:
-            grads[:3] = grads_NE[:-1, channels : channels + 2], grads_NE[:-1, channels + 2 : -1], grads_NE[:-1, -1]
+                grads_N6.index_add_(0, rows_KT.flatten(), _moments(grad_KPT, slab).flatten(1).t())
+        grads = (grads_N6[:-1, :2], grads_N6[:-1, 2:5], grads_N6[:-1, 5], grads_ND[:-1])
         found_grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
         return *found_grads, None, None, None, None
 

@@ -234,4 +234,7 @@ def _one_sentence(message: str) -> str:
     text = re.sub(r"\s+", " ", message).strip()
     text = re.sub(r"^(Parser key|[Aa]rgument) ", "option ", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
+    if union := re.match(r"(.*?)Does not validate .*? Errors: (.*) Given value type: \w+ Given value: (.*)$", text):
+        expected = re.findall(r"- Expected (.*?)(?= - Expected|$)", union[2])
+        text = f"{union[1]}expected {', or '.join(each.strip() for each in expected)}, found {union[3]}"
     return text if len(text) < 500 else f"{text[:500]} ..."

@@ -24,6 +24,7 @@ class Inner:
     rate: NotNegative = 0.5
     kind: Literal["small", "large"] = "small"
     widths: list[int] = field(default_factory=lambda: [1, 2])
+    quick: bool | Literal["auto"] = "auto"
 
 
 @dataclass
@@ -95,6 +96,7 @@ def test_a_run_folder_gives_back_its_config_and_another_folder_is_named(tmp_path
         (["--steps", ""], "steps"),
         (["--inner.rate", "inf"], r"^--inner\.rate inf: expected a number of at least 0$"),
         (["--inner.rate", "[1]"], "rate"),
+        (["--inner.quick", "maybe"], r"^option \"inner\.quick\": expected a bool, or one of 'auto', found maybe;"),
         (["--inner", "3"], "inner"),
         (["--name", ""], "^--name '': expected text"),
         (["--config"], "--config needs a value"),

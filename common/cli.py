@@ -229,12 +229,16 @@ def take(option: str, arguments: Sequence[str] | None) -> tuple[list[str], list[
     return values, others
 
 
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "NoneType": "null"}
+
+
 def _one_sentence(message: str) -> str:
     """jsonargparse explains a failure over several lines; keep the words, drop the layout."""
     text = re.sub(r"\s+", " ", message).strip()
     text = re.sub(r"^(Parser key|[Aa]rgument) ", "option ", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
     if union := re.match(r"(.*?)Does not validate .*? Errors: (.*) Given value type: \w+ Given value: (.*)$", text):
-        expected = re.findall(r"- Expected (.*?)(?= - Expected|$)", union[2])
-        text = f"{union[1]}expected {', or '.join(each.strip() for each in expected)}, found {union[3]}"
+        expected = [each.strip() for each in re.findall(r"- Expected (.*?)(?= - Expected|$)", union[2])]
+        words = [_TYPES.get(each.removeprefix("a "), each) for each in expected]
+        text = f"{union[1]}expected {' or '.join(words)}, found {union[3]}"
     return text if len(text) < 500 else f"{text[:500]} ..."

@@ -220,10 +220,11 @@ def _pairs(
     y_R += torch.repeat_interleave(low_N2[nearest_N, 1] - (rows_N.cumsum(0) - rows_N), rows_N)
     mean_x, mean_y = projection.means_N2.t()
     a, b, c = projection.conics_N3.t()
-    # a dx^2 + 2 b dx dy + c dy^2 <= sigmas^2
+    # a dx^2 + 2 b dx dy + c dy^2 <= sigmas^2; what is left of a c - b^2 for a long Gaussian float32 does not hold
+    sharp_N = (a.double() * c.double() - b.double().square()).to(a)
     dy_R = y_R + 0.5 - mean_y.index_select(0, owner_R)
     square_N = sigmas_N.square() * a * (1 + MARGIN)
-    half_R = square_N.index_select(0, owner_R) - (a * c - b * b).index_select(0, owner_R) * dy_R.square()
+    half_R = square_N.index_select(0, owner_R) - sharp_N.index_select(0, owner_R) * dy_R.square()
     half_R = half_R.clamp(min=0).sqrt() / a.index_select(0, owner_R) + MARGIN
     middle_R = mean_x.index_select(0, owner_R) - (b / a).index_select(0, owner_R) * dy_R - 0.5
     first_R, most_R = low_N2[:, 0].index_select(0, owner_R), (low_N2 + span_N2)[:, 0].index_select(0, owner_R)

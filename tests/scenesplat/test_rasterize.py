@@ -99,6 +99,33 @@ def test_the_size_of_tiles_slabs_and_groups_changes_no_pixel(monkeypatch: pytest
             torch.testing.assert_close(found.depth_HW, wanted.depth_HW, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [0, 3, rasterize.FEW_CHANNELS + 1])
+def test_long_gaussians_are_cut_to_their_ellipses_and_blended_alike_both_ways(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needles, whose boxes are mostly empty; any number of channels."""
+    monkeypatch.setattr(rasterize, "MOST_PAIRS", 2**30)
+    scene = cloud(60)._each(lambda name, value: value.double())
+    scene.scales_N3 += torch.tensor([2.0, -1.0, -2.0], dtype=torch.float64)
+    view = camera(50, 30)
+    view = Camera(view.world_44.double(), view.intrinsics_33.double(), view.width, view.height)
+    values = torch.rand(60, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaves = [scene.means_N3, scene.scales_N3, scene.opacities_N, values]
+    results = []
+    for pair in (0.0, 1e9):
+        monkeypatch.setattr(rasterize, "PAIR", pair)
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        seen = project(scene.means_N3, covariances(scene.quaternions_N4, scene.scales_N3.exp()), view)
+        picture, alpha, _ = composite(seen, scene.opacities_N.sigmoid(), values, view.width, view.height)
+        assert picture.shape == (30, 50, channels)
+        total = picture.square().sum() + alpha.square().sum()
+        results.append((picture, alpha, *torch.autograd.grad(total, leaves, allow_unused=True)))
+    for found, wanted in zip(*results, strict=True):
+        if found is not None or wanted is not None:
+            torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-7)
+
+
 def test_a_scene_out_of_sight_is_background_everywhere() -> None:
     scene = cloud(10).moved(torch.tensor([0.0, -20.0, 0.0]))
     picture = render(scene, camera(), background=0.25)

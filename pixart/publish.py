@@ -83,7 +83,7 @@ def draw_sheet(weights: Path, data: Mapping[str, Any], sampling: Mapping[str, An
     images = painter.captions(captions, painter.size, painter.size, options, SHEET_SEED)
     right = [bool(holds) for holds in verify(images.numpy(), specs)]
     if picture is not None:
-        words = [f"{caption} ({'right' if holds else 'wrong'})" for caption, holds in zip(captions, right, strict=True)]
+        words = [f"{'right' if holds else 'wrong'}: {caption}" for caption, holds in zip(captions, right, strict=True)]
         save_grid(images, picture, columns=6, captions=words, tile=128)
     return right
 

@@ -2,8 +2,8 @@
 
 Copies the last stage's averaged weights in half precision, draws a fixed sheet of prompts with them and with the
 weights that were there before, writes the model card from the run's own metrics, and brings the run's numbers into
-results/runs/. The default run (runs/pixart-small) also leaves its sample grids (results/figures/pixart/) and its table
-(results/run_pixart.md) for the README.
+results/runs/ and results/pretrained_pixart.md, which the README shows. The default run (runs/pixart-small) also leaves
+its sample grids (results/figures/pixart/) and its table (results/run_pixart.md).
 """
 
 from __future__ import annotations
@@ -88,6 +88,20 @@ def draw_sheet(weights: Path, data: Mapping[str, Any], sampling: Mapping[str, An
     return right
 
 
+def told_of_weights(last: dict[str, Any], sheet: str, facts: Mapping[str, str]) -> str:
+    """What the README says of the published weights: their command, scores and time."""
+    metrics = last["metrics"]
+    rows = [
+        ("trained by", facts["command"]),
+        ("time", f"{facts['time']}; {facts['hardware']}, {last['config']['trainer']['threads']} thread(s)"),
+        ("fixed sheet", sheet),
+        ("Shapes score", f"{metrics['shapes_score']['mean']:.2f}"),
+        ("held-out captions of its own kind", f"{metrics['own_captions']['mean']:.2f}"),
+        ("held-out eps-MSE", f"{metrics['held_out']['mse']:.4f}"),
+    ]
+    return publishing.markdown_table((f"weights of {last['name']}", ""), rows) + "\n"
+
+
 def card(name: str, last: dict[str, Any], table: str, facts: dict[str, str], sheet: str) -> str:
     """The model card's text; every number comes from the run."""
     metrics, config = last["metrics"], last["config"]
@@ -169,6 +183,8 @@ def publish(run_dir: Path, name: str) -> Path:
         **origin,
     }
     (target / "README.md").write_text(card(name, last, table, facts, sheet))
+    told = told_of_weights(last, sheet, facts)
+    write_atomically(RESULTS / "pretrained_pixart.md", lambda temporary: temporary.write_text(told))
     kept = ("task", "summary", "shapes_score", "own_captions", "held_out", "curve", "seconds")
     runs = {stage["name"]: {key: stage["metrics"][key] for key in kept if key in stage["metrics"]} for stage in stages}
     write_json(RESULTS / "runs" / f"{run_dir.name}.json", {"stages": runs, "facts": facts})

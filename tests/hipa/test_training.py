@@ -85,8 +85,11 @@ def test_micro_batches_undecoded_pairs_and_recomputation_change_no_loss(
     cache: None, reference: Path, teacher: Path, tmp_path: Path
 ) -> None:
     options = {"trainer__accumulate": 2, "trainer__cache_pictures_gb": 0.0, "loss__recompute": "true"}
-    # Adam's steps carry on how sums were rounded: 5e-4 apart where torch has no vector units.
-    assert losses(train(tmp_path / "run", teacher, **options)) == pytest.approx(losses(reference), rel=1e-3)
+    found, wanted = losses(train(tmp_path / "run", teacher, **options)), losses(reference)
+    # Adam's first steps divide by gradients near zero and carry on how sums were rounded: from the fourth loss on.
+    assert [found[step] for step in range(3)] == pytest.approx([wanted[step] for step in range(3)], rel=1e-5)
+    scalar = torch.backends.cpu.get_cpu_capability() == "DEFAULT"  # 5e-4 apart after six steps
+    assert found == pytest.approx(wanted, rel=1e-3 if scalar else 2e-4)
 
 
 @pytest.mark.slow

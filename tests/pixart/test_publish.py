@@ -106,6 +106,8 @@ def test_another_run_takes_the_place_of_the_weights_and_leaves_the_default_runs_
     target = publish(finished_run(tmp_path / "other"), "tiny")
     text = (target / "README.md").read_text()
     assert "3 of 24 fixed prompts are right by the exact verifier (with the weights that were here before 2)." in text
+    told = (results / "pretrained_pixart.md").read_text()
+    assert "| fixed sheet | 3 of 24 fixed prompts" in told and "| held-out eps-MSE | 0.0321 |" in told
     assert (results / "runs" / "other.json").is_file() and (results / "run_pixart.md").read_bytes() == kept
 
 

@@ -2,7 +2,7 @@
 
 Copies the last stage's averaged weights in half precision, draws a fixed sheet of prompts with them and with the
 weights that were there before, writes the model card from the run's own metrics, and brings the run's numbers into
-results/runs/ and results/pretrained_pixart.md, which the README shows. The default run (runs/pixart-small) also leaves
+results/runs/, the sheet into results/figures/pixart/ and results/pretrained_pixart.md for the README. The default run (runs/pixart-small) also leaves
 its sample grids (results/figures/pixart/) and its table (results/run_pixart.md).
 """
 
@@ -174,6 +174,10 @@ def publish(run_dir: Path, name: str) -> Path:
     right = draw_sheet(target, asked, drawn, target / SHEET)
     sheet = f"{sum(right)} of {len(right)} fixed prompts are right by the exact verifier"
     sheet += "." if before is None else f" (with the weights that were here before {before})."
+    caption = (
+        f"The published weights: a fixed sheet of prompts, {sum(right)} of {len(right)} right by the exact verifier."
+    )
+    publishing.copy_picture(target / SHEET, RESULTS / "figures" / "pixart" / "pretrained_sheet.png", caption)
     facts = {
         "data": f"procedural scenes, {last['config']['data']['size']} px (common/README.md)",
         "command": COMMANDS.get(run_dir.name, "`python pixart/train.py`"),

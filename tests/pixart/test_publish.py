@@ -93,6 +93,7 @@ def test_published_folder_holds_the_last_stage_in_half_precision(
     text = (target / "README.md").read_text()
     assert "| mean | 0.250 | 0.250 |" in text and "1 of 24 fixed prompts are right by the exact verifier. 20" in text
     assert json.loads((results / "runs" / "pixart-small.json").read_text())["stages"]["stage2"]["held_out"]["mse"]
+    assert (results / "figures" / "pixart" / "pretrained_sheet.png").read_bytes() == b"a sheet"
     table = (results / "run_pixart.md").read_text()
     assert table.count("| stage2 |") == 1 and "1.5 minutes in all on" in table
     assert (results / "figures" / "pixart" / "default_run_stage2.png").read_bytes() == b"picture of stage2"

@@ -1,9 +1,10 @@
 """Put a finished recipe into pretrained/: `python pixart/publish.py --run_dir runs/pixart-pretrained --name shapes`.
 
 Copies the last stage's averaged weights in half precision, draws a fixed sheet of prompts with them and with the
-weights that were there before, writes the model card from the run's own metrics, and brings the run's numbers into
-results/runs/, the sheet into results/figures/pixart/ and results/pretrained_pixart.md for the README. The default run (runs/pixart-small) also leaves
-its sample grids (results/figures/pixart/) and its table (results/run_pixart.md).
+weights that were there before, and writes the model card from the run's own metrics. The run's numbers go into
+results/runs/, the sheet into results/figures/pixart/, and what the README says of both into
+results/pretrained_pixart.md. The default run (runs/pixart-small) also leaves its sample grids and its table
+(results/run_pixart.md).
 """
 
 from __future__ import annotations

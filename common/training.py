@@ -267,7 +267,14 @@ class ExpectedTime(Callback):
 
 class EveryNSteps(Callback):
     """Calls `action(step)` on the main process every `every` steps; the sample grids that it draws into the stage's
-    `samples/`, named by the step, also go to the event files."""
+    `samples/`, named by the step, also go to the event files.
+
+    Attributes:
+        networks: compiled ones, which the action calls as they are: its inputs have other sizes, to which the compiler
+            would give minutes, and code of its own for the training that follows.
+    """
+
+    networks: Sequence[nn.Module] = ()
 
     def __init__(self, every: int, action: Callable[[int], None]) -> None:
         self.every, self.action = every, action
@@ -283,7 +290,8 @@ class EveryNSteps(Callback):
         if step != self._done and step % self.every == 0:
             self._done = step
             if trainer.is_global_zero:
-                self.action(step)
+                with uncompiled(self.networks):
+                    self.action(step)
                 for path in sorted((Path(trainer.default_root_dir) / "samples").glob(f"*{step:06d}.png")):
                     show_picture(trainer.loggers, path, step)
 
@@ -711,6 +719,9 @@ def train(
         checkpoints=checkpoints,
         unit=unit,
     )
+    for callback in callbacks:
+        if compiles and isinstance(callback, EveryNSteps):
+            callback.networks = networks
     try:
         with compiled(networks if compiles else (), dynamic):
             fit(trainer, module, data, checkpoint)
@@ -730,6 +741,19 @@ def compiled(networks: Sequence[nn.Module], dynamic: bool = False) -> Iterator[N
     finally:
         for network in networks:
             network._compiled_call_impl = None
+
+
+@contextmanager
+def uncompiled(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Networks that are called as they are within, though they were compiled."""
+    kept = [network._compiled_call_impl for network in networks]
+    for network in networks:
+        network._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for network, call in zip(networks, kept):
+            network._compiled_call_impl = call
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:

@@ -116,11 +116,21 @@ def test_networks_are_compiled_while_they_are_trained_where_that_is_asked_for(
             return super().training_step(batch, batch_idx)
 
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # the compiler itself takes half a minute
-    module = Layered()
+    module, drawn = Layered(), []
+    draw = EveryNSteps(1, lambda _: drawn.append(module.layer._compiled_call_impl))
     train(
-        tmp_path, module, data(2), options_of(compile=asked), steps=2, batch_size=4, logs=False, networks=[module.layer]
+        tmp_path,
+        module,
+        data(2),
+        options_of(compile=asked),
+        steps=2,
+        batch_size=4,
+        logs=False,
+        callbacks=[draw],
+        networks=[module.layer],
     )
     assert seen == [asked] * 2 and module.layer._compiled_call_impl is None
+    assert drawn == [None] * 2  # pictures on the way have other sizes
 
 
 def test_checkpoints_come_at_their_steps_although_global_step_jumps(tmp_path: Path) -> None:

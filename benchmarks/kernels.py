@@ -1,9 +1,9 @@
 """Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device; the form
-of attention that is chosen on this CPU against torch's own function.
+of attention that is chosen on this CPU, and depthwise convolutions in training, against torch's own functions.
 
     python -m benchmarks.kernels                 # writes results/bench_kernels.json, about 3 minutes
     python -m benchmarks.kernels --dtype fp16
-    python -m benchmarks.kernels --cpu           # attention alone, bfloat16; about 1 minute
+    python -m benchmarks.kernels --cpu           # attention in bfloat16, depthwise convolutions; about 1 minute
 
 Device time is taken by replaying a CUDA graph, so that no contender pays for Python; the median of many replays counts.
 The rows marked "called from Python" time plain calls, launch overhead included, and carry no target.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import Parser
+from common.cpu import tune_allocator
 from common.errors import UserError, run_main
 from common.kernels.attention import MARGIN, attention
+from common.kernels.depthwise import depthwise
 from common.kernels.group_norm_silu import group_norm_silu
 from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
@@ -51,6 +54,20 @@ ATTENTION_SHAPES = (
     (16, 6, 256, 256, 32),
     (2, 6, 1024, 1024, 32),
     (1, 6, 4096, 4096, 32),
+)
+# (samples, channels, side, kernel, stride, dilation) of cells: those of the searches' defaults, then of CIFAR and of
+# pictures of 56 pixels.
+DEPTHWISE_SHAPES = (
+    (64, 8, 16, 3, 1, 1),
+    (64, 8, 16, 5, 1, 1),
+    (64, 8, 16, 5, 1, 2),
+    (64, 16, 16, 5, 2, 2),
+    (64, 16, 8, 5, 1, 2),
+    (64, 32, 4, 3, 1, 2),
+    (96, 36, 32, 5, 1, 1),
+    (96, 36, 32, 3, 1, 2),
+    (96, 144, 8, 5, 1, 2),
+    (2, 64, 56, 7, 1, 1),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Function = Callable[[Tensor, int, Tensor, Tensor], Tensor]
@@ -166,16 +183,47 @@ def measure_attention(output: Path, repeats: int = 7) -> None:
     write_rows(output, rows)
 
 
+def measure_depthwise(output: Path, repeats: int = 9) -> None:
+    """Time a step forward and back of `depthwise` beside torch's convolution, one thread; least of `repeats` turns."""
+    rows = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for batch, channels, side, kernel, stride, dilation in DEPTHWISE_SHAPES:
+        padding = dilation * (kernel // 2)
+        x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight = torch.randn(channels, 1, kernel, kernel).requires_grad_()
+        functions: dict[str, Callable[[], Tensor]] = {
+            "ours": partial(depthwise, x, weight, stride, padding, dilation),
+            "torch": partial(F.conv2d, x, weight, None, stride, padding, dilation, channels),
+        }
+        gradient = torch.randn_like(functions["torch"]().detach())
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(repeats + 1):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                torch.autograd.grad(function(), (x, weight), gradient)
+                times[name].append((time.perf_counter() - start) * 1e3)
+        ours, peer = (min(of[1:]) for of in times.values())
+        shape = f"{[batch, channels, side, side]}, kernel {kernel}, stride {stride}, dilation {dilation}"
+        name = f"depthwise convolution forward+backward, fp32 on a CPU, {shape}, vs torch's function"
+        rows.append(bench_row(name, ours, peer, "ms", target=1.0, higher_is_better=False))
+        print(f"{name}: {ours:.3g} against {peer:.3g} ms")
+    torch.set_num_threads(threads)
+    write_rows(output, rows)
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="numbers of the inputs")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "bench_kernels.json", help="JSON file that the rows go to"
     )
-    parser.add_argument("--cpu", action="store_true", help="attention on this CPU, and nothing else")
+    parser.add_argument("--cpu", action="store_true", help="what runs on this CPU, and nothing else")
     arguments = parser.parse_args()
     if arguments.cpu:
-        return measure_attention(arguments.output)
+        tune_allocator()
+        measure_attention(arguments.output)
+        return measure_depthwise(arguments.output)
     if not torch.cuda.is_available():
         raise UserError("the kernel benchmark needs a CUDA device and a CUDA build of torch, and found none")
     measure(arguments.dtype, arguments.output)

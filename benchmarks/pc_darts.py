@@ -7,15 +7,16 @@ Every arm is a process of its own that waits for its turn, so that arms alternat
 peak memory. A step is one of the search: the first-order architecture step on one batch, then forward, backward,
 clipping and SGD on another; images count once a step. Both forms of our network start from the same weights, alphas and
 images, and their gradients are compared before the clock runs. "op by op" is our plain form (`fused=False`), which
-computes one operation after the other as the authors' code does; its architecture step, like ours, asks for no
-gradients of weights; it is timed with channels last as well, and compiled edge by edge (as one graph, a single cell
-took more than nine minutes). nni's DARTS (where nni is installed) is its one-shot supernet on its own DARTS space,
-K = 1, forward and backward of both batches and both optimiser steps.
+computes one operation after the other as the authors' code does, with torch's convolutions; its architecture step, like
+ours, asks for no gradients of weights; it is timed with channels last as well, and compiled edge by edge (as one graph,
+a single cell took more than nine minutes). nni's DARTS (where nni is installed) is its one-shot supernet on its own
+DARTS space, K = 1, forward and backward of both batches and both optimiser steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ from benchmarks.arms import (
     take_turns,
     where_of,
 )
+from benchmarks.torch_forms import torchs_convolutions
 from common.errors import run_main
 from common.ledger import bench_row
 
@@ -120,6 +122,7 @@ def traceable() -> None:
 
 def search_step(arm: Arm) -> Step:
     """An architecture step and a weight step; returns the training loss."""
+    from pc_darts import operations
     from pc_darts.architect import Architect
     from pc_darts.search_space import MixedOp
 
@@ -138,8 +141,9 @@ def search_step(arm: Arm) -> Step:
                 part.compile(dynamic=False)
 
     def step(index: int) -> Tensor:
-        architect.step(None, None, x_val, y_val)
-        loss = F.cross_entropy(network(x_train), y_train)
+        with torchs_convolutions(operations) if arm.side == "plain" else nullcontext():
+            architect.step(None, None, x_val, y_val)
+            loss = F.cross_entropy(network(x_train), y_train)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 5.0)

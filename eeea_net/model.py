@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.cells import concatenate, factorized_reduce
+from common.kernels.depthwise import DepthwiseConv2d
 from eeea_net.config import NetworkConfig
 from eeea_net.genotypes import Genotype
 
@@ -27,9 +29,8 @@ def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int] = 1, stride: 
     return nn.Conv2d(inputs, outputs, sides, stride, (sides[0] // 2, sides[1] // 2), bias=False)
 
 
-def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
-    padding = dilation * (kernel - 1) // 2
-    return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
+def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> DepthwiseConv2d:
+    return DepthwiseConv2d(channels, kernel, stride, dilation * (kernel - 1) // 2, dilation)
 
 
 class Activated(nn.Module, ABC):
@@ -92,6 +93,8 @@ class FactorizedReduce(Activated):
         self.bn = nn.BatchNorm2d(outputs)
 
     def after(self, x_BCHW: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.bn(factorized_reduce(x_BCHW, self.conv_1.weight, self.conv_2.weight))
         height, width = x_BCHW.shape[2:]
         odd_BCHW = F.pad(x_BCHW, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
         return self.bn(torch.cat([self.conv_1(x_BCHW), self.conv_2(odd_BCHW)], dim=1))
@@ -261,7 +264,7 @@ class NetworkCell(nn.Module):
                     path_BCHW = drop_path(path_BCHW, drop_probability)
                 paths.append(path_BCHW)
             values.append(State(paths[0] + paths[1]))
-        y_BCHW = torch.cat([values[state].x_BCHW for state in self.concat], dim=1)
+        y_BCHW = concatenate([values[state].x_BCHW for state in self.concat])
         if self.se_layer is not None and self.nl_layer is not None:
             y_BCHW = self.nl_layer(self.se_layer(y_BCHW))
         return y_BCHW

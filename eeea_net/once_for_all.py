@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 from common.files import read_yaml
+from common.kernels.depthwise import DepthwiseConv2d
 
 KERNELS, EXPANDS, DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
 RESOLUTIONS = tuple(range(192, 257, 4))
@@ -194,7 +195,11 @@ class ConvLayer(nn.Module):
         gate: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.conv: nn.Conv2d
+        if groups == inputs == outputs:
+            self.conv = DepthwiseConv2d(inputs, kernel, stride, kernel // 2)
+        else:
+            self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs) if norm else None
         self.act = activation(act) if act else None
         self.se = Gate(outputs) if gate else None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.kernels.depthwise import depthwise
 from eeea_net.once_for_all import (
     Block,
     ConvLayer,
@@ -189,12 +190,15 @@ class Supernet(nn.Module):
         sizes = {0: block.middle, len(layers) - 1: block.out_channels}
         for number, layer in enumerate(layers):
             conv, outputs = layer.conv, sizes.get(number, block.middle)
-            depthwise = conv.groups > 1
-            weight = conv.weight[:outputs, : 1 if depthwise else x_BCHW.shape[1]]
-            if depthwise and place:
+            by_channel = conv.groups > 1
+            weight = conv.weight[:outputs, : 1 if by_channel else x_BCHW.shape[1]]
+            if by_channel and place:
                 weight = self._kernel(weight, place, block.kernel_size)
-            groups = outputs if depthwise else 1
-            x_BCHW = F.conv2d(x_BCHW, weight, None, conv.stride, weight.shape[-1] // 2, groups=groups)
+            padding = weight.shape[-1] // 2
+            if by_channel:
+                x_BCHW = depthwise(x_BCHW, weight, conv.stride[0], padding)
+            else:
+                x_BCHW = F.conv2d(x_BCHW, weight, None, conv.stride, padding)
             if layer.bn is not None:
                 x_BCHW = _normalised(x_BCHW, layer.bn)
             if layer.act is not None:

@@ -8,7 +8,8 @@ All edges that read a state are computed at once, and the two inputs of the cell
 * bypassing channels of all edges into a node are summed before they are concatenated and shuffled, once a node.
 
 On CPUs tensors are channels-last, and some gradients of depthwise convolutions take faster ways to the same numbers
-(`_Depthwise`). In eval mode, when every edge has pool statistics of its own, the plain implementation runs.
+(`common/kernels/depthwise.py`). In eval mode, when every edge has pool statistics of its own, the plain implementation
+runs.
 
 Shape suffixes: B batch, C channels, H W height and width, S states of a group (1 or 2), T target nodes of a state,
 E edges of a cell, O operations, P processed channels (C / partial), Q bypassing channels (C - P).
@@ -18,12 +19,14 @@ Channels of batched tensors are ordered (state, target, channel).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.kernels.cells import corner_weights
+from common.kernels.depthwise import depthwise, input_gradient, kernel_gradient, same_sides
 from pc_darts.operations import MOMENTUM, PRIMITIVES, BatchNorm, batch_norm, rearrange, statistics_are_frozen
 
 _MAX, _AVG, _SKIP, _SEP3, _SEP5, _DIL3, _DIL5 = (
@@ -50,41 +53,28 @@ class CellLike(Protocol):
     _ops: nn.ModuleList
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolution of stride 1 on channels-last CPU tensors; odd kernels, sides kept.
+class _Shared(torch.autograd.Function):
+    """Depthwise convolutions of stride 1 that read the same channels: each state's P channels `repeats` times.
 
-    `repeats` > 1: every state's P channels are convolved `repeats` times with different kernels. The gradient of the
-    image is a convolution with the kernel turned by 180 degrees, and that of a kernel wider than 3 is taken in two
-    halves of 3 columns: oneDNN has fast code for these and not for the ordinary calls.
+    The repeated maps are not kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BCHW: Tensor, weight: Tensor, dilation: int, repeats: int, channels: int) -> Tensor:
         ctx.save_for_backward(x_BCHW, weight)
         ctx.dilation, ctx.repeats, ctx.channels = dilation, repeats, channels
-        wide = _repeat(x_BCHW, repeats, channels) if repeats > 1 else x_BCHW
-        padding = dilation * (weight.shape[-1] // 2)
-        return F.conv2d(wide, weight, padding=padding, dilation=dilation, groups=wide.shape[1])
+        return same_sides(_repeat(x_BCHW, repeats, channels), weight, dilation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x_BCHW, weight = ctx.saved_tensors
-        repeats, channels, dilation = ctx.repeats, ctx.channels, ctx.dilation
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        size = weight.shape[-1]
-        padding = dilation * (size // 2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            turned = weight.flip(2, 3)
-            dx = F.conv2d(gradient, turned, padding=padding, dilation=dilation, groups=gradient.shape[1])
-            if repeats > 1:
-                dx = _sum_repeats(dx, repeats, channels)
+            dx = _sum_repeats(input_gradient(gradient, weight, ctx.dilation), ctx.repeats, ctx.channels)
         if ctx.needs_input_grad[1]:
-            if dilation == 1 and (size <= 3 or repeats == 1):
-                wide = _repeat(x_BCHW, repeats, channels) if repeats > 1 else x_BCHW
-                dw = _depthwise_weight_gradient(wide, gradient, weight)
-            else:
-                dw = _shared_weight_gradient(x_BCHW, gradient, weight, padding, dilation, repeats, channels)
+            wide = _repeat(x_BCHW, ctx.repeats, ctx.channels)
+            dw = kernel_gradient(wide, gradient, weight.shape[-1], ctx.dilation)
         return dx, dw, None, None, None
 
 
@@ -102,40 +92,6 @@ def _sum_repeats(x_BCHW: Tensor, repeats: int, channels: int) -> Tensor:
     parts = x_BCHW.permute(0, 2, 3, 1).reshape(B, H, W, C // (repeats * channels), repeats, channels)
     total = sum(parts.select(4, t) for t in range(1, repeats)) + parts.select(4, 0)
     return total.reshape(B, H, W, C // repeats).permute(0, 3, 1, 2)
-
-
-def _weight_gradient(
-    x: Tensor, gradient: Tensor, weight: Tensor, padding: Sequence[int], d: int, groups: int
-) -> Tensor:
-    _, dw, _ = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, [1, 1], list(padding), [d, d], False, [0, 0], groups, [False, True, False]
-    )
-    return dw
-
-
-def _depthwise_weight_gradient(x_BCHW: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-    size = weight.shape[-1]
-    pad, groups = size // 2, x_BCHW.shape[1]
-    if size != 5:
-        return _weight_gradient(x_BCHW, gradient, weight, (pad, pad), 1, groups)
-    left = _weight_gradient(F.pad(x_BCHW, (pad, 0)), gradient, weight[..., :3], (pad, 0), 1, groups)
-    right = _weight_gradient(F.pad(x_BCHW, (0, pad)), gradient, weight[..., :3], (pad, 0), 1, groups)
-    return torch.cat([left, right[..., 1:]], dim=-1)
-
-
-def _shared_weight_gradient(
-    x_BCHW: Tensor, gradient: Tensor, weight: Tensor, padding: int, dilation: int, repeats: int, channels: int
-) -> Tensor:
-    """One input channel for all the kernels that read it: the gradient's channels are brought into that order."""
-    if repeats > 1:
-        B, C, H, W = gradient.shape
-        by_target = gradient.permute(0, 2, 3, 1).reshape(B, H, W, -1, repeats, channels)
-        gradient = by_target.transpose(4, 5).reshape(B, H, W, C).permute(0, 3, 1, 2)
-    dw = _weight_gradient(x_BCHW, gradient, weight, (padding, padding), dilation, x_BCHW.shape[1])
-    if repeats > 1:
-        size = weight.shape[-2:]
-        dw = dw.reshape(-1, channels, repeats, *size).transpose(1, 2).reshape(-1, 1, *size)
-    return dw
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -222,12 +178,15 @@ class _Group:
         dilation = 2 if op in (_DIL3, _DIL5) else 1
         repeats = self.targets if shared else 1
         stride = self.stride if shared else 1
-        if x_BCHW.device.type == "cpu" and stride == 1:
-            return _Depthwise.apply(x_BCHW, weight, dilation, repeats, self.channels)
+        if x_BCHW.device.type == "cpu" and repeats > 1:
+            if stride == dilation == 2:  # every other pixel, as an ordinary one
+                x_BCHW = x_BCHW[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+                stride = dilation = 1
+            if stride == 1:
+                return cast(Tensor, _Shared.apply(x_BCHW, weight, dilation, repeats, self.channels))
         if repeats > 1:
             x_BCHW = _repeat(x_BCHW, repeats, self.channels)
-        padding = dilation * (weight.shape[-1] // 2)
-        return F.conv2d(x_BCHW, weight, stride=stride, padding=padding, dilation=dilation, groups=x_BCHW.shape[1])
+        return depthwise(x_BCHW, weight, stride, dilation * (weight.shape[-1] // 2), dilation)
 
     def norm(self, x_BCHW: Tensor, op: int, position: int, weight_ST: Tensor | None) -> Tensor:
         """Batch norm of all edges, times an architecture weight an edge."""
@@ -286,13 +245,8 @@ class _Group:
         H, W = positive_BCHW.shape[2:]
         if H % 2 or W % 2:
             positive_BCHW = F.pad(positive_BCHW, (0, W % 2, 0, H % 2))
-        both = []
-        for ops in self.ops:
-            reduction = ops[_SKIP]
-            zero = torch.zeros_like(reduction.conv_1.weight)
-            for taps in ((reduction.conv_1.weight, zero, zero, zero), (zero, zero, zero, reduction.conv_2.weight)):
-                both.append(torch.cat(taps, dim=3))
-        weight = torch.cat(both).unflatten(3, (2, 2)).squeeze(2)
+        reductions = [ops[_SKIP] for ops in self.ops]
+        weight = torch.cat([corner_weights(skip.conv_1.weight, skip.conv_2.weight) for skip in reductions])
         return F.conv2d(positive_BCHW, weight, stride=2, groups=len(self.states))
 
 
@@ -308,10 +262,7 @@ def average_pool(x_BCHW: Tensor, stride: int) -> Tensor:
         return F.avg_pool2d(x_BCHW, 3, stride, 1, count_include_pad=False)
     C, H, W = x_BCHW.shape[1:]
     ones = x_BCHW.new_ones(1, 1, 3, 3)
-    if stride == 1:
-        total = _Depthwise.apply(x_BCHW, ones.expand(C, 1, 3, 3).contiguous(), 1, 1, C)
-    else:
-        total = F.conv2d(x_BCHW, ones.expand(C, 1, 3, 3).contiguous(), stride=stride, padding=1, groups=C)
+    total = depthwise(x_BCHW, ones.expand(C, 1, 3, 3).contiguous(), stride, padding=1)
     return total / F.conv2d(x_BCHW.new_ones(1, 1, H, W), ones, stride=stride, padding=1)
 
 

@@ -7,10 +7,10 @@ Shape suffixes: B batch, C channels, H W height and width, K classes.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.kernels.cells import concatenate
 from pc_darts.config import FinalConfig, Stem
 from pc_darts.genotypes import Genotype
 from pc_darts.operations import BatchNorm, FactorizedReduce, ReLUConvBN, drop_path, make_operation
@@ -55,7 +55,7 @@ class FinalCell(nn.Module):
                     path_BCHW = drop_path(path_BCHW, drop_probability)
                 paths.append(path_BCHW)
             states.append(paths[0] + paths[1])
-        return torch.cat([states[i] for i in self.concat], dim=1)
+        return concatenate([states[i] for i in self.concat])
 
 
 def pool_to_2x2(x_BCHW: Tensor) -> Tensor:

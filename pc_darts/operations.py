@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from common.batch_norm import statistics_group, synchronised_batch_norm
 from common.errors import UserError
+from common.kernels.cells import factorized_reduce
+from common.kernels.depthwise import DepthwiseConv2d
 from pc_darts.config import Sampling
 
 PRIMITIVES = (
@@ -119,7 +121,7 @@ class DilatedConv(nn.Module):
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
         super().__init__()
-        depthwise = _conv(channels, channels, kernel, stride=stride, padding=kernel - 1, dilation=2, groups=channels)
+        depthwise = DepthwiseConv2d(channels, kernel, stride, padding=kernel - 1, dilation=2)
         self.op = nn.Sequential(nn.ReLU(), depthwise, _conv(channels, channels), BatchNorm(channels, affine))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class SeparableConv(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for step in (stride, 1):
-            depthwise = _conv(channels, channels, kernel, stride=step, padding=kernel // 2, groups=channels)
+            depthwise = DepthwiseConv2d(channels, kernel, step, padding=kernel // 2)
             layers += [nn.ReLU(), depthwise, _conv(channels, channels), BatchNorm(channels, affine)]
         self.op = nn.Sequential(*layers)
 
@@ -170,6 +172,8 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.relu(x_BCHW)
+        if torch.is_grad_enabled():
+            return self.bn(factorized_reduce(x_BCHW, self.conv_1.weight, self.conv_2.weight))
         return self.bn(torch.cat([self.conv_1(x_BCHW), self.conv_2(shifted(x_BCHW))], dim=1))
 
 

@@ -99,7 +99,7 @@ def assert_close(
         assert torch.equal(actual.to(expected.dtype), expected), f"{what}: integer tensors differ"
         return
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
-    difference = float((actual.detach().double() - expected.double()).abs().max()) if expected.numel() else 0.0
+    difference = float((actual.detach().double() - expected.detach().double()).abs().max()) if expected.numel() else 0.0
     allowed = tolerance * scale + argument_error
     assert difference <= allowed, f"{what}: max difference {difference:.3e}, allowed {allowed:.3e}"
 

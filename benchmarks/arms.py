@@ -7,6 +7,8 @@ for its turn, makes its steps and answers with one line of JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from common.cli import Parser
 from common.cpu import tune_allocator
 from common.errors import UserError
-from common.ledger import bench_row, peak_memory, write_rows
+from common.ledger import bench_row, peak_memory, peak_resident, write_rows
 from common.options import Count, Threads
 from common.paths import REPOSITORY, RESULTS
 
@@ -55,6 +57,7 @@ class Turns:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.before, self.live = 0, 0
         self.left = 0
         self.losses: list[Any] = []
 
@@ -78,10 +81,12 @@ class Turns:
             return False
         self._synchronise()
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        peak = peak_memory()
         self.answer(
             wall=wall / self.steps,
             cpu=cpu / self.steps,
-            memory=peak_memory(),
+            memory=max(self.before, peak),
+            added=max(0, peak - self.live),
             losses=[float(loss) for loss in self.losses],
         )
         return True
@@ -94,7 +99,9 @@ class Turns:
             torch.cuda.synchronize()
 
     def serve(self, step: Step) -> None:
-        """Take turns with a plain step function."""
+        """Take turns with a plain step function; what lives when the first turn comes is none of the steps'."""
+        self.before = peak_memory()
+        self.live = live_memory(self.device)
         index = 0
         while self.wait():
             while True:
@@ -102,6 +109,24 @@ class Turns:
                 index += 1
                 if self.done(result):
                     break
+
+
+def live_memory(device: str) -> int:
+    """Bytes in use: of the CUDA allocator, or resident once what is free has gone back to the kernel.
+
+    Peaks are counted anew from here on, where the kernel can do that.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
 
 
 class Process:
@@ -148,13 +173,14 @@ class Process:
 
 @dataclass
 class Timing:
-    """Medians over the rounds, in seconds a step; peak memory in bytes; the losses of the first turn."""
+    """Medians over the rounds, in seconds a step; memory in bytes; the losses of the first turn."""
 
     wall: float
     cpu: float
-    memory: int
+    memory: int  # peak of the process
     losses: list[float]
     best: float  # fastest round, seconds a step
+    added: int = 0  # peak over what lived before the first step: libraries, weights, inputs
 
 
 def alternate(
@@ -178,6 +204,7 @@ def alternate(
             max(a["memory"] for a in given),
             first[name]["losses"],
             min(a["wall"] for a in given),
+            max(a.get("added", 0) for a in given),
         )
         for name, given in answers.items()
     }
@@ -365,6 +392,12 @@ def leaner(name: str, ours: Timing, peer: Timing, device: str, target: float | N
     return noted(
         row, "peak resident memory of a process of its own" if device == "cpu" else "peak of torch's allocator"
     )
+
+
+def sparer(name: str, ours: Timing, peer: Timing, target: float | None = 1.0) -> dict[str, Any]:
+    """A row of the memory that steps add to what lives before the first one."""
+    row = bench_row(name, ours.added / 2**20, peer.added / 2**20, "MiB", target=target, higher_is_better=False)
+    return noted(row, "peak less what libraries, weights and inputs take before the first step")
 
 
 def of_the_peak(name: str, flop: float, ours: Timing, peak: Timing, device: str, rounds: int) -> dict[str, Any]:

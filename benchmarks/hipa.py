@@ -25,10 +25,10 @@ from benchmarks.arms import (
     Step,
     bench_parser,
     in_turns,
-    leaner,
     mixed,
     parse,
     serve_or_measure,
+    sparer,
     training_rows,
     where_of,
 )
@@ -153,8 +153,8 @@ def parts(size: str, device: str, folder: Path, pace: Pace) -> Iterator[list[dic
     label, images = "training step against peft and plain losses", SIZES[size]
     rows, timings = training_rows("benchmarks.hipa", size, device, folder, pace, images, label, STEP_SPEEDUP)
     what = f"{size}, batch {images}"
-    name = f"{where_of(device)}memory of a training step, both fp32, at most 0.8 of the peer's ({what})"
-    rows.append(leaner(name, timings["ours fp32"], timings["peer fp32"], device, MEMORY))
+    name = f"{where_of(device)}memory that a training step adds, both fp32, at most 0.8 of the peer's ({what})"
+    rows.append(sparer(name, timings["ours fp32"], timings["peer fp32"], MEMORY))
     yield rows
     if size == "shapes32":
         yield [*sampling_rows(device, max(5, pace.rounds))]

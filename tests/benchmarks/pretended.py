@@ -17,7 +17,8 @@ PACE = Pace(rounds=2, steps=2, threads=1)
 def timings(arms: Mapping[str, Any], warm_up: int | Mapping[str, int] = 0) -> dict[str, Timing]:
     first = dict.fromkeys(arms, warm_up) if isinstance(warm_up, int) else warm_up
     seconds = {name: 1.0 if name.startswith("ours") else 2.0 for name in arms}
-    return {name: Timing(s, s, int(s * 2**30), [1.0] * first[name], s / 2) for name, s in seconds.items()}
+    memory = {name: int(s * 2**30) for name, s in seconds.items()}
+    return {n: Timing(s, s, memory[n], [1.0] * first[n], s / 2, memory[n]) for n, s in seconds.items()}
 
 
 def pretend(bench: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:

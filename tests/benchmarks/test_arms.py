@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import arms
 from tests.benchmarks.pretended import PACE, check_precisions, check_rows, timings
@@ -49,3 +52,15 @@ def test_the_target_counts_for_the_faster_form_of_ours_against_the_faster_one_of
     assert found[-1]["note"].endswith("the better one is compiled, ours is compiled (compiled: 1 MiB beside its 1)")
     eager = list(arms.at_its_best("bf16", row, 1.5, *list(given.values())[:3]))
     assert len(eager) == 2 and eager[-1]["ratio"] == 1.5 and eager[-1]["note"].endswith("the better one is compiled")
+
+
+def test_what_steps_add_is_not_what_lived_before_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.ones(50 * 2**18)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n"))
+    arms.Turns("cpu").serve(lambda index: torch.ones((20 + 40 * index) * 2**18).sum())
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["added"] / 2**20 == pytest.approx(20, abs=12) and len(second["losses"]) == 2
+    assert second["added"] / 2**20 == pytest.approx(100, abs=30)
+    assert second["memory"] >= second["added"] + 4 * weights.numel()

@@ -6,7 +6,9 @@ outside the folder it is unpacked into; what an earlier fetch left is replaced w
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -162,14 +164,45 @@ def _untar(file: IO[bytes], folder: Path, members: Collection[str]) -> set[str]:
         if members and name not in members:
             return None
         found.add(name)
+        if not hasattr(tarfile, "data_filter"):
+            return _harmless(member, path)
         try:
             return tarfile.data_filter(member, path)
         except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
             return None  # Debian packages have some, into /etc for example
 
     with tarfile.open(fileobj=file) as tar:
-        tar.extractall(folder, filter=safe)
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter=safe)
+        else:  # one after the other: what a name leads to depends on the links before it
+            tar.extractall(folder, (kept for member in tar if (kept := safe(member, str(folder))) is not None))
     return found
+
+
+def _harmless(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    """`tarfile.data_filter` for the Pythons before 3.11.4, which lack it; None for a link that leads out of `path`.
+
+    Raises:
+        TarError: the member would lie outside, or is a device.
+    """
+    inside = os.path.realpath(path)
+
+    def leads_out(place: str) -> bool:
+        return os.path.commonpath([os.path.realpath(os.path.join(inside, place)), inside]) != inside
+
+    if os.path.isabs(member.name) or leads_out(member.name):
+        raise tarfile.TarError(f"{member.name!r} would be outside")
+    if not (member.isreg() or member.isdir() or member.islnk() or member.issym()):
+        raise tarfile.TarError(f"{member.name!r} is a special file")
+    if member.islnk() or member.issym():
+        beside = os.path.dirname(member.name) if member.issym() else ""
+        if os.path.isabs(member.linkname) or leads_out(os.path.join(beside, member.linkname)):
+            return None
+    kept = copy.copy(member)
+    runs = bool(member.mode & 0o100) or member.isdir()
+    kept.mode = (member.mode & (0o755 if runs else 0o644)) | 0o600
+    kept.uid, kept.gid, kept.uname, kept.gname = os.getuid(), os.getgid(), "", ""
+    return kept
 
 
 def _unzip(archive: Path, folder: Path, members: Collection[str]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -28,6 +29,13 @@ def tar_file(path: Path, files: dict[str, bytes], links: dict[str, str] | None =
             member.type, member.linkname = tarfile.SYMTYPE, target
             tar.addfile(member)
     return path
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["this Python", "before 3.11.4"])
+def tarfile_filters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12 has 3.11.2, whose tarfile has no filters."""
+    if not request.param:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
 
 
 @pytest.fixture
@@ -97,6 +105,27 @@ def test_files_do_not_go_through_a_link_of_the_archive(tmp_path: Path) -> None:
         tar.addfile(member, io.BytesIO())
     unpack(archive, tmp_path / "here")
     assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "here/package/a").is_file()
+
+
+def test_what_is_unpacked_is_ours_and_no_device(tmp_path: Path) -> None:
+    def member(name: str, **about: object) -> tarfile.TarInfo:
+        made = tarfile.TarInfo(name)
+        for key, value in about.items():
+            setattr(made, key, value)
+        return made
+
+    fifo, mode = tmp_path / "fifo.tgz", tmp_path / "mode.tgz"
+    with tarfile.open(fifo, "w:gz") as tar:
+        tar.addfile(member("pipe", type=tarfile.FIFOTYPE))
+    refused(r"fifo\.tgz: damaged, or not safe to unpack", unpack, fifo, tmp_path / "a")
+    with tarfile.open(mode, "w:gz") as tar:
+        tar.addfile(member("run", mode=0o4777, uid=12345), io.BytesIO())
+        tar.addfile(member("read", mode=0o000, uid=12345), io.BytesIO())
+        tar.addfile(member("same", type=tarfile.LNKTYPE, linkname="run", mode=0o4777))
+        tar.addfile(member("out", type=tarfile.LNKTYPE, linkname="../fifo.tgz"))
+    unpack(mode, tmp_path / "b")
+    found = {path.name: (path.stat().st_mode & 0o7777, path.stat().st_uid) for path in (tmp_path / "b").iterdir()}
+    assert found == {name: (bits, os.getuid()) for name, bits in {"run": 0o755, "read": 0o600, "same": 0o755}.items()}
 
 
 def test_only_the_named_members_are_unpacked_and_missing_ones_are_named(tmp_path: Path) -> None:

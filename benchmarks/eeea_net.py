@@ -8,9 +8,10 @@ Evaluating networks: every arm is a process of its own that waits for its turn; 
 compares one network, the same networks in every arm, from the same weights, on the same pictures. Ours is a worker of
 the search, one thread. "plain" is the loop as the authors' program has it: torch's threads, batches augmented for each
 network anew, SGD parameter by parameter, maps channel by channel, torch's convolutions, the large network built to be
-counted. "plain at its best" has one thread too, counts on the meta device, steps with the fused optimiser and keeps
-channels last. Sums in another order round otherwise, and steps of this size spread what rounds: no row is written
-unless the losses of the first steps agree to 1e-3 and the mean errors to 5 points.
+counted; "plain with one thread" is the same without the second thread's waiting. "plain at its best" has one thread
+too, counts on the meta device, steps with the fused optimiser and keeps channels last. Sums in another order round
+otherwise, and steps of this size spread what rounds: no row is written unless the losses of the first steps agree to
+1e-3 and the mean errors to 5 points.
 
 A generation: sorting, crowding, survival, tournament, crossover and mutation of 40 networks under three objectives,
 with errors that cost nothing; beside pymoo's NSGA2 on as many integer genes.
@@ -92,8 +93,8 @@ MEMBERS = 4  # that a compiled process meets
 
 @dataclass(frozen=True)
 class Arm:
-    """One process: `side` is "ours", "plain" or "best" (the plain loop at its best); of the elastic network "ours",
-    "plain" or "compiled".
+    """One process: `side` is "ours", "plain", "single" (plain with one thread) or "best" (the plain loop at its best); of
+    the elastic network "ours", "plain" or "compiled".
 
     Args:
         work: "networks" (evaluated by a search), "step" or "members" (of the elastic network).
@@ -415,7 +416,7 @@ def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[s
     from eeea_net.model import Network
 
     spec = SIZES[size]
-    arms = {side: Arm(side, size, device) for side in ("ours", "plain", "best")}
+    arms = {side: Arm(side, size, device) for side in ("ours", "plain", "single", "best")}
     check_the_same_beginning(size, device)
     found = take_turns("benchmarks.eeea_net", arms, pace, 1, folder)
     errors = {side: 100 * float(np.mean(timing.losses)) for side, timing in found.items()}
@@ -423,7 +424,12 @@ def rows_of(size: str, device: str, folder: Path, pace: Pace) -> Iterator[dict[s
         raise RuntimeError(f"{size}: mean errors differ: {errors}")
     what = f"{size}: C={spec.channels}, {spec.layers} cells, {spec.side} px, {spec.steps} steps of {spec.batch}"
     where = where_of(device)
-    for side, label, target in (("plain", "the plain loop", 2.0), ("best", "the plain loop at its best", None)):
+    peers = (
+        ("plain", "the plain loop", 2.0),
+        ("single", "the plain loop with one thread", 2.0),
+        ("best", "the plain loop at its best", None),
+    )
+    for side, label, target in peers:
         name = f"{where}networks built, counted, trained and compared against {label} ({what})"
         row = bench_row(name, 1 / found["ours"].cpu, 1 / found[side].cpu, "networks/CPU-s", target=target)
         told = f"mean errors {errors['ours']:.1f} and {errors[side]:.1f} %"

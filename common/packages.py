@@ -199,8 +199,8 @@ def _harmless(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         if os.path.isabs(member.linkname) or leads_out(os.path.join(beside, member.linkname)):
             return None
     kept = copy.copy(member)
-    runs = bool(member.mode & 0o100) or member.isdir()
-    kept.mode = (member.mode & (0o755 if runs else 0o644)) | 0o600
+    allowed = 0o755 if member.mode & 0o100 else 0o644
+    kept.mode = 0o755 if member.isdir() else (member.mode & allowed) | 0o600
     kept.uid, kept.gid, kept.uname, kept.gname = os.getuid(), os.getgid(), "", ""
     return kept
 

@@ -16,7 +16,7 @@ from eeea_net.proxy import Lesson, train_and_compare
 
 def test_all_arms_train_the_same_networks() -> None:
     errors = {}
-    for side in ("ours", "plain", "best"):
+    for side in ("ours", "plain", "single", "best"):
         step = bench.make_step(bench.Arm(side, "tiny", "cpu"))
         errors[side] = [float(step(index)) for index in range(2)]  # type: ignore[arg-type]
     setting = bench.setting_of("tiny", "cpu")
@@ -30,7 +30,7 @@ def test_all_arms_train_the_same_networks() -> None:
     assert errors["ours"] == level(torch.channels_last)
     with torchs_convolutions(model):
         assert errors["best"] == level(torch.channels_last)
-        assert errors["plain"] == level(torch.contiguous_format)
+        assert errors["plain"] == errors["single"] == level(torch.contiguous_format)
     bench.check_the_same_beginning("tiny", "cpu")
 
 
@@ -44,12 +44,12 @@ def test_other_networks_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_name_size_target_and_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = Timing(1.0, 1.0, 1, [0.5], 1.0)
     plain = Timing(3.0, 3.0, 1, [0.5], 3.0)
-    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": plain, "best": same})
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": same, "plain": plain, "single": plain, "best": same})
     rows = list(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))
-    assert [row["target"] for row in rows] == [2.0, None, 1.0, 1.0, 1.0]
+    assert [row["target"] for row in rows] == [2.0, 2.0, None, 1.0, 1.0, 1.0]
     assert rows[0]["ratio"] == pytest.approx(3.0) and "plain loop" in rows[0]["name"]
-    assert rows[3]["ours"] < 1.0  # ms a network
-    far = {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1), "best": same}
+    assert rows[4]["ours"] < 1.0  # ms a network
+    far = {"ours": same, "plain": Timing(1, 1, 1, [0.6], 1), "single": same, "best": same}
     monkeypatch.setattr(bench, "take_turns", lambda *_: far)
     with pytest.raises(RuntimeError, match="tiny: mean errors differ"):
         next(bench.rows_of("tiny", "cpu", tmp_path, Pace(1, 1, 1)))

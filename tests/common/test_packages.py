@@ -119,12 +119,17 @@ def test_what_is_unpacked_is_ours_and_no_device(tmp_path: Path) -> None:
         tar.addfile(member("pipe", type=tarfile.FIFOTYPE))
     refused(r"fifo\.tgz: damaged, or not safe to unpack", unpack, fifo, tmp_path / "a")
     with tarfile.open(mode, "w:gz") as tar:
+        tar.addfile(member("folder", type=tarfile.DIRTYPE, mode=0o000))
+        tar.addfile(member("folder/inner"), io.BytesIO())
         tar.addfile(member("run", mode=0o4777, uid=12345), io.BytesIO())
         tar.addfile(member("read", mode=0o000, uid=12345), io.BytesIO())
         tar.addfile(member("same", type=tarfile.LNKTYPE, linkname="run", mode=0o4777))
         tar.addfile(member("out", type=tarfile.LNKTYPE, linkname="../fifo.tgz"))
     unpack(mode, tmp_path / "b")
-    found = {path.name: (path.stat().st_mode & 0o7777, path.stat().st_uid) for path in (tmp_path / "b").iterdir()}
+    folder = tmp_path / "b" / "folder"
+    assert (folder / "inner").is_file() and folder.stat().st_mode & 0o700 == 0o700
+    files = [path for path in (tmp_path / "b").iterdir() if path.is_file()]
+    found = {path.name: (path.stat().st_mode & 0o7777, path.stat().st_uid) for path in files}
     assert found == {name: (bits, os.getuid()) for name, bits in {"run": 0o755, "read": 0o600, "same": 0o755}.items()}
 
 

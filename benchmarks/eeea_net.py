@@ -93,8 +93,9 @@ MEMBERS = 4  # that a compiled process meets
 
 @dataclass(frozen=True)
 class Arm:
-    """One process: `side` is "ours", "plain", "single" (plain with one thread) or "best" (the plain loop at its best); of
-    the elastic network "ours", "plain" or "compiled".
+    """One process: `side` is "ours", "plain", "single" (plain with one thread) or "best" (the plain loop at its best).
+
+    Of the elastic network it is "ours", "plain" or "compiled".
 
     Args:
         work: "networks" (evaluated by a search), "step" or "members" (of the elastic network).

@@ -25,8 +25,9 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     """Sample `config.sampling.metric_images` held-out conditions and compare.
 
     Returns KID (the headline) and FID with their floor, precision and recall, for text the alignment and for Shapes the
-    verifier's score, for super-resolution and inpainting PSNR, SSIM and LPIPS form; reconstruction PSNR and r-FID of
-    the first stage; sampling speed. The pictures go to `folder/samples.png`, `real.png` and `reconstruction.png`.
+    verifier's score, how often boxes, label maps and classes are `followed`, for super-resolution and inpainting PSNR,
+    SSIM and LPIPS form; reconstruction PSNR and r-FID of the first stage; sampling speed. The pictures go to
+    `folder/samples.png`, `real.png` and `reconstruction.png`.
     """
     import torch
 
@@ -35,6 +36,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     from common.metrics.features import extract, load_extractor
     from common.metrics.image import psnr, ssim
     from ldm.first_stage import reconstruct
+    from ldm.followed import followed
     from ldm.sample import condition_columns, draw, task_grid
 
     count = min(config.sampling.metric_images, len(task.reference))
@@ -74,6 +76,8 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
             "ssim": float(ssim(fake, real).mean()),
             distance.name: float(distance(to_unit(fake), to_unit(real)).mean()),
         }
+    if shares := followed(task, config, columns, fake, real, judge):
+        metrics["followed"] = shares
     if task.captions and config.data.name == "emoji":
         from common.metrics.alignment import AlignmentScorer
 
@@ -105,7 +109,7 @@ def report(metrics: dict[str, Any]) -> None:
 
     if "judge" in metrics:
         print(format_report(metrics["judge"]))
-    for name in ("first_stage", "paired", "alignment", "alignment_real", "shapes_score"):
+    for name in ("first_stage", "paired", "followed", "alignment", "alignment_real", "shapes_score"):
         if name in metrics:
             values = {k: v for k, v in metrics[name].items() if isinstance(v, float)}
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))

@@ -393,14 +393,6 @@ def regress(network: Regression, low: Tensor, size: int) -> Tensor:
     return torch.cat([to_uint8(network(to_unit(part), size)) for part in low.split(100)])
 
 
-def foreground(images: Tensor) -> Tensor:
-    """Pixels that are no background, bool [N, H, W]: more than 60 (L1, of 765) from the border's median colour."""
-    x = images.float()
-    border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]], dim=-1)
-    background = border.median(dim=-1).values[..., None, None]
-    return (x - background).abs().sum(1) > 60
-
-
 def shapes_first_stage() -> tuple[FirstStage, FirstStageConfig]:
     """The committed autoencoder of the Shapes teachers, shared by the claims on Shapes (its cost is in its card)."""
     from ldm.convert import autoencoder_from_diffusers_dir
@@ -408,10 +400,3 @@ def shapes_first_stage() -> tuple[FirstStage, FirstStageConfig]:
     stage = autoencoder_from_diffusers_dir(Path(__file__).parent / "pretrained" / "shapes32-v")
     options = FirstStageConfig(ch=32, ch_mult=[1, 1, 2], z_channels=8)
     return freeze(stage), options
-
-
-def agreement(images: Tensor, maps: Tensor) -> float:
-    """Intersection over union of the drawn objects with the map's (mean over images)."""
-    drawn, wanted = foreground(images), maps > 0
-    union = (drawn | wanted).sum((1, 2)).clamp(min=1)
-    return float(((drawn & wanted).sum((1, 2)) / union).mean())

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 
 from common import reproduction
 from common.data.shapes_verifier import colour_in_boxes
@@ -31,7 +30,6 @@ from ldm.experiments import (
     FACTORS,
     SHAPES,
     Study,
-    agreement,
     base_config,
     in_memory,
     open_task,
@@ -39,6 +37,7 @@ from ldm.experiments import (
     shapes_first_stage,
 )
 from ldm.first_stage import reconstruct
+from ldm.followed import ClassProbe, map_overlap
 from ldm.sample import draw, draw_boxes
 
 
@@ -109,22 +108,17 @@ def l4(study: Study, seed: int) -> dict[str, float]:
     task = open_task(config)
     arm = study.denoiser("L4-class", config, task, stage, size.seconds)
     train, reference = in_memory(task.train).columns, task.reference.columns
-    real, labels = reference["image"][: size.images], reference["label"][: size.images].numpy()
+    real, labels = reference["image"][: size.images], reference["label"][: size.images]
     features = study.judge.features_of_real(train["image"][:2000])
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    probe = LogisticRegression(max_iter=300, C=0.1)
-    probe.fit(((features - mean) / spread).numpy(), train["label"][:2000].numpy())
-
-    def accuracy(found: torch.Tensor) -> float:
-        return float((probe.predict(((found - mean) / spread).numpy()) == labels).mean())
+    probe = ClassProbe(features, train["label"][:2000])
 
     result: dict[str, float] = {}
     for scale, name in ((1.0, "1"), (1.5, "1p5"), (3.0, "3")):
         fake, _ = arm.samples(size.images, guidance=scale)
         result |= labelled(study.judge.distances(fake, real), name)
-        result[f"accuracy_{name}"] = accuracy(study.judge.features(fake))
+        result[f"accuracy_{name}"] = probe.right(study.judge.features(fake), labels)
         study.show(seed, f"class_guidance_{name}", fake[:32])
-    result["accuracy_real"] = accuracy(study.judge.features_of_real(real))
+    result["accuracy_real"] = probe.right(study.judge.features_of_real(real), labels)
     return {
         "accuracy_gain": result["accuracy_3"] - result["accuracy_1"],
         "precision_gain": result["precision_3"] - result["precision_1"],
@@ -144,7 +138,7 @@ def l5(study: Study, seed: int) -> dict[str, float]:
     columns = {name: column[: size.images] for name, column in layouts.reference.columns.items()}
     fake, _ = arm.samples(size.images, guidance=2.0)
     boxes, colours = columns["boxes"].numpy(), columns["colours"].numpy()
-    drawn = draw_boxes(columns["boxes"][:16], columns["classes"][:16], 32)
+    drawn = draw_boxes(columns["boxes"][:16], columns["classes"][:16], 32, columns["colours"][:16])
     study.show(seed, "layout", torch.stack([drawn, fake[:16]], 1).flatten(0, 1))
     captions = base_config("text", SHAPES, z=8, seed=seed, first_stage=first)
     text = open_task(captions)
@@ -236,7 +230,7 @@ def l8(study: Study, seed: int) -> dict[str, float]:
         tiles = maps[: size.images // 4 * 4].reshape(-1, 2, 2, 32, 32)
         large = tiles.permute(0, 1, 3, 2, 4).reshape(-1, 64, 64)
         images = draw(arm.network, "semantic", {"label_map": large}, len(large), (64, 64), config.sampling, seed=2)
-        result |= {f"agreement_1x_{name}": agreement(fake, maps), f"agreement_2x_{name}": agreement(images, large)}
+        result |= {f"agreement_1x_{name}": map_overlap(fake, maps), f"agreement_2x_{name}": map_overlap(images, large)}
         result[f"latent_std_{name}"] = float(1 / arm.network.scale_factor)
         shown = F.interpolate((large[:8, None] > 0).float() * 255, 64).expand(-1, 3, -1, -1).to(torch.uint8)
         study.show(seed, f"semantic_2x_{name}", torch.stack([shown, images[:8]], 1).flatten(0, 1), columns=8)

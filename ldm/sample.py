@@ -149,23 +149,34 @@ def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int |
         colours[0] = 235
         return colours[maps].permute(0, 3, 1, 2).to(torch.uint8)
     if task_name == "layout":
-        return draw_boxes(columns["boxes"], columns["classes"], size)
+        return draw_boxes(columns["boxes"], columns["classes"], size, columns.get("colours"))
     return None
 
 
-def draw_boxes(boxes: Tensor, classes: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Box outlines, uint8 [N, 3, H, W] of this size; boxes [N, K, 4] as fractions x0 y0 x1 y1, class -1: no box."""
+def draw_boxes(boxes: Tensor, classes: Tensor, size: int | tuple[int, int], colours: Tensor | None = None) -> Tensor:
+    """Box outlines, uint8 [N, 3, H, W] of this size; boxes [N, K, 4] as fractions x0 y0 x1 y1, class -1: no box.
+
+    Args:
+        colours: int [N, K], the palette's entries that the objects shall have; None gives each class a colour.
+    """
     import torch
 
+    from common.data.shapes import PALETTE
+
+    tones = [torch.tensor(tone, dtype=torch.uint8) for tone, _ in PALETTE.values()]
     height, width = (size, size) if isinstance(size, int) else size
     canvas = torch.full((len(boxes), 3, height, width), 245, dtype=torch.uint8)
     for n in range(len(boxes)):
-        for box, category in zip(boxes[n], classes[n]):
+        for k, (box, category) in enumerate(zip(boxes[n], classes[n])):
             if int(category) < 0:
                 continue
             last = (width - 1, height - 1) * 2
             x0, y0, x1, y1 = (min(most, max(0, int(v * most))) for v, most in zip(box.tolist(), last))
-            colour = torch.tensor([(67 * int(category) + 40) % 200, (131 * int(category)) % 200, 90], dtype=torch.uint8)
+            if colours is None:
+                code = int(category)
+                colour = torch.tensor([(67 * code + 40) % 200, (131 * code) % 200, 90], dtype=torch.uint8)
+            else:
+                colour = tones[int(colours[n, k])]
             canvas[n, :, [y0, y1], x0 : x1 + 1] = colour[:, None, None]
             canvas[n, :, y0 : y1 + 1, [x0, x1]] = colour[:, None, None]
     return canvas

@@ -414,6 +414,45 @@ def colour_in_boxes(images: ArrayLike, boxes: ArrayLike, colours: ArrayLike) -> 
     return hits
 
 
+def objects_in_boxes(
+    images: ArrayLike, boxes: ArrayLike, classes: ArrayLike, colours: ArrayLike | None = None, overlap: float = 0.5
+) -> NDArray[np.float64]:
+    """Layout check by reading: does an object of the box's class, and colour, fill the box?
+
+    Args:
+        images: uint8 [N, 3, H, H].
+        boxes: [N, K, 4] (x0, y0, x1, y1) as fractions of the side.
+        classes: int [N, K], indices into SHAPES, negative for unused slots.
+        colours: int [N, K], indices into COLOURS; None takes any.
+        overlap: least intersection over union of the object's box with the slot's.
+
+    Returns:
+        [N, K]: 1 where the object is found, 0 where not, NaN for unused slots; `nanmean` is the accuracy.
+    """
+    boxes_NK4, classes_NK = np.asarray(boxes, np.float64), np.asarray(classes, np.int64)
+    colours_NK = None if colours is None else np.asarray(colours, np.int64)
+    readings = read(images)
+    hits = np.full(classes_NK.shape, np.nan)
+    for n, k in np.argwhere(classes_NK >= 0):
+        shape = SHAPES[classes_NK[n, k]]
+        colour = None if colours_NK is None else COLOURS[colours_NK[n, k]]
+        hits[n, k] = any(
+            found.shape == shape
+            and colour in (None, found.colour)
+            and _box_overlap(found.box, boxes_NK4[n, k]) >= overlap
+            for found in readings[n].objects
+        )
+    return hits
+
+
+def _box_overlap(first: Sequence[float], second: NDArray[np.float64]) -> float:
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+    shared = float(np.prod((high - low).clip(0)))
+    areas = [float((box[2] - box[0]) * (box[3] - box[1])) for box in (first, second)]
+    return shared / max(sum(areas) - shared, 1e-9)
+
+
 def read_attributes(images: ArrayLike) -> list[dict[str, Any] | None]:
     """Free attributes of the main (largest) object of each image: shape, colour, texture, background, cx, cy, radius.
 

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from common.data import shapes, shapes_verifier
-from common.data.shapes import GRID_TASKS, TASKS, Object, Scene, Shapes, Spec
+from common.data.shapes import COLOURS, GRID_TASKS, SHAPES, TASKS, Object, Scene, Shapes, Spec
 from common.data.shapes_verifier import (
     colour_in_boxes,
     free_attribute_entropy,
+    objects_in_boxes,
     read,
     read_attributes,
     satisfies,
@@ -466,6 +467,23 @@ def test_colours_are_found_in_their_boxes(data: Shapes, images: NDArray[np.uint8
     assert np.nanmean(hits) >= 0.97
     assert np.nanmean(colour_in_boxes(batch.flip(0), boxes, colours)) < 0.12
     assert np.nanmean(colour_in_boxes(torch.full_like(batch, 245), boxes, colours)) == 0
+
+
+def test_objects_are_found_in_their_boxes(data: Shapes, images: NDArray[np.uint8]) -> None:
+    items = [data[i] for i in range(len(data)) if data[i]["task"] in GRID_TASKS]
+    batch, boxes, classes, colours = (
+        torch.stack([it[k] for it in items]) for k in ("image", "boxes", "classes", "colours")
+    )
+    hits = objects_in_boxes(batch, boxes, classes, colours)
+    assert np.array_equal(np.isnan(hits), (classes < 0).numpy())
+    assert np.nanmean(hits) >= 0.95
+    assert np.nanmean(objects_in_boxes(batch, boxes, classes)) >= np.nanmean(hits)  # any colour
+    other_shape = torch.where(classes < 0, classes, (classes + 1) % len(SHAPES))
+    other_colour = (colours + 1) % len(COLOURS)
+    assert np.nanmean(objects_in_boxes(batch, boxes, other_shape, colours)) < 0.05
+    assert np.nanmean(objects_in_boxes(batch, boxes, classes, other_colour)) < 0.05
+    assert np.nanmean(objects_in_boxes(batch, boxes + 0.5, classes, colours)) < 0.05
+    assert np.nanmean(objects_in_boxes(torch.full_like(batch, 245), boxes, classes, colours)) == 0
 
 
 def test_score_reports_tasks_mean_and_intervals(images: NDArray[np.uint8], specs: list[Spec]) -> None:

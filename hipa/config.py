@@ -100,6 +100,8 @@ class LossConfig:
         radius: frequencies above H * radius are high; 0.125 is H / 8.
         mask: ideal circle, or gaussian (for `fourier: mse` only).
         space: pixels, or latents (no decoder; for `spatial: mse` only).
+        at_once: pictures that are decoded and compared at once, forward and back; fewer take less memory. 0: all of
+            a batch.
         recompute: compute the decoder a second time in the backward pass; takes less memory and more time.
     """
 
@@ -111,6 +113,7 @@ class LossConfig:
     radius: Annotated[float, Range(0, 0.7, above=True)] = 0.125
     mask: Literal["ideal", "gaussian"] = "ideal"
     space: Literal["pixels", "latents"] = "pixels"
+    at_once: Whole = 8
     recompute: bool = False
 
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,14 @@ class AdaptationLoss:
         if picture_BCHW is None:
             with torch.no_grad():
                 picture_BCHW = (self.decode(target_BCHW) + 1) / 2
+        size = self.options.at_once or len(latents_BCHW)
+        if size >= len(latents_BCHW) or not (torch.is_grad_enabled() and latents_BCHW.requires_grad):
+            return self._of_latents(latents_BCHW, picture_BCHW)
+        names: list[str] = []
+        values = _InParts.apply(latents_BCHW, picture_BCHW, size, self._of_latents, names)
+        return dict(zip(names, values, strict=True))
+
+    def _of_latents(self, latents_BCHW: Tensor, picture_BCHW: Tensor) -> Parts:
         if self.options.recompute:
             drawn_BCHW = checkpoint(self.decode, latents_BCHW, use_reentrant=False)
         else:
@@ -122,3 +131,40 @@ class AdaptationLoss:
         with torch.no_grad():
             wanted = self.perceptual.features(y_BCHW)
         return self.perceptual.between(self.perceptual.features(x_BCHW), wanted).mean()
+
+
+class _InParts(torch.autograd.Function):
+    """A loss that is a mean over pictures, a few pictures at a time: each part goes back to its latents at once, so that
+    what decoder and features keep for it is gone before the next one. Nothing is computed twice.
+
+    Only "loss" has a gradient; the other values are for logs.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        latents_BCHW: Tensor,
+        picture_BCHW: Tensor,
+        size: int,
+        of_latents: Callable[[Tensor, Tensor], Parts],
+        names: list[str],
+    ) -> tuple[Tensor, ...]:
+        total: Parts = {}
+        gradients = []
+        for part_bCHW, wanted_bCHW in zip(latents_BCHW.split(size), picture_BCHW.split(size), strict=True):
+            part_bCHW = part_bCHW.detach().requires_grad_()
+            share = len(part_bCHW) / len(latents_BCHW)
+            with torch.enable_grad():
+                parts = {name: share * value for name, value in of_latents(part_bCHW, wanted_bCHW).items()}
+            gradients += torch.autograd.grad(parts["loss"], part_bCHW)
+            total = {name: total.get(name, 0.0) + value.detach() for name, value in parts.items()}
+        context.save_for_backward(torch.cat(gradients))
+        names += total
+        outputs = tuple(total.values())
+        context.mark_non_differentiable(*(value for name, value in total.items() if name != "loss"))
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BCHW,) = context.saved_tensors
+        return upstream[0] * gradient_BCHW, None, None, None, None

@@ -102,9 +102,11 @@ def ours(arm: Arm) -> Step:
 
 def peer(arm: Arm) -> Step:
     """The same losses as one writes them: peft, the decoder in the graph, whole transforms, loss after loss."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
     from peft import LoraConfig
 
     teacher, options = teacher_of(arm), ADAPTORS[arm.size]
+    teacher.vae.set_attn_processor(AttnProcessor2_0())
     unet = bare_copy(teacher)
     targets = [
         name

@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.files import read_object
 from common.pretrained import from_folder, one_line, quiet_libraries, read_network, refuse_code, refuse_not_finite
 from common.recorded import Recorder
-from common.unets import RecordedUNet, quicken
+from common.unets import RecordedUNet, quicken, quicken_decoder
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")  # besides text
@@ -125,6 +125,7 @@ class Teacher:
                 f"{embedded}), which jumps instead of following an ODE; expected the "
                 "diffusion model it was distilled from"
             )
+        quicken_decoder(vae)
         for module in (unet, vae, text_encoder):
             module.requires_grad_(False)
             module.eval()

@@ -134,8 +134,10 @@ class AdaptationLoss:
 
 
 class _InParts(torch.autograd.Function):
-    """A loss that is a mean over pictures, a few pictures at a time: each part goes back to its latents at once, so that
-    what decoder and features keep for it is gone before the next one. Nothing is computed twice.
+    """A loss that is a mean over pictures, a few pictures at a time.
+
+    Each part goes back to its latents at once, so that what decoder and features keep for it is gone before the next
+    one comes; nothing is computed twice.
 
     Only "loss" has a gradient; the other values are for logs.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,6 +91,30 @@ def test_gradients_pass_the_frozen_decoder() -> None:
     assert latents.grad is not None
     assert float(latents.grad.abs().max()) > 0
     assert all(parameter.grad is None for parameter in teacher.vae.parameters())
+
+
+def test_pictures_go_back_through_the_decoder_in_the_layout_of_fast_norms() -> None:
+    teacher = tiny_teacher()
+    stock = copy.deepcopy(teacher)
+    stock.vae.set_attn_processor(AttnProcessor2_0())
+    latents = torch.randn(2, 4, 8, 8)
+    for bf16, layout in ((False, torch.channels_last), (True, torch.contiguous_format)):
+        found = []
+        for decoder in (teacher, stock):
+            norm, seen = decoder.vae.decoder.conv_norm_out, []
+            handle = norm.register_forward_hook(lambda module, given, output, seen=seen: seen.append(given[0]))
+            z = latents.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                images = decoder.decode_differentiable(z)
+            images.square().mean().backward()
+            handle.remove()
+            found.append((images.detach(), z.grad, seen[0]))
+        (images, gradient, inside), (wanted, wanted_gradient, _) = found
+        assert inside.is_contiguous(memory_format=layout)
+        tolerance = {"rtol": 0.05, "atol": 0.02} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(images, wanted, **tolerance)
+        scale = float(wanted_gradient.abs().max())
+        torch.testing.assert_close(gradient / scale, wanted_gradient / scale, **tolerance)
 
 
 def test_images_become_latents_scaled_as_the_network_sees_them() -> None:

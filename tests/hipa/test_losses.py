@@ -174,3 +174,28 @@ def test_the_written_gradients_of_dists_are_those_of_its_formula() -> None:
     torch.testing.assert_close(
         _Similarity.apply(x, y, alpha, beta), (alpha * texture + beta * structure).sum(1), rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial": "mse", "fourier": "l1_complex", "edge": "dists"}, {"weight": 0.0}])
+def test_a_loss_taken_a_few_pictures_at_a_time_is_that_of_the_batch(options: dict[str, object]) -> None:
+    calls: list[int] = []
+
+    def decode(part: torch.Tensor) -> torch.Tensor:
+        calls.append(len(part))
+        return 2 * part.square() - 1
+
+    results = []
+    for at_once, expected in ((0, [4]), (3, [3, 1])):
+        calls.clear()
+        z = X.clone().requires_grad_()
+        loss = AdaptationLoss(LossConfig(at_once=at_once, **options), decode, torch.device("cpu"))  # type: ignore[arg-type]
+        parts = loss(z, Y, Y)
+        (3 * parts["loss"]).backward()
+        results.append(({name: float(value.detach()) for name, value in parts.items()}, z.grad))
+        assert calls == expected
+    (whole, gradient), (part, part_gradient) = results
+    assert part == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(part_gradient, gradient, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():  # nothing to go back through: all at once
+        assert float(loss(X, Y, Y)["loss"]) == pytest.approx(whole["loss"], rel=1e-5)
+    assert calls[2:] == [4]

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,41 @@ def add_adaptors(
         init_lora_weights=True,
     )
     unet.add_adapter(config)
+    _quicken(unet)
     return found
+
+
+class _Quick:
+    """An adaptor of peft that leaves its input as autocast will have it, and adds without a pass for the strength.
+
+    peft casts a bfloat16 input to the adaptor's float32, from which autocast casts it back, forward and in gradients.
+    """
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        names = self.active_adapters
+        if args or options or self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+            return super().forward(x, *args, **options)  # type: ignore[misc, no-any-return]
+        (name,) = names
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        as_it_is = x.dtype == down.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if not as_it_is or name in self.lora_variant or not isinstance(dropout, torch.nn.Identity):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        out: Tensor = self.base_layer(x)
+        return torch.add(out, up(down(x)), alpha=self.scaling[name]).to(out.dtype)
+
+
+@cache
+def _quick_kinds() -> dict[type, type]:
+    from peft.tuners.lora.layer import Conv2d, Linear
+
+    return {kind: type(f"Quick{kind.__name__}", (_Quick, kind), {}) for kind in (Linear, Conv2d)}
+
+
+def _quicken(unet: Any) -> None:
+    kinds = _quick_kinds()
+    for module in unet.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
 
 
 def adaptor_state(unet: Any) -> dict[str, tuple[Tensor, Tensor]]:

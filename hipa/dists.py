@@ -77,9 +77,11 @@ class _Similarity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f_BCHW: Tensor, g_BCHW: Tensor, alpha_C: Tensor, beta_C: Tensor) -> Tensor:
         f_BCN, g_BCN = _whole(f_BCHW).flatten(2), _whole(g_BCHW).flatten(2)
-        var_f, mean_f = torch.var_mean(f_BCN, 2, correction=0)
-        var_g, mean_g = torch.var_mean(g_BCN, 2, correction=0)
-        covariance = (f_BCN * g_BCN).mean(2) - mean_f * mean_g
+        mean_f, mean_g = f_BCN.mean(2), g_BCN.mean(2)
+        f_BCN, g_BCN = f_BCN - mean_f[..., None], g_BCN - mean_g[..., None]
+        # Products of rows: torch.var_mean takes five to ten times as long on CPUs.
+        dot, count = torch.linalg.vecdot, f_BCN.shape[2]
+        var_f, var_g, covariance = (dot(x, y) / count for x, y in ((f_BCN, f_BCN), (g_BCN, g_BCN), (f_BCN, g_BCN)))
         texture = (2 * mean_f * mean_g + C1) / (mean_f.square() + mean_g.square() + C1)
         structure = (2 * covariance + C2) / (var_f + var_g + C2)
         ctx.save_for_backward(f_BCHW, g_BCHW, alpha_C, beta_C, mean_f, mean_g, var_f + var_g, texture, structure)

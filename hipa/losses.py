@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,7 +99,9 @@ class AdaptationLoss:
             drawn_BCHW = checkpoint(self.decode, latents_BCHW, use_reentrant=False)
         else:
             drawn_BCHW = self.decode(latents_BCHW)
-        return self.of_pictures((drawn_BCHW + 1) / 2, picture_BCHW)
+        # Blurs and small convolutions of the features take twice as long back in bfloat16 as in float32 on CPUs.
+        with torch.autocast("cpu", enabled=False) if drawn_BCHW.device.type == "cpu" else nullcontext():
+            return self.of_pictures((drawn_BCHW.float() + 1) / 2, picture_BCHW.float())
 
     def of_pictures(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Parts:
         """Of pictures in [0, 1] (or of latents, in their own range)."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.adaptors import FILE, adaptor_state, add_adaptors, merge_adaptors, read_adaptors, write_adaptors
+from common.adaptors import FILE, _Quick, adaptor_state, add_adaptors, merge_adaptors, read_adaptors, write_adaptors
 from common.solvers import stock_pipeline
 from tests.common.tiny_teacher import tiny_teacher
 from tests.refusals import refused
@@ -69,6 +69,45 @@ def test_stock_load_lora_weights_draws_what_we_draw(
         plain = bare()
         merge_adaptors(plain, read_adaptors(tmp_path, plain))
         torch.testing.assert_close(output(plain), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_adaptors_compute_and_learn_what_those_of_peft_do(bf16: bool, alpha: float | None) -> None:
+    ours = adapted(alpha)
+    theirs = copy.deepcopy(ours)
+    quick = [module for module in theirs.modules() if isinstance(module, _Quick)]
+    for module in quick:
+        module.__class__ = type(module).__mro__[2]
+    assert {type(module).__name__ for module in quick} == {"Linear", "Conv2d"}
+    found = []
+    for unet in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = unet(X, T, STATES, return_dict=False)[0]
+        out.float().square().mean().backward()
+        gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+        assert gradients and all("lora" in name for name in gradients)
+        found.append((out.detach(), gradients))
+    (out, gradients), (wanted, wanted_gradients) = found
+    rtol = 3e-2 if bf16 else 1e-5  # eight bits of mantissa, some layers deep
+    torch.testing.assert_close(out, wanted, rtol=rtol, atol=rtol)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(wanted_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=rtol, atol=2 * rtol * scale)
+
+
+def test_what_peft_alone_does_is_left_to_it() -> None:
+    unet = adapted()
+    wanted = output(unet)
+    unet.disable_adapters()
+    torch.testing.assert_close(output(unet), output(bare()))
+    unet.enable_adapters()
+    assert torch.equal(output(unet), wanted)
+    for module in unet.modules():
+        if isinstance(module, _Quick):
+            module.merge()  # type: ignore[attr-defined]
+    torch.testing.assert_close(output(unet), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_of_kohyas_layout_is_read_with_the_alpha_of_every_module(tmp_path: Path) -> None:

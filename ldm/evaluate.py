@@ -9,11 +9,13 @@ Every number names its judge and counts; the distance of two halves of the real 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import run_main
+from common.files import write_atomically
 
 if TYPE_CHECKING:
     from ldm.config import LdmConfig
@@ -27,7 +29,7 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
     Returns KID (the headline) and FID with their floor, precision and recall, for text the alignment and for Shapes the
     verifier's score, how often boxes, label maps and classes are `followed`, for super-resolution and inpainting PSNR,
     SSIM and LPIPS form; reconstruction PSNR and r-FID of the first stage; sampling speed. The pictures go to
-    `folder/samples.png`, `real.png` and `reconstruction.png`.
+    `folder/samples.png`, `real.png` and `reconstruction.png`, the first numbers to `folder/table.md`.
     """
     import torch
 
@@ -86,10 +88,43 @@ def evaluate_run(ldm: LatentDiffusion, task: Task, config: LdmConfig, folder: Pa
         metrics["alignment_real"] = scorer.score(real, task.captions[:count])
     if task.name == "text" and config.data.name == "shapes":
         metrics["shapes_score"] = shapes_score(ldm, task, config)
+    text = table(metrics)
+    write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     task_grid(ldm, task, config, folder / "samples.png")
     save_grid(real[: config.sampling.grid], folder / "real.png", columns=8, tile=64 if size < 64 else None)
     report(metrics)
     return metrics
+
+
+WORDS = {
+    "object_in_box": "boxes that hold their shape in their colour",
+    "colour_in_box": "boxes in their colour",
+    "object_in_map": "regions of the map that hold their shape",
+    "map_overlap": "overlap with the map (intersection over union)",
+    "class_right": "pictures in their class, by a linear probe",
+}
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The numbers a person looks for first, drawn pictures beside true ones, as a Markdown table."""
+    from common.publishing import markdown_table
+
+    rows: list[Sequence[str]] = []
+    shares = metrics.get("followed", {})
+    for name, words in WORDS.items():
+        if name in shares:
+            rows.append((words, f"{shares[name]:.2f}", f"{shares[f'{name}_real']:.2f}"))
+    if "shapes_score" in metrics:
+        rows.append(("Shapes score, by the verifier", f"{metrics['shapes_score']['mean']:.2f}", ""))
+    if "alignment" in metrics:
+        drawn, true = (f"{metrics[name]['cosine']:.3f}" for name in ("alignment", "alignment_real"))
+        rows.append(("fit of pictures and captions (cosine)", drawn, true))
+    summary = metrics.get("summary", {})
+    if "kid_lite0" in summary:
+        floor = summary.get("floor/kid_lite0")
+        true = "" if floor is None else f"{1000 * floor:.0f}"
+        rows.append((f"KID x 1000, {metrics['images']} pictures", f"{1000 * summary['kid_lite0']:.0f}", true))
+    return markdown_table(("measure", "drawn", "true pictures"), rows)
 
 
 def shapes_score(ldm: LatentDiffusion, task: Task, config: LdmConfig, per_task: int = 100) -> dict[str, Any]:

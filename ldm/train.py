@@ -10,7 +10,8 @@
         --trainer.strategy ddp
 
 Started again after an interruption, it continues where it stopped, with the same losses as without the interruption.
-A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sample grids), metrics.json and pipeline/.
+A run folder holds config.yaml, first_stage/, diffusion/ (checkpoints, logs, sample grids), metrics.json, table.md and
+pipeline/.
 """
 
 from __future__ import annotations

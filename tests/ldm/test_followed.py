@@ -10,6 +10,7 @@ from common.data.sampling import TensorTable
 from common.data.shapes import COLOURS, PALETTE, Shapes
 from common.metrics.features import Extractor
 from ldm.config import LdmConfig
+from ldm.evaluate import table
 from ldm.followed import boxes_of_maps, followed, map_overlap
 from ldm.sample import condition_columns, conditions_as_images
 from ldm.tasks import Task, prepare
@@ -99,3 +100,18 @@ def test_boxes_are_outlined_in_the_colours_that_they_ask_for() -> None:
     assert shown is not None
     outline = shown[0][:, (shown[0] != 245).any(0)].T.unique(dim=0)
     assert outline.tolist() == [list(PALETTE[COLOURS[int(item["colours"][0])]][0])]
+
+
+def test_a_table_shows_drawn_and_true_pictures() -> None:
+    metrics = {
+        "images": 1000,
+        "summary": {"kid_lite0": 0.1234, "floor/kid_lite0": 0.003},
+        "followed": {"object_in_box": 0.5, "object_in_box_real": 1.0},
+    }
+    assert table(metrics).splitlines() == [
+        "| measure | drawn | true pictures |",
+        "|---|---|---|",
+        "| boxes that hold their shape in their colour | 0.50 | 1.00 |",
+        "| KID x 1000, 1000 pictures | 123 | 3 |",
+    ]
+    assert len(table({"images": 3}).splitlines()) == 2

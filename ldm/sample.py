@@ -114,14 +114,20 @@ def condition_columns(task: Task, config: LdmConfig, count: int) -> dict[str, Te
 
 
 def task_grid(ldm: LatentDiffusion, task: Task, config: LdmConfig, path: Path) -> None:
-    """A picture of samples for held-out conditions, beside the condition and the true image where there is one."""
+    """A picture of samples for held-out conditions, beside the condition and the true image where there is one; of
+    classes, a column for each."""
     import torch
 
     from common.images import save_grid
 
-    count = min(config.sampling.grid, len(task.reference))
+    count, size = min(config.sampling.grid, len(task.reference)), config.data.size
+    if task.name == "class":
+        labels_N, across = spread_classes(task, count)
+        images = draw(ldm, "class", {"label": labels_N}, len(labels_N), (size, size), config.sampling, config.seed)
+        names = [task.classes[label] for label in labels_N.tolist()] if task.classes else None
+        save_grid(images, path, columns=across, captions=names, tile=64 if size < 64 else None)
+        return
     columns = condition_columns(task, config, count)
-    size = config.data.size
     images = draw(ldm, task.name, columns, count, (size, size), config.sampling, config.seed)
     captions = task.captions[:count] if task.captions else None
     scale = 64 if size < 64 else None
@@ -132,6 +138,16 @@ def task_grid(ldm: LatentDiffusion, task: Task, config: LdmConfig, path: Path) -
     # Condition, sample, truth side by side.
     stacked = torch.stack([shown, images, columns["image"]], dim=1).flatten(0, 1)
     save_grid(stacked, path, columns=12, tile=scale)
+
+
+def spread_classes(task: Task, count: int) -> tuple[Tensor, int]:
+    """Labels of about `count` pictures with a class a column (int64 [N]), and the number of columns, at most 12."""
+    import torch
+
+    assert task.num_classes is not None
+    classes = task.num_classes - 1  # the last one means none
+    across = min(classes, count, 12)
+    return torch.linspace(0, classes - 1, across).round().long().repeat(max(1, count // across)), across
 
 
 def conditions_as_images(task_name: str, columns: dict[str, Tensor], size: int | tuple[int, int]) -> Tensor | None:

@@ -76,8 +76,7 @@ def ours(arm: Arm) -> Step:
     """The trainer's own step, without Lightning around it; the pairs' pictures were decoded before training."""
     teacher = teacher_of(arm)
     student = make_student(teacher, ADAPTORS[arm.size]).to(arm.device)
-    if arm.device == "cuda":  # as the trainer does
-        spare_memory(teacher.vae)
+    spare_memory(teacher.vae)
     if arm.compiled:  # what the trainer does with --trainer.compile true
         for network in (student.unet, teacher.vae.decoder):
             network.compile()

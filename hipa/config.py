@@ -113,7 +113,7 @@ class LossConfig:
     radius: Annotated[float, Range(0, 0.7, above=True)] = 0.125
     mask: Literal["ideal", "gaussian"] = "ideal"
     space: Literal["pixels", "latents"] = "pixels"
-    at_once: Whole = 16
+    at_once: Whole = 32
     recompute: bool = False
 
 

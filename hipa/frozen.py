@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -28,7 +27,14 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,), (grad_BCHW,) = ctx.saved_tensors, grads
-        found_BCHW = conv2d_input(ctx.shape, weight.to(grad_BCHW.dtype), grad_BCHW, ctx.stride, ctx.padding)
+        # Only shape and layout of the input are looked at: that of the gradient, or another kernel would turn it around.
+        last = not grad_BCHW.is_contiguous() and grad_BCHW.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        like_BCHW = torch.empty(ctx.shape, dtype=grad_BCHW.dtype, device=grad_BCHW.device, memory_format=layout)
+        geometry = (ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1)
+        found_BCHW, _, _ = torch.ops.aten.convolution_backward(
+            grad_BCHW, like_BCHW, weight.to(grad_BCHW.dtype), None, *geometry, (True, False, False)
+        )
         return found_BCHW.to(ctx.dtype), None, None, None, None
 
 

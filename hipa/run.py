@@ -91,8 +91,7 @@ class Run(TeacherRun[HipaConfig, OneStep]):
 
     def loss(self, arm: str) -> AdaptationLoss:
         """Of an arm: whole, without the high-frequency part, or the squared error of pixels alone."""
-        if self.base.device.type == "cuda":  # on a CPU new memory at every layer costs more time than it spares
-            spare_memory(self.base.vae)
+        spare_memory(self.base.vae)
         return AdaptationLoss(loss_of(arm, self.config.loss), self.base.decode_differentiable, self.base.device)
 
     def new_student(self) -> OneStep:

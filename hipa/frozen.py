@@ -27,7 +27,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,), (grad_BCHW,) = ctx.saved_tensors, grads
-        # Only shape and layout of the input are looked at: that of the gradient, or another kernel would turn it around.
+        # Of the input only shape and layout are looked at: that of the gradient, or it would be turned around.
         last = not grad_BCHW.is_contiguous() and grad_BCHW.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         like_BCHW = torch.empty(ctx.shape, dtype=grad_BCHW.dtype, device=grad_BCHW.device, memory_format=layout)

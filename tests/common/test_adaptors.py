@@ -80,21 +80,23 @@ def test_adaptors_compute_and_learn_what_those_of_peft_do(bf16: bool, alpha: flo
     for module in quick:
         module.__class__ = type(module).__mro__[2]
     assert {type(module).__name__ for module in quick} == {"Linear", "Conv2d"}
-    found = []
-    for unet in (ours, theirs):
+
+    def learned(unet: Any, bf16: bool) -> torch.Tensor:
+        """Output and gradients, one after the other."""
+        unet.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = unet(X, T, STATES, return_dict=False)[0]
-        out.float().square().mean().backward()
+            out = unet(X, T, STATES, return_dict=False)[0].float()
+        out.square().mean().backward()
         gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
         assert gradients and all("lora" in name for name in gradients)
-        found.append((out.detach(), gradients))
-    (out, gradients), (wanted, wanted_gradients) = found
-    rtol = 3e-2 if bf16 else 1e-5  # eight bits of mantissa, some layers deep
-    torch.testing.assert_close(out, wanted, rtol=rtol, atol=rtol)
-    assert gradients.keys() == wanted_gradients.keys()
-    for name, gradient in gradients.items():
-        scale = float(wanted_gradients[name].abs().max())
-        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=rtol, atol=2 * rtol * scale)
+        return torch.cat([out.detach().flatten(), *(gradients[name].flatten() for name in sorted(gradients))])
+
+    exact = learned(theirs, False)
+    if not bf16:
+        torch.testing.assert_close(learned(ours, False), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+        return
+    error, theirs_error = (float((learned(unet, True) - exact).norm() / exact.norm()) for unet in (ours, theirs))
+    assert error < 0.1 and error < 2 * theirs_error  # rounding that differs, and is no larger
 
 
 def test_what_peft_alone_does_is_left_to_it() -> None:

@@ -195,7 +195,8 @@ def test_a_loss_taken_a_few_pictures_at_a_time_is_that_of_the_batch(options: dic
         assert calls == expected
     (whole, gradient), (part, part_gradient) = results
     assert part == pytest.approx(whole, rel=1e-5)
-    torch.testing.assert_close(part_gradient, gradient, rtol=1e-4, atol=1e-7)
+    assert part_gradient is not None and gradient is not None
+    assert float((part_gradient - gradient).norm() / gradient.norm()) < 1e-4  # sums in another order
     with torch.no_grad():  # nothing to go back through: all at once
         assert float(loss(X, Y, Y)["loss"]) == pytest.approx(whole["loss"], rel=1e-5)
     assert calls[2:] == [4]

@@ -245,7 +245,10 @@ class Trainer(ArmTrainer):
         if self.sharding is not None:
             parts.append(Parts(self.dense, groups.world))
         gradients = self.home.gradients()
-        held = [SimpleNamespace(grad=t) for key in sorted(gradients) for t in gradients[key].values()]
+        # By name: homes keep their tensors in different orders, and the norm's squares add up in this one.
+        held = [
+            SimpleNamespace(grad=gradients[key][name]) for key in sorted(gradients) for name in sorted(gradients[key])
+        ]
         parts.append(Parts(cast("list[nn.Parameter]", held), groups.expert))
         if self.config.optimiser.clip > 0:
             return float(clip_global_norm(replicated, parts, self.config.optimiser.clip))

@@ -31,10 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_experts_in_tiers_train_bit_for_bit_as_resident_ones(tmp_path: Path, off: str) -> None:
     resident = tiny_run.losses(tiny_run.config(tmp_path, {"tiers": False}), 6)
     tiered = tiny_run.losses(tiny_run.config(tmp_path, dict.fromkeys(off.split(), False)), 6)
-    if tiny_run.rounds_alike():
-        assert tiered == resident
-    for step, other in zip(tiered, resident, strict=True):
-        assert step == pytest.approx(other, rel=1e-6)
+    assert tiered == resident
     assert resident[-1][0] < resident[0][0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -109,11 +108,3 @@ def losses(run: TrainConfig, steps: int, **options: Any) -> list[list[float]]:
         found.append([log.loss, log.grad_norm])
     training.close()
     return found
-
-
-def rounds_alike() -> bool:
-    """Whether this machine's products round alike from a tier's memory and from a tensor of its own.
-
-    With AVX2 alone the norm of a gradient was seen to differ in its last bit.
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "ONEDNN_MAX_CPU_ISA" not in os.environ

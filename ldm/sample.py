@@ -124,7 +124,8 @@ def task_grid(ldm: LatentDiffusion, task: Task, config: LdmConfig, path: Path) -
     if task.name == "class":
         labels_N, across = spread_classes(task, count)
         images = draw(ldm, "class", {"label": labels_N}, len(labels_N), (size, size), config.sampling, config.seed)
-        names = [task.classes[label] for label in labels_N.tolist()] if task.classes else None
+        named = len(task.classes) > int(labels_N.max())
+        names = [task.classes[label] for label in labels_N.tolist()] if named else None
         save_grid(images, path, columns=across, captions=names, tile=64 if size < 64 else None)
         return
     columns = condition_columns(task, config, count)

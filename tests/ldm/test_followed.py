@@ -12,7 +12,7 @@ from common.metrics.features import Extractor
 from ldm.config import LdmConfig
 from ldm.evaluate import table
 from ldm.followed import boxes_of_maps, followed, map_overlap
-from ldm.sample import condition_columns, conditions_as_images
+from ldm.sample import condition_columns, conditions_as_images, spread_classes
 from ldm.tasks import Task, prepare
 
 
@@ -100,6 +100,13 @@ def test_boxes_are_outlined_in_the_colours_that_they_ask_for() -> None:
     assert shown is not None
     outline = shown[0][:, (shown[0] != 245).any(0)].T.unique(dim=0)
     assert outline.tolist() == [list(PALETTE[COLOURS[int(item["colours"][0])]][0])]
+
+
+@pytest.mark.parametrize(("classes", "count", "labels"), [(3, 8, [0, 1, 2, 0, 1, 2]), (1, 4, [0] * 4), (9, 2, [0, 8])])
+def test_grids_show_every_class_as_often(classes: int, count: int, labels: list[int]) -> None:
+    table = TensorTable({"label": torch.zeros(1, dtype=torch.long)})
+    found, across = spread_classes(Task("class", table, table, num_classes=classes + 1), count)
+    assert found.tolist() == labels and across == min(classes, count)
 
 
 def test_a_table_shows_drawn_and_true_pictures() -> None:

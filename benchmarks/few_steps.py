@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.arms import in_turns, noted, where_of
+from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.recorded import AFTER
 from common.solvers import stock_pipeline
@@ -43,6 +44,7 @@ def against_many_steps(
 
     def peer(compiled: bool) -> Callable[[], object]:
         pipeline = stock_pipeline(open_teacher(), SOLVERS[solver])
+        plain_products(pipeline.unet)
         if compiled:
             pipeline.unet.compile()
             pipeline.vae.decoder.compile()

@@ -35,6 +35,7 @@ from benchmarks.arms import (
 from benchmarks.few_steps import against_many_steps
 from common.adaptors import adaptor_state, merge_adaptors
 from common.errors import run_main
+from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.optimisers import adamw
 from common.paths import REPOSITORY
@@ -106,7 +107,7 @@ def peer(arm: Arm) -> Step:
 
     teacher, options = teacher_of(arm), ADAPTORS[arm.size]
     teacher.vae.set_attn_processor(AttnProcessor2_0())
-    unet = bare_copy(teacher)
+    unet = plain_products(bare_copy(teacher))
     targets = [
         name
         for name, m in unet.named_modules()

@@ -33,6 +33,7 @@ from common.cli import parse_config
 from common.costs import flop
 from common.errors import run_main
 from common.images import to_uint8, to_unit
+from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.paths import REPOSITORY
 from common.solvers import stock_pipeline
@@ -122,12 +123,12 @@ def ours(arm: Arm) -> Step:
 
 
 def peer(arm: Arm) -> Step:
-    """The plain loop."""
+    """The plain loop, with torch's own layers."""
     config = recipe(arm.size)
     images, prompts, t, uniform = given(arm, config)
-    tokenizer = tokenizer_of(config).to(arm.device)
+    tokenizer = plain_products(tokenizer_of(config)).to(arm.device)
     reader = CausalText(config.text, config.stream.layers, arm.device)
-    network = denoiser(config, reader.width).to(arm.device)
+    network = plain_products(denoiser(config, reader.width)).to(arm.device)
     call = torch.compile(network) if arm.compiled else network
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
 

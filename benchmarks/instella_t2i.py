@@ -39,6 +39,7 @@ from common.costs import flop, parameter_count
 from common.data.sampling import derive_seed
 from common.errors import run_main
 from common.images import to_unit
+from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.metrics.perceptual import perceptual_distance
 from instella_t2i import tokenizer as tokenizer_module
@@ -103,10 +104,10 @@ def ours(arm: Arm) -> Step:
 
 
 def peer(arm: Arm) -> Step:
-    """The plain loop."""
+    """The plain loop, with torch's own layers."""
     config = recipe(arm)
     torch.manual_seed(0)
-    network = Tokenizer(config.network, config.data.size).to(arm.device)
+    network = plain_products(Tokenizer(config.network, config.data.size)).to(arm.device)
     torch.manual_seed(derive_seed(0, 1))  # the trainer's
     discriminator = Discriminator(config.tokenizer.gan_width).to(arm.device)
     distance = perceptual_distance("trained").to(arm.device)

@@ -1,9 +1,9 @@
-"""Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device; the form
-of attention that is chosen on this CPU, and depthwise convolutions in training, against torch's own functions.
+"""Fused GroupNorm+SiLU against eager torch and torch.compile at Stable Diffusion's shapes, on a CUDA device; the forms
+of attention and of products that this CPU chooses, and depthwise convolutions in training, against torch's functions.
 
     python -m benchmarks.kernels                 # writes results/bench_kernels.json, about 3 minutes
     python -m benchmarks.kernels --dtype fp16
-    python -m benchmarks.kernels --cpu           # attention in bfloat16, depthwise convolutions; about 1 minute
+    python -m benchmarks.kernels --cpu           # attention in bfloat16, products, depthwise convolutions; 1 minute
 
 Device time is taken by replaying a CUDA graph, so that no contender pays for Python; the median of many replays counts.
 The rows marked "called from Python" time plain calls, launch overhead included, and carry no target.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from common.errors import UserError, run_main
 from common.kernels.attention import MARGIN, attention
 from common.kernels.depthwise import depthwise
 from common.kernels.group_norm_silu import group_norm_silu
+from common.kernels.products import MARGIN as PRODUCTS_MARGIN
+from common.kernels.products import linear
 from common.ledger import bench_row, write_rows
 from common.paths import RESULTS
 
@@ -55,6 +57,8 @@ ATTENTION_SHAPES = (
     (2, 6, 1024, 1024, 32),
     (1, 6, 4096, 4096, 32),
 )
+# (rows, features in, features out) of linear layers: a small U-Net's attention and feed-forward, a wider transformer's.
+PRODUCT_SHAPES = ((2048, 64, 64), (2048, 64, 512), (2048, 256, 64), (2048, 256, 1024), (4096, 1152, 1152))
 # (samples, channels, side, kernel, stride, dilation) of cells: those of the searches' defaults, then of CIFAR and of
 # pictures of 56 pixels.
 DEPTHWISE_SHAPES = (
@@ -156,6 +160,21 @@ def measure(dtype_name: str, output: Path) -> None:
     print(f"{sum(row['holds'] for row in barred)} of {len(barred)} comparisons won; written to {output.name}")
 
 
+def least_milliseconds(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least time of each, in `repeats` turns after a first one."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for of, function in zip(times, functions, strict=True):
+            start = time.perf_counter()
+            function()
+            of.append((time.perf_counter() - start) * 1e3)
+    return [min(of[1:]) for of in times]
+
+
+def forward_backward(call: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(call(), leaves, dout)
+
+
 def measure_attention(output: Path, repeats: int = 7) -> None:
     """Time the form that is chosen at each shape beside `F.scaled_dot_product_attention`; least of `repeats` turns."""
     rows = []
@@ -163,18 +182,14 @@ def measure_attention(output: Path, repeats: int = 7) -> None:
         sizes = (queries, keys, keys)
         q, k, v = (torch.randn(batch, n, heads, width, dtype=torch.bfloat16).transpose(1, 2) for n in sizes)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        functions: dict[str, Callable[..., Tensor]] = {"chosen": attention, "torch": F.scaled_dot_product_attention}
+        calls = [partial(attention, q, k, v), partial(F.scaled_dot_product_attention, q, k, v)]
+        dout = calls[1]().detach()
         for direction in ("forward", "forward+backward"):
-            times: dict[str, list[float]] = {name: [] for name in functions}
-            for _ in range(repeats + 1):
-                for name, function in functions.items():
-                    start = time.perf_counter()
-                    with torch.set_grad_enabled(direction != "forward"):
-                        out = function(q, k, v)
-                        if direction != "forward":
-                            torch.autograd.grad(out, leaves, out.detach())
-                    times[name].append((time.perf_counter() - start) * 1e3)
-            chosen, peer = (min(of[1:]) for of in times.values())
+            turns: list[Callable[[], object]] = list(calls)
+            if direction != "forward":
+                turns = [partial(forward_backward, call, leaves, dout) for call in calls]
+            with torch.set_grad_enabled(direction != "forward"):
+                chosen, peer = least_milliseconds(turns, repeats)
             shape = [batch, heads, queries, keys, width]
             name = f"Attention {direction}, bf16 on a CPU, {shape}, chosen form vs torch's function"
             target = 1 / (1 + MARGIN)  # by which torch's must win to be chosen
@@ -183,32 +198,40 @@ def measure_attention(output: Path, repeats: int = 7) -> None:
     write_rows(output, rows)
 
 
+def measure_products(output: Path, repeats: int = 9) -> None:
+    """Time a linear layer forward and back, by the form that is chosen here, beside torch's; one thread."""
+    rows = []
+    for count, inputs, outputs in PRODUCT_SHAPES:
+        x, weight, bias = torch.randn(count, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+        dout = torch.randn(count, outputs)
+        calls = [partial(function, *leaves) for function in (linear, F.linear)]
+        ours, peer = least_milliseconds([partial(forward_backward, call, leaves, dout) for call in calls], repeats)
+        name = f"linear layer forward+backward, fp32 on a CPU, {[count, inputs, outputs]}, chosen form vs torch's"
+        target = 1 / (1 + PRODUCTS_MARGIN)
+        rows.append(bench_row(name, ours, peer, "ms", target=target, higher_is_better=False))
+        print(f"{name}: {ours:.3g} against {peer:.3g} ms")
+    write_rows(output, rows)
+
+
 def measure_depthwise(output: Path, repeats: int = 9) -> None:
     """Time a step forward and back of `depthwise` beside torch's convolution, one thread; least of `repeats` turns."""
     rows = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for batch, channels, side, kernel, stride, dilation in DEPTHWISE_SHAPES:
         padding = dilation * (kernel // 2)
         x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
         weight = torch.randn(channels, 1, kernel, kernel).requires_grad_()
-        functions: dict[str, Callable[[], Tensor]] = {
-            "ours": partial(depthwise, x, weight, stride, padding, dilation),
-            "torch": partial(F.conv2d, x, weight, None, stride, padding, dilation, channels),
-        }
-        gradient = torch.randn_like(functions["torch"]().detach())
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(repeats + 1):
-            for name, function in functions.items():
-                start = time.perf_counter()
-                torch.autograd.grad(function(), (x, weight), gradient)
-                times[name].append((time.perf_counter() - start) * 1e3)
-        ours, peer = (min(of[1:]) for of in times.values())
+        calls = [
+            partial(depthwise, x, weight, stride, padding, dilation),
+            partial(F.conv2d, x, weight, None, stride, padding, dilation, channels),
+        ]
+        dout = torch.randn_like(calls[1]().detach())
+        turns = [partial(forward_backward, call, (x, weight), dout) for call in calls]
+        ours, peer = least_milliseconds(turns, repeats)
         shape = f"{[batch, channels, side, side]}, kernel {kernel}, stride {stride}, dilation {dilation}"
         name = f"depthwise convolution forward+backward, fp32 on a CPU, {shape}, vs torch's function"
         rows.append(bench_row(name, ours, peer, "ms", target=1.0, higher_is_better=False))
         print(f"{name}: {ours:.3g} against {peer:.3g} ms")
-    torch.set_num_threads(threads)
     write_rows(output, rows)
 
 
@@ -223,6 +246,8 @@ def main() -> None:
     if arguments.cpu:
         tune_allocator()
         measure_attention(arguments.output)
+        torch.set_num_threads(1)
+        measure_products(arguments.output)
         return measure_depthwise(arguments.output)
     if not torch.cuda.is_available():
         raise UserError("the kernel benchmark needs a CUDA device and a CUDA build of torch, and found none")

@@ -42,6 +42,7 @@ from benchmarks.arms import (
 )
 from common.data.shapes import prompts
 from common.errors import run_main
+from common.kernels.products import plain_products
 from common.ledger import bench_row
 from lightgen.config import NetworkConfig, SamplingConfig
 from lightgen.data import WORLDS
@@ -137,9 +138,9 @@ def ours(arm: Arm) -> Step:
 
 
 def peer(arm: Arm) -> Step:
-    """The released loop: all tokens, weighed."""
+    """The released loop: all tokens, weighed, with torch's own layers."""
     size = SIZES[arm.size]
-    model = model_of(size, arm.device)
+    model = plain_products(model_of(size, arm.device))
     tokens, order, count, states, t, noise = inputs(size, arm.device)
     batch, total = order.shape
     known, every = order[:, count:].sort(1)[0], torch.arange(total, device=arm.device).expand(batch, -1)

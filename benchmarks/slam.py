@@ -33,6 +33,7 @@ from benchmarks.arms import (
 from benchmarks.few_steps import against_many_steps
 from common.costs import flop
 from common.errors import run_main
+from common.kernels.products import plain_products
 from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.stable_diffusion import stable_diffusion_unet
@@ -104,8 +105,10 @@ def peer(arm: Arm) -> Step:
     teacher = teacher_of(arm)
     schedule, networks = teacher.schedule, teacher.unet
     networks.set_attn_processor(AttnProcessor2_0())
+    plain_products(networks)
     student = make_student(teacher, StudentConfig(), PATHS).unet.to(arm.device, memory_format=torch.contiguous_format)
     student.set_attn_processor(AttnProcessor2_0())
+    plain_products(student)
     target = copy.deepcopy(student).requires_grad_(False)
     paths = make_student(teacher, StudentConfig(), PATHS).paths
     if arm.compiled:

@@ -24,12 +24,13 @@ def orthogonalise(matrices_KMN: Tensor) -> Tensor:
     """About U V^T of the singular value decompositions U S V^T [K, M, N], by five quintic Newton-Schulz steps.
 
     The singular values come out between 0.6 and 1.3, not at 1: the coefficients are chosen for steep growth near zero.
-    The products are taken in bfloat16, which that spread does not notice.
+    The products are taken in bfloat16, which that spread does not notice, unless a CPU would have to emulate it.
     """
     a, b, c = COEFFICIENTS
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]
-    x = (matrices_KMN.mT if tall else matrices_KMN).bfloat16()
-    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-7).bfloat16()
+    emulated = matrices_KMN.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    x = (matrices_KMN.mT if tall else matrices_KMN).to(torch.float32 if emulated else torch.bfloat16)
+    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-7).to(x.dtype)
     for _ in range(NEWTON_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.costs import parameter_count
+from common.kernels.products import standing_for
 
 AFTER = 64  # calls with equal shapes before recording pays: it takes as long as 50 to 200 of them save
 # What is larger is left as it is: products take all the time there, and while it is being recorded a network keeps
@@ -85,7 +86,10 @@ class Recorder:
             given = tuple(x.clone(memory_format=torch.preserve_format) for x in inputs)
             for few in _with_fewer_rows(given):
                 try:
-                    with torch.autocast("cpu", mixed or torch.bfloat16, enabled=mixed is not None, cache_enabled=False):
+                    cast = torch.autocast(
+                        "cpu", mixed or torch.bfloat16, enabled=mixed is not None, cache_enabled=False
+                    )
+                    with cast, standing_for(_rows(given) / max(1, _rows(few))):
                         recorded = torch.jit.trace(_Pure(self.network, self.call).eval(), few, check_trace=False)
                     with torch.autocast("cpu", enabled=False):
                         if self.constant:
@@ -95,6 +99,10 @@ class Recorder:
                 except (RuntimeError, TypeError, ValueError, AttributeError):
                     continue
         return None
+
+
+def _rows(inputs: tuple[Tensor, ...]) -> int:
+    return len(inputs[0]) if inputs[0].dim() else 1
 
 
 def _with_fewer_rows(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

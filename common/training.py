@@ -34,6 +34,7 @@ from common.data.sampling import generator_step
 from common.errors import UserError, first_line, stop_if_not_finite
 from common.events import loggers, show_picture
 from common.files import read_object, read_yaml, reading, sweep, write_atomically, write_json
+from common.kernels import products
 from common.kernels.attention import fix_form, use_choices
 from common.ledger import note_start
 from common.options import TrainerOptions, check_ranges
@@ -599,7 +600,9 @@ def build_trainer(
     fix_form(options.attention)
     checkpoints = logs if checkpoints is None else checkpoints
     # Equal forms round differently: a run that goes on takes the forms that it began with.
-    use_choices(Choices(folder if checkpoints else None))
+    choices = Choices(folder if checkpoints else None)
+    use_choices(choices)
+    products.use_choices(choices)
     place = folder / "checkpoints"
     chosen_precision = precision or options.precision
     own: list[Callback] = [StopOnNonFinite(place, every=1 if not torch.cuda.is_available() else 50)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.kernels.attention import attention
+from common.kernels.products import quicken_products
 from common.recorded import Recorder
 
 
@@ -65,7 +66,8 @@ def _quick_attention() -> type:
 
 
 def quicken(unet: Any) -> Any:
-    """The same U-Net, computing the same: attention by `AttentionForm`, channels last where a GPU is.
+    """The same U-Net, computing the same: attention by `AttentionForm`, products by `common.kernels.products`, channels
+    last where a GPU is.
 
     On CPUs diffusers' group norms are three times slower channels last, which costs more than the convolutions gain.
     Attention that is more than a sequence of tokens (diffusers' own norms, residuals or adapters in it) stays as it is.
@@ -79,6 +81,7 @@ def quicken(unet: Any) -> Any:
             processors[name] = AttentionForm()
             attn.__class__ = _quick_attention()
     unet.set_attn_processor(processors)
+    quicken_products(unet)
     layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
     return unet.to(memory_format=layout)
 

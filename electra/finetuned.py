@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import read_object, write_json
+from common.kernels.products import Linear
 from common.weights import save_weights
 from electra.config import ElectraConfig
 from electra.heads import ClassificationHead, QuestionAnsweringHead, RegressionHead
@@ -50,7 +51,7 @@ class TwoLayers(nn.Module):
 
     def __init__(self, width: int, labels: int) -> None:
         super().__init__()
-        self.dense, self.out_proj = nn.Linear(width, width), nn.Linear(width, labels)
+        self.dense, self.out_proj = Linear(width, width), Linear(width, labels)
 
     def forward(self, cls_BD: Tensor) -> Tensor:
         return self.out_proj(F.gelu(self.dense(cls_BD)))
@@ -61,7 +62,7 @@ class Summary(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.summary = nn.Linear(width, width)
+        self.summary = Linear(width, width)
 
     def forward(self, cls_BD: Tensor) -> Tensor:
         return F.gelu(self.summary(cls_BD))
@@ -82,11 +83,11 @@ class FinetunedNetwork(nn.Module):
         if architecture == "ElectraForSequenceClassification":
             self.classifier: nn.Module = TwoLayers(width, labels)
         elif architecture == "ElectraForTokenClassification":
-            self.classifier = nn.Linear(width, labels)
+            self.classifier = Linear(width, labels)
         elif architecture == "ElectraForQuestionAnswering":
-            self.qa_outputs = nn.Linear(width, 2)
+            self.qa_outputs = Linear(width, 2)
         else:
-            self.sequence_summary, self.classifier = Summary(width), nn.Linear(width, 1)
+            self.sequence_summary, self.classifier = Summary(width), Linear(width, 1)
 
     def forward(self, batch: Batch, states: list[Tensor] | None = None) -> Tensor:
         """Logits: [B, C] of rows, [N, C] of tokens, [N, 2] of starts and ends, or [B / choices, choices].

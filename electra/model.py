@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from common.cpu import few_sizes
 from common.errors import UserError
 from common.kernels.attention import Form, attention
+from common.kernels.products import Linear, by_onednn, linear
 from electra.config import ElectraConfig
 
 # More runs of equal row length than this are attended in one padded call instead of one call each (CPU).
@@ -214,7 +215,7 @@ class ResidualOutput(nn.Module):
 
     def __init__(self, width: int, config: ElectraConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense = Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -227,24 +228,23 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
         self.heads, self.dropout = config.heads, config.attention_dropout
 
     def forward(self, x_ND: Tensor, batch: Batch, bias_ALL: Tensor | None) -> Tensor:
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-        qkv_N3AH = F.linear(x_ND, weight, bias).unflatten(1, (3, self.heads, -1))
+        qkv_N3AH = linear(x_ND, weight, bias).unflatten(1, (3, self.heads, -1))
         return attend(qkv_N3AH, batch, bias_ALL, self.dropout if self.training else 0.0).flatten(1)
 
 
 def filled(x: Tensor) -> Tensor:
-    """`x` with zero rows added up to one of few sizes where oneDNN multiplies in bfloat16, else `x` itself."""
+    """`x` with zero rows added up to one of few sizes where oneDNN multiplies, else `x` itself."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
-    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    spare = few_sizes(len(x)) - len(x) if half or x.dtype is torch.bfloat16 else 0
+    spare = few_sizes(len(x)) - len(x) if by_onednn(x.dtype) else 0
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, spare)) if spare else x
 
 
@@ -310,7 +310,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.gelu(self.dense(x_ND))
@@ -354,7 +354,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config) if own_embeddings else None
         needs_projection = config.embedding_size != config.hidden_size
-        self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if needs_projection else None
+        self.embeddings_project = Linear(config.embedding_size, config.hidden_size) if needs_projection else None
         self.relative_positions = RelativeBias(config.heads, config.max_position) if config.relative_positions else None
         self.encoder = Layers(config)
         initialise(self, config)
@@ -407,7 +407,7 @@ class MlmHead(nn.Module):
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.dense = Linear(config.hidden_size, config.embedding_size)
         self.LayerNorm = nn.LayerNorm(config.embedding_size, config.layer_norm_eps)
         initialise(self, config)
 
@@ -429,8 +429,8 @@ class RtdHead(nn.Module):
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dense_prediction = nn.Linear(config.hidden_size, 1)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.dense_prediction = Linear(config.hidden_size, 1)
         initialise(self, config)
         # The official last layer has no initialiser of its own, so it gets TensorFlow's default.
         nn.init.xavier_uniform_(self.dense_prediction.weight)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from common.kernels.attention import attention
+from common.kernels.products import Linear
 from instella_t2i.config import StreamConfig
 from instella_t2i.tokenizer import RmsNorm
 
@@ -67,7 +68,7 @@ class CrossedAttention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width, bias=False) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(head_dim), RmsNorm(head_dim)
 
     def _heads(self, x_BnE: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Projected(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, inner)
+        self.proj = Linear(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -104,7 +105,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([Projected(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([Projected(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -115,7 +116,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
-        self.linear, self.parts = nn.Linear(width, parts * width), parts
+        self.linear, self.parts = Linear(width, parts * width), parts
 
     def forward(self, t_BE: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(t_BE)).chunk(self.parts, -1)
@@ -126,7 +127,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(1, width), nn.Linear(width, width)
+        self.linear_1, self.linear_2 = Linear(1, width), Linear(width, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(t_B[:, None])))
@@ -140,7 +141,7 @@ class DiffusionBlock(nn.Module):
         width = config.heads * config.head_dim
         self.pos_emb = nn.Parameter(torch.zeros(1, tokens, width))
         self.norm1 = Modulation(width, 6)
-        self.proj_cond = nn.Linear(text_width, width)
+        self.proj_cond = Linear(text_width, width)
         self.attn, self.ff = CrossedAttention(config.heads, config.head_dim), Mlp(width)
 
     def forward(self, x_BKE: Tensor, t_BE: Tensor, text: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -158,7 +159,7 @@ class CausalBlock(nn.Module):
         width = config.heads * config.head_dim
         self.pos_emb = nn.Parameter(torch.zeros(1, tokens + 1, width))
         self.input_layernorm, self.post_attention_layernorm = RmsNorm(width), RmsNorm(width)
-        self.proj_cond = nn.Linear(text_width, width)
+        self.proj_cond = Linear(text_width, width)
         self.attn, self.mlp = CrossedAttention(config.heads, config.head_dim), Mlp(width)
 
     def placed(self, x_BnE: Tensor, first: int) -> Tensor:
@@ -188,8 +189,8 @@ class Generator(nn.Module):
         super().__init__()
         self.config, self.shape = config, shape
         self.width = config.heads * config.head_dim
-        self.x_embedder = nn.Linear(shape.bits, self.width)
-        self.proj_out = nn.Linear(self.width, shape.bits)
+        self.x_embedder = Linear(shape.bits, self.width)
+        self.proj_out = Linear(self.width, shape.bits)
 
     def start(self) -> None:
         """Xavier-uniform linear maps without biases, AdaLN's too; position tables are 0 (released code)."""

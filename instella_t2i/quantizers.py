@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.products import Linear
 
 CODE_WIDTH = 16  # W of the one-hot codebook; TiTok has 12 to 16
 COMMITMENT = 0.25
@@ -65,7 +66,7 @@ class BinaryQuantizer(Quantizer):
 
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Linear(width, bits))
+        self.proj = nn.Sequential(Linear(width, bits))
         self.embed = nn.Parameter(torch.randn(bits, width) * 0.02)
 
     def logits(self, h_BLE: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class VectorQuantizer(Quantizer):
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        self.proj = nn.Sequential(nn.Linear(width, CODE_WIDTH))
+        self.proj = nn.Sequential(Linear(width, CODE_WIDTH))
         self.codebook = nn.Parameter(torch.empty(2**bits, CODE_WIDTH).uniform_(-1, 1) / 2**bits)
         self.embed = nn.Parameter(torch.randn(CODE_WIDTH, width) * CODE_WIDTH**-0.5)
         self.register_buffer("chosen", torch.zeros(2**bits))
@@ -228,7 +229,7 @@ class LookupFreeQuantizer(Quantizer):
 
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Linear(width, bits))
+        self.proj = nn.Sequential(Linear(width, bits))
         self.embed = nn.Parameter(torch.randn(bits, width) * 0.02)
 
     def forward(self, h_BLE: Tensor, uniform_BLD: Tensor | None = None, tau: float = 0.0) -> Quantized:
@@ -302,7 +303,7 @@ class SphericalQuantizer(Quantizer):
         super().__init__()
         self.bits = bits
         self.group = max(size for size in range(1, BSQ_GROUP + 1) if bits % size == 0)
-        self.proj = nn.Sequential(nn.Linear(width, bits))
+        self.proj = nn.Sequential(Linear(width, bits))
         self.embed = nn.Parameter(torch.randn(bits, width) * 0.02 * bits**0.5)
 
     def forward(self, h_BLE: Tensor, uniform_BLD: Tensor | None = None, tau: float = 0.0) -> Quantized:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import read_object, write_json
 from common.kernels.attention import attention
+from common.kernels.products import Linear
 from common.weights import load_weights, save_weights
 from instella_t2i.config import NetworkConfig
 from instella_t2i.quantizers import Quantized, Quantizer, make_quantizer
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads, self.pairs = heads, pairs
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width, bias=False) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(head_dim), RmsNorm(head_dim)
 
     def forward(self, x_BLE: Tensor, table: Table) -> Tensor:
@@ -131,8 +132,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, 4 * width, bias=False), nn.Linear(width, 4 * width, bias=False)
-        self.down_proj = nn.Linear(4 * width, width, bias=False)
+        self.gate_proj, self.up_proj = Linear(width, 4 * width, bias=False), Linear(width, 4 * width, bias=False)
+        self.down_proj = Linear(4 * width, width, bias=False)
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BLE)) * self.up_proj(x_BLE))
@@ -225,7 +226,7 @@ class Encoder(_Trunk):
             self.latent_tokens = nn.Parameter(torch.randn(1, config.tokens, self.width) * 0.5)
         self.patch_embedder = nn.Conv2d(3, self.width, config.patch, stride=config.patch)
         self.down_layers = nn.ModuleList(Downsample(self.width) for _ in config.down_after)
-        self.proj_out = nn.Linear(self.width, self.width)
+        self.proj_out = Linear(self.width, self.width)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         config = self.config
@@ -258,7 +259,7 @@ class Decoder(_Trunk):
         super().__init__(config, config.decoder_layers, config.decoder_heads, config.decoder_head_dim)
         inner = config.encoder_heads * config.encoder_head_dim
         self.mask_tokens = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
-        self.input_layer = nn.Sequential(RmsNorm(inner), nn.Linear(inner, self.width))
+        self.input_layer = nn.Sequential(RmsNorm(inner), Linear(inner, self.width))
         self.up_layers = nn.ModuleList(Upsample(self.width) for _ in config.up_after)
 
     def forward(self, z_BKE: Tensor, size: tuple[int, int]) -> Tensor:
@@ -305,7 +306,7 @@ class Tokenizer(nn.Module):
         self.config, self.size = config, size
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantizer = make_quantizer(config.quantizer, self.encoder.width, config.bits)
-        self.to_pixel = nn.Linear(self.decoder.width, 3 * config.patch**2)
+        self.to_pixel = Linear(self.decoder.width, 3 * config.patch**2)
 
     @property
     def multiple(self) -> int:

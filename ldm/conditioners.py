@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.kernels.attention import attention
+from common.kernels.products import Linear
 
 
 class ClassEmbedder(nn.Module):
@@ -39,10 +40,10 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_k = Linear(dim, heads * dim_head, bias=False)
+        self.to_v = Linear(dim, heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         q, k, v = (
@@ -56,9 +57,7 @@ class _Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU()), nn.Identity(), nn.Linear(4 * dim, dim)
-        )
+        self.net = nn.Sequential(nn.Sequential(Linear(dim, 4 * dim), nn.GELU()), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.net(x_BLD)
@@ -98,7 +97,7 @@ class _TransformerWrapper(nn.Module):
         self.attn_layers = _Layers(dim, depth, heads, dim_head)
         self.norm = nn.LayerNorm(dim)
         if logits_head:
-            self.to_logits = nn.Linear(dim, vocab_size)
+            self.to_logits = Linear(dim, vocab_size)
         nn.init.normal_(self.token_emb.weight, std=0.02)
         nn.init.normal_(self.pos_emb.emb.weight, std=0.02)
 

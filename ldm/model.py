@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.kernels.attention import attention
 from common.kernels.group_norm_silu import group_norm_silu
+from common.kernels.products import Linear, linear
 from ldm.config import ClassifierNetwork, UNetOptions
 from ldm.context_memory import ContextMemory
 from ldm.norm import group_count, limit_groups
@@ -70,7 +71,7 @@ def _tokens(x_BCHW: Tensor) -> Tensor:
 
 def _pointwise(x_BLD: Tensor, conv: nn.Conv1d | nn.Conv2d) -> Tensor:
     """A 1x1 convolution applied to tokens, where it is a linear layer and needs no transposition."""
-    return F.linear(x_BLD, conv.weight.flatten(1), conv.bias)
+    return linear(x_BLD, conv.weight.flatten(1), conv.bias)
 
 
 def _grid(x_BLD: Tensor, like_BCHW: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class ResBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+            nn.SiLU(), Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
@@ -202,10 +203,10 @@ class CrossAttention(nn.Module):
         inner = heads * dim_head
         context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
-        self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim, inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
+        self.to_q = Linear(query_dim, inner, bias=False)
+        self.to_k = Linear(context_dim, inner, bias=False)
+        self.to_v = Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(Linear(inner, query_dim))
 
     def forward(self, x_BLD: Tensor, context_BLD: Tensor | None = None) -> Tensor:
         if context_BLD is None:
@@ -226,7 +227,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
+        self.proj = Linear(dim_in, 2 * dim_out)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         value_BLD, gate_BLD = self.proj(x_BLD).chunk(2, dim=-1)
@@ -238,7 +239,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.net(x_BLD)
@@ -314,7 +315,7 @@ class Stage(nn.Sequential):
 
 def _time_embed(model_channels: int) -> nn.Sequential:
     width = 4 * model_channels
-    return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
+    return nn.Sequential(Linear(model_channels, width), nn.SiLU(), Linear(width, width))
 
 
 def _down_path(
@@ -531,9 +532,9 @@ class AttentionPool2d(nn.Module):
         assert self.qkv_proj.bias is not None
         bias_q, bias_k, bias_v = self.qkv_proj.bias.chunk(3)
         pooled_BLD = _attend(
-            F.linear(x_BLD[:, :1], weight_q, bias_q),  # only the mean token is read out
-            F.linear(x_BLD, weight_k, bias_k),
-            F.linear(x_BLD, weight_v, bias_v),
+            linear(x_BLD[:, :1], weight_q, bias_q),  # only the mean token is read out
+            linear(x_BLD, weight_k, bias_k),
+            linear(x_BLD, weight_v, bias_v),
             self.num_heads,
         )
         return _pointwise(pooled_BLD, self.c_proj)[:, 0]
@@ -594,11 +595,9 @@ class EncoderUNet(nn.Module):
             last = _zero(nn.Conv2d(width, out_channels, 1))
             self.out = nn.Sequential(group_norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), last, nn.Flatten())
         elif pool == "spatial":
-            self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+            self.out = nn.Sequential(Linear(features, 2048), nn.ReLU(), Linear(2048, out_channels))
         elif pool == "spatial_v2":
-            self.out = nn.Sequential(
-                nn.Linear(features, 2048), group_norm(2048), nn.SiLU(), nn.Linear(2048, out_channels)
-            )
+            self.out = nn.Sequential(Linear(features, 2048), group_norm(2048), nn.SiLU(), Linear(2048, out_channels))
         else:
             raise ValueError(f"pool {pool!r}: expected attention, adaptive, spatial or spatial_v2")
         limit_groups(self, options.norm_groups)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.kernels.products import Linear
 from lightgen.diffusion import Diffusion, training_chain
 
 FREQUENCIES = 256
@@ -35,8 +36,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.modulation = Linear(width, 3 * width)
 
     def forward(self, x_RW: Tensor, active_RW: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(active_RW).chunk(3, dim=-1)
@@ -54,13 +55,13 @@ class DiffusionHead(nn.Module):
     def __init__(self, token: int, condition: int, width: int, depth: int) -> None:
         super().__init__()
         self.token, self.width = token, width
-        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition = nn.Linear(condition, width)
-        self.input = nn.Linear(token, width)
+        self.time = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        self.condition = Linear(condition, width)
+        self.input = Linear(token, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.final_modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, 2 * token)
+        self.final_modulation = Linear(width, 2 * width)
+        self.output = Linear(width, 2 * token)
         self.reset()
 
     def reset(self) -> None:
@@ -158,10 +159,10 @@ class RegressionHead(nn.Module):
     def __init__(self, token: int, condition: int, width: int, depth: int) -> None:
         super().__init__()
         self.token = token
-        layers: list[nn.Module] = [nn.Linear(condition, width)]
+        layers: list[nn.Module] = [Linear(condition, width)]
         for _ in range(depth):
-            layers += [nn.SiLU(), nn.Linear(width, width)]
-        self.network = nn.Sequential(*layers, nn.SiLU(), nn.Linear(width, token))
+            layers += [nn.SiLU(), Linear(width, width)]
+        self.network = nn.Sequential(*layers, nn.SiLU(), Linear(width, token))
 
     def loss(self, x0_RC: Tensor, z_RD: Tensor, t_R: Tensor, noise_RC: Tensor) -> Tensor:
         """[R] squared error; t and noise are not used."""

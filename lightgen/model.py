@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.kernels.attention import attention
+from common.kernels.products import Linear
 from lightgen.config import NetworkConfig
 from lightgen.head import DiffusionHead, RegressionHead
 
@@ -80,8 +81,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -95,7 +96,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.dropout = nn.Linear(width, hidden), nn.Linear(hidden, width), dropout
+        self.fc1, self.fc2, self.dropout = Linear(width, hidden), Linear(hidden, width), dropout
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
@@ -122,9 +123,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_linear = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.query_linear = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def keys_values(self, text_BLD: Tensor) -> KeysValues:
         k, v = self.kv(text_BLD).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -172,7 +173,7 @@ class TextAligner(nn.Module):
         eps: float = EPS,
     ) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(text_width, width), nn.Linear(width, width)
+        self.first, self.second = Linear(text_width, width), Linear(width, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, dropout, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
 
@@ -217,18 +218,18 @@ class Fluid(nn.Module):
             if width % getattr(config, name):
                 raise UserError(f"--network.{name} {getattr(config, name)} does not divide --network.width {width}")
         table, common = config.grid**2, (config.mlp_ratio, config.dropout, eps)
-        self.token_in, self.token_norm = nn.Linear(token, width), nn.LayerNorm(width, EPS)
+        self.token_in, self.token_norm = Linear(token, width), nn.LayerNorm(width, EPS)
         self.encoder_positions, self.decoder_positions, self.cross_positions = (
             nn.Parameter(torch.empty(1, table, width)) for _ in range(3)
         )
         self.encoder = nn.ModuleList(Block(width, config.encoder_heads, *common) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(width, eps)
-        self.decoder_in, self.mask_token = nn.Linear(width, width), nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_in, self.mask_token = Linear(width, width), nn.Parameter(torch.empty(1, 1, width))
         self.decoder = nn.ModuleList(Block(width, config.decoder_heads, *common) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps)
         self.text = TextAligner(text_width, width, config.text_depth, config.encoder_heads, *common)
         self.null_text = nn.Parameter(torch.empty(1, 1, width))
-        self.cross_in = nn.Linear(width, width)
+        self.cross_in = Linear(width, width)
         self.cross = nn.ModuleList(CrossBlock(width, config.cross_heads, *common) for _ in range(config.cross_depth))
         self.cross_norm = nn.LayerNorm(width, eps)
         for module in self.modules():
@@ -386,11 +387,11 @@ class Mar(nn.Module):
         common = (config.mlp_ratio, config.dropout, eps)
         self.classes = nn.Embedding(config.classes, inner)
         self.null_class = nn.Parameter(torch.empty(1, inner))
-        self.token_in, self.token_norm = nn.Linear(config.token, inner), nn.LayerNorm(inner, EPS)
+        self.token_in, self.token_norm = Linear(config.token, inner), nn.LayerNorm(inner, EPS)
         self.encoder_positions = nn.Parameter(torch.empty(1, count + config.buffer, inner))
         self.encoder = nn.ModuleList(Block(inner, config.encoder_heads, *common) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(inner, eps)
-        self.decoder_in, self.mask_token = nn.Linear(inner, outer), nn.Parameter(torch.empty(1, 1, outer))
+        self.decoder_in, self.mask_token = Linear(inner, outer), nn.Parameter(torch.empty(1, 1, outer))
         self.decoder_positions = nn.Parameter(torch.empty(1, count + config.buffer, outer))
         self.decoder = nn.ModuleList(Block(outer, config.decoder_heads, *common) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(outer, eps)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.products import Linear
 from common.weights import check_weights
 from pixart.config import PixArtConfig
 from pixart.convert import infer_config, load_weights, read_state_dict
@@ -36,8 +37,8 @@ class ControlBlock(nn.Module):
         self.after_proj = _zero_linear(width)
 
 
-def _zero_linear(width: int) -> nn.Linear:
-    layer = nn.Linear(width, width)
+def _zero_linear(width: int) -> Linear:
+    layer = Linear(width, width)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from common.cpu import few_sizes
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from common.kernels.attention import Form, attention
+from common.kernels.products import Linear, linear
 from pixart.config import PixArtConfig
 
 FREQUENCIES = 256  # width of the sinusoidal features of times and sizes
@@ -81,7 +82,7 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         x = x_BCHW.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, (height // p) * (width // p), channels * p * p)
-        return F.linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -89,7 +90,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         return self.mlp(sinusoids(t_B).to(next(self.parameters()).dtype))
@@ -110,8 +111,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.shape[:-1].numel() <= MLP_ROWS:
@@ -154,8 +155,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         q_BNAK, k_BNAK, v_BNAK = self.qkv(x_BND).unflatten(2, (3, self.heads, -1)).unbind(2)
@@ -193,9 +194,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_linear = nn.Linear(width, width)
-        self.kv_linear = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q_linear = Linear(width, width)
+        self.kv_linear = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def keys_values(self, context: CaptionContext) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, A, K]; only kept tokens are multiplied."""
@@ -225,7 +226,7 @@ class PixArtBlock(nn.Module):
         if config.adaln == "single":
             self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)  # E_i
         else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, condition: Tensor) -> Sequence[Tensor]:
         """(shift, scale, gate) of the attention, then of the MLP, [B, D] each.
@@ -255,11 +256,11 @@ class FinalLayer(nn.Module):
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         width = config.width
-        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.linear = Linear(width, config.patch_size**2 * config.out_channels)
         if config.adaln == "single" and not config.classes:
             self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)  # E_f
         else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         if hasattr(self, "adaLN_modulation"):
@@ -393,7 +394,7 @@ class PixArt(LatentTransformer):
         self.has_null_caption = True  # False: `y_embedding` is not the one that these weights were trained with
         width = config.width
         if config.adaln == "single":
-            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.t_block = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.caption_tokens)
         if config.multi_scale:
             self.csize_embedder = SizeEmbedder(width // 3)
@@ -535,7 +536,7 @@ class DiTBlock(nn.Module):
         width = config.width
         self.attn = SelfAttention(width, config.heads)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)

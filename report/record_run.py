@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from common.choices import FILE, Choices
 from common.cli import Parser
 from common.errors import UserError, run_main
 from common.files import write_atomically, write_json
@@ -36,7 +37,8 @@ WITHOUT_BF16 = "-without-bf16"  # in the name of a record from a CPU that lacks 
 def _precision(run_dir: Path) -> str | None:
     """Which precision the run trained in; None for a program that has no choice."""
     config = yaml.safe_load((run_dir / "config.yaml").read_text()) if (run_dir / "config.yaml").is_file() else {}
-    asked = config.get("trainer", {}).get("precision", "auto" if list(run_dir.rglob("choices.json")) else None)
+    chosen = any(Choices(file.parent).kept("precision") for file in run_dir.rglob(FILE))
+    asked = config.get("trainer", {}).get("precision", "auto" if chosen else None)
     return None if asked is None else precisions_taken(run_dir, asked)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import stop_if_not_finite
+from common.kernels.products import Linear
 from scenesplat.gaussians import Gaussians
 from scenesplat.losses import cosine_loss, l2_loss
 from scenesplat.model import unit
@@ -25,8 +26,8 @@ class Autoencoder(nn.Module):
     def __init__(self, width: int, code: int) -> None:
         super().__init__()
         middle = max(width // 2, code)
-        self.down = nn.Sequential(nn.Linear(width, middle), nn.GELU(), nn.Linear(middle, code))
-        self.up = nn.Sequential(nn.Linear(code, middle), nn.GELU(), nn.Linear(middle, width))
+        self.down = nn.Sequential(Linear(width, middle), nn.GELU(), Linear(middle, code))
+        self.up = nn.Sequential(Linear(code, middle), nn.GELU(), Linear(middle, width))
 
     def encode(self, x_ND: Tensor) -> Tensor:
         return unit(self.down(x_ND))

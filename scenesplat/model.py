@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.kernels.attention import attention
+from common.kernels.products import Linear
 from scenesplat.config import NetworkConfig
 from scenesplat.structure import Level, Neighbours, Structure
 
@@ -120,8 +121,8 @@ class SerializedAttention(nn.Module):
         self.heads, self.patch, self.row = heads, patch, row
         self.flash, self.scale = options.patches == "variable", options.qk_scale
         self.attn_drop, self.proj_drop = options.attn_drop, options.proj_drop
-        self.qkv = nn.Linear(channels, 3 * channels, bias=options.qkv_bias)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=options.qkv_bias)
+        self.proj = Linear(channels, channels)
         self.rpe = RelativePositions(patch, heads) if options.rpe else None
 
     def forward(self, x_NC: Tensor, level: Level) -> Tensor:
@@ -140,8 +141,8 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, ratio: float, drop: float) -> None:
         super().__init__()
         self.drop = drop
-        self.fc1 = nn.Linear(channels, int(channels * ratio))
-        self.fc2 = nn.Linear(int(channels * ratio), channels)
+        self.fc1 = Linear(channels, int(channels * ratio))
+        self.fc2 = Linear(int(channels * ratio), channels)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         hidden_NC = F.dropout(F.gelu(self.fc1(x_NC)), self.drop, self.training)
@@ -160,7 +161,7 @@ class Block(nn.Module):
         super().__init__()
         self.drop, self.pre_norm = drop, options.pre_norm
         convolution = SparseConv(channels, channels, 3, True, options.convolution)
-        self.cpe = nn.ModuleList([convolution, nn.Linear(channels, channels), nn.LayerNorm(channels)])
+        self.cpe = nn.ModuleList([convolution, Linear(channels, channels), nn.LayerNorm(channels)])
         self.norm1 = nn.Sequential(nn.LayerNorm(channels))
         self.attn = SerializedAttention(channels, heads, patch, row, options)
         self.norm2 = nn.Sequential(nn.LayerNorm(channels))
@@ -210,7 +211,7 @@ class Pooling(nn.Module):
     def __init__(self, inputs: int, outputs: int, options: NetworkConfig) -> None:
         super().__init__()
         self.reduce = options.pooling
-        self.proj = nn.Linear(inputs, outputs)
+        self.proj = Linear(inputs, outputs)
         self.norm = nn.Sequential(_batch_norm(outputs, options))
 
     def forward(self, x_NC: Tensor, cluster_N: Tensor, count: int) -> Tensor:
@@ -237,8 +238,8 @@ class Unpooling(nn.Module):
 
     def __init__(self, inputs: int, skip: int, outputs: int, options: NetworkConfig) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Linear(inputs, outputs), _batch_norm(outputs, options), nn.GELU())
-        self.proj_skip = nn.Sequential(nn.Linear(skip, outputs), _batch_norm(outputs, options), nn.GELU())
+        self.proj = nn.Sequential(Linear(inputs, outputs), _batch_norm(outputs, options), nn.GELU())
+        self.proj_skip = nn.Sequential(Linear(skip, outputs), _batch_norm(outputs, options), nn.GELU())
 
     def forward(self, x_MC: Tensor, skip_NC: Tensor, cluster_N: Tensor) -> tuple[Tensor, Tensor]:
         skip_NC = self.proj_skip(skip_NC)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.kernels.products import Linear
 from scenesplat.gaussians import ATTRIBUTES, Gaussians, inputs
 from scenesplat.losses import cosine_loss, l2_loss
 from scenesplat.model import EPSILON, PointTransformer, grouped
@@ -48,8 +49,8 @@ class Head(nn.Module):
         widths = [inputs, *[hidden] * (layers - 1)]
         parts: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
-            parts += [nn.Linear(before, after, bias), *[nn.BatchNorm1d(after, EPSILON)] * norm, nn.GELU()]
-        last = nn.Linear(widths[-1], outputs, bias)
+            parts += [Linear(before, after, bias), *[nn.BatchNorm1d(after, EPSILON)] * norm, nn.GELU()]
+        last = Linear(widths[-1], outputs, bias)
         self.mlp = nn.Sequential(*parts, last) if parts else last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def sinkhorn(logits_NP: Tensor, temperature: float, rounds: int = 3) -> Tensor:
 
 def masked_head(inputs: int, outputs: int) -> nn.Sequential:
     """From a masked voxel's features to the attributes that were hidden."""
-    return nn.Sequential(nn.Linear(inputs, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, outputs))
+    return nn.Sequential(Linear(inputs, 32), nn.LayerNorm(32), nn.ReLU(), Linear(32, outputs))
 
 
 def activated(values_VC: Tensor, attributes: Sequence[str]) -> Tensor:

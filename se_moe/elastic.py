@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.products import Linear
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, expert_hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden, expert_hidden)
-        self.fc2 = nn.Linear(expert_hidden, hidden)
+        self.fc1 = Linear(hidden, expert_hidden)
+        self.fc2 = Linear(expert_hidden, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_TD)))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.products import product
 from se_moe.communication import Group, RowPlan, all_gather_flat, all_to_all_rows, group_rank, group_size
 
 Partition = Literal["columns", "rows"]
@@ -275,7 +276,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         for first in range(0, hidden_TH.shape[0], LOSS_ROWS):
             span = slice(first, first + LOSS_ROWS)
             hidden_BH, index_B1, share_B1 = hidden_TH[span], index_T1[span], share_T1[span]
-            logits_BV = (hidden_BH @ table_VH.T).float()
+            logits_BV = product(hidden_BH, table_VH.T).float()
             target_B1 = logits_BV.gather(1, index_B1)
             peak_B1 = logits_BV.amax(1, keepdim=True)
             exp_BV = logits_BV.sub_(peak_B1).exp_()
@@ -287,9 +288,9 @@ class _TiedCrossEntropy(torch.autograd.Function):
             dlogits_BV.scatter_add_(1, index_B1, -share_B1)
             dlogits_BV = dlogits_BV.to(table_VH.dtype)
             if ctx.dhidden_TH is not None:
-                torch.mm(dlogits_BV, table_VH, out=ctx.dhidden_TH[span])
+                ctx.dhidden_TH[span] = product(dlogits_BV, table_VH)
             if ctx.dtable_VH is not None:
-                ctx.dtable_VH.addmm_(dlogits_BV.T, hidden_BH)
+                ctx.dtable_VH.add_(product(hidden_BH.T, dlogits_BV).T)
         return loss
 
     @staticmethod

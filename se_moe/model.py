@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.kernels.products import Linear, product
 from se_moe.communication import ParallelGroups, Transport, direct_transport
 from se_moe.config import ModelConfig
 from se_moe.embedding import Partition, PartitionedEmbedding
@@ -35,8 +36,8 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.out = Linear(hidden, hidden)
 
     def forward(self, x_BLD: Tensor, past: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
         """The tokens of x follow those of `past`; returns the result and the memory including x."""
@@ -58,14 +59,14 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor, weight_DF: Tensor, bias_D: Tensor) -> Tensor:
         ctx.save_for_backward(x_TF, weight_DF)
-        return F.linear(F.gelu(x_TF), weight_DF, bias_D)
+        return product(F.gelu(x_TF), weight_DF.t(), bias_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TF, weight_DF = ctx.saved_tensors
         dy_TD = grads[0]
-        dx_TF = torch.ops.aten.gelu_backward(dy_TD @ weight_DF, x_TF)
-        return dx_TF, dy_TD.t() @ F.gelu(x_TF), dy_TD.sum(0)
+        dx_TF = torch.ops.aten.gelu_backward(product(dy_TD, weight_DF), x_TF)
+        return dx_TF, product(dy_TD.t(), F.gelu(x_TF)), dy_TD.sum(0)
 
 
 class FeedForward(nn.Module):
@@ -73,8 +74,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, dense_hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden, dense_hidden)
-        self.fc2 = nn.Linear(dense_hidden, hidden)
+        self.fc1 = Linear(hidden, dense_hidden)
+        self.fc2 = Linear(dense_hidden, hidden)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         hidden_BLF = self.fc1(x_BLD)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.kernels.moe_dispatch import combine_rows, permute_rows
+from common.kernels.products import Linear, product
 from se_moe.communication import (
     ParallelGroups,
     Transport,
@@ -86,8 +87,8 @@ class Expert(nn.Module):
 
     def __init__(self, hidden: int, expert_hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden, expert_hidden)
-        self.fc2 = nn.Linear(expert_hidden, hidden)
+        self.fc1 = Linear(hidden, expert_hidden)
+        self.fc2 = Linear(expert_hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -158,7 +159,7 @@ def _multiply_each(
 ) -> Tensor:
     out = rows.new_empty((rows.shape[0], width))
     for first, last, weight, bias in zip(starts, starts[1:], weights, biases):
-        torch.addmm(bias.to(rows.dtype), rows[first:last], weight.to(rows.dtype).t(), out=out[first:last])
+        out[first:last] = product(rows[first:last], weight.to(rows.dtype).t(), bias.to(rows.dtype))
     return out
 
 
@@ -169,8 +170,8 @@ def _backward_each(
     drows = torch.empty_like(rows)
     dweights, dbiases = [], []
     for first, last, weight in zip(starts, starts[1:], weights):
-        torch.mm(dout[first:last], weight.to(rows.dtype), out=drows[first:last])
-        dweights.append(dout[first:last].t() @ rows[first:last])
+        drows[first:last] = product(dout[first:last], weight.to(rows.dtype))
+        dweights.append(product(dout[first:last].t(), rows[first:last]))
         dbiases.append(dout[first:last].sum(0))
     return drows, dweights, dbiases
 

@@ -36,7 +36,9 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     # Torch is imported here, so that --help and a misspelt option answer at once.
     import torch
 
+    from common.choices import Choices
     from common.events import Board
+    from common.kernels import products
     from common.paths import existing_path
     from common.processes import start_process_group
     from common.stopping import Steps
@@ -57,6 +59,7 @@ def train_arm(config: TrainConfig, arm: str) -> dict[str, Any]:
     run, main = Path(config.run_dir), groups.rank == 0
     folder = run / arm
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
+    products.use_choices(Choices(folder))  # a run that goes on takes the form that it began with
     last = checkpoint.newest_sound(checkpoints, groups)
     if arm == "deepspeed":
         trainer: ArmTrainer = DeepSpeedTrainer(config, data, device, groups)  # always from the start

@@ -520,7 +520,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, given, known in (("--papers", chosen, drilled()), ("--kinds", kinds, KINDS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{option} {unknown[0]}: expected some of {', '.join(known)}")
-    os.environ.setdefault("REPRO_ATTENTION", "unmeasured")  # runs that are compared to the bit take the same forms
+    for choice in ("REPRO_ATTENTION", "REPRO_PRODUCTS"):  # runs that are compared to the bit take the same forms
+        os.environ.setdefault(choice, "unmeasured")
     torch.set_num_threads(1)
     failed = []
     for paper in chosen:

@@ -39,6 +39,7 @@ SETTINGS = {
     "aten-avx2": Setting("torch's own operators with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}),
     "onednn-avx2": Setting("oneDNN with AVX2: no bf16 instructions, no AMX", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "threads-2": Setting("two threads a process: sums in other parts", {"TEST_THREADS": "2", **RESTING}),
+    "products-onednn": Setting("float32 products by oneDNN, as on AMD's CPUs", {"REPRO_PRODUCTS": "onednn"}),
     "busy": Setting("every core already at work", busy=True),
 }
 
@@ -99,10 +100,10 @@ def run(setting: Setting, jobs: int, arguments: Sequence[str]) -> Outcome:
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """A line a setting, then the tests that failed."""
-    lines = [f"{'setting':<14}{'passed':>8}{'skipped':>9}{'failed':>8}{'minutes':>9}"]
+    lines = [f"{'setting':<16}{'passed':>8}{'skipped':>9}{'failed':>8}{'minutes':>9}"]
     for name, outcome in outcomes.items():
         counts = f"{outcome.passed:>8}{outcome.skipped:>9}{len(outcome.failed):>8}{outcome.seconds / 60:>9.1f}"
-        lines.append(f"{name:<14}{counts}  {SETTINGS[name].what}")
+        lines.append(f"{name:<16}{counts}  {SETTINGS[name].what}")
     lines += [f"{name}: {test}" for name, outcome in outcomes.items() for test in outcome.failed]
     return "\n".join(lines)
 

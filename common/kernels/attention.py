@@ -24,11 +24,8 @@ Shape suffixes: B batch, A heads, N queries, L keys, K width of a head.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal, cast, get_args
@@ -38,13 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common.choices import Choices
-from common.errors import UserError
+from common.kernels.forms import UNMEASURED, Forms, measured_apart
 
 Form = Literal["fused", "fused_float32", "written_out", "parts"]
 FORMS: tuple[Form, ...] = get_args(Form)
 ENVIRONMENT = "REPRO_ATTENTION"
-UNMEASURED = "unmeasured"
 
 MARGIN = 0.15  # a form must win by so much over the default, so that equal machines choose alike
 # Scores a head and sample, 512 x 512, that may be written out for a backward pass, which keeps their weights: more of
@@ -56,40 +51,8 @@ _MEASURED_SCORES, _MEASURED_QUERIES = 1 << 19, 512  # beyond both, fewer samples
 _LAGS = (math.inf, 2.0, 1.5, 1.5)  # a form has another turn unless it was this many times slower than the fastest
 _HALF = (torch.bfloat16, torch.float16)
 
-_choices = Choices()
-_fixed = "auto"
-_taken: dict[str, Form] = {}
-
-
-def use_choices(choices: Choices | None) -> None:
-    """Where measured forms are kept and read from now on, for example a run's folder; None: this process alone."""
-    global _choices
-    _choices = choices or Choices()
-    _taken.clear()
-
-
-def fix_form(form: str) -> None:
-    """The form of every shape and device from now on, or "unmeasured": the default of each shape. "auto" leaves it to
-    the environment's REPRO_ATTENTION, and without that to measurement."""
-    global _fixed
-    chosen = os.environ.get(ENVIRONMENT, "auto") if form == "auto" else form
-    expected = ("auto", UNMEASURED, *FORMS)
-    if chosen not in expected:
-        name = ENVIRONMENT if form == "auto" else "attention form"
-        raise UserError(f'{name} "{chosen}": expected one of {", ".join(expected)}')
-    _fixed = chosen
-
-
-@contextmanager
-def fixed_form(form: str) -> Iterator[None]:
-    """`fix_form` for the length of a block."""
-    global _fixed
-    before = _fixed
-    fix_form(form)
-    try:
-        yield
-    finally:
-        _fixed = before
+_forms = Forms("attention form", ENVIRONMENT, FORMS)
+use_choices, fix_form, fixed_form = _forms.use_choices, _forms.fix, _forms.hold
 
 
 def attention(
@@ -193,15 +156,15 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 
 def _form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Form:
     """The form of this class of shapes: fixed, measured before, measured now, or the default."""
-    if _fixed in FORMS:
-        return cast(Form, _fixed)
+    if _forms.fixed in FORMS:
+        return cast(Form, _forms.fixed)
     if q.device.type != "cpu":
         return "fused"
     gradients = _needs_gradients(q, k, v, mask)
     candidates = _candidates(q, k, gradients, bare=dropout == 0 and not _needs_gradients(mask))
     default = candidates[0]
     rows, queries, keys = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    if len(candidates) == 1 or _fixed == UNMEASURED or rows * queries * keys <= _SMALL_SCORES:
+    if len(candidates) == 1 or _forms.fixed == UNMEASURED or rows * queries * keys <= _SMALL_SCORES:
         return default
     if torch.compiler.is_compiling():
         return default
@@ -211,10 +174,10 @@ def _form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) 
         f"{' ragged' * _widens(k)}{'' if mask is None else ' masked'}{' dropout' * (dropout > 0)}"
         f" of {', '.join(candidates)}"
     )
-    if key not in _taken:
+    if key not in _forms.taken:
         measure = partial(_measure, candidates, q, k, v, mask, dropout, gradients)
-        _taken[key] = cast(Form, _choices.choose(key, measure, default=default, margin=MARGIN, together=False))
-    return _taken[key]
+        _forms.taken[key] = _forms.choices.choose(key, measure, default=default, margin=MARGIN, together=False)
+    return cast(Form, _forms.taken[key])
 
 
 def _candidates(q: Tensor, k: Tensor, gradients: bool, bare: bool) -> list[Form]:
@@ -239,12 +202,8 @@ def _candidates(q: Tensor, k: Tensor, gradients: bool, bare: bool) -> list[Form]
 def _measure(
     candidates: list[Form], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, gradients: bool
 ) -> dict[str, float]:
-    """Seconds of each form on tensors like these, the least of a few. Torch's random state stays as it is."""
-    # A thread of its own knows nothing of the caller's modes: autocast, inference, counters of operators, hooks on
-    # saved tensors.
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1) as other:
-        return other.submit(_timed, threads, candidates, q, k, v, mask, dropout, gradients).result()
+    """Seconds of each form on tensors like these, the least of a few."""
+    return measured_apart(_timed, candidates, q, k, v, mask, dropout, gradients)
 
 
 def _timed(
@@ -293,6 +252,3 @@ def _timed(
             if seconds[form] < lag * least:
                 seconds[form] = min(seconds[form], run(form))
     return seconds
-
-
-fix_form("auto")

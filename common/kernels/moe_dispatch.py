@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.kernels.dispatch import INTERPRET, tl, triton, use_kernels
+from common.kernels.products import product
 
 COPY_TILE = 1024  # features of a row that a program of the movements handles at a time
 TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 64  # of a half-precision matrix product
@@ -125,10 +126,8 @@ def reference_grouped_linear(rows_ND: Tensor, weight_GFD: Tensor, bias_GF: Tenso
     out_NF = rows_ND.new_empty((rows_ND.shape[0], weight_GFD.shape[1]))
     starts = starts_G1.tolist()
     for g, (first, last) in enumerate(pairwise(starts)):
-        if bias_GF is None:
-            torch.mm(rows_ND[first:last], weight_GFD[g].T, out=out_NF[first:last])
-        else:
-            torch.addmm(bias_GF[g].to(rows_ND.dtype), rows_ND[first:last], weight_GFD[g].T, out=out_NF[first:last])
+        bias_F = None if bias_GF is None else bias_GF[g].to(rows_ND.dtype)
+        out_NF[first:last] = product(rows_ND[first:last], weight_GFD[g].T, bias_F)
     return out_NF
 
 
@@ -140,7 +139,7 @@ def reference_grouped_weight_gradient(dout_NF: Tensor, rows_ND: Tensor, starts_G
     dbias_GF = torch.empty((groups, dout_NF.shape[1]), dtype=acc, device=rows_ND.device)
     starts = starts_G1.tolist()
     for g, (first, last) in enumerate(pairwise(starts)):
-        torch.mm(dout_NF[first:last].T, rows_ND[first:last], out=dweight_GFD[g])
+        dweight_GFD[g] = product(dout_NF[first:last].T, rows_ND[first:last])
         torch.sum(dout_NF[first:last].to(acc), dim=0, out=dbias_GF[g])
     return dweight_GFD, dbias_GF
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common.kernels.dispatch import INTERPRET, tl, triton, use_kernels
+from common.kernels.products import product
 
 OFFICIAL_EPSILON = 1e-9  # inside both logarithms of the official sampling code
 DISALLOWED = 1000.0  # what the official code takes off the logit of an id that must not be sampled
@@ -133,7 +134,7 @@ def reference_forward(
     sampled = targets.new_zeros(rows)
     top = torch.empty_like(sampled)
     for part in _chunks(rows, vocabulary, CHUNK):
-        logits = torch.addmm(bias, hidden[part], table.t())
+        logits = product(hidden[part], table.t(), bias)
         lse[part] = torch.logsumexp(logits, dim=1)
         target_logit[part] = logits.gather(1, targets[part, None])[:, 0]
         top[part] = _first_largest(logits)
@@ -160,11 +161,11 @@ def reference_backward(
     hidden, table, bias = hidden.to(acc), table.to(acc), bias.to(acc)
     dhidden, dtable, dbias = torch.empty_like(hidden), torch.zeros_like(table), torch.zeros_like(bias)
     for part in _chunks(len(hidden), len(table), CHUNK):
-        dlogits = torch.addmm(bias, hidden[part], table.t()).sub_(lse[part, None]).exp_()
+        dlogits = product(hidden[part], table.t(), bias).sub_(lse[part, None]).exp_()
         dlogits.scatter_add_(1, targets[part, None], dlogits.new_full((part.stop - part.start, 1), -1.0))
         dlogits.mul_(dloss[part, None])
-        torch.mm(dlogits, table, out=dhidden[part])
-        dtable.addmm_(dlogits.t(), hidden[part])
+        dhidden[part] = product(dlogits, table)
+        dtable.add_(product(hidden[part].t(), dlogits).t())
         dbias.add_(dlogits.sum(0))
     return dhidden, dtable, dbias
 

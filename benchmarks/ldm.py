@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import (
+    DEFAULTS,
     DRAWING,
     PRECISIONS,
     TRAINING,
@@ -47,6 +48,7 @@ from benchmarks.arms import (
     parse,
     quality_rows,
     take_turns,
+    taken_by_auto,
     training_step,
     where_of,
 )
@@ -436,8 +438,8 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
     def core(label: str, ours: Timing, peer: Timing, target: float | None = None) -> dict[str, Any]:
         return faster(f"{where}training, U-Net only, {label} ({what})", ours, peer, batch, target, core_note)
 
-    label = "default against default: ours bf16, peer fp32"
-    yield core(label, timings["ours core bf16"], timings["peer core fp32"], 1.3)
+    own = taken_by_auto(timings["ours core bf16"], timings["ours core fp32"], device)
+    yield core(DEFAULTS.format(own, "fp32"), timings[f"ours core {own}"], timings["peer core fp32"], 1.3)
     for p in PRECISIONS:
         yield core(f"both {p}", timings[f"ours core {p}"], timings[f"peer core {p}"])
     for p, target in zip(PRECISIONS, TRAINING):

@@ -24,7 +24,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -585,12 +585,19 @@ def bench_row(
     }
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Merge bench rows into `path` = {"rows": [...]}, replacing those of the same name and hardware. Atomic."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], gone: Collection[str] = ()) -> None:
+    """Merge bench rows into `path` = {"rows": [...]}, replacing those of the same name and hardware. Atomic.
+
+    Args:
+        gone: names of rows of this hardware that others have taken the place of.
+    """
     fresh = {(row["name"], row["hardware"]): dict(row) for row in rows}
+    left = {(name, hardware) for name in gone for _, hardware in fresh}.difference(fresh)
     merged: list[Mapping[str, Any]] = []
     for old in _read(path, "rows"):  # a row measured again keeps its place
-        merged.append(fresh.pop((old["name"], old["hardware"]), old))
+        key = (old["name"], old["hardware"])
+        if key not in left:
+            merged.append(fresh.pop(key, old))
     write_json(path, {"rows": [*merged, *fresh.values()]})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import arms
+from common.ledger import bench_row
 from common.paths import REPOSITORY
 from tests.benchmarks.pretended import PACE, check_precisions, check_rows, timings
 
@@ -31,10 +32,32 @@ def test_rows_of_a_training_step_say_what_was_compared(
     check_rows(rows)
     check_precisions(seen)
     assert set(found) == set(seen)
-    first = "step against plain, default against default: ours bf16, peer fp32 (small, batch 4)"
+    first = "step against plain, default against default: ours fp32, peer fp32 (small, batch 4)"  # equally fast
     assert (rows[0]["name"], rows[0]["target"], rows[0]["ours"]) == (first, 1.3, 4.0)
     peaks = ["share of the matmul peak, training step, bf16 (small, batch 4)"] if flop else []
     assert [row["name"] for row in rows if "peak," in row["name"] and "bf16" in row["name"]] == peaks
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "taken"), [("cpu", 0.8, "bf16"), ("cpu", 0.95, "fp32"), ("cuda", 2.0, "bf16")]
+)
+def test_our_default_is_the_precision_that_auto_takes(
+    device: str, bf16: float, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {f"{side} {p}": 2.0 for side in ("ours", "peer") for p in arms.PRECISIONS}
+    given |= {"ours fp32": 1.0, "ours bf16": bf16}
+    timings_of = {name: arms.Timing(wall, wall, 2**20, [], wall) for name, wall in given.items()}
+
+    def row(form: str, mine: arms.Timing, theirs: arms.Timing, bar: float | None) -> dict[str, Any]:
+        return bench_row(f"step, {form}", 1 / mine.wall, 1 / theirs.wall, "images/s", target=bar)
+
+    first, *_ = arms.beside_the_peer(timings_of, device, "fp32", row, 1.3, "memory", "small")
+    assert first["name"] == f"step, default against default: ours {taken}, peer fp32"
+    assert first["ratio"] == pytest.approx(2.0 / given[f"ours {taken}"])
+    other = first["name"].replace(f"ours {taken}", "ours bf16" if taken == "fp32" else "ours fp32")
+    arms.record([{**first, "name": other}], tmp_path / "bench.json")
+    arms.record([first], tmp_path / "bench.json")
+    assert [kept["name"] for kept in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [first["name"]]
 
 
 def test_the_target_counts_for_the_faster_form_of_ours_against_the_faster_one_of_the_peers() -> None:

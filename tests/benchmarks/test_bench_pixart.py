@@ -78,7 +78,7 @@ def test_rows_point_the_right_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     found = {row["name"].split("both ")[1][:4]: row["target"] for row in speed if "the better peer" in row["name"]}
     assert found == (better if device == "cpu" else dict.fromkeys(better))
     assert not any(row["target"] for row in speed[1:] if "the better peer" not in row["name"])
-    assert ("default against default: ours bf16, peer fp32" in speed[0]["name"]) == (device == "cpu")
+    assert ("default against default: ours fp32, peer fp32" in speed[0]["name"]) == (device == "cpu")
     check_precisions(seen)
     if kind == "training":
         assert [row["unit"] for row in rows][-2:] == ["GFLOP/s", "GFLOP/s"]

@@ -45,6 +45,7 @@ class MuonAdam(torch.optim.Optimizer):
         lr: learning rate of both rules (Muon's step is scaled to the root mean square of Adam's, 0.2).
         weight_decay: decoupled, on matrices only.
         momentum: of Muon (Nesterov); betas: of Adam.
+        choose: by name, which of the weights with two or more dimensions take Muon's step; None: all but embeddings.
     """
 
     def __init__(
@@ -54,11 +55,15 @@ class MuonAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
+        choose: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
-        others = [p for p in trainable if p.dim() < 2 or id(p) in embeddings]
+        trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        chosen = [
+            p.dim() >= 2 and id(p) not in embeddings and (choose is None or choose(name, p)) for name, p in trainable
+        ]
+        matrices = [p for (_, p), muon in zip(trainable, chosen) if muon]
+        others = [p for (_, p), muon in zip(trainable, chosen) if not muon]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True, "weight_decay": weight_decay},
             {"params": others, "muon": False, "weight_decay": 0.0},

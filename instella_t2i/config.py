@@ -92,7 +92,7 @@ class TokenizerConfig:
         optimiser: adamw, or muon: the blocks' matrices by orthogonal steps as long as AdamW's, the rest by AdamW.
         lr: learning rate after warm-up, then a cosine to zero at the last step.
         warmup: steps over which the learning rate rises linearly.
-        weight_decay: of the optimiser.
+        weight_decay: of the optimiser; with muon on those matrices alone.
         grad_clip: largest norm of the gradient; 0 does not clip.
         pixel_beta: of the smooth-L1 distance, below which it is quadratic.
         perceptual: weight of the perceptual distance; 0 leaves it out.
@@ -247,7 +247,8 @@ class GeneratorConfig:
         lr: learning rate after warm-up.
         warmup: steps over which the learning rate rises linearly.
         schedule: constant (released) or cosine to zero at the last step.
-        weight_decay: of AdamW.
+        optimiser: adamw (released), or muon: the blocks' matrices by orthogonal steps as long as AdamW's (ours).
+        weight_decay: of the optimiser; with muon on those matrices alone.
         grad_clip: largest norm of the gradient; 0 does not clip.
         uncond: share of the captions that are replaced by the empty one.
     """
@@ -257,6 +258,7 @@ class GeneratorConfig:
     lr: NotNegative = 1e-4
     warmup: Whole = 1000
     schedule: Literal["constant", "cosine"] = "constant"
+    optimiser: Literal["adamw", "muon"] = "adamw"
     weight_decay: NotNegative = 0.0
     grad_clip: NotNegative = 1.0
     uncond: Share = 0.1

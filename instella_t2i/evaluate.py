@@ -1,6 +1,6 @@
 """What codes keep of pictures: of a training run, or of any tokenizers on any pictures.
 
-    python instella_t2i/evaluate.py --run_dir runs/instella-small                 # a finished run: its metrics again
+    python instella_t2i/evaluate.py --run_dir runs/instella_t2i-small             # a finished run: its metrics again
     python instella_t2i/evaluate.py --model TOKENIZER                            # held-out emoji
     python instella_t2i/evaluate.py --model FOLDER OTHER --data.name folder --data.path PICTURES
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.optimisers import adamw, rise_then, scheduled
+from common.optimisers import rise_then, scheduled
 from common.steps import StepTraining
 from instella_t2i.autoregression import autoregression_loss
 from instella_t2i.codes import unpack_bits
 from instella_t2i.config import DiffusionConfig, GeneratorConfig
 from instella_t2i.diffusion import add_noise, diffusion_loss, training_times
 from instella_t2i.generators import Autoregressor, Denoiser, Text
+from instella_t2i.trainer import optimiser_of
 
 
 class GeneratorTraining(StepTraining):
@@ -44,7 +45,7 @@ class GeneratorTraining(StepTraining):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        optimiser = adamw(self.generator.parameters(), options.lr, options.weight_decay)
+        optimiser = optimiser_of(options.optimiser, self.generator, options.lr, options.weight_decay, (0.9, 0.999))
         return scheduled(optimiser, rise_then(options.schedule, options.warmup, options.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Prompts to pictures, by binary diffusion and by autoregression side by side.
 
-    python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a red star" --out star.png
-    python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --by diffusion --steps 50 --guidance 4
-    python instella_t2i/sample.py --run_dir runs/instella-small --prompt "a bell" --size 96 128       # other sizes
+    python instella_t2i/sample.py --run_dir runs/instella_t2i-small --prompt "a red star" --out star.png
+    python instella_t2i/sample.py --run_dir runs/instella_t2i-small --prompt "a bell" --by diffusion --guidance 4
+    python instella_t2i/sample.py --run_dir runs/instella_t2i-small --prompt "a bell" --size 96 128       # other sizes
     python instella_t2i/sample.py --model DIFFUSION AR --tokenizer TOKENIZER --text OLMO --prompt "a fox"
 
 Picture i of a run depends on (--seed, i) and its prompt alone. One code decodes at any size: --size changes neither the

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.data.sampling import derive_seed
 from common.images import resize_clean, to_unit
 from common.metrics.perceptual import perceptual_distance
+from common.muon import MuonAdam
 from common.optimisers import adamw, rise_then
 from common.steps import StepDraws
 from instella_t2i.config import DataConfig, DecoderConfig, TokenizerConfig, TrainerConfig
@@ -33,6 +34,19 @@ from instella_t2i.losses import (
 from instella_t2i.tokenizer import Tokenizer
 
 Logs = dict[str, Tensor]
+
+
+def optimiser_of(
+    name: str, network: nn.Module, lr: float, decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """What trains `network`: adamw, or muon, which takes its step for the matrices of transformer blocks alone."""
+    if name == "muon":
+        return MuonAdam(network, lr, decay, betas=betas, choose=_in_blocks)
+    return adamw([p for p in network.parameters() if p.requires_grad], lr, decay, betas=betas)
+
+
+def _in_blocks(name: str, weight: Tensor) -> bool:
+    return "transformer_blocks." in name and weight.dim() == 2
 
 
 class TokenizerTraining(pl.LightningModule):
@@ -90,14 +104,8 @@ class TokenizerTraining(pl.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW; with `optimiser: muon` the blocks' matrices have Muon, by steps as long as AdamW's. The
         discriminator's comes last."""
-        trained = {name: p for name, p in self.tokenizer.named_parameters() if p.requires_grad}
-        muon = self.losses.optimiser == "muon"
-        matrices = [p for name, p in trained.items() if muon and ".transformer_blocks." in name and p.dim() == 2]
-        others = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
         lr, decay = self.stage.lr, self.losses.weight_decay
-        optimisers: list[torch.optim.Optimizer] = [adamw(others, lr, decay, betas=(0.9, 0.99))]
-        if matrices:
-            optimisers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimisers = [optimiser_of(self.losses.optimiser, self.tokenizer, lr, decay, betas=(0.9, 0.99))]
         if self.discriminator is not None:
             optimisers.append(adamw(self.discriminator.parameters(), self.losses.gan_lr, betas=(0.5, 0.9)))
         return optimisers

@@ -51,13 +51,19 @@ def _seconds(metrics: dict[str, Any], path: Path) -> float:
 
 
 def record(
-    paper: str, run_dir: Path, figures: Mapping[str, str] | None = None, results: Path = RESULTS, name: str = ""
+    paper: str,
+    run_dir: Path,
+    figures: Mapping[str, str] | None = None,
+    results: Path = RESULTS,
+    name: str = "",
+    note: str = "",
 ) -> Path:
     """Write the run's table and numbers below `results`; returns the file (the Markdown one, if both).
 
     Args:
         figures: captions of the pictures to copy, by their places in `run_dir`.
         name: of another run than the paper's first one.
+        note: of how the machine was used, which stands behind its name: "one thread, other programs beside it".
     Raises:
         UserError: an unknown paper, a file of a finished run is missing, or the wall time is not in metrics.json.
     """
@@ -70,6 +76,8 @@ def record(
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     minutes = _seconds(metrics, run_dir / "metrics.json") / 60
     kept = origin_of(run_dir, *(path.parent for path in run_dir.glob("*/origin.json"))) | metrics
+    if note:
+        kept["hardware"] = f"{kept['hardware']}; {note}"
     if not bf16_possible("cpu"):
         kept["bf16_instructions"] = False
     if (precision := _precision(run_dir)) is not None:
@@ -104,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="picture of the run folder and what it shows; may be repeated",
     )
     parser.add_argument("--name", default="", help="of another run than the paper's first one")
+    parser.add_argument("--note", default="", help="of how the machine was used: threads, other programs beside it")
     options = parser.parse_args(argv)
-    print(record(options.paper, options.run_dir, dict(options.figure), name=options.name))
+    print(record(options.paper, options.run_dir, dict(options.figure), name=options.name, note=options.note))
 
 
 if __name__ == "__main__":

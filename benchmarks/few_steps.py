@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.arms import in_turns, noted, where_of
-from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.recorded import AFTER
 from common.solvers import stock_pipeline
 from common.teacher import Teacher
+from common.unets import as_diffusers_has_it
 
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler"}
 STEPS = 25
@@ -44,7 +44,7 @@ def against_many_steps(
 
     def peer(compiled: bool) -> Callable[[], object]:
         pipeline = stock_pipeline(open_teacher(), SOLVERS[solver])
-        plain_products(pipeline.unet)
+        as_diffusers_has_it(pipeline.unet)
         if compiled:
             pipeline.unet.compile()
             pipeline.vae.decoder.compile()

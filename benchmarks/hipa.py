@@ -35,12 +35,12 @@ from benchmarks.arms import (
 from benchmarks.few_steps import against_many_steps
 from common.adaptors import adaptor_state, merge_adaptors
 from common.errors import run_main
-from common.kernels.products import plain_products
 from common.ledger import bench_row
 from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.stable_diffusion import stable_diffusion_unet, stable_diffusion_vae
 from common.teacher import Teacher
+from common.unets import as_diffusers_has_it
 from hipa.config import PLACEMENTS, AdaptorConfig, LossConfig
 from hipa.dists import dists
 from hipa.frequency import edges, radii
@@ -107,7 +107,7 @@ def peer(arm: Arm) -> Step:
 
     teacher, options = teacher_of(arm), ADAPTORS[arm.size]
     teacher.vae.set_attn_processor(AttnProcessor2_0())
-    unet = plain_products(bare_copy(teacher))
+    unet = as_diffusers_has_it(bare_copy(teacher))
     targets = [
         name
         for name, m in unet.named_modules()

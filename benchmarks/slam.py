@@ -33,11 +33,11 @@ from benchmarks.arms import (
 from benchmarks.few_steps import against_many_steps
 from common.costs import flop
 from common.errors import run_main
-from common.kernels.products import plain_products
 from common.optimisers import adamw
 from common.paths import REPOSITORY
 from common.stable_diffusion import stable_diffusion_unet
 from common.teacher import Teacher
+from common.unets import as_diffusers_has_it
 from slam.config import LossConfig, StudentConfig, SubPathConfig
 from slam.evaluate import few_step_source
 from slam.losses import solve_subpath, subpath_loss
@@ -100,15 +100,11 @@ def ours(arm: Arm) -> Step:
 
 def peer(arm: Arm) -> Step:
     """The example's loop at gamma = 1 (its only form), written as it is written there."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     teacher = teacher_of(arm)
     schedule, networks = teacher.schedule, teacher.unet
-    networks.set_attn_processor(AttnProcessor2_0())
-    plain_products(networks)
+    as_diffusers_has_it(networks)
     student = make_student(teacher, StudentConfig(), PATHS).unet.to(arm.device, memory_format=torch.contiguous_format)
-    student.set_attn_processor(AttnProcessor2_0())
-    plain_products(student)
+    as_diffusers_has_it(student)
     target = copy.deepcopy(student).requires_grad_(False)
     paths = make_student(teacher, StudentConfig(), PATHS).paths
     if arm.compiled:

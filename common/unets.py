@@ -9,10 +9,13 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.kernels.attention import attention
-from common.kernels.products import quicken_products
+from common.kernels.geglu import geglu
+from common.kernels.group_norm_silu import group_norm_silu
+from common.kernels.products import plain_products, quicken_products
 from common.recorded import Recorder
 
 
@@ -41,7 +44,46 @@ class AttentionForm:
             mask = attn.prepare_attention_mask(mask, source_BLD.shape[1], len(source_BLD))
             mask = mask.view(len(source_BLD), attn.heads, -1, mask.shape[-1])
         out_BND = attention(q_BANK, k_BALK, v_BALK, mask).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out_BND)) / attn.rescale_output_factor
+        out_BND = attn.to_out[1](attn.to_out[0](out_BND))
+        return out_BND if attn.rescale_output_factor == 1 else out_BND / attn.rescale_output_factor
+
+
+@cache
+def _quick_parts() -> dict[type, type]:
+    """diffusers' GEGLU and residual block, which keep less for the backward pass, and divide by no factor of one."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.resnet import ResnetBlock2D
+
+    class QuickGeglu(GEGLU):
+        def forward(self, hidden_states: Tensor, *args: Any, **others: Any) -> Any:
+            if args or others:
+                return super().forward(hidden_states, *args, **others)
+            return geglu(self.proj(hidden_states))
+
+    class QuickResnetBlock(ResnetBlock2D):
+        def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **others: Any) -> Any:
+            plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
+            if args or others or not plain or not isinstance(self.nonlinearity, nn.SiLU) or self.dropout.p:
+                return super().forward(input_tensor, temb, *args, **others)
+            hidden = self.conv1(_norm_silu(self.norm1, input_tensor))
+            if self.time_emb_proj is not None and temb is not None:
+                temb = temb if self.skip_time_act else self.nonlinearity(temb)
+                temb = self.time_emb_proj(temb)[:, :, None, None]
+            if temb is not None:
+                hidden = hidden + temb
+            hidden = self.conv2(_norm_silu(self.norm2, hidden))
+            if self.conv_shortcut is not None:
+                input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
+            out = input_tensor + hidden
+            return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+    return {GEGLU: QuickGeglu, ResnetBlock2D: QuickResnetBlock}
+
+
+def _norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+    if x_BCHW.dtype is torch.float32 and not torch.is_autocast_enabled(x_BCHW.device.type):
+        return group_norm_silu(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x_BCHW))  # in bfloat16 the norm takes longer than what it would save
 
 
 @cache
@@ -82,8 +124,22 @@ def quicken(unet: Any) -> Any:
             attn.__class__ = _quick_attention()
     unet.set_attn_processor(processors)
     quicken_products(unet)
+    if not torch.cuda.is_available():
+        for module in unet.modules():
+            module.__class__ = _quick_parts().get(type(module), module.__class__)
     layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
     return unet.to(memory_format=layout)
+
+
+def as_diffusers_has_it(unet: Any) -> Any:
+    """The same U-Net without anything of `quicken` but its layout: what others would run."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    original = {quick: plain for plain, quick in _quick_parts().items()} | {_quick_attention(): Attention}
+    for module in unet.modules():
+        module.__class__ = original.get(type(module), module.__class__)
+    unet.set_attn_processor(AttnProcessor2_0())
+    return plain_products(unet)
 
 
 @cache

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.kernels.attention import attention
+from common.kernels.geglu import geglu
 from common.kernels.group_norm_silu import group_norm_silu
 from common.kernels.products import Linear, linear
 from ldm.config import ClassifierNetwork, UNetOptions
@@ -230,8 +231,7 @@ class GEGLU(nn.Module):
         self.proj = Linear(dim_in, 2 * dim_out)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        value_BLD, gate_BLD = self.proj(x_BLD).chunk(2, dim=-1)
-        return value_BLD * F.gelu(gate_BLD)
+        return geglu(self.proj(x_BLD))
 
 
 class FeedForward(nn.Module):

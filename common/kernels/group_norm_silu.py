@@ -1,7 +1,8 @@
 """GroupNorm followed by SiLU in one pass over memory: y = silu((x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c).
 
 `group_norm_silu` is the function that models call. On CUDA it is the custom op `less_compute::group_norm_silu`, whose
-forward and backward are the Triton kernels below; everywhere else it is the plain torch expression.
+forward and backward are the Triton kernels below; everywhere else it is the plain torch expression, which in training
+on CPUs keeps its input alone.
 
 Shapes: B batch, C channels, G groups, N elements of a group. "hw" stands for all spatial positions together.
 
@@ -16,7 +17,7 @@ result does not depend on scheduling. Both NCHW and channels-last layouts are re
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,45 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, ep
     """
     if _use_kernels(x):
         return torch.ops.less_compute.group_norm_silu(x, num_groups, weight, bias, eps)[0]
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    if not gradients or x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype not in _KEPT:
+        return _plain(x, num_groups, weight, bias, eps)
+    return cast(Tensor, _KeepsInput.apply(x, num_groups, weight, bias, eps))
+
+
+_KEPT = (torch.float32, torch.bfloat16)
+
+
+def _plain(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.dtype is torch.bfloat16:
         # CPU group norm in bfloat16 is slower than the two casts around the float32 one, and less exact.
         return F.silu(F.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)).to(x.dtype)
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+
+
+class _KeepsInput(torch.autograd.Function):
+    """The plain expression on a CPU, keeping x alone: the norm, a fiftieth of the convolution beside it, is taken again
+    for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = num_groups, eps
+        return _plain(x, num_groups, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        (dy,), (x, weight, bias), (num_groups, eps) = grads, ctx.saved_tensors, ctx.options
+        again, needs = torch.is_grad_enabled(), (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        given = (x, weight, bias)
+        if not again:
+            given = tuple(t.detach().requires_grad_(need) for t, need in zip(given, needs))
+        asked = [t for t, need in zip(given, needs) if need]
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            y = _plain(given[0], num_groups, given[1], given[2], eps)
+            found = iter(torch.autograd.grad(y, asked, dy.to(y.dtype), create_graph=again))
+        dx, dweight, dbias = (next(found) if need else None for need in needs)
+        return dx, None, dweight, dbias, None
 
 
 def _use_kernels(x: Tensor) -> bool:

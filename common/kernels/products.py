@@ -37,6 +37,7 @@ KEY = "products float32"
 MARGIN = 0.3  # oneDNN must win by so much, so that equal machines choose alike
 _SMALL = 1 << 20  # M x K x N up to which torch's function is called: a product of 20 microseconds
 _SMALL_TRAINED = 1 << 21  # with gradients, where a call costs more
+_NARROW = 128  # both widths below it: a weight's gradient takes longer to lay out for oneDNN than BLAS to compute
 _MEASURED = (1024, 256, 256)
 _TURNS = 6
 _POSSIBLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -198,7 +199,10 @@ class _Product(torch.autograd.Function):
             dx = _onednn(dout, weight_NK.t(), None)
         if ctx.needs_input_grad[1]:
             x_MK = x.flatten(0, -2)
-            if dout_MN.shape[1] > x_MK.shape[1]:  # the order whose copies are the smaller ones
+            inputs, outputs = x_MK.shape[1], dout_MN.shape[1]
+            if max(inputs, outputs) < _NARROW:
+                dweight_NK = dout_MN.t() @ x_MK
+            elif outputs > inputs:  # the order whose copies are the smaller ones
                 dweight_NK = _onednn(x_MK.t(), dout_MN.t(), None).t()
             else:
                 dweight_NK = _onednn(dout_MN.t(), x_MK.t(), None)

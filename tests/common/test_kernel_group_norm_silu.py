@@ -214,7 +214,36 @@ def test_on_cpu_the_public_function_is_the_plain_torch_expression() -> None:
     x, weight, bias, _ = _inputs(Case((2, 8, 3, 5), 4, torch.float32), "cpu")
     y = group_norm_silu(x.requires_grad_(), 4, weight, bias, eps=1e-3)
     assert torch.equal(y, F.silu(F.group_norm(x, 4, weight, bias, 1e-3)))
-    assert y.grad_fn is not None and "Silu" in y.grad_fn.name()
+    with torch.no_grad():
+        assert torch.equal(y, group_norm_silu(x, 4, weight, bias, eps=1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", ["nothing", "x", "weights"])
+def test_on_cpu_training_keeps_the_input_alone_and_has_the_same_gradients(dtype: torch.dtype, frozen: str) -> None:
+    x, weight, bias, dy = _inputs(Case((2, 8, 3, 5), 4, dtype), "cpu")
+    given = [x, weight.to(dtype), bias.to(dtype)]
+    trained = {"nothing": given, "x": given[1:], "weights": given[:1]}[frozen]
+    for leaf in trained:
+        leaf.requires_grad_()
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = group_norm_silu(given[0], 4, given[1], given[2])
+    assert kept == [t.shape for t in given]
+    wide = [t.float() for t in given]
+    plain = F.silu(F.group_norm(wide[0], 4, wide[1], wide[2])).to(dtype)
+    for found, wanted in zip(torch.autograd.grad(y, trained, dy), torch.autograd.grad(plain, trained, dy), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_on_cpu_it_can_be_differentiated_twice() -> None:
+    x, weight, bias, _ = _inputs(Case((2, 4, 3), 2, torch.float32), "cpu")
+    found = []
+    for call in (group_norm_silu, lambda *a: F.silu(F.group_norm(*a))):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(call(leaf, 2, weight, bias, 1e-5).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
 
 
 def test_on_cpu_bfloat16_is_the_rounded_float32_result() -> None:

@@ -71,7 +71,7 @@ def gradients(call: Any, given: list[Tensor], dout: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24), (1, 7)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24), (1, 7), (130, 12), (12, 130)])
 @pytest.mark.parametrize("shape", [(9,), (3, 5), (2, 3, 4), (1,)])
 def test_forward_and_gradients_are_those_of_float64(
     shape: tuple[int, ...], inputs: int, outputs: int, bias: bool, everything: list[int]
@@ -82,7 +82,7 @@ def test_forward_and_gradients_are_those_of_float64(
     for found, exact in zip(gradients(linear, given, dout), wanted, strict=True):
         assert found.dtype is torch.float32 and found.shape == exact.shape
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    assert len(everything) == 3
+    assert len(everything) == (3 if max(inputs, outputs) > 128 else 2)  # a narrow weight's gradient is BLAS's
 
 
 def test_rows_laid_out_in_another_order(everything: list[int]) -> None:
@@ -106,7 +106,7 @@ def test_only_what_is_asked_for_is_kept_and_computed(everything: list[int]) -> N
     everything.clear()
     through.sum().backward()
     first.sum().backward()
-    assert len(everything) == 2
+    assert len(everything) == 1
     assert x.grad is not None and weight.grad is not None and bias.grad is not None
 
 
@@ -198,7 +198,7 @@ def test_compiled_and_recorded_networks_take_the_form_too(monkeypatch: pytest.Mo
         compiled = torch.compile(network, backend=aot_autograd(fw_compiler=kept), fullgraph=True)
         for a, b in zip(gradients(compiled, [x], dout), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert [code.count("less_compute.onednn_linear") for code in graphs] == [2, 4]
+        assert [code.count("less_compute.onednn_linear") for code in graphs] == [2, 2]
         recorder = Recorder(network.eval().requires_grad_(False), lambda net, x: net(x), after=1)
         with torch.no_grad():
             first = recorder(given)

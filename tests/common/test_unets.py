@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from common.kernels.attention import fixed_form
 from common.stable_diffusion import stable_diffusion_unet
-from common.unets import AttentionForm, quicken
+from common.unets import AttentionForm, as_diffusers_has_it, quicken
 
 
 def small_unet() -> torch.nn.Module:
@@ -69,3 +69,16 @@ def test_a_quickened_network_is_copied_and_takes_another_processor() -> None:
         ours(x_BCHW, t_B, states_BLD, **given).sample, stock(x_BCHW, t_B, states_BLD, **given).sample, rtol=0, atol=0
     )
     assert set(called) == {"2"} and len(called) % 2 == 0
+
+
+def test_gradients_are_the_stock_ones_and_nothing_stays_of_it_afterwards() -> None:
+    stock = small_unet().train().requires_grad_(True)
+    ours = quicken(copy.deepcopy(stock))
+    kinds = {type(module) for module in ours.modules()}
+    x_BCHW, states_BLD, t_B = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.tensor([3, 900])
+    for network in (stock, ours):
+        network(x_BCHW, t_B, states_BLD).sample.square().sum().backward()
+    for (name, wanted), found in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-5, msg=name)
+    back = as_diffusers_has_it(ours)
+    assert kinds != {type(module) for module in back.modules()} == {type(module) for module in stock.modules()}

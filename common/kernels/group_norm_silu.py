@@ -55,8 +55,8 @@ def _plain(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float)
 
 
 class _KeepsInput(torch.autograd.Function):
-    """The plain expression on a CPU, keeping x alone: the norm, a fiftieth of the convolution beside it, is taken again
-    for the backward pass."""
+    """The plain expression on a CPU, keeping x alone: the norm costs little beside a convolution and is taken again for
+    the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

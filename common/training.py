@@ -525,6 +525,8 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", module=module)
     # Lightning points these at the caller, so the module filters miss them.
     warnings.filterwarnings("ignore", message=".*(does not have many workers|Experiment logs directory).*")
+    # With several threads oneDNN gives gradients of 1x1 kernels other strides, where a stride does not matter.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def check_trainer(

@@ -158,6 +158,13 @@ class Ended:
         assert sentence.startswith("error: ") and (not named or any(name in sentence for name in named)), self.said
 
 
+def run(module: str, arguments: Sequence[str]) -> None:
+    """`python -m module arguments` in this process."""
+    sys.orig_argv[:] = [sys.executable, "-m", module, *arguments]
+    sys.argv[:] = [module, *arguments]
+    run_main(lambda: importlib.import_module(module).main(list(arguments)))
+
+
 Fault = Callable[[], object]  # changes the forked process before its program starts
 
 
@@ -168,13 +175,11 @@ def once(module: str, arguments: Sequence[str], fault: Fault | None = None, **va
         def work() -> None:
             os.dup2(said.fileno(), 2)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-            sys.orig_argv[:] = [sys.executable, "-m", module, *arguments]
-            sys.argv[:] = [module, *arguments]
             os.environ.update(variables)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
             if fault is not None:
                 fault()
-            run_main(lambda: importlib.import_module(module).main(list(arguments)))
+            run(module, arguments)
 
         status = forked(work)
         said.seek(0)
@@ -219,8 +224,18 @@ def at_file(number: int, target: Path | None = None, log: Path | None = None) ->
 
 
 def kill(module: str, step: int, arguments: Sequence[str]) -> None:
-    """Run a program until signal 9 ends it at the end of a step."""
-    ended = once(module, arguments, at_step(signal.SIGKILL, step))
+    """Run a program until signal 9 ends it at the end of a step.
+
+    With several threads it has an interpreter of its own, since a forked process has one, whose sums round otherwise.
+    """
+    if int(os.environ.get("TEST_THREADS", "1")) == 1:
+        ended = once(module, arguments, at_step(signal.SIGKILL, step))
+    else:
+        call = (
+            f"import tests.drills as d; d.at_step({int(signal.SIGKILL)}, {step})(); d.run({module!r}, {[*arguments]!r})"
+        )
+        done = subprocess.run([sys.executable, "-c", call], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        ended = Ended(done.returncode, done.stderr)
     assert ended.status == -signal.SIGKILL, ended.said
 
 

@@ -203,7 +203,7 @@ class _Product(torch.autograd.Function):
             if max(inputs, outputs) < _NARROW:
                 dweight_NK = dout_MN.t() @ x_MK
             elif outputs > inputs:  # the order whose copies are the smaller ones
-                dweight_NK = _onednn(x_MK.t(), dout_MN.t(), None).t()
+                dweight_NK = _onednn(x_MK.t(), dout_MN.t(), None).t().contiguous()  # as the weight is: DDP asks for it
             else:
                 dweight_NK = _onednn(dout_MN.t(), x_MK.t(), None)
         if ctx.needs_input_grad[2]:

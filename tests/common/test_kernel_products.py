@@ -81,6 +81,7 @@ def test_forward_and_gradients_are_those_of_float64(
     wanted = gradients(F.linear, [x.detach().double().requires_grad_() for x in given], dout.double())
     for found, exact in zip(gradients(linear, given, dout), wanted, strict=True):
         assert found.dtype is torch.float32 and found.shape == exact.shape
+        assert found.is_contiguous()  # what DDP wants of gradients
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     assert len(everything) == (3 if max(inputs, outputs) > 128 else 2)  # a narrow weight's gradient is BLAS's
 

@@ -42,15 +42,26 @@ def rounds(folder: Path) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted((folder / "rounds").glob("*.json"))]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """As the forked search that is killed has, whose sums those of several threads would not equal."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
-def stage_g(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Search:
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def stage_g(cache: None, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Search:
     found = search(tmp_path_factory.mktemp("g") / "stage")
     found.run()
     return found
 
 
 @pytest.fixture(scope="module")
-def stage_d(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Search:
+def stage_d(cache: None, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Search:
     found = search(tmp_path_factory.mktemp("d") / "stage", "discriminator")
     found.run()
     return found

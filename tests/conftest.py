@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.processes import say_once
 from tests.golden_case import golden_files
 
 THREADS = int(os.environ["TEST_THREADS"])
@@ -77,6 +78,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads_and_seed() -> None:
-    """Bit-reproducible tests: a fixed number of threads, one seed."""
+    """Tests that no earlier one changes: a fixed number of threads, one seed, nothing said once already."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    say_once.cache_clear()

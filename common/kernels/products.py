@@ -164,9 +164,18 @@ def _onednn(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 # recordings (`common.recorded`) cannot hold its empty lists.
 _library = torch.library.Library("less_compute", "FRAGMENT")
 _library.define("onednn_linear(Tensor x, Tensor weight_NK, Tensor? bias_N) -> Tensor")
-if _POSSIBLE:
-    _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
-    _library.impl("onednn_linear", lambda x, weight, bias: _linear_pointwise(x, weight, bias, "none", [], ""), "CPU")
+
+
+def _laid_out(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """oneDNN's product. Weights with gaps, a slice of something wider, are copied: for those it has nothing but its
+    reference code, which takes a thousand times as long. So are biases, whose gaps torch's operator passes over."""
+    if not (weight_NK.is_contiguous() or weight_NK.t().is_contiguous()):
+        weight_NK = weight_NK.t().contiguous().t() if weight_NK.stride(0) == 1 else weight_NK.contiguous()
+    bias_N = None if bias_N is None else bias_N.contiguous()
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], ""))
+
+
+_library.impl("onednn_linear", _laid_out, "CPU")
 
 
 @torch.library.register_fake("less_compute::onednn_linear", lib=_library)

@@ -70,6 +70,45 @@ def gradients(call: Any, given: list[Tensor], dout: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, given, dout)]
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other", "transposed", "expanded"])
+def test_slices_of_wider_tensors_are_multiplied_right_by_fast_code(
+    layout: str, everything: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN has but reference code for weights with gaps, and torch's operator takes no notice of a bias' gaps."""
+
+    def of(rows: int, columns: int) -> Tensor:
+        if layout == "rows":
+            return torch.randn(2 * rows, columns)[::2]
+        if layout == "columns":
+            return torch.randn(rows, 3 * columns)[:, columns : 2 * columns]
+        if layout == "every other":
+            return torch.randn(rows, 2 * columns)[:, ::2]
+        if layout == "transposed":
+            return torch.randn(columns, 3 * rows)[:, rows : 2 * rows].t()
+        return torch.randn(columns).expand(rows, columns)
+
+    seen: list[Tensor] = []
+    laid_out, operator = module._laid_out, torch.ops.mkldnn._linear_pointwise
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        seen.extend(part for part in (weight, bias) if part is not None)
+        return operator(x, weight, bias, *rest)
+
+    x, weight, bias, dout = of(33, 24), of(40, 24), of(1, 40)[0], of(33, 40)
+    monkeypatch.setattr(module, "_NARROW", 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    out = laid_out(x, weight, bias)
+    torch.testing.assert_close(out, F.linear(x.double(), weight.double(), bias.double()).float())
+    assert len(seen) == 2
+    assert all(part.is_contiguous() or part.t().is_contiguous() for part in seen)
+
+    given = [part.detach().requires_grad_() for part in (x, weight, bias)]
+    expected = gradients(F.linear, [part.double().detach().requires_grad_() for part in given], dout.double())
+    for mine, true in zip(gradients(linear, given, dout), expected, strict=True):
+        torch.testing.assert_close(mine, true.float())
+    assert len(everything) == 3
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24), (1, 7), (130, 12), (12, 130)])
 @pytest.mark.parametrize("shape", [(9,), (3, 5), (2, 3, 4), (1,)])

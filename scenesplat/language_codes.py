@@ -47,7 +47,7 @@ def fit(features_ND: Tensor, code: int, seed: int, steps: int = STEPS) -> tuple[
         batch = features_ND[torch.randint(len(features_ND), (BATCH,), generator=generator)]
         found = network(batch)
         loss = cosine_loss(found, batch) + l2_loss(found, batch)
-        stop_if_not_finite(float(loss), step, what="loss of the codes' autoencoder")
+        stop_if_not_finite(float(loss.detach()), step, what="loss of the codes' autoencoder")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

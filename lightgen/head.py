@@ -27,7 +27,7 @@ def time_sinusoids(t_R: Tensor, width: int = FREQUENCIES) -> Tensor:
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class ResidualBlock(nn.Module):
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_RW: Tensor, active_RW: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(active_RW).chunk(3, dim=-1)
-        return x_RW + gate * self.mlp(modulated(self.norm(x_RW), shift, scale))
+        return torch.addcmul(x_RW, gate, self.mlp(modulated(self.norm(x_RW), shift, scale)))
 
 
 class DiffusionHead(nn.Module):
@@ -88,6 +88,13 @@ class DiffusionHead(nn.Module):
         shift, scale = self.final_modulation(active_RW).chunk(2, dim=-1)
         return self.output(modulated(self.final_norm(x_RW), shift, scale))
 
+    def _times(self, t_R: Tensor, count: int) -> Tensor:
+        """Features of times below `count`: of every one of these once, where there are more rows than times."""
+        if len(t_R) <= count:
+            return self.time(time_sinusoids(t_R))
+        every = self.time(time_sinusoids(torch.arange(count, device=t_R.device)))
+        return every.index_select(0, t_R.long())
+
     def terms(self, x0_RC: Tensor, z_RD: Tensor, t_R: Tensor, noise_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(squared error [R], bound [R], noise as predicted [R, C]) of tokens at times t.
 
@@ -97,7 +104,7 @@ class DiffusionHead(nn.Module):
         x_RC = chain.noised(x0_RC, t_R, noise_RC)
         condition_RW = self.condition(z_RD)
         condition_RW = condition_RW.repeat(len(x_RC) // len(z_RD), 1)
-        output = self._network(x_RC, self.time(time_sinusoids(t_R)), condition_RW).float()
+        output = self._network(x_RC, self._times(t_R, len(chain)), condition_RW).float()
         eps_RC = output[:, : self.token]
         return (eps_RC - noise_RC).square().mean(1), chain.bound(output, x0_RC, x_RC, t_R), eps_RC
 

@@ -252,7 +252,8 @@ class Fluid(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """What is worth compiling; they see any number of known tokens."""
-        return [*self.encoder, *self.decoder, *self.cross]
+        head = self.head.blocks if isinstance(self.head, DiffusionHead) else ()
+        return [*self.text.blocks, *self.encoder, *self.decoder, *self.cross, *head]
 
     def encode(self, tokens_BNP: Tensor, known_BK: Tensor, grid: Grid) -> Tensor:
         """Features [B, K, D] of the known tokens alone; positions come before the norm."""

@@ -200,6 +200,23 @@ def test_the_bound_trains_the_variance_alone() -> None:
     assert bool((grads[0][:6] != 0).any()) and bool((grads[1][6:] != 0).any())
 
 
+def test_many_rows_share_the_features_of_their_times() -> None:
+    """With more rows than times these go through their MLP once each; loss and gradients stay."""
+    head = filled(DiffusionHead(6, 10, 16, 1))
+    assert isinstance(head, DiffusionHead)
+    x, z, noise = (torch.randn(1500, width) for width in (6, 10, 6))
+    t, seen = torch.randint(1000, (1500,)), []
+    head.time.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+
+    def gradients(times: int) -> list[Tensor]:
+        parts = [head.loss(x[rows], z[rows], t[rows], noise[rows]) for rows in torch.arange(1500).chunk(times)]
+        return list(torch.autograd.grad(torch.cat(parts).mean(), list(head.parameters())))
+
+    for at_once, apart in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(at_once, apart, rtol=1e-4, atol=1e-6)
+    assert seen == [1000, 750, 750]
+
+
 def test_distilled_batches_have_an_unbiased_gradient() -> None:
     """Supplement C: the mean over all batches of a set is the gradient over the set."""
     model = tiny()

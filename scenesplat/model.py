@@ -127,13 +127,14 @@ class SerializedAttention(nn.Module):
 
     def forward(self, x_NC: Tensor, level: Level) -> Tensor:
         index_PK, mask_PK, place_N = level.patches(self.row, self.patch, self.flash)
-        qkv = self.qkv(x_NC)[index_PK].unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv_PKC = self.qkv(x_NC).index_select(0, index_PK.flatten()).unflatten(0, index_PK.shape)
+        qkv = qkv_PKC.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = None if mask_PK is None else mask_PK[:, None, None]
         if self.rpe is not None:
             scores = self.rpe(level.grid_N3[index_PK])  # patches are all full here
         q_PHKD, k_PHKD, v_PHKD = qkv.unbind(0)
         y_PHKD = attention(q_PHKD, k_PHKD, v_PHKD, scores, self.scale, self.attn_drop if self.training else 0.0)
-        y_NC = self.proj(y_PHKD.transpose(1, 2).flatten(2).flatten(0, 1)[place_N])
+        y_NC = self.proj(y_PHKD.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, place_N))
         return F.dropout(y_NC, self.proj_drop, self.training)
 
 
@@ -243,7 +244,7 @@ class Unpooling(nn.Module):
 
     def forward(self, x_MC: Tensor, skip_NC: Tensor, cluster_N: Tensor) -> tuple[Tensor, Tensor]:
         skip_NC = self.proj_skip(skip_NC)
-        return skip_NC + self.proj(x_MC)[cluster_N], skip_NC
+        return skip_NC + self.proj(x_MC).index_select(0, cluster_N), skip_NC
 
 
 class PointTransformer(nn.Module):

@@ -7,6 +7,7 @@ the same kernels in the same order, so the numbers are the same to the bit; unli
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,6 +58,12 @@ class Recorder:
         self.small = parameter_count(network) <= LARGEST
         self._calls: dict[Any, int] = {}
         self._recorded: dict[Any, Callable[..., Tensor] | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """Of the copied network, without recordings: these hold the weights of the one that was recorded."""
+        made = memo[id(self)] = copy.copy(self)
+        made.network, made._calls, made._recorded = copy.deepcopy(self.network, memo), {}, {}
+        return made
 
     def __call__(self, *inputs: Any) -> Tensor:
         plain = torch.is_grad_enabled() or self.network.training or torch.compiler.is_compiling() or not self.small

@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.kernels.adaln_modulate import adaln_modulate, gated_residual
 from common.kernels.attention import attention
 from common.kernels.products import Linear
+from common.recorded import Recorder
 from instella_t2i.config import StreamConfig
 from instella_t2i.tokenizer import RmsNorm
 
@@ -263,6 +264,7 @@ class Autoregressor(Generator):
         )
         self.norm_out = RmsNorm(self.width)
         self.start()
+        self.recorder = Recorder(self, _next_token)
 
     def forward(self, code_BnD: Tensor, text: Text | Memory) -> Tensor:
         """Logits [B, n + 1, D] after the start token and n codes."""
@@ -278,13 +280,19 @@ class Autoregressor(Generator):
 
 
 class Cache:
-    """Keys and values of text and of the tokens so far, for `step`: the same logits as a whole pass, token by token."""
+    """Keys and values of text and of the tokens so far, for `step`: the same logits as a whole pass, token by token.
+
+    Every step has the same shapes, places that are still empty masked, so that it is recorded once (`common.recorded`).
+    """
 
     def __init__(self, model: Autoregressor, memory: Memory) -> None:
         self.model, self.count, tokens = model, 0, model.shape.tokens
-        self.mask = memory.mask(None, 1, tokens, model.split_token)
-        self.keys = [tuple(F.pad(x, (0, 0, 0, tokens)) for x in pair) for pair in memory.keys]
-        self.length = memory.keys[0][0].shape[2]
+        self.keys = [F.pad(x, (0, 0, 0, tokens)) for pair in memory.keys for x in pair]
+        batch, self.length = self.keys[0].shape[0], memory.keys[0][0].shape[2]
+        text_BL = memory.mask_BL
+        if text_BL is None:
+            text_BL = torch.ones(batch, self.length, dtype=torch.bool, device=self.keys[0].device)
+        self.seen_B11S = F.pad(text_BL, (0, tokens))[:, None, None]
 
     def step(self, code_BD: Tensor | None) -> Tensor:
         """Logits [B, D] of the next token.
@@ -292,23 +300,32 @@ class Cache:
         Args:
             code_BD: the token before it; None at the start.
         """
-        model, place = self.model, self.length + self.count
-        batch = self.keys[0][0].shape[0]
-        if code_BD is None:
-            x_B1E = model.split_token.expand(batch, -1, -1)
-        else:
-            x_B1E = model.x_embedder(code_BD[:, None])
-        mask = None if self.mask is None else self.mask[..., : place + 1]
-        for block, (key, value) in zip(model.transformer_blocks, self.keys):
-            assert isinstance(block, CausalBlock)
-            placed_B1E = block.placed(x_B1E, self.count)
-            new_key, new_value = block.attn.key_value(placed_B1E)
-            key[:, :, place], value[:, :, place] = new_key[:, :, 0], new_value[:, :, 0]
-            attended = block.attn.attend(placed_B1E, key[:, :, : place + 1], value[:, :, : place + 1], mask)
-            x_B1E = x_B1E + attended
-            x_B1E = x_B1E + block.mlp(block.post_attention_layernorm(x_B1E))
+        model = self.model
+        x_BE = model.split_token[0].expand(len(self.keys[0]), -1) if code_BD is None else model.x_embedder(code_BD)
+        place = torch.tensor([self.count, self.length + self.count], device=x_BE.device)
+        self.seen_B11S[..., self.length + self.count] = True
         self.count += 1
-        return model.proj_out(model.norm_out(x_B1E))[:, 0]
+        return model.recorder(x_BE.contiguous(), self.seen_B11S, place, *self.keys)
+
+
+def _next_token(model: nn.Module, x_BE: Tensor, seen_B11S: Tensor, place: Tensor, *keys: Tensor) -> Tensor:
+    """Logits [B, D] after one more token, whose keys and values are added to those of all blocks.
+
+    Args:
+        seen_B11S: which text and tokens it may look at, itself included.
+        place: of the token among the tokens, and behind the text.
+        keys: of every block keys and values [B, A, S, N].
+    """
+    assert isinstance(model, Autoregressor)
+    token, column = place
+    for block, key_BASN, value_BASN in zip(model.transformer_blocks, keys[::2], keys[1::2]):
+        assert isinstance(block, CausalBlock)
+        placed_B1E = (block.input_layernorm(x_BE) + block.pos_emb[0].index_select(0, token))[:, None]
+        for kept, new in zip((key_BASN, value_BASN), block.attn.key_value(placed_B1E)):
+            kept.index_copy_(2, column, new.to(kept.dtype))
+        x_BE = x_BE + block.attn.attend(placed_B1E, key_BASN, value_BASN, seen_B11S)[:, 0]
+        x_BE = x_BE + block.mlp(block.post_attention_layernorm(x_BE))
+    return model.proj_out(model.norm_out(x_BE))
 
 
 def make_generator(kind: str, config: StreamConfig, shape: Shape) -> Denoiser | Autoregressor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -108,6 +109,21 @@ def test_weights_that_change_in_place_are_seen() -> None:
             found = recorder(*given())
             assert network.calls == before
             assert torch.equal(found, network(*given())) and not torch.allclose(found, first)
+
+
+def test_a_copy_starts_without_recordings() -> None:
+    """They hold the weights of the network that was recorded, which the copy's go away from."""
+    network = small()
+    network.recorder = Recorder(network, plain, after=1)  # as networks do that record themselves
+    with torch.no_grad():
+        network.recorder(*given())
+        other = copy.deepcopy(network)
+        assert other.recorder.network is other and other.recorder.after == 1
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        for _ in range(3):
+            assert torch.equal(other.recorder(*given()), other(*given()))
+            assert torch.equal(network.recorder(*given()), network(*given()))
 
 
 def test_random_numbers_and_failures_leave_the_network_as_it_is() -> None:

@@ -147,6 +147,31 @@ def test_cached_keys_draw_the_same_bits_as_whole_passes(w: float, temperature: f
     torch.testing.assert_close(torch.stack(traces[True]), torch.stack(traces[False]), rtol=0, atol=1e-5)
 
 
+def test_recorded_tokens_are_those_of_whole_passes_after_weights_have_changed_too() -> None:
+    network = filled("autoregression").eval()
+    network.recorder.after = 2
+    calls = 0
+
+    def counted(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    network.transformer_blocks[0].mlp.register_forward_hook(counted)
+    for turn in range(3):
+        found: dict[bool, list[Tensor]] = {True: [], False: []}
+        with torch.no_grad():
+            memory = network.read_text(text(6))
+            for cached, trace in found.items():
+                calls, before = calls, calls
+                uniform = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(turn))
+                autoregression.sample(network, memory, uniform, w=2.0, cached=cached, trace=trace.append)
+                if cached and turn:
+                    assert calls == before, "Python ran again"
+        torch.testing.assert_close(torch.stack(found[True]), torch.stack(found[False]), rtol=0, atol=1e-5)
+        for parameter in network.parameters():
+            parameter.data.mul_(1.1)
+
+
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     found = []
     for recompute in (False, True):

@@ -7,8 +7,9 @@
 
 Which is fastest on a CPU depends on the CPU: without AMX the backward pass of torch's fused bfloat16 kernel is many
 times slower than in float32, with AMX the fused kernel is the fastest of all. So the form is measured once for each
-class of shapes (sizes rounded up to powers of two), in some tens of milliseconds, and the run's folder keeps it
-(`common.choices`). Forms round differently, hence a run goes on with the forms that it began with. Not measured:
+class of shapes (sizes rounded up to powers of two), on one core, in some tens of milliseconds, in some hundreds where a
+pass takes as long, and the run's folder keeps it (`common.choices`). Forms round differently, hence a run goes on with
+the forms that it began with. Not measured:
 
 - on GPUs, where torch's function is the fastest;
 - float32, where the fused kernel is as fast as any but for a few tokens;
@@ -47,7 +48,7 @@ MARGIN = 0.15  # a form must win by so much over the default, so that equal mach
 _KEPT_SCORES = 1 << 18
 _SMALL_SCORES = 1 << 18  # scores of all heads and samples up to which nothing is measured
 _PART_SCORES = 1 << 21  # of a part: 4 MiB in bfloat16
-_MEASURED_SCORES, _MEASURED_QUERIES = 1 << 19, 512  # beyond both, fewer samples, heads and queries are measured
+_MEASURED_SCORES, _MEASURED_QUERIES = 1 << 21, 1024  # beyond both, fewer samples, heads and queries are measured
 _LAGS = (math.inf, 2.0, 1.5, 1.5)  # a form has another turn unless it was this many times slower than the fastest
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -207,7 +208,6 @@ def _measure(
 
 
 def _timed(
-    threads: int,
     candidates: list[Form],
     q: Tensor,
     k: Tensor,
@@ -216,12 +216,10 @@ def _timed(
     dropout: float,
     gradients: bool,
 ) -> dict[str, float]:
-    torch.set_num_threads(threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter  # without the time that other processes take
     # Fewer samples, heads and queries take proportionally less time in all forms; the keys are what matters.
     keys = k.shape[2]
-    rows = max(_MEASURED_SCORES // keys, _MEASURED_QUERIES * threads)
-    queries = min(q.shape[2], rows // threads)
+    rows = max(_MEASURED_SCORES // keys, _MEASURED_QUERIES)
+    queries = min(q.shape[2], rows)
     heads = min(q.shape[1], max(1, rows // queries))
     batch = min(q.shape[0], max(1, rows // (queries * heads)))
     part_scores = max(1, _PART_SCORES * heads // q.shape[1])  # so that a part has as many queries as in use
@@ -238,12 +236,12 @@ def _timed(
     leaves = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
 
     def run(form: Form) -> float:
-        since = clock()
+        since = time.thread_time()
         with torch.set_grad_enabled(gradients):
             out = _compute(form, q, k, v, mask, q.shape[3] ** -0.5, dropout, part_scores)
             if gradients:
                 torch.autograd.grad(out, leaves, out.detach())
-        return clock() - since
+        return time.thread_time() - since
 
     seconds = {str(form): run(form) for form in candidates}  # kernels may be compiled meanwhile
     for lag in _LAGS:

@@ -65,8 +65,20 @@ class Forms:
 
 
 def measured_apart(timed: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """timed(threads, *arguments) in a thread of its own, which knows nothing of the caller's modes: autocast,
-    inference, counters of operators, hooks on saved tensors. Torch's random state stays as it is."""
+    """timed(*arguments) in a thread of its own, which knows nothing of the caller's modes: autocast, inference,
+    counters of operators, hooks on saved tensors. Torch's random state stays as it is.
+
+    It has one core: a second pool of threads beside the caller's waits in another way than a run's own, which made
+    forms of many small operations look slow. `time.thread_time` counts it without what other processes take.
+    """
     threads = torch.get_num_threads()
+
+    def alone() -> dict[str, float]:
+        torch.set_num_threads(1)
+        try:
+            return timed(*arguments)
+        finally:
+            torch.set_num_threads(threads)  # some libraries know but one number for all threads
+
     with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1) as other:
-        return other.submit(timed, threads, *arguments).result()
+        return other.submit(alone).result()

@@ -104,6 +104,7 @@ class TokenizerConfig:
         tau_end: temperature after `tau_share` of the steps.
         tau_share: share of the steps over which the temperature falls linearly.
         noise: draw the bits while training; without it they are thresholded (ablation).
+        aimed: latent tokens start out looking at a place of the picture each (ours), not at averages of all of it.
         gan: weight of the adversarial term; 0 leaves the discriminator out.
         gan_start: share of the steps after which the discriminator joins.
         gan_warmup: steps over which the adversarial weight rises from 0 after that.
@@ -127,6 +128,7 @@ class TokenizerConfig:
     tau_end: NotNegative = 0.1
     tau_share: Portion = 0.6
     noise: bool = True
+    aimed: bool = False
     gan: NotNegative = 0.1
     gan_start: Share = 0.6
     gan_warmup: Whole = 100

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
 from common.training import booked, check_trainer, open_run_folder
+from instella_t2i.aiming import aim
 from instella_t2i.config import InstellaConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.tokenizer import ABOUT, Tokenizer, check_network, load_tokenizer, multiple_of, save_tokenizer
@@ -154,7 +155,10 @@ class Run:
     def new_tokenizer(self) -> Tokenizer:
         """As it starts."""
         torch.manual_seed(self.config.seed)
-        return Tokenizer(self.config.network, self.config.data.size)
+        tokenizer = Tokenizer(self.config.network, self.config.data.size)
+        if self.config.tokenizer.aimed:
+            aim(tokenizer)
+        return tokenizer
 
     def tokenizer_folder(self) -> Path:
         """Where the best tokenizer of the run lies.
@@ -238,6 +242,10 @@ def check_options(config: InstellaConfig) -> None:
         if options.precision == "16-mixed":
             raise UserError("--trainer.precision 16-mixed: the tokenizer trains in bf16-mixed or 32-true")
     check_network(config.network)
+    if config.tokenizer.aimed and config.network.layout != "line" and "tokenizer" in stages_of(config):
+        raise UserError(
+            f"--tokenizer.aimed true: --network.layout {config.network.layout} has no latent tokens; expected line"
+        )
     multiple = multiple_of(config.network)
     sizes = {"data.size": [config.data.size], "decoder.sizes": config.decoder.sizes}
     for name, sides in sizes.items():

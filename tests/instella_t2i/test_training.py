@@ -133,6 +133,10 @@ def test_dying_codes_are_said_once(cache: None, tmp_path: Path, capsys: Any, mon
         ({"tokenizer__batch_size": 10**6}, "--tokenizer.batch_size 1000000: expected at most"),
         ({"trainer__precision": "16-mixed"}, "--trainer.precision 16-mixed: the tokenizer trains in bf16-mixed"),
         ({"tokenizer_from": "nowhere"}, "--tokenizer_from is a finished tokenizer: leave"),
+        (
+            {"tokenizer__aimed": "true", "network__layout": "grid"},
+            "--network.layout grid has no latent tokens",
+        ),
         ({"tokenizer__perceptual_trunk": "none.pth"}, "none.pth"),
         ({"evaluation__features": "vgg"}, "unknown feature extractor"),
     ],

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instella_t2i.config import NetworkConfig
 from instella_t2i.tokenizer import EPS, Block, Table, Tokenizer, rotate
 
 GAIN = 6.0  # of the first block's queries: attention's entropy is that of 4 places out of 64
@@ -46,6 +47,15 @@ def turns(table: Table, pairs: bool) -> Tensor:
 def normal(x: Tensor) -> Tensor:
     """RMS norm of the last axis."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def new_tokenizer(config: NetworkConfig, size: int, seed: int, aimed: bool) -> Tokenizer:
+    """A tokenizer as it starts."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(config, size)
+    if aimed:
+        aim(tokenizer)
+    return tokenizer
 
 
 @torch.no_grad()

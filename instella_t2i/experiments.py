@@ -16,6 +16,7 @@ from common.data.sampling import StepDataModule
 from common.images import resize_uint8, to_uint8, to_unit
 from common.study import Arm, Watch, fit_arm
 from common.study import Study as CommonStudy
+from instella_t2i.aiming import new_tokenizer
 from instella_t2i.config import DataConfig, DecoderConfig, NetworkConfig, TokenizerConfig, TrainerConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.evaluate import Yardstick, reconstruct
@@ -25,7 +26,9 @@ from instella_t2i.quantizers import index_of
 from instella_t2i.tokenizer import Tokenizer
 from instella_t2i.trainer import TokenizerTraining
 
-HEAD_DIM, AXES = 32, [8, 12, 12]
+HEAD_DIM = 32
+# As in configs/small.yaml: how rotations share out a head of 32, for pictures of few patches.
+ROTATION: dict[str, Any] = {"axes": [8, 12, 12], "theta": 30.0, "rotary": "pairs"}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEED = 100  # none of the seeds that are reported
 TUNING_SHARE = 0.25  # of the steps, for each try
@@ -47,12 +50,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "threshold": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"noise": False}},
     "no_code_loss": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"code": 0.0}},
     "no_logit_loss": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"logit": 0.0}},
-    "pairs": {"network": {"tokens": 8, "bits": 32, "rotary": "pairs"}},
+    "free": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"aimed": False}},
+    "released": {
+        "network": {"tokens": 8, "bits": 32, "rotary": "released", "theta": 10_000.0},
+        "tokenizer": {"aimed": False},
+    },
     "gan": {"network": {"tokens": 8, "bits": 32}, "tokenizer": {"gan": 0.1}},
 }
 ABLATIONS = (
     *("binary_10", "lfq_10", "bsq_10", "bsq", "tokens_4", "tokens_32"),
-    *("threshold", "no_code_loss", "no_logit_loss", "pairs", "gan"),
+    *("threshold", "no_code_loss", "no_logit_loss", "free", "released", "gan"),
 )
 PAGE = ("binary", "line", "tokens_32", "grid", "grid_36")  # of the rate-distortion page
 
@@ -128,13 +135,14 @@ class Study(CommonStudy[Sizes]):
             decoder_head_dim=HEAD_DIM,
             down_after=[0],
             up_after=[max(0, sizes.layers - 2)],
-            axes=AXES,
             scale=2.0 * sizes.size,
+            **ROTATION,
         )
         return replace(base, **ARMS[name]["network"])
 
     def recipe(self, name: str, lr: float, steps: int) -> TokenizerConfig:
         """Of an arm's training."""
+        network = self.network(name)
         base = TokenizerConfig(
             steps=steps,
             batch_size=self.sizes.batch,
@@ -144,7 +152,8 @@ class Study(CommonStudy[Sizes]):
             perceptual=0.1,
             gan=0.0,
             gan_warmup=max(1, steps // 20),
-            code=CODE[self.network(name).quantizer],
+            code=CODE[network.quantizer],
+            aimed=network.layout == "line",
         )
         return replace(base, **ARMS[name].get("tokenizer", {}))
 
@@ -193,8 +202,7 @@ class Study(CommonStudy[Sizes]):
         return float(self.values(f"tuning-{name}", tries, self.settings)["lr"])
 
     def _new(self, name: str, seed: int) -> Tokenizer:
-        torch.manual_seed(seed)
-        return Tokenizer(self.network(name), self.sizes.size)
+        return new_tokenizer(self.network(name), self.sizes.size, seed, self.recipe(name, 0.0, 1).aimed)
 
     def tokenizer(self, name: str, seed: int) -> Arm[Tokenizer]:
         """A trained arm."""

@@ -27,6 +27,7 @@ from common.optimisers import adamw
 from common.options import TrainerOptions
 from common.paths import REPOSITORY
 from common.study import Arm, Study, Watch, fit_arm
+from instella_t2i.aiming import new_tokenizer
 from instella_t2i.autoregression import autoregression_loss
 from instella_t2i.codes import code_table, fingerprint, pack_bits
 from instella_t2i.config import (
@@ -134,18 +135,28 @@ class Generators:
             decoder_head_dim=32,
             down_after=[0],
             up_after=[max(0, sizes.layers - 2)],
-            axes=[8, 12, 12],
             scale=2.0 * sizes.size,
+            axes=[8, 12, 12],
+            theta=30.0,
+            rotary="pairs",
         )
         steps = sizes.tokenizer_steps
         warmup = max(1, steps // 20)
         recipe = TokenizerConfig(
-            steps, sizes.batch, optimiser="muon", lr=sizes.tokenizer_lr, warmup=warmup, perceptual=0.1, gan=0.0
+            steps,
+            sizes.batch,
+            optimiser="muon",
+            lr=sizes.tokenizer_lr,
+            warmup=warmup,
+            perceptual=0.1,
+            gan=0.0,
+            code=0.01,
+            logit=1e-4,
+            aimed=True,
         )
 
         def build() -> Tokenizer:
-            torch.manual_seed(0)
-            return Tokenizer(network, sizes.size)
+            return new_tokenizer(network, sizes.size, 0, recipe.aimed)
 
         def train(tokenizer: Tokenizer, folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
             options = TrainerConfig(precision="32-true", accelerator="cpu", progress=False)

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.options import free_options, refuse_large_batch
 from common.processes import is_main_process, say_once
 from common.training import booked, check_trainer, open_run_folder
-from instella_t2i.aiming import aim
+from instella_t2i.aiming import new_tokenizer
 from instella_t2i.config import InstellaConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.tokenizer import ABOUT, Tokenizer, check_network, load_tokenizer, multiple_of, save_tokenizer
@@ -154,11 +154,8 @@ class Run:
 
     def new_tokenizer(self) -> Tokenizer:
         """As it starts."""
-        torch.manual_seed(self.config.seed)
-        tokenizer = Tokenizer(self.config.network, self.config.data.size)
-        if self.config.tokenizer.aimed:
-            aim(tokenizer)
-        return tokenizer
+        config = self.config
+        return new_tokenizer(config.network, config.data.size, config.seed, config.tokenizer.aimed)
 
     def tokenizer_folder(self) -> Path:
         """Where the best tokenizer of the run lies.

@@ -241,7 +241,8 @@ def check_options(config: InstellaConfig) -> None:
     check_network(config.network)
     if config.tokenizer.aimed and config.network.layout != "line" and "tokenizer" in stages_of(config):
         raise UserError(
-            f"--tokenizer.aimed true: --network.layout {config.network.layout} has no latent tokens; expected line"
+            f"--tokenizer.aimed true: --network.layout {config.network.layout} has no latent tokens; expected "
+            "line, or --tokenizer.aimed false"
         )
     multiple = multiple_of(config.network)
     sizes = {"data.size": [config.data.size], "decoder.sizes": config.decoder.sizes}

@@ -134,6 +134,9 @@ def measure(paper: str, claim: str, rung: int, seed: int, results: str) -> dict[
     return {"path": str(path.relative_to(results)), "note": read_object(path)}
 
 
+GROUP = Path("/proc/self/autogroup")  # of the session, where Linux schedules by groups: "/autogroup-305 nice 0"
+
+
 def lower_priority() -> None:
     """Let everything else go first: nice 19, also of the session's group where Linux schedules by groups.
 
@@ -141,7 +144,22 @@ def lower_priority() -> None:
     """
     os.nice(19)
     with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
+        GROUP.write_text("19")
+
+
+@contextlib.contextmanager
+def group_as_before() -> Iterator[None]:
+    """Give the session's group its priority back: what a user types next in the same terminal is no campaign."""
+    try:
+        before = GROUP.read_text().split()[-1]
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            GROUP.write_text(before)
 
 
 class TimeIsUp(BaseException):
@@ -255,9 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for paper in chosen:
             bring_up(paper, results)
         return
-    lower_priority()
     try:
-        with hours_at_most(given.hours):
+        with group_as_before(), hours_at_most(given.hours):
+            lower_priority()
             failed = climb(chosen, results, given.engine, given.workers)
     except TimeIsUp:
         print(f"{given.hours:g} hours are over; what was begun goes on next time", flush=True)

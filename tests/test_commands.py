@@ -29,6 +29,7 @@ SLOW = (
     "build_",
     "benchmarks.",
     "report.",
+    "campaign",
     "publish",
     "photos",
     "fashion_mnist",

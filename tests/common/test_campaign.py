@@ -313,3 +313,21 @@ ray.shutdown()
 cluster.shutdown()
 print("a node is gone")
 """
+
+
+@pytest.mark.skipif(not campaign.GROUP.is_file(), reason="this kernel does not schedule by sessions")
+def test_the_terminal_has_its_priority_back_after_a_campaign() -> None:
+    program = """
+from common import campaign
+print(campaign.GROUP.read_text().split()[-1])
+with campaign.group_as_before():
+    campaign.lower_priority()
+    print(campaign.GROUP.read_text().split()[-1])
+print(campaign.GROUP.read_text().split()[-1])
+"""
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True, start_new_session=True, timeout=120
+    )
+    before, during, after = found.stdout.split()
+    assert (during, after) == ("19", before) and before != "19"

@@ -82,8 +82,7 @@ def aim(tokenizer: Tokenizer) -> None:
         rows = slice(head * width, (head + 1) * width)
         part_N = normal(torch.randn(width))
         block.attn.k_proj.weight[rows] += torch.outer(part_N, bias_E / bias_E.norm())
-        corner = torch.tensor([head // 2 % 2 - 0.5, head % 2 - 0.5])  # of a token's cell: four heads share it out
-        aim_K2 = places(tokens) + 0.5 * spacing * corner
+        aim_K2 = places(tokens) + spacing * (places(config.encoder_heads)[head] - 0.5)  # heads share out a token's cell
         wanted_KP = -torch.cdist(aim_K2, place_P2).square() / (2 * (REACH * spacing) ** 2)
         query_KN = _queries(turn_PNN @ part_N, wanted_KP.clamp_min(LOWEST))
         query_KN = normal(torch.linalg.solve(turn_KNN, query_KN[..., None])[..., 0])  # their own turn taken back

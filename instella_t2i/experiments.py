@@ -20,15 +20,13 @@ from instella_t2i.aiming import new_tokenizer
 from instella_t2i.config import DataConfig, DecoderConfig, NetworkConfig, TokenizerConfig, TrainerConfig
 from instella_t2i.data import Pictures, open_pictures
 from instella_t2i.evaluate import Yardstick, reconstruct
-from instella_t2i.generator_experiments import Generators, GeneratorSizes
+from instella_t2i.generator_experiments import ROTATION, Generators, GeneratorSizes
 from instella_t2i.losses import code_usage
 from instella_t2i.quantizers import index_of
 from instella_t2i.tokenizer import Tokenizer
 from instella_t2i.trainer import TokenizerTraining
 
 HEAD_DIM = 32
-# As in configs/small.yaml: how rotations share out a head of 32, for pictures of few patches.
-ROTATION: dict[str, Any] = {"axes": [8, 12, 12], "theta": 30.0, "rotary": "pairs"}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEED = 100  # none of the seeds that are reported
 TUNING_SHARE = 0.25  # of the steps, for each try

@@ -28,13 +28,16 @@ def draw_figures(ledger: Path, folder: Path) -> None:
 
 
 def draw_rates(rows: Sequence[Mapping[str, Any]], size: int, path: Path) -> Path:
-    """Distortion against bits a picture of `size` x `size` pixels, one curve a family."""
+    """Distortion against bits a picture of `size` x `size` pixels: of each family all points, and a curve through the
+    best (by PSNR) at each number of bits."""
     figure, axes = panels(3)
     keys = {"psnr": "PSNR, dB", "lpips": "LPIPS form", "rkid": "r-KID"}
     for axis, (key, label) in zip(axes, keys.items()):
         for family in dict.fromkeys(row["family"] for row in rows):
-            points = sorted((row["bits"], row[key]) for row in rows if row["family"] == family)
-            axis.plot(*zip(*points), marker="o", markersize=3, label=family)
+            own = [row for row in rows if row["family"] == family]
+            best = {row["bits"]: row[key] for row in sorted(own, key=lambda row: row["psnr"])}
+            (line,) = axis.plot(*zip(*sorted(best.items())), label=family)
+            axis.scatter([row["bits"] for row in own], [row[key] for row in own], s=10, color=line.get_color())
         axis.set_xscale("log")
         axis.set_xlabel("bits a picture")
         axis.set_ylabel(label)

@@ -51,6 +51,8 @@ from instella_t2i.tokenizer import Tokenizer
 from instella_t2i.trainer import TokenizerTraining
 
 ENCODER = REPOSITORY / "instella_t2i" / "pretrained" / "captions"
+# As in configs/small.yaml: how rotations share out a head of 32, for pictures of few patches.
+ROTATION: dict[str, Any] = {"axes": [8, 12, 12], "theta": 30.0, "rotary": "pairs"}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 GUIDANCES = (0.5, 1.5, 4.0)  # w, chosen for every arm
 TUNING_SEED, TUNING_SHARE = 100, 0.25
@@ -136,9 +138,7 @@ class Generators:
             down_after=[0],
             up_after=[max(0, sizes.layers - 2)],
             scale=2.0 * sizes.size,
-            axes=[8, 12, 12],
-            theta=30.0,
-            rotary="pairs",
+            **ROTATION,
         )
         steps = sizes.tokenizer_steps
         warmup = max(1, steps // 20)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +11,16 @@ import torch
 from torch import Tensor
 
 from instella_t2i.aiming import aim, normal, places, turns
-from instella_t2i.config import NetworkConfig
 from instella_t2i.tokenizer import Tokenizer, rotary_table, rotate
+from tests.instella_t2i.test_tokenizer import TINY
 
-SMALL = NetworkConfig(
+SMALL = replace(
+    TINY,
     patch=8,
     tokens=16,
-    bits=8,
-    encoder_layers=2,
     encoder_heads=4,
     encoder_head_dim=32,
-    decoder_layers=2,
-    decoder_heads=1,
     decoder_head_dim=32,
-    down_after=[0],
-    up_after=[0],
     axes=[8, 12, 12],
     theta=30.0,
     scale=128.0,
@@ -76,6 +70,18 @@ def test_every_token_looks_at_its_own_place_in_any_picture(size: int, scale: flo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_share_a_token_s_cell_out_evenly(heads: int) -> None:
+    """Their mean looks at the middle of it, however many there are."""
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    _, aimed = tokenizers(encoder_heads=heads)
+    middles = (torch.arange(8) + 0.5) / 8
+    place_P2 = torch.stack(torch.meshgrid(middles, middles, indexing="ij"), -1).flatten(0, 1)
+    off = (looked_at(aimed, images) @ place_P2).mean((0, 1)) - places(16)
+    assert float(off.mean(0).abs().max()) < 0.04  # of a picture; a cell is 0.25 wide
+
+
+@torch.no_grad()
 def test_other_inputs_are_asked_for_as_before() -> None:
     """Queries change along the latent tokens' directions alone."""
     drawn, aimed = tokenizers()
@@ -92,7 +98,7 @@ def test_more_tokens_than_the_width_holds_are_aimed_as_near_as_they_can_be() -> 
     assert aimed.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 150, 8)
 
 
-def test_weights_alone_tell_an_aimed_tokenizer(tmp_path: Path) -> None:
+def test_weights_alone_tell_an_aimed_tokenizer() -> None:
     """The layout of the network is the paper's: an aimed one's weights load into one that was not."""
     drawn, aimed = tokenizers()
     drawn.load_state_dict(aimed.state_dict())

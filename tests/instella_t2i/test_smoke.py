@@ -52,8 +52,12 @@ def test_the_claims_figure_shows_what_the_claims_measure(tmp_path: Path, monkeyp
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["in a line", "4 x 4 grid"]
     assert all(axis.get_ylabel() == "PSNR, dB" for axis in figure.axes)
     rows = [{"family": name, "bits": b, "psnr": 1, "lpips": 2, "rkid": 3} for name in ("JPEG", "line") for b in (8, 64)]
+    rows.append({"family": "line", "bits": 8, "psnr": 0.5, "lpips": 9, "rkid": 9})  # worse at as many bits: a dot alone
     figures.draw_rates(rows, 16, tmp_path / "rates.png")
     figure, caption = drawn[1]
+    assert all([list(line.get_xdata()) for line in axis.lines] == [[8, 64], [8, 64]] for axis in figure.axes)
+    assert [list(axis.lines[1].get_ydata()) for axis in figure.axes] == [[1, 1], [2, 2], [3, 3]]
+    assert [len(dots.get_offsets()) for dots in figure.axes[0].collections] == [2, 3]
     assert all(axis.get_xlabel() == "bits a picture" and axis.get_ylabel() for axis in figure.axes)
     assert caption == "What a picture of 16 x 16 pixels keeps at so many bits: JPEG, line."
 

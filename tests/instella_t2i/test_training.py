@@ -93,7 +93,7 @@ def test_micro_batches_and_two_processes_give_the_losses_of_one(reference: Path,
     [
         {"network__quantizer": "vq", "tokenizer__code": 1},
         {"network__quantizer": "lfq"},
-        {"network__quantizer": "bsq", "network__layout": "grid"},
+        {"network__quantizer": "bsq", "network__layout": "grid", "tokenizer__aimed": "false"},
         {
             "tokenizer__optimiser": "adamw",
             "tokenizer__noise": "false",

@@ -13,9 +13,10 @@ CONFIG = """
 stages: [tokenizer, decoder]
 data: {name: shapes, size: 16, images: 48, eval_images: 12}
 network: {patch: 4, tokens: 4, bits: 8, encoder_layers: 1, encoder_heads: 1, encoder_head_dim: 16, decoder_layers: 1,
-  decoder_heads: 1, decoder_head_dim: 16, down_after: [0], up_after: [0], axes: [4, 6, 6], scale: 32}
-tokenizer: {steps: 6, batch_size: 8, optimiser: muon, lr: 2.0e-3, warmup: 2, perceptual: 0.1, gan_start: 0.5,
-  gan_warmup: 1, gan_width: 4}
+  decoder_heads: 1, decoder_head_dim: 16, down_after: [0], up_after: [0], axes: [4, 6, 6], theta: 30,
+  rotary: pairs, scale: 32}
+tokenizer: {steps: 6, batch_size: 8, aimed: true, optimiser: muon, lr: 2.0e-3, warmup: 2, perceptual: 0.1,
+  gan_start: 0.5, gan_warmup: 1, gan_width: 4}
 decoder: {steps: 4, batch_size: 8, warmup: 1, sizes: [16, 24], gan_start: 0.25, gan_warmup: 1}
 trainer: {precision: 32-true, accelerator: cpu, checkpoint_every: 2, sample_every: 0, log_every: 1, progress: false}
 evaluation: {grid: 4, generated: 12}

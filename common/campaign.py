@@ -149,17 +149,19 @@ def lower_priority() -> None:
 
 @contextlib.contextmanager
 def group_as_before() -> Iterator[None]:
-    """Give the session's group its priority back: what a user types next in the same terminal is no campaign."""
-    try:
-        before = GROUP.read_text().split()[-1]
-    except OSError:
-        yield
-        return
+    """Give the session's group its priority back: what a user types next in the same terminal is no campaign.
+
+    The file is missing where Linux does not schedule by groups, and empty where the session has no group of its own.
+    """
+    before: list[str] = []
+    with contextlib.suppress(OSError):
+        before = GROUP.read_text().split()[-1:]
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            GROUP.write_text(before)
+            if before:
+                GROUP.write_text(before[0])
 
 
 class TimeIsUp(BaseException):

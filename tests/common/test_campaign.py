@@ -315,14 +315,21 @@ print("a node is gone")
 """
 
 
-@pytest.mark.skipif(not campaign.GROUP.is_file(), reason="this kernel does not schedule by sessions")
+SESSIONS = Path("/proc/sys/kernel/sched_autogroup_enabled")
+
+
+@pytest.mark.skipif(
+    not SESSIONS.is_file() or SESSIONS.read_text().strip() != "1", reason="this kernel does not schedule by sessions"
+)
 def test_the_terminal_has_its_priority_back_after_a_campaign() -> None:
     program = """
+import time
 from common import campaign
 print(campaign.GROUP.read_text().split()[-1])
 with campaign.group_as_before():
     campaign.lower_priority()
     print(campaign.GROUP.read_text().split()[-1])
+    time.sleep(0.3)  # the kernel takes one such change in 0.1 s from a user
 print(campaign.GROUP.read_text().split()[-1])
 """
     command = [sys.executable, "-c", program]
@@ -331,3 +338,16 @@ print(campaign.GROUP.read_text().split()[-1])
     )
     before, during, after = found.stdout.split()
     assert (during, after) == ("19", before) and before != "19"
+
+
+@pytest.mark.parametrize(("kept", "left"), [("/autogroup-305 nice 3\n", "3"), ("", ""), (None, None)])
+def test_a_session_without_a_group_of_its_own_has_no_priority_to_give_back(
+    kept: str | None, left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / "autogroup"
+    monkeypatch.setattr("common.campaign.GROUP", group)
+    if kept is not None:
+        group.write_text(kept)
+    with campaign.group_as_before():
+        pass
+    assert (group.read_text() if group.is_file() else None) == left

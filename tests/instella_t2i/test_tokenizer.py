@@ -84,6 +84,18 @@ def test_the_released_turn_is_no_rotation_and_the_other_is() -> None:
     assert codes[0].shape == codes[1].shape
 
 
+def test_a_rotation_is_the_same_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = rotary_table(torch.tensor([[0.0, 1.0, 2.0], [5.0, 3.0, 1.0]]), [4, 2, 2], 30.0)
+    x = torch.randn(2, 2, 3, 8).transpose(1, 2).requires_grad_()
+    factor, found = torch.randn(2, 3, 2, 8), []
+    for compiling in (False, True):
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda compiling=compiling: compiling)
+        turned = rotate(x, table, pairs=True)
+        found.append((turned, *torch.autograd.grad((turned * factor).sum(), x)))
+    torch.testing.assert_close(found[0], found[1])
+    assert rotate(x.bfloat16(), table, pairs=True).dtype == torch.bfloat16
+
+
 def test_the_scale_reaches_the_encoder_too() -> None:
     x = torch.randn(2, 3, 16, 16)
     a, b = tiny(), tiny(scale=None)

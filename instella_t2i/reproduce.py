@@ -12,6 +12,7 @@ in runs/reproduce/, so an interrupted run continues where it stopped.
 from __future__ import annotations
 
 import argparse
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from common.errors import run_main
 from common.files import write_atomically
 from common.publishing import markdown_table
 from common.study import labelled, open_sizes
-from instella_t2i.experiments import ABLATIONS, Sizes, Study
+from instella_t2i.experiments import ABLATIONS, ARMS, Sizes, Study
 from instella_t2i.figures import draw_figures
 
 KEYS = ("psnr", "ssim", "lpips", "rkid", "joint_share")
@@ -102,13 +103,24 @@ def ablations(study: Study, given: argparse.Namespace) -> bool:
     for name in ("binary", "vq", "line", "grid", *ABLATIONS):
         network, found = study.network(name), study.measures(name, 0)
         size = [str(network.tokens), str(network.bits), str(network.tokens * network.bits)]
-        rows.append([name, *size, f"{study.learning_rate(name):g}", *(f"{found[key]:.4g}" for key in KEYS)])
-    head = ["arm", "tokens", "bits", "bits a picture", "learning rate", "PSNR", "SSIM", "LPIPS form", "r-KID", "joint"]
-    text = f"{markdown_table(head, rows)}\n\n{study.sizes.steps} steps of {study.sizes.batch}, one seed.\n"
+        used = "-" if isnan(found["used"]) else f"{found['used']:.0%}"
+        told = [name, _difference(name), *size, f"{study.learning_rate(name):g}"]
+        rows.append([*told, *(f"{found[key]:.4g}" for key in KEYS), used])
+    head = ["arm", "differs in", "tokens", "bits", "bits a picture", "learning rate"]
+    head += ["PSNR", "SSIM", "LPIPS form", "r-KID", "share of joint entropy", "codes used"]
+    foot = f"{study.sizes.steps} steps of {study.sizes.batch}, one seed; learning rates chosen with equal tries.\n"
+    text = f"{markdown_table(head, rows)}\n\n{foot}"
     path = study.results / "ablations_instella_t2i.md"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)
     return True
+
+
+def _difference(name: str) -> str:
+    """The options of an arm, without those that have columns of their own."""
+    changed = {**ARMS[name]["network"], **ARMS[name].get("tokenizer", {})}
+    told = [f"{key} {str(value).lower()}" for key, value in changed.items() if key not in ("tokens", "bits")]
+    return ", ".join(told) or "-"
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def test_fewer_tokens_make_a_generators_step_cheaper(tmp_path: Path) -> None:
 
 
 @pytest.mark.smoke
-def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache: None, tmp_path: Path) -> None:
+def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from common.study import open_sizes
     from instella_t2i.experiments import ARMS, Sizes
 
@@ -36,6 +40,14 @@ def test_arms_of_the_tokenizer_differ_in_one_option_and_are_measured_alike(cache
         found = measure(study, 0)
         assert math.isfinite(found["psnr_gain"])
     assert 0 < reproduce.a(study, 0)["used_vq"] <= 1
+    monkeypatch.setattr(reproduce, "ABLATIONS", ("lfq_10", "threshold"))
+    given: Any = SimpleNamespace(ablations=True)
+    assert reproduce.ablations(study, given)
+    table = (study.results / "ablations_instella_t2i.md").read_text()
+    rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in table.splitlines() if line[:2] == "| ")}
+    assert list(rows) == ["arm", "binary", "vq", "line", "grid", "lfq_10", "threshold"]
+    assert rows["lfq_10"][1:5] == ["quantizer lfq", "8", "10", "80"] and rows["lfq_10"][-1].endswith("%")
+    assert rows["threshold"][1] == "noise false" and rows["binary"][1] == rows["binary"][-1] == "-"
 
 
 def test_the_claims_figure_shows_what_the_claims_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -409,11 +409,10 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
         "peer core fp32": Arm("peer core", size, device),
     }
     for p in PRECISIONS:
-        arms[f"peer core {p} compiled"] = Arm("peer core", size, device, bf16=p == "bf16", compiled=True)
-    if device == "cuda":
-        arms["ours compiled"] = Arm("our core", size, device, bf16=True, compiled=True)
+        for kind, whose in (("our core", "ours"), ("peer core", "peer")):
+            arms[f"{whose} core {p} compiled"] = Arm(kind, size, device, bf16=p == "bf16", compiled=True)
     # The cores' warm-up is the comparison of losses.
-    warm_up = {name: LOSS_STEPS if "core" in name or "compiled" in name else 3 for name in arms}
+    warm_up = {name: LOSS_STEPS if "core" in name else 3 for name in arms}
     products = {"peak fp32": Arm("matmul", size, device), "peak bf16": Arm("matmul", size, device, bf16=True)}
     warm_up |= dict.fromkeys(products, 10)
     steps = dict.fromkeys(arms, pace.steps) | dict.fromkeys(products, 10)
@@ -443,10 +442,12 @@ def training_rows(size: str, device: str, folder: Path, pace: Pace, info: dict[s
     for p in PRECISIONS:
         yield core(f"both {p}", timings[f"ours core {p}"], timings[f"peer core {p}"])
     for p, target in zip(PRECISIONS, TRAINING):
-        sides = (timings[name] for name in (f"ours core {p}", f"peer core {p}", f"peer core {p} compiled"))
+        names = (f"ours core {p}", f"peer core {p}", f"peer core {p} compiled", f"ours core {p} compiled")
+        sides = (timings[name] for name in names)
         yield from at_its_best(p, core, target if device == "cpu" else None, *sides)
     if device == "cuda":
-        yield core("bf16, ours eager against ours compiled", timings["ours core bf16"], timings["ours compiled"])
+        eager, compiled = timings["ours core bf16"], timings["ours core bf16 compiled"]
+        yield core("bf16, ours eager against ours compiled", eager, compiled)
     for label, ours, peer in (
         ("whole step", "ours", "peer"),
         ("U-Net only, ours bf16, peer fp32", "ours core bf16", "peer core fp32"),

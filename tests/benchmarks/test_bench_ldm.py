@@ -77,7 +77,8 @@ def test_rows_say_what_was_compared(monkeypatch, tmp_path):
     seen = pretend(bench, monkeypatch)
     rows = list(bench.training_rows("tiny", "cpu", tmp_path, PACE, {"flops": 1e9, "parameters": 1e6}))
     check_rows(rows)
-    at_its_best = [None, 1.5, None, 1.15]  # the compiled peer, then the better one, in bf16 and in float32
+    # The compiled peer, both compiled, then the faster of each, in bf16 and in float32.
+    at_its_best = [None, None, 1.5, None, None, 1.15]
     assert [row["target"] for row in rows if row["unit"] == "images/s"] == [1.3, 1.3, None, None, *at_its_best]
     assert all(row["ratio"] == 1.0 and row["holds"] for row in rows if row["unit"] == "MSE")
     assert [row["unit"] for row in rows][-2:] == ["GFLOP/s", "GFLOP/s"]

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -240,6 +240,14 @@ class Arm(Generic[Network]):
         return {f"{key}_{name}": float(value) for key, value in self.record.items() if key not in left_out}
 
 
+@dataclass
+class _Piece:
+    """One that is being made: seconds that pieces inside it took, and which it needs."""
+
+    inside: float = 0.0
+    needs: set[Path] = field(default_factory=set)
+
+
 class Study(Generic[S]):
     """What the claims of a tier share, in one folder; everything is made when first asked for.
 
@@ -259,6 +267,7 @@ class Study(Generic[S]):
         self.finished_arms: Path | None = None  # where finished arms are noted, if they are
         self._arms: dict[tuple[str, int], Arm[Any]] = {}
         self._used: dict[Path, float] = {}  # what the pieces that a measurement read had taken to make, in seconds
+        self._making: list[_Piece] = []  # pieces that are being made, each inside the one before
         self._beside: list[Study[Any]] = []
 
     @property
@@ -306,11 +315,12 @@ class Study(Generic[S]):
             train: takes that network and a folder for checkpoints, which goes afterwards; returns the network whose
                 weights are kept and the arm's record.
         """
-        if (name, seed) in self._arms:
-            return self._arms[name, seed]
-        network = build()
         place = self.folder / "arms" / f"{name}-seed{seed}"
         store, weights = (place.with_name(f"{place.name}.{kind}") for kind in ("json", "safetensors"))
+        if (name, seed) in self._arms:
+            self._use(store)
+            return self._arms[name, seed]
+        network = build()
 
         def trained() -> Mapping[str, Any]:
             made, record = train(network, self.workplace(f"arms/{place.name}", settings))
@@ -358,19 +368,43 @@ class Study(Generic[S]):
 
     @contextmanager
     def _timed(self, path: Path, make: Callable[[], T]) -> Iterator[Callable[[], T]]:
-        """`make`, timed: what it takes is written down for the claims that will read the piece instead."""
-        booked = self.folder / "seconds" / path.relative_to(self.folder).with_suffix(".txt")
+        """`make`, timed: what it takes is written down for the claims that will read the piece instead, beside the
+        pieces that it needs, whose time is written down with them."""
 
         def made() -> T:
+            self._making.append(piece := _Piece())
             started = time.perf_counter()
-            found = make()
-            write_atomically(booked, partial(Path.write_text, data=str(time.perf_counter() - started)))
+            try:
+                found = make()
+            finally:
+                self._making.pop()
+                taken = time.perf_counter() - started
+                if self._making:
+                    self._making[-1].inside += taken
+            needs = sorted(needed.relative_to(self.folder).as_posix() for needed in piece.needs)
+            write_json(self._booked(path), {"seconds": taken - piece.inside, "needs": needs})
             self._used[path] = 0.0  # the measurement's own clock counts it
             return found
 
         yield made
-        if path not in self._used:
-            self._used[path] = float(booked.read_text()) if booked.is_file() else 0.0
+        self._use(path)
+
+    def _booked(self, path: Path) -> Path:
+        return self.folder / "seconds" / path.relative_to(self.folder).with_suffix(".json")
+
+    def _use(self, path: Path) -> None:
+        """Count what a piece took, with all that it needs: each of them once."""
+        if self._making:
+            self._making[-1].needs.add(path)
+        left = [path]
+        while left:
+            piece = left.pop()
+            if piece in self._used:
+                continue
+            file = self._booked(piece)
+            booked: dict[str, Any] = read_object(file) if file.is_file() else {}
+            self._used[piece] = float(booked.get("seconds", 0.0))
+            left += [self.folder / name for name in booked.get("needs", ())]
 
     @contextmanager
     def counted(self, folder: Path) -> Iterator[None]:

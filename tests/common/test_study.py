@@ -222,6 +222,55 @@ def test_what_an_earlier_start_and_a_study_beside_it_took_is_part_of_what_a_clai
     assert study.reused_seconds == 0
 
 
+def test_a_piece_that_others_need_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes take 100 s, a choice 10 s, two arms 20 s each; scores are made of all of them, others read them later."""
+    now = [0.0]
+    monkeypatch.setattr("common.study.time.perf_counter", lambda: now[0])
+    study = Study(None, tmp_path)
+
+    def takes(seconds: float) -> dict[str, float]:
+        now[0] += seconds
+        return {"a": 1.0}
+
+    def codes() -> object:
+        return study.values("codes", lambda: takes(100))
+
+    def choice() -> object:
+        return study.values("choice", lambda: [codes(), takes(10)][1])  # type: ignore[return-value]
+
+    def train(network: nn.Linear, _: Path) -> tuple[nn.Module, dict[str, float]]:
+        codes()
+        return network, takes(20)
+
+    def arm(seed: int) -> object:
+        choice()
+        return study.arm("plain", seed, lambda: nn.Linear(1, 1), train)
+
+    def score(seed: int) -> object:
+        return study.values(f"score-{seed}", lambda: [arm(seed), arm(seed), takes(1)][2])  # type: ignore[return-value]
+
+    score(0)
+    assert study.reused_seconds == 0 and now[0] == 131  # the measurement's own clock
+    study.forget()
+    score(0)
+    assert study.reused_seconds == 131 and now[0] == 131
+    arm(0)
+    codes()
+    assert study.reused_seconds == 131
+    score(1)
+    assert study.reused_seconds == 131 and now[0] == 131 + 21
+    study.forget()
+    codes()
+    assert study.reused_seconds == 100
+    study.forget()
+    arm(1)
+    assert study.reused_seconds == 130
+    (tmp_path / "seconds" / "choice.json").unlink()  # of pieces from elsewhere nobody knows
+    study.forget()
+    score(1)
+    assert study.reused_seconds == 121
+
+
 @dataclass(frozen=True)
 class Data:
     size: int

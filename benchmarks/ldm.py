@@ -1,7 +1,7 @@
 """Latent diffusion beside diffusers: training and sampling speed, memory, and how near the processor's peak we come.
 
-    python -m benchmarks.ldm                      # writes results/bench_ldm.json; about 20 minutes on 2 CPU cores
-    python -m benchmarks.ldm --sizes emoji64 --rounds 3
+    python -m benchmarks.ldm                    # writes results/bench_ldm.json
+    python -m benchmarks.ldm --sizes emoji64    # 12 minutes on 2 CPU cores
 
 Every arm is a process of its own that waits until it is its turn, so that arms alternate (A B C A B C ...), the
 allocator settings of one do not help the other, and each has its own peak memory. Wall-clock medians count; the note

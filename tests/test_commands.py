@@ -25,7 +25,7 @@ PLACE = re.compile(r"^[A-Z][A-Z_0-9]*([./].*)?$|^\.\.\.$")  # FOLDER, WEIGHTS.pt
 # What programs say of the reader's own files, earlier runs and machine: errors that name what is missing.
 LACKING = re.compile(
     "no such (file|folder|stage)|does not exist|file or folder that exists|which is not finished in|"
-    "no config.yaml there|datasets cannot open it|does not come with its|this machine has"
+    "no config.yaml there|datasets cannot open it|does not come with its|this machine has|run `make data-"
 )
 # What makes a shown command quick, where its program has such an option.
 SHRUNK = {"--steps": "2", "--count": "1", "--tokens": "4", "--batch_size": "2", "--images": "24"}

@@ -1,6 +1,6 @@
 """Pictures as packed bits, made once by a frozen tokenizer, and the order in which two data stages take them.
 
-Shape suffixes: n pictures, P bytes of a picture, K tokens, D bits.
+Shape suffixes: n pictures, H and W their sides, P bytes of a picture, K tokens, D bits.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from common.data.cache import FeatureCache, fingerprint_tensors
-from common.data.sampling import StepBatchSampler, StepDataModule, TensorTable, derive_seed
+from common.data.sampling import StepBatchSampler, StepDataModule, TensorTable, derive_seed, step_generator
 from common.images import to_unit
 from instella_t2i.data import Pictures
 from instella_t2i.tokenizer import Tokenizer
 
 SHARD = 512  # pictures
+MOVE, SCALE = 0.05, 0.1  # of a picture's side, at most
 
 
 def pack_bits(codes_nKD: Tensor) -> Tensor:
@@ -40,22 +42,47 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return fingerprint_tensors(tokenizer.state_dict())
 
 
-def encode_pictures(tokenizer: Tokenizer, pictures: Pictures, folder: Path, progress: bool = False) -> Tensor:
-    """Packed codes uint8 [n, P] of all pictures, read from `folder` where they are there.
+def framed(pixels_n3HW: Tensor, rows: Sequence[int], view: int, seed: int = 0) -> Tensor:
+    """Pictures moved by up to MOVE of their side and scaled by up to SCALE; beyond their border it is continued.
+
+    Args:
+        rows: their numbers; the frame is a function of (seed, view, number). View 0 is the picture itself.
+    """
+    if view == 0:
+        return pixels_n3HW
+    draws = [torch.rand(3, generator=step_generator(derive_seed(seed, view), row)) for row in rows]
+    u_n3 = 2 * torch.stack(draws).to(pixels_n3HW) - 1
+    frame_n23 = u_n3.new_zeros(len(rows), 2, 3)
+    frame_n23[:, 0, 0] = frame_n23[:, 1, 1] = 1 + SCALE * u_n3[:, 0]
+    frame_n23[:, :, 2] = 2 * MOVE * u_n3[:, 1:]
+    grid = F.affine_grid(frame_n23, list(pixels_n3HW.shape), align_corners=False)
+    return F.grid_sample(pixels_n3HW, grid, padding_mode="border", align_corners=False)
+
+
+def encode_pictures(
+    tokenizer: Tokenizer, pictures: Pictures, folder: Path, progress: bool = False, views: int = 1
+) -> Tensor:
+    """Packed codes uint8 [views n, P] of all pictures, view after view, read from `folder` where they are there.
 
     Raises:
         UserError: what lies there was made by another tokenizer, or from other pictures.
     """
-    device = next(tokenizer.parameters()).device
+    device, count = next(tokenizer.parameters()).device, len(pictures)
+
+    def encoded(rows: list[int], view: int) -> Tensor:
+        parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
+        pixels = [framed(to_unit(pictures.images(part).to(device)), part, view) for part in parts]
+        return torch.cat([pack_bits(tokenizer.encode(part)) for part in pixels])
 
     def compute(rows: list[int]) -> dict[str, Tensor]:
-        parts = [tokenizer.encode(to_unit(part.to(device))) for part in pictures.images(rows).split(64)]
-        return {"code": pack_bits(torch.cat(parts))}
+        of_view = [(view, [row % count for row in rows if row // count == view]) for view in range(views)]
+        return {"code": torch.cat([encoded(part, view) for view, part in of_view if part])}
 
+    made_by = f"tokenizer {fingerprint(tokenizer)} at {pictures.size} px"
     cache = FeatureCache.open_or_build(
         folder,
-        len(pictures),
-        f"tokenizer {fingerprint(tokenizer)} at {pictures.size} px",
+        views * count,
+        made_by if views == 1 else f"{made_by}, {views} views",
         pictures.fingerprint,
         compute,
         SHARD,
@@ -65,10 +92,18 @@ def encode_pictures(tokenizer: Tokenizer, pictures: Pictures, folder: Path, prog
     return cache[:]["code"]
 
 
-def code_table(codes: Sequence[Tensor]) -> TensorTable:
-    """Sets of packed codes, one after the other; `caption` numbers the captions of all sets in the same order."""
-    packed_nP = torch.cat(list(codes))
-    return TensorTable({"code": packed_nP, "caption": torch.arange(len(packed_nP))})
+def code_table(codes: Sequence[Tensor], views: int = 1) -> TensorTable:
+    """Sets of packed codes, one after the other; `caption` numbers the captions of all sets in the same order.
+
+    Args:
+        views: of each picture, which share its caption.
+    """
+    numbers, before = [], 0
+    for packed_nP in codes:
+        count = len(packed_nP) // views
+        numbers.append((before + torch.arange(count)).repeat(views))
+        before += count
+    return TensorTable({"code": torch.cat(list(codes)), "caption": torch.cat(numbers)})
 
 
 class MixedSampler(StepBatchSampler):

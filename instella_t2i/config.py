@@ -228,12 +228,15 @@ class CodesConfig:
 
     Args:
         folder: where they are kept, to be shared by runs; None keeps them in the run folder.
+        views: codes of each picture: the first of the picture itself, the others of it moved and scaled by a few
+            percent (ours), so that a generator that sees few pictures often cannot learn their bits by heart.
         synthetic: image folder with captions, for example of `instella_t2i/synthesize.py`; None has one data stage.
         synthetic_share: of the samples once the second stage has begun (3 : 1 in the paper).
         synthetic_from: share of the steps after which it begins.
     """
 
     folder: str | None = None
+    views: Count = 1
     synthetic: str | None = None
     synthetic_share: Share = 0.25
     synthetic_from: Share = 0.5
@@ -273,10 +276,12 @@ class DiffusionConfig(GeneratorConfig):
     Args:
         target: epsilon (the network says which bits were flipped) or x (which are set).
         times: law of t: logistic_normal or uniform.
+        shift: s of t = s u / (1 + (s - 1) u) for u of that law; above 1 for more noise, 1 is the released law (ours).
     """
 
     target: Literal["epsilon", "x"] = "epsilon"
     times: Literal["logistic_normal", "uniform"] = "logistic_normal"
+    shift: Positive = 1.0
 
 
 @dataclass
@@ -287,7 +292,7 @@ class SamplingConfig:
         steps: evaluations of the denoiser.
         guidance: w of binary diffusion; the usual guidance scale is 1 + w.
         temperature: that the denoiser's logits are divided by; 0 takes the likelier bit.
-        rho: exponent of the denoiser's times, above 1 for smaller steps at the end.
+        rho: exponent of the denoiser's times, above 1 for smaller steps at the end, below 1 at the beginning.
         protocol: renoise (the released protocol 1), approximate (2), or exact, the posterior of the process.
         ar_guidance: w of autoregression.
         ar_temperature: that its logits are divided by.

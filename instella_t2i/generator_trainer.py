@@ -57,7 +57,7 @@ class GeneratorTraining(StepTraining):
         text = self.texts(torch.where(kept_b, batch["caption"], -1)).to(self.device)
         if isinstance(self.generator, Denoiser):
             assert isinstance(options, DiffusionConfig)
-            t_b = training_times(time_b, options.times)
+            t_b = training_times(time_b, options.times, options.shift)
             flat = draws.uniform(shape.tokens * shape.bits)
             x_bKD = add_noise(x0_bKD, t_b, flat.T.unflatten(1, (shape.tokens, shape.bits)))
             loss, accuracy = diffusion_loss(self.generator(x_bKD, t_b, text), x_bKD, x0_bKD, options.target)

@@ -128,7 +128,7 @@ class Run:
         place = Path(config.codes.folder) if config.codes.folder else self.folder / "codes"
         sets = {"pictures": self.pictures, **({"synthetic": self.synthetic} if config.codes.synthetic else {})}
         return [
-            encode_pictures(tokenizer, pictures, place / name, config.trainer.progress)
+            encode_pictures(tokenizer, pictures, place / name, config.trainer.progress, config.codes.views)
             for name, pictures in sets.items()
         ]
 

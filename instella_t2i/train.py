@@ -160,7 +160,7 @@ def train_generator(run: Run, kind: str) -> None:
     module = GeneratorTraining(network, texts, options, seed=config.seed, accumulate=trainer.accumulate)
     begins = round(config.codes.synthetic_from * options.steps) if config.codes.synthetic else options.steps
     data = MixedData(
-        code_table(codes),
+        code_table(codes, config.codes.views),
         len(codes[0]),
         config.codes.synthetic_share,
         begins,

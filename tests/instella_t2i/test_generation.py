@@ -15,7 +15,7 @@ from PIL import Image
 from common.data.sampling import TensorTable
 from common.errors import UserError
 from instella_t2i import sample, synthesize, train
-from instella_t2i.codes import MixedSampler, code_table, encode_pictures, pack_bits, unpack_bits
+from instella_t2i.codes import MixedSampler, code_table, encode_pictures, framed, pack_bits, unpack_bits
 from instella_t2i.config import DataConfig, SamplingConfig
 from instella_t2i.data import open_pictures
 from instella_t2i.generation import load_generator
@@ -209,6 +209,26 @@ def test_captions_follow_their_codes_over_both_sets() -> None:
     table = code_table([torch.zeros(3, 2, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.uint8)])
     assert isinstance(table, TensorTable) and len(table) == 5
     assert table[3]["code"].tolist() == [1, 1] and int(table[3]["caption"]) == 3
+
+
+def test_views_of_a_picture_share_its_caption_and_differ_a_little(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(finished[0] / "decoder")
+    pictures = open_pictures(DataConfig("shapes", size=16, images=20), "train")
+    once = encode_pictures(tokenizer, pictures, tmp_path / "once")
+    codes = encode_pictures(tokenizer, pictures, tmp_path / "views", views=3)
+    assert len(codes) == 60 and torch.equal(codes[:20], once)
+    table = code_table([codes, codes[:30]], 3)
+    assert isinstance(table, TensorTable)
+    assert [int(table[row]["caption"]) for row in (0, 19, 20, 59, 60, 70, 89)] == [0, 19, 0, 19, 20, 20, 29]
+    pixels = pictures.all().float() / 127.5 - 1
+    moved = framed(pixels, range(20), 1)
+    assert torch.equal(framed(pixels[4:6], [4, 5], 1), moved[4:6])  # whatever company a picture is in
+    assert not torch.equal(framed(pixels, range(20), 2), moved)
+    assert 0.0 < float((moved - pixels).abs().mean()) < 0.2
+    with pytest.raises(UserError, match="3 views"):
+        encode_pictures(tokenizer, pictures, tmp_path / "views", views=2)
 
 
 def test_a_synthetic_set_is_drawn_once_dealt_out_and_trained_on(

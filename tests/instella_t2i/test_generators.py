@@ -199,6 +199,8 @@ def test_training_times_follow_their_laws() -> None:
     found = diffusion.training_times(u, "logistic_normal")
     torch.testing.assert_close(found, torch.tensor([0.3375, 0.5, 0.6625]), rtol=0, atol=1e-4)
     assert torch.equal(diffusion.training_times(u, "uniform"), u)
+    shifted = diffusion.training_times(torch.tensor([0.0, 0.5, 1.0]), "uniform", 5.0)
+    torch.testing.assert_close(shifted, torch.tensor([0.0, 5 / 6, 1.0]))
 
 
 def test_noise_is_a_fair_coin_in_the_end_and_nothing_at_first() -> None:

@@ -200,12 +200,10 @@ class Generators:
 
     def options(self, name: str, lr: float, steps: int) -> GeneratorConfig:
         """Of an arm's training."""
-        kind, own = (GeneratorConfig, {}) if self._is_causal(name) else (DiffusionConfig, {"shift": SHIFT})
-        shared = kind(steps, self.sizes.batch, lr, warmup=max(1, steps // 20), schedule="cosine", **own)
-        return replace(shared, **ARMS[name].get("options", {}))
-
-    def _is_causal(self, name: str) -> bool:
-        return ARMS[name].get("kind") == "autoregression"
+        causal = ARMS[name].get("kind") == "autoregression"
+        form = GeneratorConfig() if causal else DiffusionConfig(shift=SHIFT)
+        given = replace(form, steps=steps, batch_size=self.sizes.batch, lr=lr, warmup=max(1, steps // 20))
+        return replace(given, schedule="cosine", **ARMS[name].get("options", {}))
 
     def _new(self, name: str, seed: int) -> Denoiser | Autoregressor:
         sizes = self.sizes

@@ -84,6 +84,11 @@ def h(study: Study, seed: int) -> dict[str, float]:
     }
 
 
+def s(study: Study, seed: int) -> dict[str, float]:
+    """Times moved towards noise, or the released law."""
+    return against(study, seed, "shifted", "diffusion")
+
+
 def against(study: Study, seed: int, ours: str, other: str) -> dict[str, float]:
     """Accuracy gained over another arm, the six columns of both, what was chosen for each."""
     generators = study.generators
@@ -140,7 +145,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return reproduction.main(
         "instella_t2i",
         __doc__,
-        (a, b, c, d, e, f, g, h),
+        (a, b, c, d, e, f, g, h, s),
         open_study,
         figures=draw,
         options=options,

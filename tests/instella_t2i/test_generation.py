@@ -90,6 +90,15 @@ def test_micro_batches_change_no_loss(finished: tuple[Path, dict[str, Any]], tmp
         assert losses(parts, kind) == pytest.approx(losses(whole, kind), abs=1e-4)
 
 
+def test_shift_and_views_reach_the_training(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    plain = generators(tmp_path / "plain", finished[0])
+    shifted = generators(tmp_path / "shifted", finished[0], diffusion__shift=50)
+    assert losses(shifted, "diffusion")[0] != losses(plain, "diffusion")[0]
+    assert losses(shifted, "autoregression") == losses(plain, "autoregression")
+    viewed = generators(tmp_path / "viewed", finished[0], codes__views=2)
+    assert losses(viewed, "autoregression") != losses(plain, "autoregression")
+
+
 def test_a_generator_learns_a_code_by_heart(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     small = {"data__images": 4, "diffusion__batch_size": 16, "autoregression__batch_size": 16}
     steps = {"diffusion__steps": 120, "autoregression__steps": 120, "trainer__checkpoint_every": 1000}
